@@ -1,0 +1,81 @@
+# make prepare score train                                      the demo, from nothing to a trained policy
+# make prepare score train CONFIG=my.yaml                       your own config
+# make prepare score train MODEL=org/name DATA=pairs.jsonl OUT=runs/x
+# make train RUN=ipo SET="train.loss=ipo train.beta=0.5"        another run on the same cache
+#
+# Every manifest is a target: a stage runs when something it was made from has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TEST_INSTALLED := .venv/.installed-test
+CONSTRAINTS := tests/constraints.txt
+DEMO_CONFIG := data/demo/config.yaml
+DEMO_REFERENCE := data/demo/reference/model.safetensors
+
+# A model or data of your own starts from an empty config, not from the demo's.
+ifeq ($(origin CONFIG),undefined)
+CONFIG := $(if $(MODEL)$(DATA),,$(DEMO_CONFIG))
+endif
+
+comma := ,
+empty :=
+SETTINGS := \
+	$(if $(MODEL),--set 'model=$(MODEL)') \
+	$(if $(DATA),--set 'prepare.data=[$(subst $(empty) ,$(comma),$(strip $(DATA)))]') \
+	$(if $(OUT)$(if $(CONFIG),,1),--set 'out=$(or $(OUT),runs/mine)') \
+	$(if $(RUN),--set 'train.run=$(RUN)') \
+	$(foreach setting,$(SET),--set '$(setting)')
+
+# Where the config says its output goes: `out: FOLDER`, perhaps quoted or commented.
+from_config = $(if $(CONFIG),$(shell sed -n "s/^out: *[\"']\{0,1\}\([^\"' \#]*\).*/\1/p" $(CONFIG) 2>/dev/null))
+out := $(patsubst %/,%,$(or $(OUT),$(from_config),runs/mine))
+PREPARED := $(out)/prepared/manifest.json
+SCORED := $(out)/scored/manifest.json
+TRAINED := $(out)/$(or $(RUN),trained)/manifest.json
+
+.PHONY: prepare score train test lint help always
+.DELETE_ON_ERROR:
+
+prepare: $(PREPARED)
+	@echo "prepare: up to date, $<"
+score: $(SCORED)
+	@echo "score: up to date, $<"
+train: $(TRAINED)
+	@echo "train: up to date, $<"
+
+$(PREPARED): $(CONFIG) $(out)/.settings | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE)))
+	$(BIN)/prefcache prepare $(CONFIG) $(SETTINGS)
+$(SCORED): $(PREPARED) $(CONFIG) $(out)/.settings
+	$(BIN)/prefcache score $(CONFIG) $(SETTINGS)
+$(TRAINED): $(SCORED) $(CONFIG) $(out)/.settings
+	$(BIN)/prefcache train $(CONFIG) $(SETTINGS)
+
+# Other settings than last time make the stages look again; each then says what, if anything, has to be done.
+$(out)/.settings: always
+	@mkdir -p $(@D)
+	@echo "$(CONFIG) $(SETTINGS)" | cmp -s - $@ || echo "$(CONFIG) $(SETTINGS)" > $@
+
+# What a stage was made from, as it wrote it down itself.
+-include $(wildcard $(out)/*/inputs.mk)
+
+$(DEMO_REFERENCE): | $(INSTALLED)
+	$(BIN)/python data/demo/make_reference.py
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+$(TEST_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	@touch $@
+
+test: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest
+lint: $(TEST_INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

@@ -1,0 +1,250 @@
+"""The configuration: one YAML file, one section per stage.
+
+Frozen, unknown keys refused. The command line overrides any key with `--set train.beta=0.2`.
+Relative paths are relative to where the command is run. Where to look next: data/demo/config.yaml.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UsageError
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Prepare(Section):
+    data: Annotated[Strings, Field(min_length=1)]
+    """JSON Lines files with prompt, chosen and rejected: strings, or lists of messages."""
+    template: Literal["chat", "none"] = "chat"
+    """chat: the tokenizer's chat template (a string is one turn). none: plain text, with the end token after answers."""
+    chat_template: str | None = None
+    """A Jinja file that takes the place of the tokenizer's own template."""
+    max_length: Count = 2048
+    """Most tokens of prompt and answer together; longer pairs go to quarantine."""
+    max_prompt_length: Count | None = None
+    """Most tokens of the prompt."""
+    held_out: Fraction = 0.05
+    """Share of prompts kept for evaluation, chosen by a hash of the prompt."""
+    max_quarantine: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest share of unusable records before the stage refuses to go on."""
+    rows_per_shard: Count = 50_000
+    """Examples in one Arrow file."""
+
+
+class Score(Section):
+    engine: Literal["transformers"] = "transformers"
+    """What computes the reference's log-probs."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the reference's weights. auto: as saved on a GPU, float32 on a CPU. Log-probs are always float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention kernel."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    tokens_per_batch: Count = 16_384
+    """Most tokens of one forward pass, padding included."""
+    tokens_per_shard: Count = 250_000
+    """Tokens behind one file of the cache, which is what an interruption can lose."""
+    logps: bool = True
+    """Keep every token's log-prob beside the sum."""
+    parity_sample: Annotated[int, Field(ge=0)] = 16
+    """Sequences whose log-probs are compared with a plain one-by-one float32 forward. 0: none."""
+    accept_numerics: Strings = ()
+    """Ids of other engines, versions or dtypes whose cached rows may be used beside this one's."""
+    rescore: bool = False
+    """Score again what the cache has from another engine, version or dtype."""
+
+
+class Kinds(Section):
+    """Patterns that an answer matches from end to end; an answer that matches neither is counted as neither."""
+
+    preferred: str
+    rejected: str
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> "Kinds":
+        for pattern in (self.preferred, self.rejected):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return self
+
+
+class Train(Section):
+    loss: str = "sigmoid"
+    """A name in pipeline/losses.py."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength of the pull towards the reference; also the scale of rewards."""
+    loss_args: dict[str, float | bool | str] = {}
+    """Further hyperparameters of the loss."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """At its peak, after the warm-up."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Times that every pair is seen."""
+    batch_size: Count = 32
+    """Pairs per optimizer step, over all processes."""
+    tokens_per_micro_batch: Count = 16_384
+    """Most tokens of one forward and backward, padding included. Affects memory, never the result."""
+    warmup_ratio: Fraction = 0.1
+    """Share of the steps in which the learning rate rises; after it, a cosine to zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    seed: int = 0
+    """Of the order of the data."""
+    run: Annotated[str, Field(pattern=r"^[\w.=+-]+$")] = "trained"
+    """Name of the run: its folder in `out`."""
+    model: str | None = None
+    """What the policy starts from. Unless said, the reference."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the arithmetic; weights stay float32. auto: bf16 on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    eval_every: Count | None = None
+    """Steps between evaluations on the held-out pairs. Always evaluated: before the first step and after the last."""
+    checkpoint_every: Count = 200
+    """Steps between checkpoints, from which an interrupted run goes on."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Held-out prompts answered before and after training."""
+    sample_tokens: Count = 64
+    """Longest sample answer."""
+    kinds: Kinds | None = None
+    """How to tell the preferred kind of answer from the rejected one in samples."""
+
+
+class Config(Section):
+    model: str
+    """The reference: a folder with a Transformers model, or a model id of the hub."""
+    out: str
+    """Folder of this experiment: prepared/, scored/ and its runs."""
+    cache: str = "cache"
+    """Folder of the reference log-probs, one folder per reference; share it between experiments."""
+    prepare: Prepare
+    score: Score = Score()
+    train: Train = Train()
+
+    @property
+    def prepared(self) -> Path:
+        return Path(self.out) / "prepared"
+
+    @property
+    def scored(self) -> Path:
+        return Path(self.out) / "scored"
+
+    @property
+    def run(self) -> Path:
+        return Path(self.out) / self.train.run
+
+    @model_validator(mode="after")
+    def _run_has_a_folder_of_its_own(self) -> "Config":
+        if self.train.run in ("prepared", "scored", ".", ".."):
+            raise ValueError(f"train.run: {self.train.run!r} is the folder of another stage; name the run otherwise")
+        return self
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in `path` (none: empty) with `key=value` overrides on top."""
+    tree = _read_yaml(Path(path)) if path else {}
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        where = f"{path}: " if path else ""
+        raise UsageError(where + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"No config at {path}. Name a YAML file; data/demo/config.yaml is one to start from."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a config: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else type(tree).__name__
+        raise UsageError(f"{path}: found {found}, expected sections such as `prepare:`.")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override}: expected KEY=VALUE, as in --set train.beta=0.2.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}.") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UsageError(f"--set {override}: {section} is a value, not a section.")
+    tree[last] = value
+
+
+def _explain(problem: Any) -> str:
+    keys = [str(part) for part in problem["loc"]]
+    name = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is no key of the configuration{_nearest(keys)}"
+    if problem["type"] == "missing":
+        option = f" (or --set {name}=...)" if name else ""
+        return f"{name} is missing; say it in the config{option}"
+    found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}{found}" if name else message
+
+
+def _nearest(keys: list[str]) -> str:
+    section: Any = Config
+    for key in keys[:-1]:
+        section = _section_type(section, key)
+        if section is None:
+            return ""
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+    if near:
+        return f"; the nearest is {'.'.join([*keys[:-1], near[0]])}"
+    elsewhere = [f"{at}.{keys[-1]}" for at, kind in _sections().items() if keys[-1] in kind.model_fields]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(names)}"
+
+
+def _sections() -> dict[str, type[Section]]:
+    return {"prepare": Prepare, "score": Score, "train": Train}
+
+
+def _section_type(section: type[Section], key: str) -> type[Section] | None:
+    if section is Config:
+        return _sections().get(key)
+    return Kinds if section is Train and key == "kinds" else None

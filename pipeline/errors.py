@@ -1,0 +1,40 @@
+"""What can go wrong for a user, by exit code. Each message says what was found, what was expected and what to do."""
+
+
+class PrefcacheError(Exception):
+    """A mistake or a misfortune of the user's: one clear message and an exit code, never a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(PrefcacheError):
+    """A wrong argument, config key, path or model."""
+
+    exit_code = 2
+
+
+class DataError(PrefcacheError):
+    """More unusable records than the threshold allows, or none that is usable."""
+
+    exit_code = 3
+
+
+class IntegrityError(PrefcacheError):
+    """A stored file is damaged or missing, or a value is not what it must be."""
+
+    exit_code = 4
+
+
+class IdentityError(PrefcacheError):
+    """Two things that must come from the same model, data or numerics do not."""
+
+    exit_code = 5
+
+
+class ResourceError(PrefcacheError):
+    """Disk or memory ran out."""
+
+    exit_code = 6
+
+
+INTERRUPTED = 130

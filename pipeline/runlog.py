@@ -1,0 +1,43 @@
+"""What a run leaves for SQL: metrics and every pair's log-probs, as Parquet parts.
+
+A part covers the steps up to the flush that wrote it. Every checkpoint flushes first, so going back to a checkpoint
+means deleting the parts after it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import artifact
+from pipeline.schema import METRICS, STEPS
+
+_TABLES = {"metrics": METRICS, "steps": STEPS}
+
+
+class RunLog:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pending: dict[str, list[pa.Table]] = {name: [] for name in _TABLES}
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self._pending["metrics"].append(pa.Table.from_pylist([row], schema=METRICS))
+
+    def visit(self, step: int, epoch: float, split: str, example_ids: list[str], visit: dict[str, Any]) -> None:
+        n = len(example_ids)
+        columns = {"step": [step] * n, "epoch": [epoch] * n, "split": [split] * n, "example_id": example_ids, **visit}
+        self._pending["steps"].append(pa.Table.from_pydict(columns, schema=STEPS))
+
+    def flush(self, step: int) -> None:
+        for name, tables in self._pending.items():
+            if tables:
+                table = pa.concat_tables(tables)
+                artifact.commit_bytes(self._folder / name / f"to-{step:08}.parquet", artifact.parquet(table))
+                tables.clear()
+
+    def go_back(self, step: int) -> None:
+        """Forget what came after a step."""
+        for name in _TABLES:
+            for part in (self._folder / name).glob("to-*.parquet"):
+                if int(part.stem.removeprefix("to-")) > step:
+                    part.unlink()

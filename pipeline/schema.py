@@ -1,0 +1,133 @@
+"""What is stored: the columns of every table, and the key of a sequence.
+
+A sequence is prompt ids + completion ids, the unit of scoring. Its key is a hash of exactly those ids and of where
+the completion begins, so a cached row is either right or missing.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+KEY_VERSION = 1
+PREPARED_VERSION = 1
+CACHE_VERSION = 1
+
+TRAIN, HELD_OUT = "train", "held_out"
+OK = "ok"
+
+
+class Sequence(NamedTuple):
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    def key(self) -> bytes:
+        return sequence_key(self.prompt_ids, self.completion_ids)
+
+
+def sequence_key(prompt_ids: SequenceOf[int] | np.ndarray, completion_ids: SequenceOf[int] | np.ndarray) -> bytes:
+    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32)."""
+    digest = hashlib.blake2b(struct.pack("<II", KEY_VERSION, len(prompt_ids)), digest_size=16)
+    digest.update(np.asarray(prompt_ids, dtype="<i4").tobytes())
+    digest.update(np.asarray(completion_ids, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+KEY = pa.binary(16)
+IDS = pa.list_(pa.int32())
+
+# One row per example: a prompt with a chosen and a rejected answer.
+PREPARED = pa.schema(
+    [
+        ("example_id", pa.string()),  # hash of both keys, so it outlives reordering and appending
+        ("split", pa.string()),  # train or held_out
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("prompt", pa.string()),  # as text, for SQL and people
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("prompt_ids", IDS),  # as the model sees them
+        ("chosen_ids", IDS),
+        ("rejected_ids", IDS),
+        ("chosen_key", KEY),
+        ("rejected_key", KEY),
+        ("boundary", pa.string()),  # exact: the prompt's ids are a prefix of the whole's; split: cut there by hand
+        ("n_prompt", pa.int32()),
+        ("n_chosen", pa.int32()),
+        ("n_rejected", pa.int32()),
+    ]
+)
+
+# One row per record that could not become an example.
+QUARANTINE = pa.schema(
+    [
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("raw", pa.binary()),
+    ]
+)
+
+# One row per scored sequence. Raw values only: nothing that a training argument could make stale.
+CACHE = pa.schema(
+    [
+        ("key", KEY),
+        ("n_prompt", pa.int32()),
+        ("n_completion", pa.int32()),
+        ("logp_sum", pa.float64()),
+        ("logps", pa.list_(pa.float32())),
+        ("numerics_id", pa.string()),
+        ("status", pa.string()),  # ok, or why there is no value
+    ]
+)
+
+# One row per example at each visit of a run. Rewards are derived from it, in SQL.
+STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.float64()),
+        ("split", pa.string()),
+        ("example_id", pa.string()),
+        ("chosen_logp", pa.float64()),
+        ("rejected_logp", pa.float64()),
+        ("ref_chosen_logp", pa.float64()),
+        ("ref_rejected_logp", pa.float64()),
+        ("loss", pa.float64()),
+    ]
+)
+
+# The metrics of one step, under TRL's names.
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+METRICS = pa.schema(
+    [("step", pa.int64()), ("epoch", pa.float64())]
+    + [(name, pa.float64()) for name in (*PAIR_METRICS, "grad_norm", "learning_rate")]
+    + [("num_tokens", pa.int64())]
+    + [(f"eval_{name}", pa.float64()) for name in PAIR_METRICS]
+)
+
+SAMPLES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt", pa.string()),
+        ("before", pa.string()),
+        ("after", pa.string()),
+        ("before_kind", pa.string()),
+        ("after_kind", pa.string()),
+    ]
+)

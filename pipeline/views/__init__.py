@@ -1,0 +1,108 @@
+"""SQL over prepared data, reference scores and runs, in a DuckDB that can read nothing else.
+
+One view per .sql file here; its first comment is its help. To add a view, add a file.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.errors import UsageError
+from pipeline.schema import CACHE, STEPS
+
+MEMORY_LIMIT = "4GB"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Verified files and tables, from which the views are made."""
+
+    prepared: pa.Table
+    cached: Sequence[str]  # Parquet shards
+    references: pa.Table  # path of the shard's folder, name of the reference
+    visits: Sequence[str]  # Parquet parts in RUN/steps/
+    runs: pa.Table  # run, beta, ... of each run
+
+
+class Result:
+    """The answer to a query, read as far as it is wanted."""
+
+    def __init__(self, cursor: duckdb.DuckDBPyConnection) -> None:
+        self._cursor = cursor
+        self.columns = [column[0] for column in cursor.description or []]
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        while block := self._cursor.fetchmany(1024):
+            yield from block
+
+
+def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
+    con = duckdb.connect()
+    con.execute("set python_enable_replacements = false")
+    con.execute("set enable_progress_bar = false")
+    con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+    con.execute("set allowed_paths = $paths", {"paths": [*sources.cached, *sources.visits]})
+    con.register("prepared", sources.prepared)
+    con.register("references_", sources.references)
+    con.register("runs_", sources.runs)
+    _parquet(con, "cached", sources.cached, CACHE)
+    _parquet(con, "visits", sources.visits, STEPS)
+    _create_views(con)
+    for lock in ("enable_external_access = false", "lock_configuration = true"):
+        con.execute(f"set {lock}")
+    return con
+
+
+def ask(con: duckdb.DuckDBPyConnection, query: str) -> Result:
+    """One SELECT, or an error that names what would have been right."""
+    try:
+        statements = con.extract_statements(query)
+        if len(statements) != 1 or statements[0].type not in (
+            duckdb.StatementType.SELECT,
+            duckdb.StatementType.EXPLAIN,
+        ):
+            kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
+            raise UsageError(f"Found {kinds}; expected one SELECT over the views {', '.join(names())}.")
+        return Result(con.execute(statements[0]))
+    except duckdb.Error as error:
+        raise UsageError(f"{str(error).strip()}\nViews: {', '.join(names())}.") from None
+
+
+def names() -> list[str]:
+    return [file.stem for file in _files()]
+
+
+def help_of(name: str) -> str:
+    """The first comment of a view's file."""
+    first = (Path(__file__).parent / f"{name}.sql").read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("--").strip()
+
+
+def _create_views(con: duckdb.DuckDBPyConnection) -> None:
+    """A view may read another: one whose turn has not come waits for the next round."""
+    waiting = {file.stem: file.read_text(encoding="utf-8") for file in _files()}
+    while waiting:
+        before = len(waiting)
+        for name, select in list(waiting.items()):
+            try:
+                con.execute(f"create view {name} as {select}")
+                del waiting[name]
+            except duckdb.CatalogException:
+                if before == len(waiting) and name == list(waiting)[-1]:
+                    raise
+
+
+def _files() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("*.sql"))
+
+
+def _parquet(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], schema: pa.Schema) -> None:
+    if files:
+        listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+        con.execute(f"create view {name} as select * from read_parquet([{listed}], filename = true)")
+    else:
+        con.register(name, schema.empty_table().append_column("filename", pa.array([], pa.string())))

@@ -1,0 +1,207 @@
+"""The command `prefcache`: parse, load the config, call one stage, turn errors into exit codes.
+
+Nothing heavy is imported before a command is known, so that help answers at once.
+"""
+
+import contextlib
+import errno
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.errors import INTERRUPTED, PrefcacheError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Commands(click.Group):
+    """Errors are translated here, once: a line on stderr and the exit code that says what kind it was."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except PrefcacheError as error:
+            _fail(str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("interrupted. What was finished is kept: run the same command to go on.", INTERRUPTED)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+        except MemoryError:
+            _fail("out of memory. Lower the stage's tokens per batch.", ResourceError.exit_code)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                _fail(
+                    f"{error.filename or 'a file'}: the disk took no more ({error.strerror}).", ResourceError.exit_code
+                )
+            if isinstance(error, PermissionError):
+                _fail(f"{error.filename}: permission denied.", UsageError.exit_code)
+            raise
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+                raise
+            _fail(f"out of memory. Lower the stage's tokens per batch. ({error})", ResourceError.exit_code)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    from pipeline.progress import printable
+
+    click.echo(f"error: {printable(message)}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(package_name="prefcache")
+def main() -> None:
+    """Run the reference model once; train on its log-probs as often as you like.
+
+    \b
+        prefcache prepare data/demo/config.yaml
+        prefcache score data/demo/config.yaml
+        prefcache train data/demo/config.yaml
+        prefcache sql "select prompt, margin from rewards join examples using (example_id)"
+
+    The stages meet only on disk. Each is safe to interrupt and does nothing that is already done.
+
+    Exit codes: 0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 130 interrupted.
+    """
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """The arguments that every stage takes."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+    function = click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")(function)
+    function = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key of the config, e.g. train.beta=0.2.",
+    )(function)
+    return click.argument("config", required=False, metavar="[CONFIG]")(function)
+
+
+@main.command()
+@stage
+def prepare(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Turn preference pairs into exact token ids.
+
+    \b
+        prefcache prepare data/demo/config.yaml
+        prefcache prepare --set model=MODEL --set prepare.data=pairs.jsonl --set out=runs/mine
+
+    Unusable records go to OUT/prepared/quarantine.parquet with the reason.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import prepare
+
+        _print(prepare.run(settings, progress), as_json, "prepared")
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Say what there is to score, and score nothing.")
+@stage
+def score(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dry_run: bool) -> None:
+    """Score every prepared sequence that the cache lacks.
+
+    \b
+        prefcache score data/demo/config.yaml
+        prefcache score data/demo/config.yaml --dry-run
+
+    Safe to interrupt: finished shards are kept. When nothing is missing, no model is loaded.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import score
+
+        _print(score.run(settings, progress, dry_run), as_json, "scored")
+
+
+@main.command()
+@stage
+def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Train the policy against the cached log-probs.
+
+    \b
+        prefcache train data/demo/config.yaml
+        prefcache train data/demo/config.yaml --set train.loss=ipo --set train.run=ipo
+
+    The trained model is in OUT/RUN/model. Interrupted, the same command goes on from the last checkpoint.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import train
+
+        if (result := train.run(settings, progress)) is not None:
+            _print(result, as_json, "trained")
+
+
+@main.command()
+@click.argument("query")
+@click.argument("folder", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Most rows of the table; JSON has all."
+)
+def sql(query: str, folder: str | None, as_json: bool, limit: int) -> None:
+    """Ask one SELECT about an experiment.
+
+    \b
+        prefcache sql "select run, avg(margin), avg(correct::int) from rewards group by run"
+        prefcache sql "select * from examples where n_chosen > 2 * n_rejected" runs/demo
+
+    \b
+    Views:
+        examples   prepared pairs: text, lengths, keys
+        reference  cached log-probs, one row per sequence
+        steps      every pair at every visit of every run
+        rewards    the latest rewards of each pair in each run
+
+    FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
+    """
+    from stages import inspect
+
+    result = inspect.sql(query, folder)
+    if as_json:
+        rows = [dict(zip(result.columns, row, strict=True)) for row in result.rows()]
+        click.echo(json.dumps(rows, indent=1, ensure_ascii=False, default=_as_json))
+    else:
+        from stages import tables
+
+        tables.rows(result.columns, result.rows(), limit)
+
+
+# -- loading and printing --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _loaded(path: str | None, overrides: tuple[str, ...], quiet: bool) -> Iterator[tuple["Config", Any]]:
+    from pipeline import config
+    from pipeline.progress import Progress
+
+    if path is None and not overrides:
+        raise UsageError("No config. Name one, as in `prefcache prepare data/demo/config.yaml`, or --set its keys.")
+    yield config.load(path, overrides), Progress(quiet)
+
+
+def _print(result: dict[str, Any], as_json: bool, table: str) -> None:
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        from stages import tables
+
+        getattr(tables, table)(result)
+
+
+def _as_json(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,71 @@
+"""inspect: questions about data, references and rewards, in SQL."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import artifact, views
+from pipeline.cache import Cache
+from pipeline.errors import IntegrityError, UsageError
+from pipeline.prepared import Prepared
+
+PROVENANCE = "provenance.json"
+
+
+def sql(query: str, folder: str | None) -> views.Result:
+    """Answer one SELECT over the views of an experiment's folder."""
+    return views.ask(views.connect(_sources(_experiment(folder))), query)
+
+
+def _experiment(folder: str | None) -> Path:
+    if folder is not None:
+        if not (Path(folder) / "prepared").is_dir():
+            raise UsageError(f"{folder} is no experiment: it has no prepared/ in it. Name the `out` of a config.")
+        return Path(folder)
+    found = sorted(path.parent.parent for path in Path("runs").glob("*/prepared/manifest.json"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError("No experiment in runs/. Prepare one (make prepare), or name its folder after the query.")
+    raise UsageError(f"runs/ has {', '.join(path.name for path in found)}. Name one after the query: {found[0]}.")
+
+
+def _sources(folder: Path) -> views.Sources:
+    shards, references = _reference(folder)
+    visits, runs = _runs(folder)
+    return views.Sources(Prepared(folder / "prepared").table(), shards, references, visits, runs)
+
+
+def _reference(folder: Path) -> tuple[list[str], pa.Table]:
+    """The shards of the reference that scored this experiment, each verified."""
+    schema = pa.schema([("folder", pa.string()), ("reference", pa.string())])
+    scored = artifact.read_manifest(folder / "scored")
+    if scored is None:
+        return [], schema.empty_table()
+    cache = Cache(Path(scored["cache"]), scored["reference"]["model_id"])
+    cache.refuse_damage()
+    row = {"folder": f"{cache.folder}/", "reference": cache.reference["name"]}
+    return cache.shards, pa.Table.from_pylist([row], schema=schema)
+
+
+def _runs(folder: Path) -> tuple[list[str], pa.Table]:
+    """Every run in the folder, finished or not, and the parts it has written."""
+    schema = pa.schema([("folder", pa.string()), ("run", pa.string()), ("loss", pa.string()), ("beta", pa.float64())])
+    parts: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for record in sorted(folder.glob(f"*/{PROVENANCE}")):
+        facts = artifact.unseal(record)
+        _refuse_damage(record.parent)
+        parts += sorted(str(part) for part in (record.parent / "steps").glob("to-*.parquet"))
+        rows.append(
+            {"folder": f"{record.parent}/", "run": record.parent.name, "loss": facts["loss"], "beta": facts["beta"]}
+        )
+    return parts, pa.Table.from_pylist(rows, schema=schema)
+
+
+def _refuse_damage(run: Path) -> None:
+    manifest = artifact.read_manifest(run)
+    for entry in manifest["parts"] if manifest else []:
+        if reason := artifact.damage(run / "steps", entry):
+            raise IntegrityError(f"{run / 'steps' / entry['file']} {reason}. Train that run again, or move it away.")

@@ -1,0 +1,412 @@
+"""train: the policy alone, against the cached log-probs of its reference."""
+
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import artifact, batches, checkpoints, identity
+from pipeline import config as configuration
+from pipeline.batches import Pairs
+from pipeline.cache import Cache, identify
+from pipeline.config import Config, Kinds
+from pipeline.errors import DataError, IdentityError, UsageError
+from pipeline.losses import Loss, get_loss, hyperparameters
+from pipeline.policy import Policy, Visit, accelerator, learning_rate
+from pipeline.prepared import Prepared, Sequences
+from pipeline.progress import Progress
+from pipeline.runlog import RunLog
+from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
+
+PROVENANCE, BEFORE = "provenance.json", "before.json"
+# Mean deviation per token between the policy at its start and the cached reference that is still rounding.
+START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+START_SAMPLE = 32
+# Keys that change neither the order of the data nor the arithmetic of a step.
+_HARMLESS = {"run", "checkpoint_every", "keep_checkpoints", "eval_every", "samples", "sample_tokens", "kinds", "device"}
+
+
+@dataclass
+class Session:
+    """What every part of a run needs."""
+
+    config: Config
+    inputs: dict[str, Any]
+    pairs: dict[str, Pairs]
+    loss: Loss
+    loss_arguments: dict[str, Any]
+    policy: Policy
+    log: RunLog
+    progress: Progress
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.policy.accelerator.is_main_process)
+
+    @property
+    def n_steps(self) -> int:
+        train = self.config.train
+        return batches.n_steps(len(self.pairs[TRAIN]), train.batch_size, train.epochs)
+
+    def losses(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.loss.function(*(columns[name] for name in self.loss.columns), **self.loss_arguments)
+
+
+def run(config: Config, progress: Progress) -> dict[str, Any] | None:
+    """The result, on the process that wrote it; None on the others."""
+    loss = get_loss(config.train.loss)
+    loss_arguments = hyperparameters(loss, config.train.beta, config.train.loss_args)
+    prepared = Prepared(config.prepared)
+    scored = _scored(config, prepared)
+    start = identity.find_model(config.train.model or config.model)
+    inputs = _inputs(config, prepared, scored, start)
+    devices = accelerator(config.train)
+    progress = progress if devices.is_main_process else Progress(quiet=True)
+    if devices.is_main_process:
+        _make_room(config.run, inputs, progress)
+    devices.wait_for_everyone()
+    if (finished := artifact.read_manifest(config.run)) is not None:
+        progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
+        artifact.touch_manifest(config.run)
+        return {**finished, "run": str(config.run), "changed": False}
+
+    pairs = _pairs(prepared, scored, progress)
+    _refuse_missing_columns(loss, pairs[TRAIN])
+    policy = Policy(start, prepared.manifest["template"], config.train, devices)
+    session = Session(config, inputs, pairs, loss, loss_arguments, policy, RunLog(config.run), progress)
+    _write_provenance(session)
+    before = _before(session, scored)
+    state = _go_back(session)
+    seconds, after = _train(session, state)
+    return _finish(session, before, after, seconds)
+
+
+# -- before any model is loaded --------------------------------------------------------------------------------------
+
+
+def _scored(config: Config, prepared: Prepared) -> dict[str, Any]:
+    scored = artifact.read_manifest(config.scored)
+    if scored is None:
+        raise UsageError(
+            f"{config.prepared} has not been scored: there is no {config.scored}. Score first (make score)."
+        )
+    if scored["inputs"]["prepared"] != prepared.id:
+        raise IdentityError(
+            f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (make score)."
+        )
+    if config.train.model is None or Path(config.model).is_dir():
+        named = identify(identity.find_model(config.model), Path(config.cache))["model_id"]
+        if named != scored["reference"]["model_id"]:
+            raise IdentityError(
+                f"{config.scored} was scored by {scored['reference']['name']}@{scored['reference']['model_id'][:8]}; this "
+                f"run names {config.model}@{named[:8]}. Score with it (make score), or set model back."
+            )
+    return scored
+
+
+def _inputs(config: Config, prepared: Prepared, scored: dict[str, Any], start: Path) -> dict[str, Any]:
+    return {
+        "prepared": prepared.id,
+        "reference": scored["reference"]["model_id"],
+        "numerics": scored["accepted_numerics"],
+        "policy": identify(start, Path(config.cache))["model_id"],
+        "train": config.train.model_dump(mode="json", exclude=_HARMLESS),
+    }
+
+
+def _make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None:
+    """Leave a run of these inputs where it is; keep a finished run of others under another name; refuse the rest."""
+    record = folder / PROVENANCE
+    if not record.exists():
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UsageError(f"{folder} is not empty and holds no run. Name another with --set train.run=NAME.")
+        return
+    artifact.remove_leftovers(folder)
+    changed = _changed(artifact.unseal(record)["inputs"], inputs)
+    if not changed:
+        return
+    if not (folder / artifact.MANIFEST).exists():
+        raise UsageError(
+            f"{folder} holds an unfinished run with {'; '.join(changed)}. Set that back to go on with it, name another "
+            f"run (--set train.run=NAME), or delete {folder}."
+        )
+    aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
+    os.replace(folder, aside)
+    progress.say(f"train: {folder} held a finished run with {'; '.join(changed)}; it is now {aside}")
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`train.beta 0.1 (now 0.2)` for every key that differs."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            lines += _changed(was, now, f"{prefix}{key}.")
+        elif was != now:
+            shown = (f"{value[:8]}" if isinstance(value, str) else f"{value}" for value in (was, now))
+            lines.append("{} {} (now {})".format(f"{prefix}{key}", *shown))
+    return lines
+
+
+def _pairs(prepared: Prepared, scored: dict[str, Any], progress: Progress) -> dict[str, Pairs]:
+    cache = Cache(Path(scored["cache"]), scored["reference"]["model_id"])
+    cache.refuse_damage()
+    pairs = {}
+    for split in (TRAIN, HELD_OUT):
+        table = prepared.table(split)
+        reference = cache.join(table, scored["accepted_numerics"])
+        pairs[split] = Pairs(table, Sequences(table), reference)
+        if missing := pairs[split].n_without_reference:
+            progress.warn(f"{missing} {split} pairs are left out: the reference has no finite log-prob for them")
+    if not len(pairs[TRAIN]):
+        raise DataError(f"{prepared.folder} has no pair to train on. Lower prepare.held_out, or add data.")
+    return pairs
+
+
+def _refuse_missing_columns(loss: Loss, pairs: Pairs) -> None:
+    if missing := [name for name in loss.columns if name not in pairs.column_names]:
+        raise UsageError(f"Loss {loss.name!r} reads {', '.join(missing)}, which prepared pairs and their cache lack.")
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _write_provenance(s: Session) -> None:
+    if not s.main or (s.config.run / PROVENANCE).exists():
+        return
+    packages = ("prefcache", "torch", "transformers", "accelerate")
+    facts = {
+        "inputs": s.inputs,
+        "model": s.config.train.model or s.config.model,
+        "loss": s.loss.name,
+        "loss_arguments": s.loss_arguments,
+        "beta": s.config.train.beta,
+        "versions": {name: version(name) for name in packages},
+        "precision": s.policy.precision,
+        "device": str(s.policy.accelerator.device),
+        "processes": s.policy.accelerator.num_processes,
+    }
+    artifact.commit_bytes(s.config.run / PROVENANCE, artifact.seal(facts))
+    artifact.commit_bytes(s.config.run / "config.yaml", configuration.to_yaml(s.config).encode())
+
+
+def _before(s: Session, scored: dict[str, Any]) -> dict[str, Any]:
+    """What the policy does before it learns. A resumed run reads it: its policy is no longer the one that started."""
+    path = s.config.run / BEFORE
+    if path.exists():
+        return artifact.unseal(path)
+    s.progress.say(f"train: {len(s.pairs[TRAIN]):,} pairs, {s.n_steps} steps of {s.config.train.batch_size}")
+    metrics = _start_metrics(s, scored)
+    evaluation = _evaluate(s, 0, 0.0)
+    before = {"start": metrics, "evaluation": evaluation, "answers": _answers(s)}
+    if s.main:
+        row = {"step": 0, "epoch": 0.0, "num_tokens": 0, **metrics, **_eval_row(evaluation)}
+        s.log.metrics(row)
+        s.log.flush(0)
+        artifact.commit_bytes(path, artifact.seal(before))
+    s.policy.accelerator.wait_for_everyone()
+    return before
+
+
+def _start_metrics(s: Session, scored: dict[str, Any]) -> dict[str, float]:
+    """Where policy and reference are the same weights, the cache must hold what the policy computes."""
+    pairs = s.pairs[TRAIN]
+    sample = np.arange(min(START_SAMPLE, len(pairs)))
+    visit = s.policy.evaluate(pairs, sample, s.losses)
+    metrics = _metrics(visit, s.config.train.beta)
+    if s.inputs["policy"] != s.inputs["reference"]:
+        s.progress.say("train: policy and reference are different weights, so the margin need not start at 0")
+        return metrics
+    columns = pairs.batch(sample, "cpu").columns
+    gaps = [
+        np.abs(visit[f"{side}_logp"] - visit[f"ref_{side}_logp"]) / columns[f"n_{side}"].numpy()
+        for side in ("chosen", "rejected")
+    ]
+    worst, dtypes = float(np.max(gaps)), [record["dtype"] for record in scored["numerics"].values()]
+    tolerance = max(START_TOLERANCE[name] for name in [s.policy.precision, *dtypes])
+    if not worst <= tolerance:
+        raise IdentityError(
+            f"The policy is the cached reference, yet their log-probs differ by {worst:.3g} nats per token at the start; "
+            f"{tolerance} is rounding. The policy computes in {s.policy.precision}; the cache was scored with "
+            f"{'; '.join(str(record) for record in scored['numerics'].values())}. Score again in this environment "
+            "(--set score.rescore=true), or set train.precision to the cache's."
+        )
+    s.progress.say(
+        f"train: start checked on {len(sample)} pairs: margin {metrics['rewards/margins']:.6f}, "
+        f"{s.loss.name} loss {metrics['loss']:.6f}"
+    )
+    return metrics
+
+
+def _go_back(s: Session) -> dict[str, Any]:
+    """The state to go on from: the newest whole checkpoint's, or the beginning's."""
+    found = checkpoints.newest(s.config.run, s.progress.warn)
+    step = found[1]["step"] if found else 0
+    if s.main:
+        s.log.go_back(step)
+    if not found:
+        return {"step": 0, "num_tokens": 0}
+    folder, state = found
+    s.policy.restore(checkpoints.weights(folder), checkpoints.optimizer(folder))
+    s.progress.say(f"train: going on from step {step}")
+    return state
+
+
+def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """All steps that are left; returns the seconds they took and the last evaluation."""
+    train, pairs, n_tokens = s.config.train, s.pairs[TRAIN], state["num_tokens"]
+    began, evaluation = time.monotonic(), None
+    with s.progress.count("train", s.n_steps - state["step"], "steps") as counter:
+        for step, epoch, indices in batches.steps(
+            len(pairs), train.batch_size, train.epochs, train.seed, state["step"]
+        ):
+            rate = learning_rate(step, s.n_steps, train)
+            visit, grad_norm = s.policy.update(pairs, indices, s.losses, rate)
+            n_tokens += pairs.n_tokens(indices)
+            metrics = _metrics(visit, train.beta)
+            row = {"step": step, "epoch": epoch, **metrics, "grad_norm": grad_norm, "learning_rate": rate}
+            last = step == s.n_steps
+            if last or (train.eval_every and step % train.eval_every == 0):
+                evaluation = _evaluate(s, step, epoch)
+                row |= _eval_row(evaluation)
+            s.log.metrics({**row, "num_tokens": n_tokens})
+            s.log.visit(step, epoch, TRAIN, pairs.example_ids(indices), visit)
+            if last or step % train.checkpoint_every == 0:
+                _checkpoint(s, step, n_tokens)
+            counter.add(1, f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}")
+    seconds = time.monotonic() - began
+    # Resumed after the last step, there was none left to evaluate at.
+    return seconds, _evaluate(s, s.n_steps, train.epochs, log=False) if evaluation is None else evaluation
+
+
+def _checkpoint(s: Session, step: int, n_tokens: int) -> None:
+    if s.main:
+        s.log.flush(step)
+        state = {"num_tokens": n_tokens}
+        keep = s.config.train.keep_checkpoints
+        checkpoints.save(s.config.run, step, s.policy.save_model, s.policy.optimizer_state(), state, keep)
+    s.policy.accelerator.wait_for_everyone()
+
+
+def _finish(s: Session, before: dict[str, Any], after: dict[str, float], seconds: float) -> dict[str, Any] | None:
+    train = s.config.train
+    answers = _answers(s)
+    summary = {
+        "steps": s.n_steps,
+        "pairs": len(s.pairs[TRAIN]),
+        "held_out": len(s.pairs[HELD_OUT]),
+        "loss": s.loss.name,
+        "seconds": round(seconds, 3),
+        "start": before["start"],
+        "before": {"evaluation": before["evaluation"], "kinds": _count_kinds(before["answers"], train.kinds)},
+        "after": {"evaluation": after, "kinds": _count_kinds(answers, train.kinds)},
+        "samples": _samples(s, before["answers"], answers)[:5],
+    }
+    if s.main:
+        _commit_run(s, before["answers"], answers, summary)
+    s.policy.accelerator.wait_for_everyone()
+    return {**summary, "run": str(s.config.run), "changed": True} if s.main else None
+
+
+def _commit_run(s: Session, before: list[str], after: list[str], summary: dict[str, Any]) -> None:
+    with artifact.commit_folder(s.config.run / "model") as folder:
+        s.policy.save_model(folder)
+    samples = pa.Table.from_pylist(_samples(s, before, after), schema=SAMPLES)
+    artifact.commit_bytes(s.config.run / "samples.parquet", artifact.parquet(samples))
+    started = s.config.train.model
+    weights = sorted(identity.find_model(started).glob("*.safetensors")) if started else []
+    artifact.commit_make_inputs(s.config.run, weights)
+    parts = [artifact.describe(part) for part in sorted((s.config.run / "steps").glob("to-*.parquet"))]
+    artifact.commit_manifest(s.config.run, {**summary, "parts": parts})
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+def _metrics(visit: Visit, beta: float) -> dict[str, float]:
+    """TRL's names. Rewards are beta times policy minus reference."""
+    chosen = beta * (visit["chosen_logp"] - visit["ref_chosen_logp"])
+    rejected = beta * (visit["rejected_logp"] - visit["ref_rejected_logp"])
+    columns = {
+        "loss": visit["loss"],
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": chosen > rejected,
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": visit["chosen_logp"],
+        "logps/rejected": visit["rejected_logp"],
+    }
+    return {name: float(values.mean()) for name, values in columns.items()}
+
+
+def _evaluate(s: Session, step: int, epoch: float, *, log: bool = True) -> dict[str, float]:
+    """Metrics on the held-out pairs, and how often the policy prefers the chosen answer by its own log-prob."""
+    pairs = s.pairs[HELD_OUT]
+    if not len(pairs):
+        return {}
+    everything = np.arange(len(pairs))
+    visit = s.policy.evaluate(pairs, everything, s.losses)
+    if log:
+        s.log.visit(step, epoch, HELD_OUT, pairs.example_ids(everything), visit)
+    preferred = float((visit["chosen_logp"] > visit["rejected_logp"]).mean())
+    return {**_metrics(visit, s.config.train.beta), "preference_accuracy": preferred}
+
+
+def _eval_row(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in evaluation.items() if name != "preference_accuracy"}
+
+
+def _sample_indices(s: Session) -> np.ndarray:
+    return np.arange(min(s.config.train.samples, len(s.pairs[HELD_OUT])))
+
+
+def _answers(s: Session) -> list[str]:
+    indices = _sample_indices(s)
+    if not len(indices) or not s.main:
+        return []
+    return s.policy.answers(s.pairs[HELD_OUT].prompts(indices)[1])
+
+
+def _samples(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
+    pairs, indices = s.pairs[HELD_OUT], _sample_indices(s)
+    if not len(indices) or not s.main:
+        return []
+    prompts, _ = pairs.prompts(indices)
+    kinds = s.config.train.kinds
+    rows = zip(pairs.example_ids(indices), prompts, before, after, strict=True)
+    return [
+        {
+            "example_id": example_id,
+            "prompt": prompt,
+            "before": old,
+            "after": new,
+            "before_kind": _kind(old, kinds),
+            "after_kind": _kind(new, kinds),
+        }
+        for example_id, prompt, old, new in rows
+    ]
+
+
+def _kind(answer: str, kinds: Kinds | None) -> str | None:
+    if kinds is None:
+        return None
+    for name, pattern in (("preferred", kinds.preferred), ("rejected", kinds.rejected)):
+        if re.fullmatch(pattern, answer, re.DOTALL):
+            return name
+    return "neither"
+
+
+def _count_kinds(answers: list[str], kinds: Kinds | None) -> dict[str, int] | None:
+    if kinds is None:
+        return None
+    counted = Counter(_kind(answer, kinds) for answer in answers)
+    return {name: counted[name] for name in ("preferred", "rejected", "neither")}

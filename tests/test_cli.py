@@ -1,0 +1,206 @@
+"""The command line: help that answers, errors that say what to do, exit codes that mean something."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_config, write_pairs
+
+from stages.cli import main
+
+
+@pytest.mark.parametrize("command", ["prepare", "score", "train", "sql"])
+def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command):
+    text = prefcache(command, "--help").stdout
+    assert f"prefcache {command} " in text and text.splitlines()[2].strip().endswith(".")
+
+
+def test_every_command_is_in_the_help(prefcache):
+    text = prefcache("--help").stdout
+    assert all(f"  {name} " in text for name in main.commands)
+    assert "0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 130 interrupted" in " ".join(
+        text.split()
+    )
+
+
+def _missing(root: Path) -> list[str]:
+    return ["--set", "prepare.data=nowhere.jsonl"]
+
+
+def _folder_as_data(root: Path) -> list[str]:
+    return ["--set", "prepare.data=runs"]
+
+
+def _empty(root: Path) -> list[str]:
+    (root / "empty.jsonl").touch()
+    return ["--set", "prepare.data=empty.jsonl"]
+
+
+def _blank(root: Path) -> list[str]:
+    (root / "blank.jsonl").write_text("\n\n")
+    return ["--set", "prepare.data=blank.jsonl"]
+
+
+def _other_columns(root: Path) -> list[str]:
+    (root / "other.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    return ["--set", "prepare.data=other.jsonl"]
+
+
+def _no_model(root: Path) -> list[str]:
+    (root / "folder").mkdir()
+    return ["--set", "model=folder"]
+
+
+def _no_such_model(root: Path) -> list[str]:
+    return ["--set", "model=nobody/no-such-model"]
+
+
+def _pickle_model(root: Path) -> list[str]:
+    (root / "pickle").mkdir()
+    (root / "pickle/config.json").write_text("{}")
+    (root / "pickle/pytorch_model.bin").touch()
+    return ["--set", "model=pickle"]
+
+
+def _misspelt(root: Path) -> list[str]:
+    return ["--set", "train.betta=0.2"]
+
+
+def _wrong_value(root: Path) -> list[str]:
+    return ["--set", "train.beta=strong"]
+
+
+MISTAKES = {
+    _missing: (2, "No data at nowhere.jsonl", "Expected a JSON Lines file"),
+    _folder_as_data: (2, "runs is a folder", "Name the files in it"),
+    _empty: (3, "empty.jsonl is empty", "one JSON object per line"),
+    _blank: (3, "blank.jsonl", "only blank lines"),
+    _other_columns: (3, "missing column: 'prompt'; found question, answer", "quarantine.parquet"),
+    _no_model: (2, "folder is no model", "Expected a folder as save_pretrained writes it"),
+    _no_such_model: (2, "nobody/no-such-model", "name a local folder"),
+    _pickle_model: (2, "pickle, which is never read", "expected *.safetensors"),
+    _misspelt: (2, "train.betta is no key", "the nearest is train.beta"),
+    _wrong_value: (2, "train.beta", "found 'strong'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_with_place_remedy_and_exit_code(prefcache, config, tmp_path, mistake):
+    (tmp_path / "runs").mkdir()
+    code, place, remedy = MISTAKES[mistake]
+    done = prefcache("prepare", config, "--quiet", *mistake(tmp_path), code=code)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert place in done.stderr and remedy in done.stderr
+
+
+def test_a_missing_config_names_one_to_start_from(prefcache):
+    assert "data/demo/config.yaml" in prefcache("prepare", "nowhere.yaml", code=2).stderr
+    assert "No config" in prefcache("prepare", code=2).stderr
+
+
+def test_a_loss_that_does_not_exist_is_refused_before_anything_is_loaded(prefcache, config):
+    done = prefcache("train", config, "--set", "train.loss=sigmod", code=2)
+    assert "The nearest is sigmoid" in done.stderr and "hinge, ipo, sigmoid" in done.stderr
+
+
+def test_a_tokenizer_of_another_model_is_refused(prefcache, config, model, tmp_path):
+    prefcache("prepare", config)
+    other = shutil.copytree(model, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "another tokenizer" in prefcache("score", config, "--set", "model=other", code=5).stderr
+
+
+def test_weights_that_are_not_weights_end_in_one_line(prefcache, config, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    prefcache("prepare", config, "--set", "model=broken")
+    done = prefcache("score", config, "--set", "model=broken", code=2)
+    assert "does not load as a causal language model" in done.stderr
+
+
+def test_a_damaged_prepared_shard_is_named(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    shard = next((tmp_path / "runs/tiny/prepared").glob("train-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    assert shard.name in prefcache("score", config, code=4).stderr
+    # Preparing again notices and mends it.
+    prefcache("prepare", config)
+    prefcache("score", config)
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(prefcache, config, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file/out" in prefcache("prepare", config, "--set", "out=file/out", code=2).stderr
+
+
+def test_no_config_is_needed_for_a_model_data_and_a_folder(prefcache, model, tmp_path):
+    write_pairs(tmp_path / "mine.jsonl", 30)
+    settings = ["--set", f"model={model}", "--set", "prepare.data=mine.jsonl", "--set", "out=runs/mine"]
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, *settings)
+    assert (tmp_path / "runs/mine/trained/model/config.json").exists()
+
+
+@pytest.fixture
+def trained(prefcache, tmp_path, model) -> Path:
+    write_pairs(tmp_path / "pairs.jsonl", 30)
+    config = write_config(tmp_path, model)
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config)
+    return tmp_path / "runs/tiny"
+
+
+def test_sql_joins_examples_reference_and_rewards(prefcache, trained):
+    """Every reward is beta times policy minus reference, with the reference read from the cache itself."""
+    query = """
+        select steps.chosen_reward, 0.1 * (steps.chosen_logp - reference.logp_sum) as by_hand
+        from steps join examples using (example_id) join reference on key = chosen_key
+    """
+    rows = json.loads(prefcache("sql", query, "--json").stdout)
+    assert len(rows) >= 60  # two epochs, and held-out visits
+    assert all(row["chosen_reward"] == pytest.approx(row["by_hand"], abs=1e-9) for row in rows)
+
+
+def test_sql_needs_no_folder_where_there_is_one_experiment_and_asks_where_there_are_more(prefcache, trained):
+    assert "30 rows" in prefcache("sql", "select example_id from examples").stdout
+    shutil.copytree(trained, trained.with_name("other"))
+    assert "Name one after the query" in prefcache("sql", "select 1", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select * from read_text('/etc/passwd')",
+        "select * from '/etc/passwd'",
+        "copy examples to 'stolen.csv'",
+        "attach 'stolen.db'",
+        "install httpfs",
+        "set memory_limit = '1GB'",
+        "select 1; select 2",
+        "drop view examples",
+        "create table t as select 1",
+        "select nothing from examples",
+        "select * from exampels",
+        "not sql",
+        "",
+    ],
+)
+def test_sql_refuses_what_is_not_one_select_over_the_views(prefcache, trained, query):
+    done = prefcache("sql", query, code=2)
+    assert done.stderr.startswith("error: ") and "examples, reference, rewards, steps" in done.stderr
+    assert not list(trained.parent.parent.glob("stolen*"))
+
+
+def test_sql_shows_hostile_text_as_text(prefcache, trained):
+    done = prefcache("sql", "select chr(27) || '[31mred' as x")
+    assert "\x1b" not in done.stdout and "[31mred" in done.stdout
+
+
+def test_sql_says_how_many_rows_it_left_out(prefcache, trained):
+    assert "2 rows of 30" in prefcache("sql", "select * from examples", "--limit", "2").stdout
+    assert len(json.loads(prefcache("sql", "select * from examples", "--json", "--limit", "2").stdout)) == 30

@@ -1,0 +1,118 @@
+"""Imports point strictly downward. The floors are what keeps a training process from loading a reference."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FLOORS = [
+    {"pipeline.errors", "pipeline.schema", "pipeline.example"},
+    {
+        "pipeline.artifact",
+        "pipeline.config",
+        "pipeline.identity",
+        "pipeline.logprobs",
+        "pipeline.losses",
+        "pipeline.packing",
+        "pipeline.progress",
+    },
+    {
+        "pipeline.batches",
+        "pipeline.cache",
+        "pipeline.checkpoints",
+        "pipeline.engines",
+        "pipeline.engines.transformers",
+        "pipeline.formats",
+        "pipeline.policy",
+        "pipeline.prepared",
+        "pipeline.runlog",
+        "pipeline.sources",
+        "pipeline.templating",
+        "pipeline.views",
+    },
+    {"stages.prepare", "stages.score", "stages.train", "stages.inspect", "stages.tables"},
+    {"stages.cli"},
+]
+# Within floor 2, the trainer's parts and an engine's own package.
+SAME_FLOOR = {("pipeline.policy", "pipeline.batches"), ("pipeline.engines", "pipeline.engines.transformers")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for file in [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")]:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return {name: file for name, file in found.items() if name not in ("pipeline", "stages")}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(module: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if module in names)
+
+
+MODULES = modules()
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_strictly_downward(module):
+    for imported in imports(MODULES[module]):
+        if imported in MODULES and (module, imported) not in SAME_FLOOR:
+            assert floor(imported) < floor(module), f"{module} imports {imported}"
+
+
+def top_level(module: str) -> set[str]:
+    return {imported.partition(".")[0] for imported in imports(MODULES[module])}
+
+
+@pytest.mark.parametrize("module", ["pipeline.losses", "pipeline.logprobs"])
+def test_losses_and_logprobs_import_only_torch_and_the_ground_floor(module):
+    ours = {imported for imported in imports(MODULES[module]) if imported in MODULES}
+    assert ours <= FLOORS[0]
+    outside = top_level(module) - set(sys.stdlib_module_names) - {"pipeline"}
+    assert outside <= {"torch", "numpy"}
+
+
+def test_only_the_command_line_imports_click():
+    assert [module for module in MODULES if "click" in top_level(module)] == ["stages.cli"]
+
+
+def test_only_its_engine_may_import_vllm():
+    assert {module for module in MODULES if "vllm" in top_level(module)} <= {"pipeline.engines.vllm"}
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys; {code}; print(' '.join(sys.modules))"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_training_cannot_load_a_reference():
+    assert not {name for name in loaded_by("import stages.train") if name.startswith("pipeline.engines")}
+
+
+def test_the_command_line_and_sql_load_no_torch():
+    assert "torch" not in loaded_by("import stages.cli, stages.inspect, stages.tables")
+
+
+def test_help_loads_neither_torch_nor_arrow_nor_duckdb():
+    # Measured by modules, not by seconds: a loaded module is what would make help slow.
+    assert not {"torch", "pyarrow", "duckdb", "transformers", "pydantic"} & loaded_by("import stages.cli")

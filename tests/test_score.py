@@ -1,0 +1,257 @@
+"""score, as a user runs it: exact values, nothing twice, nothing lost."""
+
+import hashlib
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import PREFCACHE, write_config, write_pairs
+
+from pipeline.prepared import Prepared
+
+
+def cache_folder(root: Path) -> Path:
+    (folder,) = (path for path in (root / "cache").iterdir() if path.is_dir())
+    return folder
+
+
+def rows_of(root: Path) -> dict[bytes, dict]:
+    shards = sorted(cache_folder(root).glob("*.parquet"))
+    rows = [row for shard in shards for row in pq.read_table(shard, page_checksum_verification=True).to_pylist()]
+    assert len({row["key"] for row in rows}) == len(rows), "a sequence was stored twice"
+    return {row["key"]: row for row in rows}
+
+
+def fingerprint(root: Path) -> dict[str, str]:
+    """What a cache holds, byte for byte."""
+    files = [path for path in cache_folder(root).iterdir() if not path.name.startswith(".")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_values_are_those_of_the_plain_transformers_forward(prefcache, config, model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    prefcache("prepare", config)
+    prefcache("score", config)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    cached = rows_of(tmp_path)
+    for example in Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist():
+        for side in ("chosen", "rejected"):
+            row = cached[example[f"{side}_key"]]
+            ids = torch.tensor([example["prompt_ids"] + example[f"{side}_ids"]])
+            labels = ids.clone()
+            labels[:, : len(example["prompt_ids"])] = -100
+            with torch.no_grad():
+                # Transformers' own loss shifts by itself: the mean negative log-prob of the completion's tokens.
+                expected = -plain(input_ids=ids, labels=labels).loss.item() * row["n_completion"]
+            assert row["logp_sum"] == pytest.approx(expected, rel=1e-5)
+            assert row["logp_sum"] == float(np.sum(np.asarray(row["logps"], dtype=np.float32), dtype=np.float64))
+            assert (row["n_prompt"], row["n_completion"]) == (example["n_prompt"], example[f"n_{side}"])
+
+
+def test_a_second_run_scores_nothing_and_loads_no_model(prefcache, config, tmp_path, model):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    before = fingerprint(tmp_path)
+    done = prefcache("score", config, "--json")
+    assert json.loads(done.stdout)["tokens"] == 0 and "nothing to do" in done.stderr
+    # Another experiment over the same data: another folder, the same cache, still nothing to score.
+    prefcache("prepare", config, "--set", "out=runs/second")
+    done = prefcache("score", config, "--set", "out=runs/second", "--json")
+    assert json.loads(done.stdout)["scored"] == 0 and "plain float32 forward" not in done.stderr
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["train.loss=ipo", "train.beta=0.5", "train.learning_rate=0.1", "train.seed=7", "train.batch_size=3"],
+)
+def test_no_training_argument_makes_a_row_stale(prefcache, config, tmp_path, setting):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    assert json.loads(prefcache("score", config, "--set", setting, "--json").stdout)["tokens"] == 0
+
+
+def test_after_an_append_only_what_is_new_is_scored(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    first = json.loads(prefcache("score", config, "--json").stdout)
+    before = fingerprint(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl", 6, start=60, mode="a")
+    prefcache("prepare", config)
+    planned = json.loads(prefcache("score", config, "--dry-run", "--json").stdout)
+    second = json.loads(prefcache("score", config, "--json").stdout)
+    assert first["scored"] == 120 and second["scored"] == planned["to_score"] == 12
+    assert second["tokens"] == planned["tokens"] and second["cached_before"] == 120
+    after = fingerprint(tmp_path)
+    assert before.items() <= after.items()
+    assert len(rows_of(tmp_path)) == 132
+
+
+def test_an_answer_that_occurs_twice_is_scored_once(prefcache, config, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 10, start=0, mode="a")
+    prefcache("prepare", config)
+    result = json.loads(prefcache("score", config, "--json").stdout)
+    assert result["sequences"] == 120  # 70 pairs, 10 of them twice
+
+
+def test_a_dry_run_writes_no_rows(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    result = json.loads(prefcache("score", config, "--dry-run", "--json").stdout)
+    assert (result["to_score"], result["cached_before"]) == (120, 0) and result["tokens"] > 0 and result["bytes"] > 0
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+
+
+def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, process, config, tmp_path):
+    prefcache("prepare", config)
+    began = time.monotonic()
+    process("score", config)
+    whole = time.monotonic() - began
+    expected = fingerprint(tmp_path)
+    assert sum(name.endswith(".parquet") for name in expected) >= 8  # there are shards to be killed between
+
+    shutil.rmtree(tmp_path / "cache")
+    dice, killed = random.Random(0), 0
+    # Most of the time goes into imports; the later the kill, the more shards are there already.
+    for _ in range(20):
+        process = subprocess.Popen([PREFCACHE, "score", config], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        _kill_after(process, tmp_path, dice, whole)
+        killed += process.wait() == -signal.SIGKILL
+        shutil.rmtree(tmp_path / "runs/tiny/scored", ignore_errors=True)
+        if dice.random() < 0.3 and (tmp_path / "cache").exists():
+            _forget_some(tmp_path, dice)
+    assert killed >= 15
+    prefcache("score", config)
+    assert fingerprint(tmp_path) == expected
+
+
+def _kill_after(process: subprocess.Popen, root: Path, dice: random.Random, whole: float) -> None:
+    """Kill once a random number of files more is in the cache, or at a random time."""
+    deadline = time.monotonic() + dice.uniform(0.3, 1.0) * whole
+    goal = len(list(root.glob("cache/*/*"))) + dice.randint(1, 6)
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(root.glob("cache/*/*"))) >= goal:
+            break
+        time.sleep(0.001)
+    process.kill()
+
+
+def _forget_some(root: Path, dice: random.Random) -> None:
+    """Throw finished records away, so that there is work left to be killed in."""
+    for record in sorted(cache_folder(root).glob("*.json")):
+        if record.name != "reference.json" and dice.random() < 0.7:
+            record.unlink()
+
+
+def test_interrupted_scoring_keeps_finished_shards_and_exits_130(config, tmp_path, prefcache):
+    prefcache("prepare", config)
+    process = subprocess.Popen([PREFCACHE, "score", config], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(tmp_path.glob("cache/*/*.parquet"))) < 2:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    kept = fingerprint(tmp_path)
+    result = json.loads(prefcache("score", config, "--json").stdout)
+    assert 0 < result["cached_before"] < 120 and kept.items() <= fingerprint(tmp_path).items()
+
+
+def test_a_truncated_shard_is_detected_and_only_it_is_scored_again(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    before = fingerprint(tmp_path)
+    shard = sorted(cache_folder(tmp_path).glob("*.parquet"))[1]
+    n_rows = pq.read_metadata(shard).num_rows
+    shard.write_bytes(shard.read_bytes()[:-10])
+    done = prefcache("train", config, code=4)
+    assert shard.name in done.stderr and "make score" in done.stderr
+    result = json.loads(prefcache("score", config, "--json").stdout)
+    assert result["scored"] == n_rows
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_flipped_bit_is_detected(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    before = fingerprint(tmp_path)
+    for path in (
+        sorted(cache_folder(tmp_path).glob("*.parquet"))[0],
+        sorted(cache_folder(tmp_path).glob("[0-9]*.json"))[0],
+    ):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        assert path.stem.partition("-")[0] in prefcache("sql", "select 1", "runs/tiny", code=4).stderr
+        assert json.loads(prefcache("score", config, "--json").stdout)["scored"] > 0
+        assert fingerprint(tmp_path) == before
+
+
+def test_a_full_disk_ends_with_exit_code_6_and_a_clean_resume(prefcache, process, config, tmp_path):
+    prefcache("prepare", config)
+    # No file may exceed 2 kB: a shard does.
+    limit = (2000, 2000)
+    done = process("score", config, code=6, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert "the disk took no more" in done.stderr
+    assert not list(cache_folder(tmp_path).glob("[0-9a-f]*.json"))
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 120
+    assert not list(cache_folder(tmp_path).glob(".*"))
+
+
+def test_other_weights_get_a_cache_of_their_own(prefcache, config, other_model, tmp_path):
+    for model in ([], ["--set", f"model={other_model}"]):
+        prefcache("prepare", config, *model)
+        assert json.loads(prefcache("score", config, *model, "--json").stdout)["scored"] == 120
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_cache_scored_by_another_model_is_refused_in_training(prefcache, config, other_model):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    done = prefcache("train", config, "--set", f"model={other_model}", code=5)
+    assert "was scored by" in done.stderr and "make score" in done.stderr
+
+
+def test_another_dtype_is_never_mixed_in_silently(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    bf16 = ["--set", "score.dtype=bfloat16"]
+    done = prefcache("score", config, *bf16, code=5)
+    assert "dtype float32 -> bfloat16" in done.stderr and "score.rescore=true" in done.stderr
+    other = done.stderr.partition("accept_numerics=[")[2].partition("]")[0]
+    accepted = prefcache("score", config, *bf16, "--set", f"score.accept_numerics=[{other}]", "--json")
+    assert json.loads(accepted.stdout)["scored"] == 0
+    rescored = prefcache("score", config, *bf16, "--set", "score.rescore=true", "--json")
+    assert json.loads(rescored.stdout)["scored"] == 120
+    # float32 rows are still there and still what float32 asks for.
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+
+
+def test_a_sequence_longer_than_the_model_takes_is_refused_before_it_is_loaded(prefcache, model, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "red " * 600, "chosen": "a", "rejected": "b"}) + "\n")
+    config = write_config(tmp_path, model)
+    prefcache("prepare", config)
+    assert "Set prepare.max_length=512" in prefcache("score", config, code=2).stderr
+
+
+def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, config, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    arguments = [config, "--set", f"model={broken}", "--set", "score.parity_sample=0"]
+    prefcache("prepare", *arguments)
+    result = json.loads(prefcache("score", *arguments, "--json").stdout)
+    assert result["failed"] == 120
+    assert {row["status"] for row in rows_of(tmp_path).values()} == {"failed: a log-prob is not finite"}
+    assert all(row["logp_sum"] is None for row in rows_of(tmp_path).values())
+    assert "no pair to train on" in prefcache("train", *arguments, code=3).stderr

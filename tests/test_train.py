@@ -1,0 +1,305 @@
+"""train, as a user runs it: right losses, nothing lost, and one model in memory."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import PREFCACHE, build_model, write_config, write_pairs
+
+from pipeline.prepared import Prepared
+
+
+@pytest.fixture
+def scored(prefcache, config):
+    """A config whose data is prepared and scored."""
+    prefcache("prepare", config)
+    prefcache("score", config)
+    return config
+
+
+def table(run: Path, name: str) -> list[dict]:
+    parts = sorted((run / name).glob("*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def metrics(run: Path) -> list[dict]:
+    return table(run, "metrics")
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model/model.safetensors").read_bytes()
+
+
+def test_the_cached_and_a_live_reference_give_the_same_losses_for_50_steps(prefcache, scored, model, tmp_path):
+    settings = ["--set", "train.epochs=9", "--set", "train.learning_rate=1e-4"]
+    prefcache("train", scored, *settings)
+    run = tmp_path / "runs/tiny/trained"
+    ours = {row["step"]: row["loss"] for row in metrics(run) if row["step"]}
+    assert len(ours) >= 50
+    theirs = live_losses(model, tmp_path, batches_of(run), learning_rate=1e-4)
+    worst = max(abs(ours[step] - theirs[step]) for step in ours)
+    assert worst < 1e-6, worst
+
+
+def batches_of(run: Path) -> dict[int, list[str]]:
+    """The pairs of every step, as the run recorded them."""
+    batches: dict[int, list[str]] = {}
+    for row in table(run, "steps"):
+        if row["split"] == "train":
+            batches.setdefault(row["step"], []).append(row["example_id"])
+    return batches
+
+
+def live_losses(model: Path, root: Path, batches: dict[int, list[str]], learning_rate: float) -> dict[int, float]:
+    """DPO as the paper has it: both models in memory, both run on every pair, one sequence at a time."""
+    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    n_steps = len(batches)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * n_steps), n_steps)
+    examples = {row["example_id"]: row for row in Prepared(root / "runs/tiny/prepared").table().to_pylist()}
+
+    def logp(live: torch.nn.Module, row: dict, side: str) -> torch.Tensor:
+        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        logps = live(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        return logps[row["n_prompt"] - 1 :].double().sum()
+
+    losses = {}
+    for step, example_ids in batches.items():
+        margins = []
+        for row in (examples[example_id] for example_id in example_ids):
+            with torch.no_grad():
+                reference_margin = logp(reference, row, "chosen") - logp(reference, row, "rejected")
+            margins.append(logp(policy, row, "chosen") - logp(policy, row, "rejected") - reference_margin)
+        loss = -torch.nn.functional.logsigmoid(0.1 * torch.stack(margins)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses[step] = loss.item()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("loss", "at_margin_zero"),
+    [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", (1 / (2 * 0.1)) ** 2)],
+)
+def test_step_0_shows_margin_0_and_the_loss_of_margin_0(prefcache, scored, tmp_path, loss, at_margin_zero):
+    result = json.loads(prefcache("train", scored, "--set", f"train.loss={loss}", "--json").stdout)
+    first = metrics(tmp_path / "runs/tiny/trained")[0]
+    assert first["step"] == 0 and abs(first["rewards/margins"]) < 1e-6
+    assert first["loss"] == pytest.approx(at_margin_zero, rel=1e-5)
+    # It learns: the margin on the pairs it trains on rises.
+    assert metrics(tmp_path / "runs/tiny/trained")[-1]["rewards/margins"] > 0.05
+    assert result["steps"] == len(metrics(tmp_path / "runs/tiny/trained")) - 1
+
+
+def test_a_cache_that_does_not_hold_what_the_policy_computes_is_refused(prefcache, scored, tmp_path):
+    """Values changed behind the record's back, with checksums to match: only recomputing them can tell."""
+    from pipeline import artifact
+    from pipeline.schema import CACHE
+
+    for record_file in (tmp_path / "cache").glob("*/[0-9a-f]*.json"):
+        if record_file.name == "reference.json":
+            continue
+        record = artifact.unseal(record_file)
+        shard = record_file.parent / record["file"]
+        rows = [{**row, "logp_sum": row["logp_sum"] - 0.5} for row in pq.read_table(shard).to_pylist()]
+        import pyarrow as pa
+
+        data = artifact.parquet(pa.Table.from_pylist(rows, schema=CACHE), float_lists=["logps"])
+        artifact.commit_bytes(record_file, artifact.seal({**record, **artifact.commit_file(shard, data)}))
+    done = prefcache("train", scored, code=5)
+    assert "log-probs differ by" in done.stderr and "score.rescore=true" in done.stderr
+    assert not (tmp_path / "runs/tiny/trained/manifest.json").exists()
+
+
+def test_metrics_have_trls_names(prefcache, scored, tmp_path):
+    prefcache("train", scored)
+    names = set(metrics(tmp_path / "runs/tiny/trained")[-1])
+    trl = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+    assert set(trl.split()) | {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "eval_loss"} <= names
+
+
+def test_metrics_are_the_means_of_what_is_recorded_per_pair(prefcache, scored, tmp_path):
+    prefcache("train", scored)
+    run = tmp_path / "runs/tiny/trained"
+    for row in metrics(run)[1:]:
+        visits = [v for v in table(run, "steps") if v["step"] == row["step"] and v["split"] == "train"]
+        margins = [
+            0.1 * ((v["chosen_logp"] - v["ref_chosen_logp"]) - (v["rejected_logp"] - v["ref_rejected_logp"]))
+            for v in visits
+        ]
+        assert row["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-9)
+        assert row["rewards/accuracies"] == pytest.approx(np.mean([m > 0 for m in margins]))
+        assert row["loss"] == pytest.approx(np.mean([math.log1p(math.exp(-m)) for m in margins]), abs=1e-9)
+
+
+def test_memory_for_a_micro_batch_does_not_change_the_result(prefcache, scored, tmp_path):
+    losses = []
+    for budget in (100_000, 1):  # all pairs of a step at once; one pair at a time
+        run = f"budget{budget}"
+        prefcache("train", scored, "--set", f"train.tokens_per_micro_batch={budget}", "--set", f"train.run={run}")
+        losses.append([row["loss"] for row in metrics(tmp_path / "runs/tiny" / run)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_trained_model_loads_with_plain_transformers_and_is_what_was_measured(prefcache, scored, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prefcache("train", scored)
+    run = tmp_path / "runs/tiny/trained"
+    trained = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template
+    last = max(row["step"] for row in table(run, "steps"))
+    held_out = {v["example_id"]: v for v in table(run, "steps") if v["step"] == last and v["split"] == "held_out"}
+    examples = list(Prepared(tmp_path / "runs/tiny/prepared").table("held_out").to_pylist())
+    assert set(held_out) == {row["example_id"] for row in examples}
+    for row in examples:
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+        labels = ids.clone()
+        labels[:, : row["n_prompt"]] = -100
+        with torch.no_grad():
+            logp = -trained(input_ids=ids, labels=labels).loss.item() * row["n_chosen"]
+        assert held_out[row["example_id"]]["chosen_logp"] == pytest.approx(logp, rel=1e-5)
+
+
+def test_a_second_run_does_nothing_and_says_so(prefcache, scored, tmp_path):
+    first = prefcache("train", scored).stdout
+    before = weights(tmp_path / "runs/tiny/trained")
+    second = prefcache("train", scored)
+    assert "nothing to do" in second.stderr and second.stdout == first
+    assert weights(tmp_path / "runs/tiny/trained") == before
+
+
+def test_a_finished_run_is_kept_when_another_takes_its_place(prefcache, scored, tmp_path):
+    prefcache("train", scored)
+    before = weights(tmp_path / "runs/tiny/trained")
+    done = prefcache("train", scored, "--set", "train.beta=0.5")
+    assert "train.beta 0.1 (now 0.5)" in done.stderr and "trained-1" in done.stderr
+    assert weights(tmp_path / "runs/tiny/trained-1") == before
+    rows = json.loads(prefcache("sql", "select distinct run from rewards order by run", "runs/tiny", "--json").stdout)
+    assert [row["run"] for row in rows] == ["trained", "trained-1"]
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(prefcache, scored, tmp_path):
+    prefcache("train", scored)
+    (tmp_path / "runs/tiny/trained/manifest.json").unlink()
+    done = prefcache("train", scored, "--set", "train.seed=3", code=2)
+    assert "unfinished run" in done.stderr and "train.seed 0 (now 3)" in done.stderr
+
+
+def test_killed_at_random_points_it_ends_with_the_same_weights_and_metrics(prefcache, process, scored, tmp_path):
+    settings = ["--set", "train.checkpoint_every=3"]
+    process("train", scored, *settings, "--set", "train.run=whole")
+    run, dice = tmp_path / "runs/tiny/trained", random.Random(1)
+    for kill in range(5):
+        child = subprocess.Popen([PREFCACHE, "train", scored, *settings], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        goal = 3 * (1 + kill // 2)
+        while child.poll() is None and not (run / f"checkpoints/step-{goal:08}").exists():
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.1))
+        child.kill()
+        child.wait()
+    assert not (run / "manifest.json").exists()
+    assert "going on from step" in process("train", scored, *settings).stderr
+    whole = tmp_path / "runs/tiny/whole"
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole) and table(run, "steps") == table(whole, "steps")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(prefcache, scored, tmp_path):
+    settings = ["--set", "train.checkpoint_every=3"]
+    prefcache("train", scored, *settings)
+    run = tmp_path / "runs/tiny/trained"
+    expected = weights(run)
+    (run / "manifest.json").unlink()
+    newest = sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    done = prefcache("train", scored, *settings)
+    assert "Going back to the checkpoint before it" in done.stderr
+    assert weights(run) == expected
+
+
+def test_two_processes_give_the_losses_of_one(prefcache, scored, tmp_path):
+    prefcache("train", scored, "--set", "train.run=one")
+    script = "from stages.cli import main; main()"
+    (tmp_path / "launch.py").write_text(f"if __name__ == '__main__':\n    {script}\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531", "launch.py"]
+    arguments = ["train", str(scored), "--set", "train.run=two"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out pairs") == 1  # one process prints
+    one, two = (metrics(tmp_path / "runs/tiny" / run) for run in ("one", "two"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-5)
+    assert [row["eval_loss"] for row in one] == pytest.approx([row["eval_loss"] for row in two], abs=1e-5)
+
+
+def test_a_policy_that_is_not_the_reference_may_start_anywhere(prefcache, scored, other_model):
+    done = prefcache("train", scored, "--set", f"train.model={other_model}")
+    assert "different weights" in done.stderr
+
+
+def test_training_needs_the_cache_but_not_the_reference(prefcache, config, other_model, tmp_path):
+    reference = build_model(tmp_path / "reference", seed=2)
+    settings = ["--set", "model=reference", "--set", f"train.model={other_model}"]
+    prefcache("prepare", config, *settings)
+    prefcache("score", config, *settings)
+    shutil.rmtree(reference)
+    prefcache("train", config, *settings)
+
+
+def test_training_before_scoring_names_what_is_missing(prefcache, config):
+    prefcache("prepare", config)
+    assert "Score first (make score)" in prefcache("train", config, code=2).stderr
+
+
+def test_data_prepared_anew_must_be_scored_anew(prefcache, scored, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 5, start=60, mode="a")
+    prefcache("prepare", scored)
+    assert "make score" in prefcache("train", scored, code=5).stderr
+
+
+def test_sigterm_ends_with_exit_code_130_and_goes_on_later(prefcache, process, scored, tmp_path):
+    settings = ["--set", "train.checkpoint_every=2"]
+    child = subprocess.Popen(
+        [PREFCACHE, "train", scored, *settings],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while child.poll() is None and not list(tmp_path.glob("runs/tiny/trained/checkpoints/step-*")):
+        time.sleep(0.001)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate()
+    assert child.returncode == 130 and "run the same command to go on" in said
+    assert "going on from step" in process("train", scored, *settings).stderr
+
+
+def test_without_held_out_pairs_it_trains_and_says_nothing_about_them(prefcache, model, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 12)
+    config = write_config(tmp_path, model)
+    for stage in ("prepare", "score", "train"):
+        done = prefcache(stage, config, "--set", "prepare.held_out=0")
+    assert "held-out pairs" not in done.stdout and "model:" in done.stdout
+
+
+def test_the_chat_template_it_was_trained_with_is_saved_with_the_model(prefcache, config, tmp_path):
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config, "--set", "prepare.chat_template=mine.jinja")
+    assert (tmp_path / "runs/tiny/trained/model/chat_template.jinja").read_text() == template
