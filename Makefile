@@ -20,12 +20,15 @@ endif
 
 comma := ,
 empty :=
-SETTINGS := \
+# The settings that shape data and cache, and those of a training run: they change apart.
+DATA_SETTINGS := \
 	$(if $(MODEL),--set 'model=$(MODEL)') \
 	$(if $(DATA),--set 'prepare.data=[$(subst $(empty) ,$(comma),$(strip $(DATA)))]') \
 	$(if $(OUT)$(if $(CONFIG),,1),--set 'out=$(or $(OUT),runs/mine)') \
+	$(foreach setting,$(filter-out train.%,$(SET)),--set '$(setting)')
+RUN_SETTINGS := \
 	$(if $(RUN),--set 'train.run=$(RUN)') \
-	$(foreach setting,$(SET),--set '$(setting)')
+	$(foreach setting,$(filter train.%,$(SET)),--set '$(setting)')
 
 # Where the config says its output goes: `out: FOLDER`, perhaps quoted or commented.
 from_config = $(if $(CONFIG),$(shell sed -n "s/^out: *[\"']\{0,1\}\([^\"' \#]*\).*/\1/p" $(CONFIG) 2>/dev/null))
@@ -33,9 +36,10 @@ out := $(patsubst %/,%,$(or $(OUT),$(from_config),runs/mine))
 PREPARED := $(out)/prepared/manifest.json
 SCORED := $(out)/scored/manifest.json
 TRAINED := $(out)/$(or $(RUN),trained)/manifest.json
+DATA_STAMP := $(out)/.settings
+RUN_STAMP := $(out)/.settings-$(or $(RUN),trained)
 
 .PHONY: prepare score train test lint help always
-.DELETE_ON_ERROR:
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -44,17 +48,19 @@ score: $(SCORED)
 train: $(TRAINED)
 	@echo "train: up to date, $<"
 
-$(PREPARED): $(CONFIG) $(out)/.settings | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE)))
-	$(BIN)/prefcache prepare $(CONFIG) $(SETTINGS)
-$(SCORED): $(PREPARED) $(CONFIG) $(out)/.settings
-	$(BIN)/prefcache score $(CONFIG) $(SETTINGS)
-$(TRAINED): $(SCORED) $(CONFIG) $(out)/.settings
-	$(BIN)/prefcache train $(CONFIG) $(SETTINGS)
+$(PREPARED): $(CONFIG) $(DATA_STAMP) | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE)))
+	$(strip $(BIN)/prefcache prepare $(CONFIG) $(DATA_SETTINGS))
+$(SCORED): $(PREPARED) $(CONFIG) $(DATA_STAMP)
+	$(strip $(BIN)/prefcache score $(CONFIG) $(DATA_SETTINGS))
+$(TRAINED): $(SCORED) $(CONFIG) $(RUN_STAMP)
+	$(strip $(BIN)/prefcache train $(CONFIG) $(DATA_SETTINGS) $(RUN_SETTINGS))
 
 # Other settings than last time make the stages look again; each then says what, if anything, has to be done.
-$(out)/.settings: always
+$(DATA_STAMP): said = $(CONFIG) $(DATA_SETTINGS)
+$(RUN_STAMP): said = $(RUN_SETTINGS)
+$(DATA_STAMP) $(RUN_STAMP): always
 	@mkdir -p $(@D)
-	@echo "$(CONFIG) $(SETTINGS)" | cmp -s - $@ || echo "$(CONFIG) $(SETTINGS)" > $@
+	@echo "$(said)" | cmp -s - $@ || echo "$(said)" > $@
 
 # What a stage was made from, as it wrote it down itself.
 -include $(wildcard $(out)/*/inputs.mk)

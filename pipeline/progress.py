@@ -62,8 +62,8 @@ class Progress:
             MofNCompleteColumn(),
             _rate_column(),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )

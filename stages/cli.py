@@ -6,8 +6,10 @@ Nothing heavy is imported before a command is known, so that help answers at onc
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ from pipeline.errors import INTERRUPTED, PrefcacheError, ResourceError, UsageErr
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+
+# PyTorch reads this when it loads. Threads that spin while they wait slow a busy machine several times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -191,7 +196,9 @@ def _loaded(path: str | None, overrides: tuple[str, ...], quiet: bool) -> Iterat
 
     if path is None and not overrides:
         raise UsageError("No config. Name one, as in `prefcache prepare data/demo/config.yaml`, or --set its keys.")
-    yield config.load(path, overrides), Progress(quiet)
+    progress, began = Progress(quiet), time.monotonic()
+    yield config.load(path, overrides), progress
+    progress.say(f"{click.get_current_context().info_name}: {time.monotonic() - began:.1f} s in all")
 
 
 def _print(result: dict[str, Any], as_json: bool, table: str) -> None:

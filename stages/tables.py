@@ -46,6 +46,8 @@ def trained(result: dict[str, Any]) -> None:
     )
     if result["before"]["evaluation"]:
         console.print(_held_out(result))
+    if result["samples"]:
+        console.print(f"{result['changed_answers']:,} greedy answers changed. Among them:\n")
     for sample in result["samples"][:3]:
         console.print(_sample(sample))
     console.print(f"model: {result['run']}/model")

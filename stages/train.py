@@ -307,9 +307,10 @@ def _finish(s: Session, before: dict[str, Any], after: dict[str, float], seconds
         "loss": s.loss.name,
         "seconds": round(seconds, 3),
         "start": before["start"],
+        "changed_answers": sum(old != new for old, new in zip(before["answers"], answers, strict=True)),
         "before": {"evaluation": before["evaluation"], "kinds": _count_kinds(before["answers"], train.kinds)},
         "after": {"evaluation": after, "kinds": _count_kinds(answers, train.kinds)},
-        "samples": _samples(s, before["answers"], answers)[:5],
+        "samples": sorted(_samples(s, before["answers"], answers), key=_how_unchanged)[:5],
     }
     if s.main:
         _commit_run(s, before["answers"], answers, summary)
@@ -394,6 +395,11 @@ def _samples(s: Session, before: list[str], after: list[str]) -> list[dict[str, 
         }
         for example_id, prompt, old, new in rows
     ]
+
+
+def _how_unchanged(sample: dict[str, Any]) -> tuple[bool, bool]:
+    """Sorts first the answers that became another kind, then those that only became others."""
+    return sample["before_kind"] == sample["after_kind"], sample["before"] == sample["after"]
 
 
 def _kind(answer: str, kinds: Kinds | None) -> str | None:

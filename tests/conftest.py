@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,28 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = ["red", "green", "blue", "yellow", "one", "two", "three", "four", "cat", "dog", "bird", "fish", "runs", "sleeps", "eats", "sings", "a", "the", "and", "why"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "one",
+    "two",
+    "three",
+    "four",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "runs",
+    "sleeps",
+    "eats",
+    "sings",
+    "a",
+    "the",
+    "and",
+    "why",
+]
 
 
 def pair(i: int) -> dict[str, str]:
@@ -155,3 +177,49 @@ def write_config(folder: Path, model: Path, **train: Any) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@dataclass
+class Clone:
+    """A fresh copy of the repository, with this environment as its .venv, an empty home and no network."""
+
+    folder: Path
+    demo_output: str = ""  # of the README's first command, once it has run
+
+    def run(self, command: str, code: int = 0) -> Done:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder.parent / "home"),
+            "PYTHONPATH": str(self.folder),  # this copy's code, not the one the environment was installed from
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900
+        )
+        return _checked(Done(done.returncode, done.stdout, done.stderr), code)
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    folder = tmp_path_factory.mktemp("clone") / "prefcache"
+    (folder.parent / "home").mkdir()
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listing.stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return Clone(folder)
+
+
+@pytest.fixture(scope="session")
+def demo(clone: Clone) -> Clone:
+    """The clone after the README's first command."""
+    clone.demo_output = clone.run("make prepare score train").stdout
+    return clone
