@@ -39,6 +39,7 @@ TRAINED := $(out)/$(or $(RUN),trained)/manifest.json
 DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(or $(RUN),trained)
 
+.DEFAULT_GOAL := help
 .PHONY: prepare score train test lint help always
 
 prepare: $(PREPARED)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from safetensors import SafetensorError
 
 from pipeline.errors import IntegrityError, ResourceError, UsageError
 
@@ -30,6 +32,11 @@ _HOST = socket.gethostname().replace("-", "_")
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None or int(code[1]) not in _FULL_DISK:
+            raise
+        raise ResourceError(f"{path}: the disk took no more ({os.strerror(int(code[1]))}).") from error
     except OSError as error:
         if error.errno in _FULL_DISK:
             raise ResourceError(
@@ -147,7 +154,7 @@ def unseal(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
         expected = content.pop(_SEAL)
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise IntegrityError(f"{path} cannot be read as a sealed JSON record ({error}).") from error
     if checksum_bytes(canonical_json(content)) != expected:
         raise IntegrityError(f"{path} does not match its own checksum: it was changed after it was written.")
@@ -192,6 +199,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return unseal(path) if path.exists() else None
 
 
+def retract_manifest(folder: Path) -> None:
+    """Take back what a manifest vouched for and no longer can, so that make runs the stage again."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
 def touch_manifest(folder: Path) -> None:
     """Tell make that the manifest is up to date with inputs whose times changed but whose content did not."""
     os.utime(folder / MANIFEST)
@@ -199,7 +211,8 @@ def touch_manifest(folder: Path) -> None:
 
 def commit_make_inputs(folder: Path, paths: Iterable[Path | str]) -> None:
     """Tell make what the manifest was made from. An input that vanishes is no error of make's: the stage reports it."""
-    inputs = sorted({str(path) for path in paths if " " not in str(path)})
+    # Make gives meaning to most other characters; an input of such a name is left to the stage.
+    inputs = sorted({str(path) for path in paths if re.fullmatch(r"[\w./+,@~-]+", str(path))})
     lines = [f"{folder / MANIFEST}: {path}\n{path}:\n" for path in inputs]
     commit_bytes(folder / "inputs.mk", "".join(lines).encode())
 

@@ -10,6 +10,7 @@ shard's own name holds a hash of its content, so two scorers never write differe
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class Cache:
     def __init__(self, folder: Path, model_id: str) -> None:
         """Open a cache that exists, for this model and no other."""
         self.folder = folder
+        if not (folder / REFERENCE_FILE).exists():
+            raise IntegrityError(f"The cache {folder} is gone. Score again (make score).")
         reference = artifact.unseal(folder / REFERENCE_FILE)
         if reference["model_id"] != model_id:
             raise IdentityError(
@@ -64,7 +67,9 @@ class Cache:
 
     @classmethod
     def create(cls, root: Path, name: str, reference: dict[str, Any]) -> "Cache":
-        folder = root / f"{_safe(name)}-{reference['model_id'][:12]}"
+        """Open the cache of these weights, whatever name they went by when it was made, or make one."""
+        short = reference["model_id"][:12]
+        folder = next(iter(sorted(root.glob(f"*-{short}"))), root / f"{_safe(name)}-{short}")
         if not (folder / REFERENCE_FILE).exists():
             content = artifact.seal({"name": name, "schema_version": CACHE_VERSION, **reference})
             artifact.commit_bytes(folder / REFERENCE_FILE, content, once=True)
@@ -141,7 +146,7 @@ class Cache:
         con.register("examples", keys.append_column("row", pa.array(np.arange(len(keys)))))
         self.register(con)
         con.execute(_DISTINCT, {"budget": tokens_per_shard})
-        con.execute(_STATE, {"accepted": list(accepted)})
+        con.execute(_STATE, {"accepted": list(accepted), "ok": OK})
         totals = con.execute(_TOTALS, {"ok": OK}).fetchone()
         assert totals is not None
         missing = con.execute("select chunk, slot from state where not hit order by chunk, place").fetchnumpy()
@@ -156,7 +161,7 @@ class Cache:
     def register(self, con: duckdb.DuckDBPyConnection) -> None:
         """Define the view `cached` over the shards that have a valid record."""
         if self.shards:
-            con.execute(f"create view cached as select * from read_parquet({self.shards!r})")
+            con.execute(f"create view cached as select * from read_parquet({self.shards!r}, hive_partitioning = false)")
         else:
             con.register("cached", CACHE.empty_table())
 
@@ -202,7 +207,8 @@ _STATE = """
 create temp table state as
 select needed.*, hits.key is not null as hit, hits.status
 from needed left join (
-    select key, min(status) as status from cached where list_contains($accepted, numerics_id) group by key
+    select key, arg_min(status, status <> $ok) as status
+    from cached where list_contains($accepted, numerics_id) group by key
 ) as hits using (key)
 """
 
@@ -233,6 +239,8 @@ order by keys.row
 def connect() -> duckdb.DuckDBPyConnection:
     con = duckdb.connect()
     con.execute("set enable_progress_bar = false")
+    # Else a join too large for memory would spill into the user's working folder.
+    con.execute("set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / "prefcache-join")})
     return con
 
 

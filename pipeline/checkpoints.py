@@ -28,7 +28,8 @@ def save(
         save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer.items()}, temporary / _OPTIMIZER)
         files = [artifact.describe(file) for file in sorted(temporary.iterdir())]
         artifact.commit_manifest(temporary, {"step": step, **state, "files": files})
-    for old in _newest_first(run)[keep:]:
+    # A later one was passed over as damaged, and is no reason to drop this one.
+    for old in [old for old in _newest_first(run) if old.name <= folder.name][keep:]:
         shutil.rmtree(old)
 
 

@@ -3,6 +3,7 @@
 One function per format. It returns an Example or raises Unusable with the reason, which sends the record to quarantine.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ def _message(message: Any, column: str) -> Message:
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             raise Unusable("wrong type", f"{column}: a message's {key} is {_kind(message.get(key))}; expected text")
-        _sound(message[key], column)
+    # Keys that only some templates render count too.
+    _sound(json.dumps(message, ensure_ascii=False), column)
     return message
 
 

@@ -119,7 +119,8 @@ def numerics(engine: str, packages: Iterable[str], **facts: str) -> dict[str, st
 
 
 def numerics_id(record: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    # The letter keeps YAML from reading an id of digits as a number.
+    return "n" + hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:15]
 
 
 def differences(mine: dict[str, Any], other: dict[str, Any]) -> str:

@@ -55,7 +55,15 @@ def hyperparameters(chosen: Loss, beta: float, extra: dict[str, Any]) -> dict[st
         if name not in chosen.hyperparameters or name == "beta":
             known = ", ".join(key for key in chosen.hyperparameters if key != "beta") or "none"
             raise UsageError(f"train.loss_args: loss {chosen.name!r} has no {name!r}; it has: {known}.")
-    values = {**chosen.hyperparameters, **extra}
+    values = dict(chosen.hyperparameters)
+    for name, value in extra.items():
+        kind = type(values[name])
+        try:
+            if (kind is bool and not isinstance(value, bool)) or (kind is float and isinstance(value, bool)):
+                raise ValueError
+            values[name] = kind(value)  # YAML 1.1 reads 1e-2 as text
+        except ValueError:
+            raise UsageError(f"train.loss_args.{name}: found {value!r}, expected a {kind.__name__}.") from None
     return {**values, "beta": beta} if "beta" in values else values
 
 

@@ -18,15 +18,17 @@ from pipeline import artifact
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.schema import HELD_OUT, PREPARED, QUARANTINE, TRAIN, Sequence
 
+_ROWS_PER_PACK = 1024
 QUARANTINE_FILE = "quarantine.parquet"
 
 
 class Writer:
-    """Rows in, shards out. One shard per split is in memory at a time."""
+    """Rows in, shards out. One shard per split is in memory at a time, as Arrow but for its last rows."""
 
     def __init__(self, folder: Path, generation: str, rows_per_shard: int) -> None:
         self._folder, self._generation, self._rows_per_shard = folder, generation, rows_per_shard
         self._rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], HELD_OUT: []}
+        self._packed: dict[str, list[pa.Table]] = {TRAIN: [], HELD_OUT: []}
         self._quarantined: list[dict[str, Any]] = []
         self._seen: Counter[str] = Counter()
         self._shards: list[dict[str, Any]] = []
@@ -38,10 +40,13 @@ class Writer:
     def add(self, row: dict[str, Any]) -> None:
         row["example_id"] = self._unique(row["example_id"])
         self.boundaries[row["boundary"]] += 1
-        rows = self._rows[row["split"]]
-        rows.append(row)
-        if len(rows) == self._rows_per_shard:
-            self._flush(row["split"])
+        split = row["split"]
+        self._rows[split].append(row)
+        n_packed = sum(map(len, self._packed[split]))
+        if n_packed + len(self._rows[split]) == self._rows_per_shard:
+            self._flush(split)
+        elif len(self._rows[split]) == _ROWS_PER_PACK:
+            self._pack(split)
 
     def quarantine(self, row: dict[str, Any]) -> None:
         self.reasons[row["reason"]] += 1
@@ -76,11 +81,17 @@ class Writer:
         return f"{example_id}-{self._seen[example_id]}"
 
     def _flush(self, split: str) -> None:
-        if rows := self._rows[split]:
+        self._pack(split)
+        if self._packed[split]:
             number = sum(shard["split"] == split for shard in self._shards)
             path = self._folder / f"{split}-{self._generation}-{number:05}.arrow"
-            data = artifact.arrow_stream(pa.Table.from_pylist(rows, schema=PREPARED))
-            self._shards.append(artifact.commit_file(path, data, split=split, rows=len(rows)))
+            table = pa.concat_tables(self._packed[split]).combine_chunks()
+            self._shards.append(artifact.commit_file(path, artifact.arrow_stream(table), split=split, rows=len(table)))
+            self._packed[split] = []
+
+    def _pack(self, split: str) -> None:
+        if self._rows[split]:
+            self._packed[split].append(pa.Table.from_pylist(self._rows[split], schema=PREPARED))
             self._rows[split] = []
 
 

@@ -52,7 +52,7 @@ class Templater:
     @property
     def text(self) -> str | None:
         """The chat template in use; None for plain text."""
-        return None if self.plain else str(self.tokenizer.chat_template)
+        return None if self.plain else str(self.tokenizer.get_chat_template())
 
     def render(self, example: Example) -> Rendered:
         if self.plain:
@@ -115,7 +115,10 @@ class Templater:
             chosen, rejected = self._ids([rendered.chosen, rendered.rejected])
         if self.plain:
             end = [self.tokenizer.eos_token_id]
-            prompt, chosen, rejected = self._beginning() + prompt, chosen + end, rejected + end
+            prompt, chosen, rejected = (
+                self._beginning() + prompt,
+                *(ids if ids[-1:] == end else ids + end for ids in (chosen, rejected)),
+            )
         return Tokens(prompt, chosen, rejected, boundary)
 
     def _beginning(self) -> list[int]:

@@ -152,37 +152,34 @@ def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: 
 
 
 @main.command()
-@click.argument("query")
+@click.argument("query", required=False)
 @click.argument("folder", required=False)
+@click.option("--views", "list_views", is_flag=True, help="Describe the views and their columns.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Most rows of the table; JSON has all."
 )
-def sql(query: str, folder: str | None, as_json: bool, limit: int) -> None:
+def sql(query: str | None, folder: str | None, list_views: bool, as_json: bool, limit: int) -> None:
     """Ask one SELECT about an experiment.
 
     \b
         prefcache sql "select run, avg(margin), avg(correct::int) from rewards group by run"
         prefcache sql "select * from examples where n_chosen > 2 * n_rejected" runs/demo
 
-    \b
-    Views:
-        examples   prepared pairs: text, lengths, keys
-        reference  cached log-probs, one row per sequence
-        steps      every pair at every visit of every run
-        rewards    the latest rewards of each pair in each run
-
-    FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
+    The views are examples, reference, steps and rewards; --views describes them. FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
     """
-    from stages import inspect
+    from stages import inspect, tables
 
+    if list_views:
+        tables.views(inspect.describe())
+        return
+    if query is None:
+        raise UsageError('No query. Ask one, as in `prefcache sql "select * from rewards"`, or see --views.')
     result = inspect.sql(query, folder)
     if as_json:
         rows = [dict(zip(result.columns, row, strict=True)) for row in result.rows()]
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False, default=_as_json))
     else:
-        from stages import tables
-
         tables.rows(result.columns, result.rows(), limit)
 
 

@@ -13,6 +13,9 @@ from pipeline.prepared import Prepared
 PROVENANCE = "provenance.json"
 
 
+describe = views.describe
+
+
 def sql(query: str, folder: str | None) -> views.Result:
     """Answer one SELECT over the views of an experiment's folder."""
     return views.ask(views.connect(_sources(_experiment(folder))), query)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import artifact, identity
-from pipeline.cache import Cache, Plan, identify
+from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
 from pipeline.engines import Engine, engine_module
 from pipeline.errors import IdentityError, IntegrityError, UsageError
@@ -236,7 +236,8 @@ def _commit(
         "failed": after.n_failed,
     }
     artifact.commit_manifest(config.scored, manifest)
-    artifact.commit_make_inputs(config.scored, [*sorted(identity.find_model(config.model).glob("*.safetensors"))])
+    weights = sorted(identity.find_model(config.model).glob("*.safetensors"))
+    artifact.commit_make_inputs(config.scored, [*weights, cache.folder / REFERENCE_FILE])
     return {**_summary(manifest, plan.n_missing, plan.n_tokens), "changed": True}
 
 

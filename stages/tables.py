@@ -1,6 +1,6 @@
 """What a person reads at the end of a command, on stdout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -85,6 +85,11 @@ def _sample(sample: dict[str, Any]) -> Table:
         table.add_row(label, Text(printable(sample[name]) or "(nothing)"))
     table.add_row("", "")
     return table
+
+
+def views(described: Iterable[tuple[str, str, list[str]]]) -> None:
+    for name, purpose, columns in described:
+        print(f"{name}\n    {purpose}\n    {', '.join(columns)}")
 
 
 def rows(columns: list[str], found: Iterator[tuple[Any, ...]], limit: int) -> None:

@@ -18,7 +18,7 @@ from pipeline import config as configuration
 from pipeline.batches import Pairs
 from pipeline.cache import Cache, identify
 from pipeline.config import Config, Kinds
-from pipeline.errors import DataError, IdentityError, UsageError
+from pipeline.errors import DataError, IdentityError, IntegrityError, UsageError
 from pipeline.losses import Loss, get_loss, hyperparameters
 from pipeline.policy import Policy, Visit, accelerator, learning_rate
 from pipeline.prepared import Prepared, Sequences
@@ -31,7 +31,7 @@ PROVENANCE, BEFORE = "provenance.json", "before.json"
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32
 # Keys that change neither the order of the data nor the arithmetic of a step.
-_HARMLESS = {"run", "checkpoint_every", "keep_checkpoints", "eval_every", "samples", "sample_tokens", "kinds", "device"}
+_HARMLESS = {"run", "checkpoint_every", "keep_checkpoints", "eval_every", "kinds", "device"}
 
 
 @dataclass
@@ -79,7 +79,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         artifact.touch_manifest(config.run)
         return {**finished, "run": str(config.run), "changed": False}
 
-    pairs = _pairs(prepared, scored, progress)
+    pairs = _pairs(config, prepared, scored, progress)
     _refuse_missing_columns(loss, pairs[TRAIN])
     policy = Policy(start, prepared.manifest["template"], config.train, devices)
     session = Session(config, inputs, pairs, loss, loss_arguments, policy, RunLog(config.run), progress)
@@ -157,9 +157,13 @@ def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
     return lines
 
 
-def _pairs(prepared: Prepared, scored: dict[str, Any], progress: Progress) -> dict[str, Pairs]:
-    cache = Cache(Path(scored["cache"]), scored["reference"]["model_id"])
-    cache.refuse_damage()
+def _pairs(config: Config, prepared: Prepared, scored: dict[str, Any], progress: Progress) -> dict[str, Pairs]:
+    try:
+        cache = Cache(Path(scored["cache"]), scored["reference"]["model_id"])
+        cache.refuse_damage()
+    except IntegrityError:
+        artifact.retract_manifest(config.scored)
+        raise
     pairs = {}
     for split in (TRAIN, HELD_OUT):
         table = prepared.table(split)

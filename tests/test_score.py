@@ -255,3 +255,22 @@ def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, confi
     assert {row["status"] for row in rows_of(tmp_path).values()} == {"failed: a log-prob is not finite"}
     assert all(row["logp_sum"] is None for row in rows_of(tmp_path).values())
     assert "no pair to train on" in prefcache("train", *arguments, code=3).stderr
+
+
+def test_the_same_weights_under_another_name_share_one_cache(prefcache, config, model, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    shutil.copytree(model, tmp_path / "renamed")
+    renamed = ["--set", "model=renamed", "--set", "out=runs/renamed"]
+    prefcache("prepare", config, *renamed)
+    assert json.loads(prefcache("score", config, *renamed, "--json").stdout)["scored"] == 0
+
+
+def test_a_cache_that_is_gone_is_said_to_be_and_scored_again(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    shutil.rmtree(tmp_path / "cache")
+    assert "is gone. Score again" in prefcache("train", config, code=4).stderr
+    # The manifest that vouched for it is taken back, so make sees that there is work.
+    assert not (tmp_path / "runs/tiny/scored/manifest.json").exists()
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 120

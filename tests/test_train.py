@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -303,3 +304,29 @@ def test_the_chat_template_it_was_trained_with_is_saved_with_the_model(prefcache
     for stage in ("prepare", "score", "train"):
         prefcache(stage, config, "--set", "prepare.chat_template=mine.jinja")
     assert (tmp_path / "runs/tiny/trained/model/chat_template.jinja").read_text() == template
+
+
+def test_a_full_disk_ends_with_exit_code_6_and_a_clean_resume(prefcache, process, scored, tmp_path):
+    """A checkpoint's optimizer state is larger than any file may be here."""
+    whole = tmp_path / "runs/tiny/whole"
+    prefcache("train", scored, "--set", "train.run=whole")
+    limit = 150_000
+    assert (sorted((whole / "checkpoints").iterdir())[-1] / "optimizer.safetensors").stat().st_size > limit
+    done = process(
+        "train", scored, code=6, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert "the disk took no more" in done.stderr
+    prefcache("train", scored)
+    assert weights(tmp_path / "runs/tiny/trained") == weights(whole)
+
+
+def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
+    settings = ["--set", "score.dtype=bfloat16", "--set", "train.precision=bf16"]
+    prefcache("prepare", config, *settings)
+    prefcache("score", config, *settings)
+    # A process of its own: accelerate keeps one precision for the life of a process.
+    done = subprocess.run(
+        [PREFCACHE, "train", config, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "start checked" in done.stderr

@@ -3,6 +3,7 @@
 One view per .sql file here; its first comment is its help. To add a view, add a file.
 """
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.errors import UsageError
-from pipeline.schema import CACHE, STEPS
+from pipeline.schema import CACHE, PREPARED, STEPS
 
 MEMORY_LIMIT = "4GB"
 
@@ -36,8 +37,12 @@ class Result:
         self.columns = [column[0] for column in cursor.description or []]
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
-        while block := self._cursor.fetchmany(1024):
-            yield from block
+        # Answers stream: an error may come with the last block.
+        try:
+            while block := self._cursor.fetchmany(1024):
+                yield from block
+        except duckdb.Error as error:
+            raise UsageError(str(error).strip().partition("\n")[0]) from None
 
 
 def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
@@ -45,6 +50,7 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
     con.execute("set python_enable_replacements = false")
     con.execute("set enable_progress_bar = false")
     con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+    con.execute("set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / "prefcache-sql")})
     con.execute("set allowed_paths = $paths", {"paths": [*sources.cached, *sources.visits]})
     con.register("prepared", sources.prepared)
     con.register("references_", sources.references)
@@ -61,10 +67,8 @@ def ask(con: duckdb.DuckDBPyConnection, query: str) -> Result:
     """One SELECT, or an error that names what would have been right."""
     try:
         statements = con.extract_statements(query)
-        if len(statements) != 1 or statements[0].type not in (
-            duckdb.StatementType.SELECT,
-            duckdb.StatementType.EXPLAIN,
-        ):
+        # Not EXPLAIN: with ANALYZE it runs what it explains, which may be a COPY over a file of the cache.
+        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
             kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
             raise UsageError(f"Found {kinds}; expected one SELECT over the views {', '.join(names())}.")
         return Result(con.execute(statements[0]))
@@ -72,11 +76,28 @@ def ask(con: duckdb.DuckDBPyConnection, query: str) -> Result:
         raise UsageError(f"{str(error).strip()}\nViews: {', '.join(names())}.") from None
 
 
+def describe() -> Iterator[tuple[str, str, list[str]]]:
+    """Name, help and columns of every view."""
+    nothing = Sources(
+        PREPARED.empty_table(),
+        [],
+        pa.table({"folder": pa.array([], pa.string()), "reference": pa.array([], pa.string())}),
+        [],
+        pa.table(
+            {"folder": pa.array([], pa.string()), "run": pa.array([], pa.string()), "beta": pa.array([], pa.float64())}
+        ),
+    )
+    con = connect(nothing)
+    for name in names():
+        columns = con.execute(f"select * from {name}").description or []
+        yield name, _help(name), [column[0] for column in columns]
+
+
 def names() -> list[str]:
     return [file.stem for file in _files()]
 
 
-def help_of(name: str) -> str:
+def _help(name: str) -> str:
     """The first comment of a view's file."""
     first = (Path(__file__).parent / f"{name}.sql").read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("--").strip()
@@ -103,6 +124,8 @@ def _files() -> list[Path]:
 def _parquet(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], schema: pa.Schema) -> None:
     if files:
         listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-        con.execute(f"create view {name} as select * from read_parquet([{listed}], filename = true)")
+        con.execute(
+            f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false)"
+        )
     else:
         con.register(name, schema.empty_table().append_column("filename", pa.array([], pa.string())))

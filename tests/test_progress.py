@@ -1,0 +1,130 @@
+"""Lines elsewhere, bars on a terminal, and nothing from data or a model drives it."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import progress
+from pipeline.progress import Progress, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", "\ufffd[31mred\ufffd[0m"),
+        ("\x1b]0;title\x07", "\ufffd]0;title\ufffd"),
+        ("a\rb\x08c\x00d", "a\ufffdb\ufffdc\ufffdd"),
+        ("\x9b31m", "\ufffd31m"),  # the one-byte form of ESC [
+        ("abc\u202edef\u2066ghi\u200f", "abc\ufffddef\ufffdghi\ufffd"),  # bidirectional overrides
+        ("a\u2028b", "a\ufffdb"),
+        ("\ud800", "\ufffd"),
+    ],
+    ids=["colour", "title", "control", "c1", "bidi", "line separator", "surrogate"],
+)
+def test_what_drives_a_terminal_is_replaced(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("text", ["plain, ünï, 日本, 🎉", "two\nlines\tand a tab", ""])
+def test_what_people_read_is_kept(text):
+    assert printable(text) == text
+
+
+def test_lines_go_to_stderr_and_never_to_stdout(capsys):
+    progress = Progress()
+    progress.say("hello \x1b[31m")
+    progress.warn("careful")
+    out, err = capsys.readouterr()
+    assert out == "" and err == "hello \ufffd[31m\nwarning: careful\n"
+
+
+def test_quiet_says_only_warnings(capsys):
+    progress = Progress(quiet=True)
+    progress.say("hello")
+    with progress.count("train", 10, "steps") as counter:
+        counter.add(10)
+    progress.warn("careful")
+    assert capsys.readouterr().err == "warning: careful\n"
+    assert counter.done == 10
+
+
+def clock(monkeypatch, *times: float) -> None:
+    left = list(times)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: left.pop(0) if len(left) > 1 else left[0])
+
+
+def test_off_a_terminal_work_is_said_in_lines_at_the_end(capsys, monkeypatch):
+    clock(monkeypatch, 0.0, 1.0, 2.0, 4.0)
+    with Progress().count("score", 2000, "tokens") as counter:
+        counter.add(500)
+        counter.add(1500, "note")
+    # 2,000 tokens in 4 seconds, and none left.
+    assert capsys.readouterr().err == "score: 2,000/2,000 tokens, 500/s  note\n"
+
+
+def test_off_a_terminal_a_line_comes_every_five_seconds_with_the_time_left(capsys, monkeypatch):
+    clock(monkeypatch, 0.0, 10.0, 10.0, 12.0, 20.0)
+    with Progress().count("train", 400, "steps") as counter:
+        counter.add(5, "loss 0.6931")
+        assert capsys.readouterr().err == "train: 5/400 steps, 0.50/s, 13:10 left  loss 0.6931\n"  # 395 / 0.5 = 790 s
+        counter.add(1)  # two seconds later: too soon
+        assert capsys.readouterr().err == ""
+
+
+def test_work_of_unknown_size_has_no_time_left(capsys):
+    with Progress().count("prepare", None, "records") as counter:
+        counter.add(7)
+    assert capsys.readouterr().err.startswith("prepare: 7 records, ")
+
+
+def test_no_work_says_nothing(capsys):
+    with Progress().count("score", 0, "tokens"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_time_left_is_read_as_a_clock(seconds, shown):
+    assert progress._clock(seconds) == shown
+
+
+def on_a_terminal(code: str) -> tuple[str, str]:
+    """What a process shows on a terminal, and what it writes to a redirected stdout."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            block = os.read(ours, 4096)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, shown
+    return shown.decode(), out.decode()
+
+
+def test_on_a_terminal_there_is_a_bar_and_lines_stay_readable():
+    shown, out = on_a_terminal(
+        "from pipeline.progress import Progress\n"
+        "progress = Progress()\n"
+        "with progress.count('score', 40, 'tokens') as counter:\n"
+        "    counter.add(10)\n"
+        "    progress.say('a line [bold]as it is[/bold] \\x1b]0;title\\x07')\n"
+        "    counter.add(30, 'note')\n"
+        "print('result', counter.done)\n"
+    )
+    assert out == "result 40\n"
+    assert "score" in shown and "40/40" in shown and "note" in shown
+    assert "a line [bold]as it is[/bold] \ufffd]0;title\ufffd" in shown

@@ -1,0 +1,52 @@
+"""A key is a hash of exactly the tokens scored and of where the answer begins."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from pipeline.schema import Sequence, sequence_key
+
+
+def test_key_is_blake2b_128_of_version_boundary_and_ids():
+    # Version 1, 2 prompt ids, then the ids 1, 258 | 3, each as a little-endian int32; 258 = 1 * 256 + 2.
+    raw = b"\x01\0\0\0" + b"\x02\0\0\0" + b"\x01\0\0\0" + b"\x02\x01\0\0" + b"\x03\0\0\0"
+    key = sequence_key([1, 258], [3])
+    assert key == hashlib.blake2b(raw, digest_size=16).digest()
+    # Written down, so that no library and no refactoring changes the name of a cached row.
+    assert key.hex() == "5cb266fb45a4537edba45229f79f62bd"
+
+
+def test_moving_the_boundary_changes_the_key():
+    keys = {sequence_key([1, 2, 3][:n], [1, 2, 3][n:]) for n in range(4)}
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    "other", [([1, 2], [3, 5]), ([1, 9], [3, 4]), ([2, 1], [3, 4]), ([1, 2], [3]), ([1, 2], [3, 4, 0])]
+)
+def test_another_token_changes_the_key(other):
+    assert sequence_key(*other) != sequence_key([1, 2], [3, 4])
+
+
+@pytest.mark.parametrize("dtype", ["<i2", "<i4", "<i8", ">i4", ">i8", "<u4"])
+def test_the_dtype_of_the_ids_does_not_change_the_key(dtype):
+    prompt, completion = np.array([1, 2], dtype), np.array([30000], dtype)
+    assert sequence_key(prompt, completion) == sequence_key([1, 2], [30000])
+
+
+def test_a_strided_view_has_the_key_of_its_values():
+    ids = np.arange(10, dtype=np.int32)
+    assert sequence_key(ids[::2], ids[1::2]) == sequence_key([0, 2, 4, 6, 8], [1, 3, 5, 7, 9])
+
+
+def test_an_id_too_large_for_32_bits_is_refused_not_wrapped():
+    # 2**32 + 1 would wrap to 1 and take another sequence's row.
+    with pytest.raises(OverflowError):
+        sequence_key([2**32 + 1], [2])
+
+
+def test_a_sequence_counts_both_parts_and_knows_its_key():
+    sequence = Sequence(np.array([1, 2]), np.array([3]))
+    assert sequence.n_tokens == 3
+    assert sequence.key() == sequence_key([1, 2], [3])

@@ -1,0 +1,361 @@
+"""SQL over an experiment: rewards by hand, and statements that want anything else are refused."""
+
+import json
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+from pipeline import artifact, views
+from pipeline.errors import UsageError
+from pipeline.schema import CACHE, PREPARED, STEPS
+
+KEYS = [bytes([i]) * 16 for i in range(4)]
+# Two pairs; their answers have the keys 0, 1 and 2, 3.
+PAIRS = [
+    {
+        "example_id": f"e{i}",
+        "split": ("train", "held_out")[i],
+        "source": "a.jsonl",
+        "line": i + 1,
+        "prompt": f"why {i}?",
+    }
+    | {"chosen": "yes", "rejected": "no", "n_prompt": 3, "n_chosen": 2 + i, "n_rejected": 1, "boundary": "exact"}
+    | {"chosen_key": KEYS[2 * i], "rejected_key": KEYS[2 * i + 1]}
+    for i in range(2)
+]
+SCORES = [
+    {"key": KEYS[0], "n_prompt": 3, "n_completion": 2, "logp_sum": -5.0, "logps": [-2.0, -3.0], "status": "ok"},
+    {"key": KEYS[1], "n_prompt": 3, "n_completion": 1, "logp_sum": -6.0, "logps": [-6.0], "status": "ok"},
+    {"key": KEYS[2], "n_prompt": 3, "n_completion": 3, "logp_sum": -7.5, "logps": None, "status": "ok"},
+    {"key": KEYS[3], "n_prompt": 3, "n_completion": 1, "logp_sum": None, "logps": None, "status": "failed: not finite"},
+]
+
+
+def visit(step, example_id, chosen, rejected, ref_chosen, ref_rejected, split="train", loss=0.5) -> dict:
+    return {
+        "step": step,
+        "epoch": step / 2,
+        "split": split,
+        "example_id": example_id,
+        "chosen_logp": chosen,
+        "rejected_logp": rejected,
+        "ref_chosen_logp": ref_chosen,
+        "ref_rejected_logp": ref_rejected,
+        "loss": loss,
+    }
+
+
+# Pair e0 is visited at steps 1 and 2, e1 (held out) at 0 and 2.
+VISITS = [
+    [visit(0, "e1", -7.5, -8.0, -7.5, -8.0, "held_out"), visit(1, "e0", -5.0, -6.0, -5.0, -6.0, loss=0.693)],
+    [visit(2, "e0", -3.0, -10.0, -5.0, -6.0, loss=0.4), visit(2, "e1", -9.5, -7.0, -7.5, -8.0, "held_out")],
+]
+
+
+def parquet(path: Path, rows: list[dict], schema: pa.Schema) -> str:
+    artifact.commit_bytes(path, artifact.parquet(pa.Table.from_pylist(rows, schema=schema)))
+    return str(path)
+
+
+def sources(folder: Path, runs: dict[str, float]) -> views.Sources:
+    """An experiment whose runs all made the same visits, each with its own beta."""
+    shard = parquet(folder / "cache" / "tiny-aaaa" / "s.parquet", [r | {"numerics_id": "n"} for r in SCORES], CACHE)
+    parts = [
+        parquet(folder / run / "steps" / f"to-{i + 1:08}.parquet", rows, STEPS)
+        for run in runs
+        for i, rows in enumerate(VISITS)
+    ]
+    return views.Sources(
+        prepared=pa.Table.from_pylist(PAIRS, schema=PREPARED),
+        cached=[shard],
+        references=pa.table({"folder": [f"{folder}/cache/tiny-aaaa/"], "reference": ["org/tiny"]}),
+        visits=parts,
+        runs=pa.table(
+            {
+                "folder": [f"{folder / run}/" for run in runs],
+                "run": list(runs),
+                "loss": ["sigmoid"] * len(runs),
+                "beta": list(runs.values()),
+            }
+        ),
+    )
+
+
+@pytest.fixture
+def con(tmp_path):
+    return views.connect(sources(tmp_path, {"trained": 0.1}))
+
+
+def ask(con, query: str) -> list[tuple]:
+    return list(views.ask(con, query).rows())
+
+
+# -- the views -------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_are_those_of_the_latest_visit_by_hand(con):
+    found = ask(con, "select * from rewards order by example_id")
+    # e0 at step 2: chosen 0.1 * (-3 + 5) = 0.2, rejected 0.1 * (-10 + 6) = -0.4, margin 0.6
+    # e1 at step 2: chosen 0.1 * (-9.5 + 7.5) = -0.2, rejected 0.1 * (-7 + 8) = 0.1, margin -0.3
+    assert [row[:4] for row in found] == [("trained", "e0", "train", 2), ("trained", "e1", "held_out", 2)]
+    assert found[0][4:7] == pytest.approx((0.2, -0.4, 0.6)) and found[0][7] is True
+    assert found[1][4:7] == pytest.approx((-0.2, 0.1, -0.3)) and found[1][7] is False
+
+
+def test_steps_are_every_visit_with_its_rewards_by_hand(con):
+    found = ask(
+        con, "select step, example_id, epoch, chosen_reward, rejected_reward, margin, loss from steps order by 1, 2"
+    )
+    assert [row[:3] for row in found] == [(0, "e1", 0.0), (1, "e0", 0.5), (2, "e0", 1.0), (2, "e1", 1.0)]
+    # Before the first update policy and reference agree, so every reward is 0.
+    assert [row[3:6] for row in found[:2]] == [(0, 0, 0), (0, 0, 0)]
+    assert found[2][3:] == pytest.approx((0.2, -0.4, 0.6, 0.4))
+
+
+def test_every_run_has_its_own_beta(tmp_path):
+    # Also where the name of one run begins with that of another.
+    con = views.connect(sources(tmp_path, {"trained": 0.1, "trained-1": 0.5}))
+    found = ask(con, "select run, margin from rewards where example_id = 'e0' order by run")
+    assert [run for run, _ in found] == ["trained", "trained-1"]
+    assert [margin for _, margin in found] == pytest.approx([0.6, 3.0])  # 0.1 * 6 and 0.5 * 6
+
+
+@pytest.mark.parametrize("run", ["loss=ipo", "beta=0.7", "step=3", "run=x", "it's", "a b"])
+def test_the_name_of_a_run_does_not_change_what_is_read(tmp_path, run):
+    con = views.connect(sources(tmp_path, {run: 0.1}))
+    found = ask(con, "select run, step, margin, loss from steps where example_id = 'e0' order by step desc limit 1")
+    assert found[0][:2] == (run, 2) and found[0][2:] == pytest.approx((0.6, 0.4))
+
+
+def test_examples_are_the_prepared_pairs(con):
+    found = views.ask(con, "select * from examples order by line")
+    first = dict(zip(found.columns, next(found.rows()), strict=True))
+    assert first == {key: PAIRS[0][key] for key in PAIRS[0].keys() - {"chosen_key", "rejected_key"}} | {
+        "chosen_key": "00" * 16,
+        "rejected_key": "01" * 16,
+    }
+
+
+def test_reference_is_the_cache_and_joins_the_examples(con):
+    found = ask(
+        con,
+        "select example_id, reference, logp_sum, logp_per_token, logps, status from examples "
+        "join reference on key in (chosen_key, rejected_key) order by key",
+    )
+    assert found == [
+        ("e0", "org/tiny", -5.0, -2.5, [-2.0, -3.0], "ok"),  # -5 over 2 tokens
+        ("e0", "org/tiny", -6.0, -6.0, [-6.0], "ok"),
+        ("e1", "org/tiny", -7.5, -2.5, None, "ok"),
+        ("e1", "org/tiny", None, None, None, "failed: not finite"),
+    ]
+
+
+def test_before_anything_is_scored_or_trained_the_views_are_empty():
+    texts, numbers = pa.array([], pa.string()), pa.array([], pa.float64())
+    empty = views.Sources(
+        PREPARED.empty_table(),
+        [],
+        pa.table({"folder": texts, "reference": texts}),
+        [],
+        pa.table({"folder": texts, "run": texts, "loss": texts, "beta": numbers}),
+    )
+    con = views.connect(empty)
+    assert [ask(con, f"select * from {name}") for name in views.names()] == [[]] * len(views.names())
+
+
+def test_every_view_has_a_line_of_help_and_its_columns(con):
+    described = {name: (purpose, columns) for name, purpose, columns in views.describe()}
+    assert list(described) == ["examples", "reference", "rewards", "steps"]
+    for name, (purpose, columns) in described.items():
+        assert purpose.endswith(".") and len(purpose) > 20
+        assert columns == views.ask(con, f"select * from {name}").columns
+
+
+def test_answers_have_columns_and_come_in_blocks(con):
+    found = views.ask(con, "select i as n from range(5000) t(i) order by n")
+    assert found.columns == ["n"]
+    assert [n for (n,) in found.rows()] == list(range(5000))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "with w as (select * from rewards) select count(*) from w",
+        "from rewards select count(*)",
+        "values (2)",
+        "select count(*) from rewards;",
+        "-- how many\nselect count(*) from rewards",
+        "(select count(*) from rewards)",
+        "select 2 union all select 2 limit 1",
+    ],
+)
+def test_every_kind_of_select_is_answered(con, query):
+    assert ask(con, query) == [(2,)]
+
+
+@pytest.mark.parametrize("query", ["describe rewards", "show tables", "summarize rewards"])
+def test_questions_about_the_views_are_answered(con, query):
+    assert len(ask(con, query)) > 0
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+SECRET = "the secret of another file"
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    for name in ("secret.csv", "secret.txt"):
+        (tmp_path / name).write_text(SECRET)
+    (tmp_path / "secret.json").write_text(json.dumps({"a": SECRET}))
+    parquet(tmp_path / "secret.parquet", [visit(1, SECRET, 0, 0, 0, 0)], STEPS)
+    database = duckdb.connect(str(tmp_path / "secret.db"))
+    database.execute(f"create table t as select '{SECRET}' as a")
+    database.close()
+    return tmp_path
+
+
+READS = [
+    "select * from read_text('{}/secret.txt')",
+    "select * from read_blob('{}/secret.txt')",
+    "select * from read_csv('{}/secret.csv', header = false)",
+    "select * from read_csv_auto('{}/secret.csv')",
+    "select * from sniff_csv('{}/secret.csv')",
+    "select * from read_json('{}/secret.json')",
+    "select * from read_parquet('{}/secret.parquet')",
+    "select * from read_parquet(['{}/trained/steps/to-00000001.parquet', '{}/secret.parquet'])",
+    "select * from parquet_metadata('{}/secret.parquet')",
+    "select * from parquet_kv_metadata('{}/secret.parquet')",
+    "select * from '{}/secret.csv'",
+    "select * from '{}/secret.json'",
+    "select * from '{}/secret.parquet'",
+    'select * from "{}/secret.parquet"',
+    "select * from glob('{}/*')",
+    "select * from read_text('/etc/passwd')",
+    "select * from read_csv('/etc/passwd', sep = ':')",
+    "select * from '/etc/passwd'",
+    "select * from read_text('{}/trained/steps/../../secret.txt')",
+    "select * from query('select * from read_text(''{}/secret.txt'')')",
+    "select * from read_csv('http://localhost:1/x.csv')",
+    "select * from 's3://bucket/x.parquet'",
+    "explain select * from rewards",
+    "explain analyze select * from read_text('{}/secret.txt')",
+    "select getenv('HOME')",
+]
+
+
+@pytest.mark.parametrize("query", READS)
+def test_no_other_file_is_read(secret, query):
+    con = views.connect(sources(secret, {"trained": 0.1}))
+    with pytest.raises(UsageError) as caught:
+        ask(con, query.format(*[secret] * 2))
+    assert SECRET not in str(caught.value) and "root:" not in str(caught.value)
+
+
+STATEMENTS = [
+    "copy (select 1) to '{0}/out.csv'",
+    "copy rewards to '{0}/out.parquet'",
+    "copy (select 1) to '{1}' (format csv, use_tmp_file false)",
+    "export database '{0}/out'",
+    "attach '{0}/secret.db' as s",
+    "attach ':memory:' as s",
+    "attach '{0}/out.db' as s",
+    "install httpfs",
+    "load httpfs",
+    "load '{0}/x.duckdb_extension'",
+    "set threads = 1",
+    "set enable_external_access = true",
+    "set lock_configuration = false",
+    "reset lock_configuration",
+    "set allowed_directories = ['/']",
+    "pragma enable_object_cache",
+    "pragma database_list",
+    "call pragma_version()",
+    "create table t as select 1",
+    "create or replace view rewards as select 1",
+    "create macro f(x) as x",
+    "create temp table t as select 1",
+    "create secret s (type s3)",
+    "insert into visits select * from visits",
+    "update visits set loss = 0",
+    "delete from visits",
+    "drop view rewards",
+    "alter table visits rename to v",
+    "truncate visits",
+    "begin",
+    "prepare p as select 1",
+    "execute p",
+    "use memory",
+    "vacuum",
+    "checkpoint",
+    "import database '{0}'",
+    "select 1; select 2",
+    "select 1; drop view rewards",
+    "select 1; copy (select 1) to '{0}/out.csv'",
+    "",
+    ";",
+    "-- nothing",
+    "select",
+    "nonsense",
+    # A plan is a question; running the statement to measure it is not.
+    "explain analyze copy (select 1) to '{0}/out.csv' (use_tmp_file false)",
+    "explain analyze copy (select 1) to '{1}' (format csv, use_tmp_file false)",
+    "explain (analyze, format json) copy (select 1) to '{1}' (format csv, use_tmp_file false)",
+    "explain analyze create table t as select 1",
+    "explain analyze drop view rewards",
+    "explain analyze set threads = 1",
+]
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_whatever_is_no_single_select_is_refused_and_changes_nothing(secret, statement):
+    chosen = sources(secret, {"trained": 0.1})
+    con = views.connect(chosen)
+    before = {path: path.read_bytes() for path in sorted(secret.rglob("*")) if path.is_file()}
+    with pytest.raises(UsageError) as caught:
+        ask(con, statement.format(secret, chosen.cached[0]))
+    assert "rewards" in str(caught.value)  # what there is, is named
+    assert {path: path.read_bytes() for path in sorted(secret.rglob("*")) if path.is_file()} == before
+    assert ask(con, "select count(*) from rewards") == [(2,)]
+
+
+def test_variables_of_the_program_are_no_tables(con):
+    leaked = pa.table({"a": [SECRET]})
+    assert duckdb.connect().execute("select * from leaked").fetchall() == [(SECRET,)]  # where it is not forbidden
+    with pytest.raises(duckdb.CatalogException, match="leaked"):
+        con.execute("select * from leaked")
+    with pytest.raises(UsageError, match="leaked"):
+        ask(con, "select * from leaked")
+    assert leaked.num_rows == 1
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select error('boom')",
+        "select cast('x' as int)",
+        # Fails only in the last of many blocks, when the first have been read.
+        "select case when i = 99999 then cast('boom' || i as int) else i end from range(100000) t(i)",
+    ],
+)
+def test_an_error_while_the_answer_is_read_is_the_users_too(con, query):
+    with pytest.raises(UsageError):
+        ask(con, query)
+
+
+@pytest.mark.parametrize("query", ["select now()", "select timestamptz '2024-01-01 00:00:00+00'"])
+def test_a_time_with_a_zone_is_answered_or_refused_in_words(con, query):
+    try:
+        ((found,),) = ask(con, query)
+    except UsageError:
+        return
+    assert found.year >= 2023
+
+
+def test_a_mistyped_view_is_named_with_those_there_are(con):
+    with pytest.raises(UsageError, match=r"(?s)reward.*Views: examples, reference, rewards, steps"):
+        ask(con, "select * from reward")
+    with pytest.raises(UsageError, match="margn"):
+        ask(con, "select margn from rewards")
