@@ -18,6 +18,9 @@ ifeq ($(origin CONFIG),undefined)
 CONFIG := $(if $(MODEL)$(DATA),,$(DEMO_CONFIG))
 endif
 
+reserved := $(filter model=% out=% prepare.data=% train.run=%,$(SET))
+$(if $(reserved),$(error SET has $(reserved); say it with MODEL=, OUT=, DATA= or RUN=, which make can follow))
+
 comma := ,
 empty :=
 # The settings that shape data and cache, and those of a training run: they change apart.

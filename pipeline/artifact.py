@@ -117,10 +117,10 @@ def commit_folder(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporaries of processes of this machine that are gone."""
-    for path in folder.glob(f".*.{_HOST}-*.tmp"):
+    for path in list(folder.rglob(f".*.{_HOST}-*.tmp")):
         process = path.name.removesuffix(".tmp").rpartition("-")[2]
         if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # -- checksums and sealed JSON ---------------------------------------------------------------------------------------
@@ -149,15 +149,17 @@ def seal(content: dict[str, Any]) -> bytes:
     return json.dumps(sealed, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def unseal(path: Path) -> dict[str, Any]:
-    """The content of a sealed JSON file, or IntegrityError."""
+def unseal(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The content of a sealed JSON file, or IntegrityError with what to do about it."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
         expected = content.pop(_SEAL)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise IntegrityError(f"{path} cannot be read as a sealed JSON record ({error}).") from error
+        raise IntegrityError(f"{path} cannot be read as a sealed JSON record ({error}). {remedy}".strip()) from error
     if checksum_bytes(canonical_json(content)) != expected:
-        raise IntegrityError(f"{path} does not match its own checksum: it was changed after it was written.")
+        raise IntegrityError(
+            f"{path} does not match its own checksum: it was changed after it was written. {remedy}".strip()
+        )
     return content
 
 
@@ -196,7 +198,7 @@ def commit_manifest(folder: Path, content: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished stage, or None where the stage has not finished."""
     path = folder / MANIFEST
-    return unseal(path) if path.exists() else None
+    return unseal(path, f"Delete {path} and run the stage again.") if path.exists() else None
 
 
 def retract_manifest(folder: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Cache:
         self.folder = folder
         if not (folder / REFERENCE_FILE).exists():
             raise IntegrityError(f"The cache {folder} is gone. Score again (make score).")
-        reference = artifact.unseal(folder / REFERENCE_FILE)
+        reference = artifact.unseal(folder / REFERENCE_FILE, "Score again (make score): it is written anew.")
         if reference["model_id"] != model_id:
             raise IdentityError(
                 f"{folder} holds log-probs of {reference['name']}@{reference['model_id'][:8]}; this run names a model "
@@ -70,7 +71,8 @@ class Cache:
         """Open the cache of these weights, whatever name they went by when it was made, or make one."""
         short = reference["model_id"][:12]
         folder = next(iter(sorted(root.glob(f"*-{short}"))), root / f"{_safe(name)}-{short}")
-        if not (folder / REFERENCE_FILE).exists():
+        if not _is_whole(folder / REFERENCE_FILE):
+            (folder / REFERENCE_FILE).unlink(missing_ok=True)
             content = artifact.seal({"name": name, "schema_version": CACHE_VERSION, **reference})
             artifact.commit_bytes(folder / REFERENCE_FILE, content, once=True)
         artifact.remove_leftovers(folder)
@@ -161,9 +163,11 @@ class Cache:
     def register(self, con: duckdb.DuckDBPyConnection) -> None:
         """Define the view `cached` over the shards that have a valid record."""
         if self.shards:
-            con.execute(f"create view cached as select * from read_parquet({self.shards!r}, hive_partitioning = false)")
+            con.execute(
+                f"create view cached as select * from read_parquet({_sql_list(self.shards)}, filename = true, hive_partitioning = false)"
+            )
         else:
-            con.register("cached", CACHE.empty_table())
+            con.register("cached", CACHE.empty_table().append_column("filename", pa.array([], pa.string())))
 
     def join(self, prepared: pa.Table, accepted: Sequence[str]) -> dict[str, np.ma.MaskedArray]:
         """ref_chosen_logp and ref_rejected_logp of each row of `prepared`, in its order; masked where there is none."""
@@ -172,6 +176,30 @@ class Cache:
         self.register(con)
         result = con.execute(_JOIN, {"accepted": list(accepted), "ok": OK}).fetchnumpy()
         return {name: np.ma.asarray(values) for name, values in result.items()}
+
+
+def _is_whole(sealed: Path) -> bool:
+    try:
+        artifact.unseal(sealed)
+    except IntegrityError:
+        return False
+    return True
+
+
+def open_scored(scored: Path) -> tuple[dict[str, Any], Cache] | None:
+    """The manifest of a finished scoring and the cache it vouches for; None where nothing has been scored.
+
+    Where the cache is not what the manifest says, the manifest is taken back: make then sees that there is work.
+    """
+    try:
+        if (manifest := artifact.read_manifest(scored)) is None:
+            return None
+        cache = Cache(Path(manifest["cache"]), manifest["reference"]["model_id"])
+        cache.refuse_damage()
+    except IntegrityError:
+        artifact.retract_manifest(scored)
+        raise
+    return manifest, cache
 
 
 def identify(model: Path, root: Path) -> dict[str, Any]:
@@ -222,10 +250,11 @@ _OTHERS = """
 select numerics_id, count(distinct key) from cached join state using (key) where not hit group by numerics_id
 """
 
-# The numerics named first win where a sequence was scored under several.
+# The numerics named first win where a sequence was scored under several; and always the same one of two equal rows,
+# which scorers that cut their chunks differently can leave.
 _JOIN = """
 with usable as (
-    select key, arg_min(logp_sum, list_position($accepted, numerics_id)) as logp
+    select key, arg_min(logp_sum, printf('%06d', list_position($accepted, numerics_id)) || filename) as logp
     from cached where status = $ok and list_contains($accepted, numerics_id) group by key
 )
 select chosen.logp as ref_chosen_logp, rejected.logp as ref_rejected_logp
@@ -240,8 +269,14 @@ def connect() -> duckdb.DuckDBPyConnection:
     con = duckdb.connect()
     con.execute("set enable_progress_bar = false")
     # Else a join too large for memory would spill into the user's working folder.
-    con.execute("set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / "prefcache-join")})
+    con.execute(
+        "set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / f"prefcache-{uuid.uuid4().hex}")}
+    )
     return con
+
+
+def _sql_list(texts: Sequence[str]) -> str:
+    return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
 
 
 def _rows(table: pa.Table) -> pa.Array:

@@ -17,14 +17,14 @@ _OPTIMIZER = "optimizer.safetensors"
 def save(
     run: Path,
     step: int,
-    save_model: Callable[[Path], None],
+    save_weights: Callable[[Path], None],
     optimizer: dict[str, torch.Tensor],
     state: dict[str, Any],
     keep: int,
 ) -> None:
     folder = run / "checkpoints" / f"step-{step:08}"
     with artifact.commit_folder(folder) as temporary:
-        save_model(temporary)
+        save_weights(temporary)
         save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer.items()}, temporary / _OPTIMIZER)
         files = [artifact.describe(file) for file in sorted(temporary.iterdir())]
         artifact.commit_manifest(temporary, {"step": step, **state, "files": files})
@@ -41,11 +41,6 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]
         except IntegrityError as error:
             warn(f"{error} Going back to the checkpoint before it.")
     return None
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != _OPTIMIZER]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def optimizer(folder: Path) -> dict[str, torch.Tensor]:

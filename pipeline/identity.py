@@ -7,6 +7,7 @@ Two levels. `model_id`: the weights, bit by bit, and the config that shapes the 
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +104,34 @@ def _sha256(file: Path, memo: MutableMapping[str, str]) -> str:
     return memo[stamp]
 
 
+def longest_sequence(folder: Path) -> int:
+    """The most tokens for which the model computes the same whatever else is in the batch."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    limits = [
+        config[name] for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") if config.get(name)
+    ]
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind == "dynamic":
+            raise UsageError(
+                f"{folder} has dynamic rope, whose values change with what was computed before. Use another model."
+            )
+        if kind == "longrope":
+            # Beyond this length of the batch's longest row, all of its rows get other frequencies.
+            limits.append(
+                rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+            )
+    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
+
+
+def _rope_parameters(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rope settings of a config: one set for all layers, or one for each type of layer."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
 def tokenizer_id(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
@@ -115,7 +144,11 @@ def tokenizer_id(folder: Path) -> str:
 
 def numerics(engine: str, packages: Iterable[str], **facts: str) -> dict[str, str]:
     """How values are computed, as a readable record. Its hash is the numerics_id."""
-    return {"engine": engine, **{name: version(name).partition("+")[0] for name in packages}, **facts}
+    return {"engine": engine, **versions(packages), **facts}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    return {name: version(name).partition("+")[0] for name in packages}
 
 
 def numerics_id(record: dict[str, str]) -> str:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from pipeline import identity
 from pipeline.batches import Batch, Pairs
 from pipeline.config import Train
 from pipeline.errors import IntegrityError, UsageError
@@ -25,6 +27,7 @@ from pipeline.packing import token_budget_batches
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+_WEIGHTS = "weights.safetensors"
 LossFunction = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 # What a visit of a pair leaves behind, in the order of the pairs visited.
 Visit = dict[str, np.ndarray]
@@ -43,9 +46,10 @@ class Policy:
     def __init__(self, start: Path, template: str | None, train: Train, accelerator: Accelerator) -> None:
         torch.manual_seed(train.seed)
         self.train, self.accelerator = train, accelerator
-        self.tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
+        self.tokenizer = AutoTokenizer.from_pretrained(start)
         if template is not None:
             self.tokenizer.chat_template = template
+        self._limit = identity.longest_sequence(start)
         model = _load(start)
         use_float32_head(model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.learning_rate)
@@ -96,8 +100,10 @@ class Policy:
         return self._gather(indices, seen), grad_norm
 
     def _visit(self, batch: Batch, loss: LossFunction) -> dict[str, torch.Tensor]:
+        # Without gradients not through the wrapper, whose forward may wait for processes that have no pair to visit.
+        model = self._model if torch.is_grad_enabled() else self.accelerator.unwrap_model(self._model)
         with self.accelerator.autocast():
-            logp = sums(completion_logps(self._model, [*batch.chosen, *batch.rejected]))
+            logp = sums(completion_logps(model, [*batch.chosen, *batch.rejected]))
         chosen_B, rejected_B = torch.split(logp, len(batch.chosen))
         columns = {**batch.columns, "chosen_logp": chosen_B, "rejected_logp": rejected_B}
         columns["loss"] = loss(columns)
@@ -126,6 +132,9 @@ class Policy:
         return [answers[i] for i in range(len(prompts))]
 
     def _answer(self, prompts: list[np.ndarray]) -> list[str]:
+        room = min(self.train.sample_tokens, self._limit - max(len(ids) for ids in prompts))
+        if room <= 0:
+            return [""] * len(prompts)
         model = self.accelerator.unwrap_model(self._model)
         longest = max(len(ids) for ids in prompts)
         pad = (
@@ -139,7 +148,7 @@ class Policy:
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
-                max_new_tokens=self.train.sample_tokens,
+                max_new_tokens=room,
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=pad,
             )
@@ -156,10 +165,12 @@ class Policy:
         state = self._optimizer.state_dict()["state"]
         return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
 
-    def restore(self, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
-        model = self.accelerator.unwrap_model(self._model)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert not unexpected and set(missing) <= _tied(model), (missing, unexpected)
+    def save_weights(self, folder: Path) -> None:
+        """The weights as they lie in memory: save_pretrained rearranges those of some models."""
+        safetensors.torch.save_model(self.accelerator.unwrap_model(self._model), str(folder / _WEIGHTS))
+
+    def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
+        safetensors.torch.load_model(self.accelerator.unwrap_model(self._model), folder / _WEIGHTS)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in optimizer.items():
             i, name = key.split(".", 1)
@@ -169,7 +180,7 @@ class Policy:
 
 def learning_rate(step: int, n_steps: int, train: Train) -> float:
     """Linear warm-up, then a cosine to zero. `step` counts from 1; the first has the rate after no warm-up step."""
-    done, warmup = step - 1, math.ceil(train.warmup_ratio * n_steps)
+    done, warmup = step - 1, min(math.ceil(train.warmup_ratio * n_steps), n_steps - 1)
     if done < warmup:
         return train.learning_rate * done / warmup
     progress = (done - warmup) / max(1, n_steps - warmup)
@@ -186,8 +197,17 @@ def _load(folder: Path) -> Any:
         raise UsageError(
             f"{folder} does not load as a causal language model ({type(error).__name__}: {reason})."
         ) from None
+    _mend_generation_config(model.generation_config)
     # In eval mode there is no dropout, which would make policy and reference differ at the start; gradients still flow.
     return model.eval()
+
+
+def _mend_generation_config(config: Any) -> None:
+    """Some models are published with a temperature but without do_sample, and then refuse to be saved."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -205,7 +225,3 @@ def _columns(visit: dict[str, torch.Tensor]) -> list[list[float]]:
 
 def _listed(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
-
-
-def _tied(model: Any) -> set[str]:
-    return set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())

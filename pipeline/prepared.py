@@ -27,6 +27,7 @@ class Writer:
 
     def __init__(self, folder: Path, generation: str, rows_per_shard: int) -> None:
         self._folder, self._generation, self._rows_per_shard = folder, generation, rows_per_shard
+        artifact.remove_leftovers(folder)
         self._rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], HELD_OUT: []}
         self._packed: dict[str, list[pa.Table]] = {TRAIN: [], HELD_OUT: []}
         self._quarantined: list[dict[str, Any]] = []

@@ -90,13 +90,11 @@ class Templater:
         return whole[len(asked) :]
 
     def _apply(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
+        except Exception as error:  # A template is a stranger's program, and can raise anything.
             raise Unusable("template refuses", f"{type(error).__name__}: {error}") from None
         return str(text)
 
@@ -116,14 +114,16 @@ class Templater:
         if self.plain:
             end = [self.tokenizer.eos_token_id]
             prompt, chosen, rejected = (
-                self._beginning() + prompt,
+                self._beginning(prompt) + prompt,
                 *(ids if ids[-1:] == end else ids + end for ids in (chosen, rejected)),
             )
         return Tokens(prompt, chosen, rejected, boundary)
 
-    def _beginning(self) -> list[int]:
+    def _beginning(self, prompt: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else []
+        return (
+            [bos] if bos is not None and prompt[:1] != [bos] and self.tokenizer("x")["input_ids"][:1] == [bos] else []
+        )
 
 
 def _as_messages(turns: Turns, role: str) -> list[Message]:

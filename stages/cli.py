@@ -25,6 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
+_OUT_OF_MEMORY = (
+    "out of memory. Lower score.tokens_per_batch or train.tokens_per_micro_batch; neither changes a result."
+)
+
 
 class Commands(click.Group):
     """Errors are translated here, once: a line on stderr and the exit code that says what kind it was."""
@@ -41,7 +45,7 @@ class Commands(click.Group):
             sys.stderr.close()
             sys.exit(0)
         except MemoryError:
-            _fail("out of memory. Lower the stage's tokens per batch.", ResourceError.exit_code)
+            _fail(_OUT_OF_MEMORY, ResourceError.exit_code)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 _fail(
@@ -53,7 +57,7 @@ class Commands(click.Group):
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
                 raise
-            _fail(f"out of memory. Lower the stage's tokens per batch. ({error})", ResourceError.exit_code)
+            _fail(f"{_OUT_OF_MEMORY} ({error})", ResourceError.exit_code)
 
 
 def _interrupt(signum: int, frame: Any) -> None:
@@ -178,7 +182,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, as_json: bool, 
     result = inspect.sql(query, folder)
     if as_json:
         rows = [dict(zip(result.columns, row, strict=True)) for row in result.rows()]
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False, default=_as_json))
+        click.echo(json.dumps(rows, indent=1, ensure_ascii=sys.stdout.isatty(), default=_as_json))
     else:
         tables.rows(result.columns, result.rows(), limit)
 
@@ -200,7 +204,7 @@ def _loaded(path: str | None, overrides: tuple[str, ...], quiet: bool) -> Iterat
 
 def _print(result: dict[str, Any], as_json: bool, table: str) -> None:
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(result, indent=1, ensure_ascii=sys.stdout.isatty()))
     else:
         from stages import tables
 

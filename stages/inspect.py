@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import artifact, views
-from pipeline.cache import Cache
+from pipeline.cache import open_scored
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.prepared import Prepared
 
@@ -43,11 +43,10 @@ def _sources(folder: Path) -> views.Sources:
 def _reference(folder: Path) -> tuple[list[str], pa.Table]:
     """The shards of the reference that scored this experiment, each verified."""
     schema = pa.schema([("folder", pa.string()), ("reference", pa.string())])
-    scored = artifact.read_manifest(folder / "scored")
-    if scored is None:
+    found = open_scored(folder / "scored")
+    if found is None:
         return [], schema.empty_table()
-    cache = Cache(Path(scored["cache"]), scored["reference"]["model_id"])
-    cache.refuse_damage()
+    _, cache = found
     row = {"folder": f"{cache.folder}/", "reference": cache.reference["name"]}
     return cache.shards, pa.Table.from_pylist([row], schema=schema)
 
@@ -58,7 +57,7 @@ def _runs(folder: Path) -> tuple[list[str], pa.Table]:
     parts: list[str] = []
     rows: list[dict[str, Any]] = []
     for record in sorted(folder.glob(f"*/{PROVENANCE}")):
-        facts = artifact.unseal(record)
+        facts = artifact.unseal(record, f"Move {record.parent} away.")
         _refuse_damage(record.parent)
         parts += sorted(str(part) for part in (record.parent / "steps").glob("to-*.parquet"))
         rows.append(

@@ -1,5 +1,6 @@
 """prepare: preference data in, exact token ids out, nothing lost on the way."""
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import islice
@@ -145,8 +146,12 @@ def _row(line: sources.Line, example: Example, tokens: Tokens, held_out: float) 
 
 
 def _fraction(prompt: str) -> float:
-    """Where a prompt falls in [0, 1): by its text alone, so it never changes sides when data is added."""
-    return int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest(), "big") / 2**64
+    """Where a prompt falls in [0, 1): by its text alone, so it never changes sides when data is added.
+
+    Spaces and composed characters do not count: prompts that differ in them alone may be one to the model.
+    """
+    text = " ".join(unicodedata.normalize("NFC", prompt).split())
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _quarantined(line: sources.Line, unusable: Unusable) -> dict[str, Any]:

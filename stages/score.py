@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline import artifact, identity
 from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
-from pipeline.engines import Engine, engine_module
+from pipeline.engines import PACKAGES, Engine, engine_module
 from pipeline.errors import IdentityError, IntegrityError, UsageError
 from pipeline.prepared import Prepared, Sequences
 from pipeline.progress import Progress
@@ -58,6 +58,7 @@ def _inputs(config: Config, prepared: Prepared, reference: dict[str, Any]) -> di
         "model_id": reference["model_id"],
         "cache": config.cache,
         "config": config.score.model_dump(mode="json", exclude=speed),
+        "versions": identity.versions(PACKAGES[config.score.engine]),
     }
 
 
@@ -67,7 +68,7 @@ def _already_done(config: Config, cache: Cache, inputs: dict[str, Any]) -> dict[
         manifest = artifact.read_manifest(config.scored)
     except IntegrityError:
         return None
-    if manifest is None or manifest["inputs"] != inputs or cache.damaged:
+    if manifest is None or manifest["inputs"] != inputs or cache.damaged or config.score.rescore:
         return None
     if not set(manifest["shards"]) <= {record["file"] for record in cache.records}:
         return None
@@ -106,15 +107,14 @@ def _refuse_mixed_numerics(cache: Cache, plan: Plan, numerics: dict[str, str], s
 
 
 def _check_fits(model: Path, table: pa.Table) -> None:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
     prompt, chosen, rejected = (table[name].to_numpy() for name in ("n_prompt", "n_chosen", "n_rejected"))
-    longest = int((prompt + np.maximum(chosen, rejected)).max())
-    most = config.get("max_position_embeddings")
-    if most and longest > most:
+    longest, most = int((prompt + np.maximum(chosen, rejected)).max()), identity.longest_sequence(model)
+    if longest > most:
         raise UsageError(
             f"The longest sequence has {longest} tokens; {model} takes {most}. Set prepare.max_length={most}."
         )
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
     vocabulary = config.get("vocab_size")
     largest = max(
         int(part.values.to_numpy().max())

@@ -16,9 +16,9 @@ import torch
 from pipeline import artifact, batches, checkpoints, identity
 from pipeline import config as configuration
 from pipeline.batches import Pairs
-from pipeline.cache import Cache, identify
+from pipeline.cache import Cache, identify, open_scored
 from pipeline.config import Config, Kinds
-from pipeline.errors import DataError, IdentityError, IntegrityError, UsageError
+from pipeline.errors import DataError, IdentityError, UsageError
 from pipeline.losses import Loss, get_loss, hyperparameters
 from pipeline.policy import Policy, Visit, accelerator, learning_rate
 from pipeline.prepared import Prepared, Sequences
@@ -30,8 +30,16 @@ PROVENANCE, BEFORE = "provenance.json", "before.json"
 # Mean deviation per token between the policy at its start and the cached reference that is still rounding.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32
-# Keys that change neither the order of the data nor the arithmetic of a step.
-_HARMLESS = {"run", "checkpoint_every", "keep_checkpoints", "eval_every", "kinds", "device"}
+# Keys that change neither the order of the data nor, but for rounding, the outcome of a step.
+_HARMLESS = {
+    "run",
+    "tokens_per_micro_batch",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "kinds",
+    "device",
+}
 
 
 @dataclass
@@ -66,7 +74,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     loss = get_loss(config.train.loss)
     loss_arguments = hyperparameters(loss, config.train.beta, config.train.loss_args)
     prepared = Prepared(config.prepared)
-    scored = _scored(config, prepared)
+    scored, cache = _scored(config, prepared)
     start = identity.find_model(config.train.model or config.model)
     inputs = _inputs(config, prepared, scored, start)
     devices = accelerator(config.train)
@@ -77,9 +85,9 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     if (finished := artifact.read_manifest(config.run)) is not None:
         progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
         artifact.touch_manifest(config.run)
-        return {**finished, "run": str(config.run), "changed": False}
+        return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
-    pairs = _pairs(config, prepared, scored, progress)
+    pairs = _pairs(prepared, cache, scored["accepted_numerics"], progress)
     _refuse_missing_columns(loss, pairs[TRAIN])
     policy = Policy(start, prepared.manifest["template"], config.train, devices)
     session = Session(config, inputs, pairs, loss, loss_arguments, policy, RunLog(config.run), progress)
@@ -93,12 +101,13 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
 # -- before any model is loaded --------------------------------------------------------------------------------------
 
 
-def _scored(config: Config, prepared: Prepared) -> dict[str, Any]:
-    scored = artifact.read_manifest(config.scored)
-    if scored is None:
+def _scored(config: Config, prepared: Prepared) -> tuple[dict[str, Any], Cache]:
+    found = open_scored(config.scored)
+    if found is None:
         raise UsageError(
             f"{config.prepared} has not been scored: there is no {config.scored}. Score first (make score)."
         )
+    scored, cache = found
     if scored["inputs"]["prepared"] != prepared.id:
         raise IdentityError(
             f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (make score)."
@@ -110,7 +119,7 @@ def _scored(config: Config, prepared: Prepared) -> dict[str, Any]:
                 f"{config.scored} was scored by {scored['reference']['name']}@{scored['reference']['model_id'][:8]}; this "
                 f"run names {config.model}@{named[:8]}. Score with it (make score), or set model back."
             )
-    return scored
+    return scored, cache
 
 
 def _inputs(config: Config, prepared: Prepared, scored: dict[str, Any], start: Path) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def _make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None
             raise UsageError(f"{folder} is not empty and holds no run. Name another with --set train.run=NAME.")
         return
     artifact.remove_leftovers(folder)
-    changed = _changed(artifact.unseal(record)["inputs"], inputs)
+    changed = _changed(artifact.unseal(record, f"Move {folder} away, or name another run.")["inputs"], inputs)
     if not changed:
         return
     if not (folder / artifact.MANIFEST).exists():
@@ -157,17 +166,11 @@ def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
     return lines
 
 
-def _pairs(config: Config, prepared: Prepared, scored: dict[str, Any], progress: Progress) -> dict[str, Pairs]:
-    try:
-        cache = Cache(Path(scored["cache"]), scored["reference"]["model_id"])
-        cache.refuse_damage()
-    except IntegrityError:
-        artifact.retract_manifest(config.scored)
-        raise
+def _pairs(prepared: Prepared, cache: Cache, accepted: list[str], progress: Progress) -> dict[str, Pairs]:
     pairs = {}
     for split in (TRAIN, HELD_OUT):
         table = prepared.table(split)
-        reference = cache.join(table, scored["accepted_numerics"])
+        reference = cache.join(table, accepted)
         pairs[split] = Pairs(table, Sequences(table), reference)
         if missing := pairs[split].n_without_reference:
             progress.warn(f"{missing} {split} pairs are left out: the reference has no finite log-prob for them")
@@ -207,7 +210,7 @@ def _before(s: Session, scored: dict[str, Any]) -> dict[str, Any]:
     """What the policy does before it learns. A resumed run reads it: its policy is no longer the one that started."""
     path = s.config.run / BEFORE
     if path.exists():
-        return artifact.unseal(path)
+        return artifact.unseal(path, f"Delete {s.config.run} and train again.")
     s.progress.say(f"train: {len(s.pairs[TRAIN]):,} pairs, {s.n_steps} steps of {s.config.train.batch_size}")
     metrics = _start_metrics(s, scored)
     evaluation = _evaluate(s, 0, 0.0)
@@ -241,8 +244,8 @@ def _start_metrics(s: Session, scored: dict[str, Any]) -> dict[str, float]:
         raise IdentityError(
             f"The policy is the cached reference, yet their log-probs differ by {worst:.3g} nats per token at the start; "
             f"{tolerance} is rounding. The policy computes in {s.policy.precision}; the cache was scored with "
-            f"{'; '.join(str(record) for record in scored['numerics'].values())}. Score again in this environment "
-            "(--set score.rescore=true), or set train.precision to the cache's."
+            f"{'; '.join(str(record) for record in scored['numerics'].values())}. Set train.precision "
+            f"to the cache's, or delete {scored['cache']} and score again in this environment (make score)."
         )
     s.progress.say(
         f"train: start checked on {len(sample)} pairs: margin {metrics['rewards/margins']:.6f}, "
@@ -260,7 +263,7 @@ def _go_back(s: Session) -> dict[str, Any]:
     if not found:
         return {"step": 0, "num_tokens": 0}
     folder, state = found
-    s.policy.restore(checkpoints.weights(folder), checkpoints.optimizer(folder))
+    s.policy.restore(folder, checkpoints.optimizer(folder))
     s.progress.say(f"train: going on from step {step}")
     return state
 
@@ -297,13 +300,25 @@ def _checkpoint(s: Session, step: int, n_tokens: int) -> None:
         s.log.flush(step)
         state = {"num_tokens": n_tokens}
         keep = s.config.train.keep_checkpoints
-        checkpoints.save(s.config.run, step, s.policy.save_model, s.policy.optimizer_state(), state, keep)
+        checkpoints.save(s.config.run, step, s.policy.save_weights, s.policy.optimizer_state(), state, keep)
     s.policy.accelerator.wait_for_everyone()
 
 
 def _finish(s: Session, before: dict[str, Any], after: dict[str, float], seconds: float) -> dict[str, Any] | None:
-    train = s.config.train
+    result = _commit_run(s, before, after, seconds) if s.main else None
+    s.policy.accelerator.wait_for_everyone()
+    return result
+
+
+def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], seconds: float) -> dict[str, Any]:
+    with artifact.commit_folder(s.config.run / "model") as folder:
+        s.policy.save_model(folder)
     answers = _answers(s)
+    samples = _samples(s, before["answers"], answers)
+    artifact.commit_bytes(
+        s.config.run / "samples.parquet", artifact.parquet(pa.Table.from_pylist(samples, schema=SAMPLES))
+    )
+    kinds = s.config.train.kinds
     summary = {
         "steps": s.n_steps,
         "pairs": len(s.pairs[TRAIN]),
@@ -311,27 +326,17 @@ def _finish(s: Session, before: dict[str, Any], after: dict[str, float], seconds
         "loss": s.loss.name,
         "seconds": round(seconds, 3),
         "start": before["start"],
-        "changed_answers": sum(old != new for old, new in zip(before["answers"], answers, strict=True)),
-        "before": {"evaluation": before["evaluation"], "kinds": _count_kinds(before["answers"], train.kinds)},
-        "after": {"evaluation": after, "kinds": _count_kinds(answers, train.kinds)},
-        "samples": sorted(_samples(s, before["answers"], answers), key=_how_unchanged)[:5],
+        "changed_answers": sum(sample["before"] != sample["after"] for sample in samples),
+        "before": {"evaluation": before["evaluation"], "kinds": _count_kinds(before["answers"], kinds)},
+        "after": {"evaluation": after, "kinds": _count_kinds(answers, kinds)},
+        "samples": sorted(samples, key=_how_unchanged)[:5],
+        "parts": [artifact.describe(part) for part in sorted((s.config.run / "steps").glob("to-*.parquet"))],
     }
-    if s.main:
-        _commit_run(s, before["answers"], answers, summary)
-    s.policy.accelerator.wait_for_everyone()
-    return {**summary, "run": str(s.config.run), "changed": True} if s.main else None
-
-
-def _commit_run(s: Session, before: list[str], after: list[str], summary: dict[str, Any]) -> None:
-    with artifact.commit_folder(s.config.run / "model") as folder:
-        s.policy.save_model(folder)
-    samples = pa.Table.from_pylist(_samples(s, before, after), schema=SAMPLES)
-    artifact.commit_bytes(s.config.run / "samples.parquet", artifact.parquet(samples))
     started = s.config.train.model
     weights = sorted(identity.find_model(started).glob("*.safetensors")) if started else []
     artifact.commit_make_inputs(s.config.run, weights)
-    parts = [artifact.describe(part) for part in sorted((s.config.run / "steps").glob("to-*.parquet"))]
-    artifact.commit_manifest(s.config.run, {**summary, "parts": parts})
+    artifact.commit_manifest(s.config.run, summary)
+    return {**summary, "run": str(s.config.run), "changed": True}
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -383,7 +388,7 @@ def _answers(s: Session) -> list[str]:
 
 def _samples(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
     pairs, indices = s.pairs[HELD_OUT], _sample_indices(s)
-    if not len(indices) or not s.main:
+    if not len(indices):
         return []
     prompts, _ = pairs.prompts(indices)
     kinds = s.config.train.kinds

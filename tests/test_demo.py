@@ -117,3 +117,8 @@ def test_the_loss_in_the_readme_is_the_one_in_the_registry():
     source = (ROOT / "pipeline/losses.py").read_text(encoding="utf-8")
     without_docstring = re.sub(r'    """.*?"""\n', "", source, flags=re.DOTALL)
     assert code.strip() in without_docstring
+
+
+def test_settings_that_make_could_not_follow_are_refused(clone):
+    done = clone.run("make train SET=train.run=other", code=2)
+    assert "say it with MODEL=, OUT=, DATA= or RUN=" in done.stderr

@@ -38,7 +38,7 @@ FLOORS = [
     {"stages.cli"},
 ]
 # Within floor 2, the trainer's parts and an engine's own package.
-SAME_FLOOR = {("pipeline.policy", "pipeline.batches"), ("pipeline.engines", "pipeline.engines.transformers")}
+SAME_FLOOR = {("pipeline.policy", "pipeline.batches"), ("pipeline.engines.transformers", "pipeline.engines")}
 
 
 def modules() -> dict[str, Path]:

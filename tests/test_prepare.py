@@ -142,3 +142,23 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(prefcach
     assert "no chat template" in done.stderr and "prepare.template: none" in done.stderr
     if shape == "text":
         prefcache("prepare", config, "--set", f"model={bare}", "--set", "prepare.template=none")
+
+
+def test_prompts_that_differ_in_spaces_alone_fall_on_one_side(prefcache, model, tmp_path):
+    records = [{**pair(i), "prompt": f"{space}why {i}?{space}"} for i in range(40) for space in ("", " ", "\n")]
+    lines(tmp_path / "pairs.jsonl", *records)
+    prefcache("prepare", write_config(tmp_path, model))
+    rows = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
+    sides: dict[str, set[str]] = {}
+    for row in rows:
+        sides.setdefault(row["prompt"].strip(), set()).add(row["split"])
+    assert len(sides) == 40 and all(len(side) == 1 for side in sides.values())
+
+
+@pytest.mark.parametrize(
+    "expression", ["1 / 0", "range(10**9) | list", "messages[99].content.x", "none.x.y", "[][3]()"]
+)
+def test_whatever_a_template_raises_sends_the_record_to_quarantine(prefcache, config, tmp_path, expression):
+    (tmp_path / "odd.jinja").write_text("{{ " + expression + " }}")
+    done = prefcache("prepare", config, "--set", "prepare.chat_template=odd.jinja", code=3)
+    assert "60 of 60 records" in done.stderr and "template refuses" in done.stderr

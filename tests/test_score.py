@@ -274,3 +274,55 @@ def test_a_cache_that_is_gone_is_said_to_be_and_scored_again(prefcache, config, 
     # The manifest that vouched for it is taken back, so make sees that there is work.
     assert not (tmp_path / "runs/tiny/scored/manifest.json").exists()
     assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 120
+
+
+def test_rescoring_is_done_when_asked_and_other_versions_are_noticed(prefcache, config, tmp_path, monkeypatch):
+    from pipeline import identity
+
+    prefcache("prepare", config)
+    prefcache("score", config)
+    real = identity.version
+    monkeypatch.setattr(identity, "version", lambda name: "2.99.0" if name == "torch" else real(name))
+    done = prefcache("score", config, code=5)
+    assert f"torch {real('torch').partition('+')[0]} -> 2.99.0" in done.stderr
+    assert json.loads(prefcache("score", config, "--set", "score.rescore=true", "--json").stdout)["scored"] == 120
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+
+
+def test_a_damaged_cache_takes_the_manifest_back_also_when_sql_finds_it(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    shard = sorted(cache_folder(tmp_path).glob("*.parquet"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "make score" in prefcache("sql", "select 1", code=4).stderr
+    assert not (tmp_path / "runs/tiny/scored/manifest.json").exists()
+
+
+def test_a_damaged_reference_record_is_written_anew(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    before = fingerprint(tmp_path)
+    record = cache_folder(tmp_path) / "reference.json"
+    record.write_bytes(record.read_bytes()[:-9])
+    assert "make score" in prefcache("train", config, code=4).stderr
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic rope"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 1e4}},
+            "Set prepare.max_length=16",
+        ),
+        ({"max_position_embeddings": None, "n_positions": 20}, "Set prepare.max_length=20"),
+    ],
+)
+def test_a_model_whose_values_would_depend_on_the_batch_is_refused(prefcache, config, model, tmp_path, change, said):
+    other = shutil.copytree(model, tmp_path / "other")
+    prefcache("prepare", config, "--set", "model=other")
+    settings = json.loads((other / "config.json").read_text()) | change
+    (other / "config.json").write_text(json.dumps(settings))
+    assert said in prefcache("score", config, "--set", "model=other", code=2).stderr

@@ -123,8 +123,12 @@ def test_a_cache_that_does_not_hold_what_the_policy_computes_is_refused(prefcach
         data = artifact.parquet(pa.Table.from_pylist(rows, schema=CACHE), float_lists=["logps"])
         artifact.commit_bytes(record_file, artifact.seal({**record, **artifact.commit_file(shard, data)}))
     done = prefcache("train", scored, code=5)
-    assert "log-probs differ by" in done.stderr and "score.rescore=true" in done.stderr
+    assert "log-probs differ by" in done.stderr and "score again" in done.stderr
     assert not (tmp_path / "runs/tiny/trained/manifest.json").exists()
+    # The remedy that it names works.
+    shutil.rmtree(tmp_path / done.stderr.partition("or delete ")[2].partition(" and score")[0])
+    prefcache("score", scored)
+    prefcache("train", scored)
 
 
 def test_metrics_have_trls_names(prefcache, scored, tmp_path):
@@ -227,25 +231,101 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(prefcache, sco
     run = tmp_path / "runs/tiny/trained"
     expected = weights(run)
     (run / "manifest.json").unlink()
-    newest = sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors"
+    newest = sorted((run / "checkpoints").iterdir())[-1] / "weights.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     done = prefcache("train", scored, *settings)
     assert "Going back to the checkpoint before it" in done.stderr
     assert weights(run) == expected
 
 
-def test_two_processes_give_the_losses_of_one(prefcache, scored, tmp_path):
-    prefcache("train", scored, "--set", "train.run=one")
-    script = "from stages.cli import main; main()"
-    (tmp_path / "launch.py").write_text(f"if __name__ == '__main__':\n    {script}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531", "launch.py"]
-    arguments = ["train", str(scored), "--set", "train.run=two"]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def launch(root: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command under torchrun, as two processes."""
+    (root / "launch.py").write_text("if __name__ == '__main__':\n    from stages.cli import main; main()\n")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={port}",
+        "launch.py",
+    ]
+    done = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_give_the_losses_of_one_and_resume(prefcache, scored, tmp_path):
+    prefcache("train", scored, "--set", "train.run=one")
+    arguments = ["train", str(scored), "--set", "train.run=two", "--set", "train.checkpoint_every=5"]
+    done = launch(tmp_path, 29531, *arguments)
     assert done.stdout.count("held-out pairs") == 1  # one process prints
     one, two = (metrics(tmp_path / "runs/tiny" / run) for run in ("one", "two"))
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-5)
     assert [row["eval_loss"] for row in one] == pytest.approx([row["eval_loss"] for row in two], abs=1e-5)
+    # As after a kill: the last checkpoint is gone, and so is what the end of the run wrote.
+    run = tmp_path / "runs/tiny/two"
+    expected = weights(run)
+    (run / "manifest.json").unlink()
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    assert "going on from step 10" in launch(tmp_path, 29532, *arguments).stderr
+    assert weights(run) == expected
+
+
+def test_a_process_without_a_pair_of_its_own_waits_for_no_one(prefcache, model, tmp_path):
+    """3 training pairs in steps of 2 leave the second process nothing in the last step, and 1 held-out pair nothing ever."""
+    config = write_config(tmp_path, model, batch_size=2, epochs=1, eval_every=1)
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    prefcache("prepare", config)
+    held_out = Prepared(tmp_path / "runs/tiny/prepared").table("held_out").to_pylist()
+    train = Prepared(tmp_path / "runs/tiny/prepared").table("train").to_pylist()
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in [*train[:3], held_out[0]]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prefcache("prepare", config)
+    prefcache("score", config)
+    launch(tmp_path, 29533, "train", str(config))
+    assert [row["step"] for row in metrics(tmp_path / "runs/tiny/trained")] == [0, 1, 2]
+
+
+def test_a_mixture_of_experts_resumes_with_the_same_weights(prefcache, model, tmp_path):
+    """Transformers saves its experts one by one and holds them fused; a checkpoint must hold what is in memory."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    moe = shutil.copytree(model, tmp_path / "moe")
+    (moe / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    MixtralForCausalLM(MixtralConfig(vocab_size=vocabulary, **shape, **heads)).save_pretrained(moe)
+    write_pairs(tmp_path / "pairs.jsonl", 30)
+    config = write_config(tmp_path, moe, checkpoint_every=2)
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config)
+    run = tmp_path / "runs/tiny/trained"
+    expected = weights(run)
+    (run / "manifest.json").unlink()
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    assert "going on from step" in prefcache("train", config).stderr
+    assert weights(run) == expected
+
+
+def test_less_memory_for_a_micro_batch_is_no_reason_to_start_over(prefcache, scored, tmp_path):
+    prefcache("train", scored, "--set", "train.checkpoint_every=5")
+    run = tmp_path / "runs/tiny/trained"
+    (run / "manifest.json").unlink()
+    assert "going on from step" in prefcache("train", scored, "--set", "train.tokens_per_micro_batch=100").stderr
+
+
+def test_one_step_is_taken_at_the_full_learning_rate(prefcache, scored, tmp_path):
+    prefcache("train", scored, "--set", "train.batch_size=100", "--set", "train.epochs=1")
+    assert metrics(tmp_path / "runs/tiny/trained")[-1]["learning_rate"] == 1e-3
+
+
+def test_a_model_published_with_a_temperature_but_without_sampling_can_be_saved(prefcache, config, model, tmp_path):
+    odd = shutil.copytree(model, tmp_path / "odd")
+    (odd / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config, "--set", "model=odd")
 
 
 def test_a_policy_that_is_not_the_reference_may_start_anywhere(prefcache, scored, other_model):

@@ -1,6 +1,6 @@
 """Scoring engines: sequences in, one float32 vector of completion-token log-probs per sequence out.
 
-A new engine is one file here with a function `numerics` and a class `Engine`, and a line in ENGINES.
+A new engine is one file here with a function `numerics` and a class `Engine`, and a line in ENGINES and PACKAGES.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -14,6 +14,8 @@ from pipeline.config import Score
 from pipeline.schema import Sequence
 
 ENGINES = {"transformers": "pipeline.engines.transformers"}
+# Whose versions are part of an engine's numerics; here, so that they are known without importing it.
+PACKAGES = {"transformers": ("torch", "transformers")}
 
 
 class Engine(Protocol):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from pipeline.config import Score
+from pipeline.engines import PACKAGES
 from pipeline.errors import ResourceError, UsageError
 from pipeline.identity import numerics as numerics_record
 from pipeline.logprobs import completion_logps, plain_logps, use_float32_head
@@ -24,7 +25,7 @@ def numerics(model: Path, config: Score) -> dict[str, str]:
     device = _device(config)
     return numerics_record(
         "transformers",
-        ["torch", "transformers"],
+        PACKAGES["transformers"],
         device=device,
         dtype=_dtype(model, config, device),
         head_dtype="float32",
@@ -70,9 +71,15 @@ def load(model: Path, config: Score) -> TransformersEngine:
 
 def plain_scores(model: Path, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain = _load(model, "float32", "sdpa", device)
-    with torch.inference_mode():
-        return [plain_logps(plain, sequence).cpu().numpy() for sequence in sequences]
+    try:
+        plain = _load(model, "float32", "sdpa", device)
+        with torch.inference_mode():
+            return [plain_logps(plain, sequence).cpu().numpy() for sequence in sequences]
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"{model} does not fit in memory in float32, in which a sample is checked. Set score.parity_sample=0 to "
+            "score without that check."
+        ) from None
 
 
 def _load(model: Path, dtype: str, attention: str, device: str) -> Any:

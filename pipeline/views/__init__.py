@@ -4,6 +4,7 @@ One view per .sql file here; its first comment is its help. To add a view, add a
 """
 
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
     con.execute("set python_enable_replacements = false")
     con.execute("set enable_progress_bar = false")
     con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
-    con.execute("set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / "prefcache-sql")})
+    con.execute(
+        "set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / f"prefcache-{uuid.uuid4().hex}")}
+    )
     con.execute("set allowed_paths = $paths", {"paths": [*sources.cached, *sources.visits]})
     con.register("prepared", sources.prepared)
     con.register("references_", sources.references)
