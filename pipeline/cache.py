@@ -137,15 +137,14 @@ class Cache:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def plan(self, prepared: pa.Table, accepted: Sequence[str], tokens_per_shard: int) -> Plan:
-        """Which sequences of `prepared` have no row under the accepted numerics.
+    def plan(self, sequences: pa.Table, accepted: Sequence[str], tokens_per_shard: int) -> Plan:
+        """Which of `sequences` (key, slot, n, n_completion) have no row under the accepted numerics.
 
         Chunks are cut from all distinct sequences and only then thinned to the missing ones, so that a scorer that
         resumes, or works beside another, names the same chunks.
         """
         con = connect()
-        keys = prepared.select(["chosen_key", "rejected_key", "n_prompt", "n_chosen", "n_rejected"])
-        con.register("examples", keys.append_column("row", pa.array(np.arange(len(keys)))))
+        con.register("sequences", sequences)
         self.register(con)
         con.execute(_DISTINCT, {"budget": tokens_per_shard})
         con.execute(_STATE, {"accepted": list(accepted), "ok": OK})
@@ -169,13 +168,12 @@ class Cache:
         else:
             con.register("cached", CACHE.empty_table().append_column("filename", pa.array([], pa.string())))
 
-    def join(self, prepared: pa.Table, accepted: Sequence[str]) -> dict[str, np.ma.MaskedArray]:
-        """ref_chosen_logp and ref_rejected_logp of each row of `prepared`, in its order; masked where there is none."""
+    def logps(self, keys: pa.ChunkedArray, accepted: Sequence[str]) -> np.ma.MaskedArray:
+        """The summed log-prob behind each key, in the order of `keys`; masked where there is none."""
         con = connect()
-        con.register("keys", prepared.select(["chosen_key", "rejected_key"]).append_column("row", _rows(prepared)))
+        con.register("wanted", pa.table({"key": keys, "place": np.arange(len(keys))}))
         self.register(con)
-        result = con.execute(_JOIN, {"accepted": list(accepted), "ok": OK}).fetchnumpy()
-        return {name: np.ma.asarray(values) for name, values in result.items()}
+        return np.ma.asarray(con.execute(_LOGPS, {"accepted": list(accepted), "ok": OK}).fetchnumpy()["logp"])
 
 
 def _is_whole(sealed: Path) -> bool:
@@ -218,12 +216,7 @@ def identify(model: Path, root: Path) -> dict[str, Any]:
 
 _DISTINCT = """
 create temp table needed as
-with sequences as (
-    select chosen_key as key, 2 * row as slot, n_prompt + n_chosen as n, n_chosen as n_completion from examples
-    union all
-    select rejected_key, 2 * row + 1, n_prompt + n_rejected, n_rejected from examples
-),
-once as (
+with once as (
     select key, min(slot) as slot, any_value(n) as n, any_value(n_completion) as n_completion
     from sequences group by key
 ),
@@ -252,16 +245,12 @@ select numerics_id, count(distinct key) from cached join state using (key) where
 
 # The numerics named first win where a sequence was scored under several; and always the same one of two equal rows,
 # which scorers that cut their chunks differently can leave.
-_JOIN = """
+_LOGPS = """
 with usable as (
     select key, arg_min(logp_sum, printf('%06d', list_position($accepted, numerics_id)) || filename) as logp
     from cached where status = $ok and list_contains($accepted, numerics_id) group by key
 )
-select chosen.logp as ref_chosen_logp, rejected.logp as ref_rejected_logp
-from keys
-left join usable as chosen on chosen.key = chosen_key
-left join usable as rejected on rejected.key = rejected_key
-order by keys.row
+select logp from wanted left join usable using (key) order by place
 """
 
 
@@ -277,10 +266,6 @@ def connect() -> duckdb.DuckDBPyConnection:
 
 def _sql_list(texts: Sequence[str]) -> str:
     return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
-
-
-def _rows(table: pa.Table) -> pa.Array:
-    return pa.array(np.arange(len(table)))
 
 
 def _chunk_name(keys: Sequence[bytes], numerics_id: str) -> str:

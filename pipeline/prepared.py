@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import artifact
 from pipeline.errors import IntegrityError, UsageError
@@ -144,6 +145,16 @@ class IdLists:
         at = row - (self._ends[part - 1] if part else 0)
         ids: np.ndarray = values[offsets[at] : offsets[at + 1]]
         return ids
+
+
+def sequence_table(examples: pa.Table) -> pa.Table:
+    """What a scorer has to know of every sequence: its key, its slot in Sequences, its tokens and its answer's."""
+    row, parts = np.arange(len(examples), dtype=np.int64), []
+    for side, name in enumerate(("chosen", "rejected")):
+        n_completion = examples[f"n_{name}"]
+        n = pc.add(examples["n_prompt"], n_completion)
+        parts.append({"key": examples[f"{name}_key"], "slot": 2 * row + side, "n": n, "n_completion": n_completion})
+    return pa.concat_tables([pa.table(part) for part in parts])
 
 
 class Sequences:

@@ -13,7 +13,7 @@ from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
 from pipeline.engines import PACKAGES, Engine, engine_module
 from pipeline.errors import IdentityError, IntegrityError, UsageError
-from pipeline.prepared import Prepared, Sequences
+from pipeline.prepared import Prepared, Sequences, sequence_table
 from pipeline.progress import Progress
 from pipeline.schema import CACHE, OK, Sequence
 
@@ -37,7 +37,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
     accepted = [identity.numerics_id(numerics), *config.score.accept_numerics]
     _discard_damaged(cache, progress, dry_run)
     table = prepared.table()
-    plan = cache.plan(table, accepted, config.score.tokens_per_shard)
+    plan = cache.plan(sequence_table(table), accepted, config.score.tokens_per_shard)
     if dry_run:
         return _dry_summary(cache, plan, config.score)
     _refuse_mixed_numerics(cache, plan, numerics, config.score)
@@ -218,7 +218,7 @@ def _commit(
 ) -> dict[str, Any]:
     """Read back what is on disk, and only then vouch for it."""
     cache = Cache(cache.folder, cache.reference["model_id"])
-    after = cache.plan(table, accepted, config.score.tokens_per_shard)
+    after = cache.plan(sequence_table(table), accepted, config.score.tokens_per_shard)
     if after.n_missing:
         raise IntegrityError(
             f"{after.n_missing} sequences are still missing in {cache.folder}. Run the same command again."

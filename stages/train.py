@@ -170,7 +170,7 @@ def _pairs(prepared: Prepared, cache: Cache, accepted: list[str], progress: Prog
     pairs = {}
     for split in (TRAIN, HELD_OUT):
         table = prepared.table(split)
-        reference = cache.join(table, accepted)
+        reference = {f"ref_{side}_logp": cache.logps(table[f"{side}_key"], accepted) for side in ("chosen", "rejected")}
         pairs[split] = Pairs(table, Sequences(table), reference)
         if missing := pairs[split].n_without_reference:
             progress.warn(f"{missing} {split} pairs are left out: the reference has no finite log-prob for them")

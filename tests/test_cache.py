@@ -12,15 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import artifact
-from pipeline.cache import Cache, identify
+from pipeline import cache as cache_module
+from pipeline.cache import identify
 from pipeline.errors import IdentityError, IntegrityError
-from pipeline.prepared import Sequences
+from pipeline.prepared import Sequences, sequence_table
 from pipeline.schema import CACHE, PREPARED, sequence_key
 
 MODEL = "a" * 32
 REFERENCE = {"model_id": MODEL, "weights": {}, "config": {}}
 MINE, OTHER = "mine", "other"
 BUDGET = 30
+
+
+class Cache(cache_module.Cache):
+    """Asked about pairs, as the stages ask."""
+
+    def plan(self, table, accepted, budget):
+        return super().plan(sequence_table(table), accepted, budget)
+
+    def join(self, table, accepted):
+        return {f"ref_{side}_logp": self.logps(table[f"{side}_key"], accepted) for side in ("chosen", "rejected")}
 
 
 def prepared(pairs: list[tuple[list[int], list[int], list[int]]]) -> pa.Table:
