@@ -18,8 +18,12 @@ ifeq ($(origin CONFIG),undefined)
 CONFIG := $(if $(MODEL)$(DATA),,$(DEMO_CONFIG))
 endif
 
+# What make cannot carry is refused here, before anything is made under half a name.
 reserved := $(filter model=% out=% prepare.data=% train.run=%,$(SET))
 $(if $(reserved),$(error SET has $(reserved); say it with MODEL=, OUT=, DATA= or RUN=, which make can follow))
+$(foreach name,CONFIG MODEL OUT RUN,$(if $(word 2,$($(name))),$(error $(name)=$($(name)): make takes no spaces here; call prefcache itself)))
+$(foreach quote,' ",$(if $(findstring $(quote),$(CONFIG)$(MODEL)$(OUT)$(RUN)$(DATA)$(SET)),$(error make takes no $(quote) in these; call prefcache itself)))
+$(if $(CONFIG),$(if $(wildcard $(CONFIG)),,$(error No config at $(CONFIG); data/demo/config.yaml is one to start from)))
 
 comma := ,
 empty :=
@@ -35,12 +39,15 @@ RUN_SETTINGS := \
 
 # Where the config says its output goes: `out: FOLDER`, perhaps quoted or commented.
 from_config = $(if $(CONFIG),$(shell sed -n "s/^out: *[\"']\{0,1\}\([^\"' \#]*\).*/\1/p" $(CONFIG) 2>/dev/null))
+run_from_config = $(if $(CONFIG),$(shell sed -n "s/^  *run: *[\"']\{0,1\}\([^\"' \#]*\).*/\1/p" $(CONFIG) 2>/dev/null))
 out := $(patsubst %/,%,$(or $(OUT),$(from_config),runs/mine))
+run := $(or $(RUN),$(run_from_config),trained)
+made = @test -f $@ || { echo "error: make expected $@, but the config writes elsewhere. Give OUT= and RUN=." >&2; exit 2; }
 PREPARED := $(out)/prepared/manifest.json
 SCORED := $(out)/scored/manifest.json
-TRAINED := $(out)/$(or $(RUN),trained)/manifest.json
+TRAINED := $(out)/$(run)/manifest.json
 DATA_STAMP := $(out)/.settings
-RUN_STAMP := $(out)/.settings-$(or $(RUN),trained)
+RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
 .PHONY: prepare score train test lint help always
@@ -54,10 +61,13 @@ train: $(TRAINED)
 
 $(PREPARED): $(CONFIG) $(DATA_STAMP) | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE)))
 	$(strip $(BIN)/prefcache prepare $(CONFIG) $(DATA_SETTINGS))
+	$(made)
 $(SCORED): $(PREPARED) $(CONFIG) $(DATA_STAMP)
 	$(strip $(BIN)/prefcache score $(CONFIG) $(DATA_SETTINGS))
+	$(made)
 $(TRAINED): $(SCORED) $(CONFIG) $(RUN_STAMP)
 	$(strip $(BIN)/prefcache train $(CONFIG) $(DATA_SETTINGS) $(RUN_SETTINGS))
+	$(made)
 
 # Other settings than last time make the stages look again; each then says what, if anything, has to be done.
 $(DATA_STAMP): said = $(CONFIG) $(DATA_SETTINGS)

@@ -28,6 +28,12 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HOST = socket.gethostname().replace("-", "_")
 
 
+def _full(path: Path, reason: str) -> ResourceError:
+    return ResourceError(
+        f"{path}: the disk took no more ({reason}). What was finished is kept: make room, then run the same command again."
+    )
+
+
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
@@ -36,13 +42,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
         code = re.search(r"os error (\d+)", str(error))
         if code is None or int(code[1]) not in _FULL_DISK:
             raise
-        raise ResourceError(f"{path}: the disk took no more ({os.strerror(int(code[1]))}).") from error
+        raise _full(path, os.strerror(int(code[1]))) from error
     except OSError as error:
         if error.errno in _FULL_DISK:
-            raise ResourceError(
-                f"{path}: the disk took no more ({error.strerror}). What was finished is kept: "
-                "make room, then run the same command again."
-            ) from error
+            raise _full(path, str(error.strerror)) from error
         if isinstance(error, PermissionError) or error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UsageError(
                 f"{path}: cannot be written ({error.strerror}). Name a folder that you may write to."

@@ -94,10 +94,10 @@ class Cache:
 
     def refuse_damage(self) -> None:
         if self.damaged:
-            record, reason = next(iter(self.damaged.items()))
+            reason = next(iter(self.damaged.values())).rstrip(".")
             raise IntegrityError(
                 f"{len(self.damaged)} of {len(self.damaged) + len(self.records)} shards of {self.folder} are damaged; "
-                f"the one of {record.name}: {reason}. Score again (make score): only what they held is computed."
+                f"{reason}. Score again (make score): only what they held is computed."
             )
 
     def _scan(self) -> None:
@@ -110,7 +110,7 @@ class Cache:
             except IntegrityError as error:
                 record, reason = {}, str(error)
             if reason:
-                self.damaged[path] = f"{record.get('file', path.name)} {reason}" if record else reason
+                self.damaged[path] = f"{self.folder / record['file']} {reason}" if record else reason
             else:
                 self.records.append(record)
 

@@ -219,6 +219,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{name} is no key of the configuration{_nearest(keys)}"
     if problem["type"] == "missing":
+        name = "prepare.data" if name == "prepare" else name
         option = f" (or --set {name}=...)" if name else ""
         return f"{name} is missing; say it in the config{option}"
     found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"

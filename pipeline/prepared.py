@@ -127,7 +127,8 @@ class Prepared:
 def is_current(folder: Path, inputs: dict[str, Any]) -> bool:
     """Whether the folder holds, undamaged, what these inputs give."""
     try:
-        return bool(Prepared(folder).manifest["inputs"] == inputs)
+        manifest = Prepared(folder).manifest
+        return manifest["inputs"] == inputs and not artifact.damage(folder, manifest["quarantine"])
     except (UsageError, IntegrityError):
         return False
 

@@ -53,15 +53,14 @@ class Progress:
     @staticmethod
     def _rich_bar() -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         return RichProgress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             _rate_column(),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("left"),
             TextColumn("{task.fields[note]}"),

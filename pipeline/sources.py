@@ -30,9 +30,23 @@ def check(paths: Sequence[str]) -> list[Path]:
                 empty = not opened.read(1)
         except OSError as error:
             raise UsageError(f"{file} cannot be read ({error.strerror}).") from None
+        if _is_json_array(file):
+            raise UsageError(
+                f"{file} is one JSON array; expected JSON Lines, an object per line. `jq -c '.[]' {file}` prints that."
+            )
         if empty:
             raise DataError(f"{file} is empty; expected one JSON object per line.")
     return files
+
+
+def _is_json_array(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        first = opened.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        more = bool(opened.readline().strip())
+    if not first.startswith(b"["):
+        return False
+    # One record that is a list is a bad record; a list over many lines, or a file that is one list, is another format.
+    return not more or not first.endswith(b"]")
 
 
 def read(file: Path) -> Iterator[Line]:

@@ -51,9 +51,11 @@ class Commands(click.Group):
                 _fail(
                     f"{error.filename or 'a file'}: the disk took no more ({error.strerror}).", ResourceError.exit_code
                 )
-            if isinstance(error, PermissionError):
-                _fail(f"{error.filename}: permission denied.", UsageError.exit_code)
-            raise
+            if error.filename is None:
+                raise
+            _fail(
+                f"{error.filename}: {error.strerror}. Name a place that exists and may be used.", UsageError.exit_code
+            )
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
                 raise
@@ -178,13 +180,25 @@ def sql(query: str | None, folder: str | None, list_views: bool, as_json: bool, 
         tables.views(inspect.describe())
         return
     if query is None:
-        raise UsageError('No query. Ask one, as in `prefcache sql "select * from rewards"`, or see --views.')
-    result = inspect.sql(query, folder)
-    if as_json:
-        rows = [dict(zip(result.columns, row, strict=True)) for row in result.rows()]
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=sys.stdout.isatty(), default=_as_json))
-    else:
-        tables.rows(result.columns, result.rows(), limit)
+        raise UsageError("No query. Ask one, as in `prefcache sql 'select * from rewards'`, or see --views.")
+    with _killed_by_signals():
+        result = inspect.sql(query, folder)
+        if as_json:
+            rows = [dict(zip(result.columns, row, strict=True)) for row in result.rows()]
+            click.echo(json.dumps(rows, indent=1, ensure_ascii=sys.stdout.isatty(), default=_as_json))
+        else:
+            tables.rows(result.columns, result.rows(), limit)
+
+
+@contextlib.contextmanager
+def _killed_by_signals() -> Iterator[None]:
+    """A running query does not let Python's handlers run; and it has nothing to lose."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- loading and printing --------------------------------------------------------------------------------------------

@@ -70,4 +70,6 @@ def _refuse_damage(run: Path) -> None:
     manifest = artifact.read_manifest(run)
     for entry in manifest["parts"] if manifest else []:
         if reason := artifact.damage(run / "steps", entry):
-            raise IntegrityError(f"{run / 'steps' / entry['file']} {reason}. Train that run again, or move it away.")
+            raise IntegrityError(
+                f"{run / 'steps' / entry['file']} {reason}. Delete {run} and train it again, or move it away."
+            )

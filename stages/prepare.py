@@ -17,6 +17,7 @@ from pipeline.schema import HELD_OUT, PREPARED_VERSION, TRAIN, sequence_key
 from pipeline.templating import Rendered, Templater, Tokens
 
 BATCH = 1024
+CHARACTERS_PER_TOKEN = 512  # more than any vocabulary's longest
 
 
 def run(config: Config, progress: Progress) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _prepare(
     n_records = 0
     with progress.count("prepare", None, "records") as counter:
         for lines in _batches(files):
-            usable = _render(lines, templater, writer)
+            usable = _render(lines, templater, prepare.max_length, writer)
             tokens = templater.encode([rendered for _, _, rendered in usable])
             for (line, example, _), ids in zip(usable, tokens, strict=True):
                 _keep_or_quarantine(line, example, ids, prepare, writer)
@@ -79,7 +80,7 @@ def _batches(files: list[Path]) -> Iterator[tuple[sources.Line, ...]]:
 
 
 def _render(
-    lines: Iterable[sources.Line], templater: Templater, writer: prepared.Writer
+    lines: Iterable[sources.Line], templater: Templater, most_tokens: int, writer: prepared.Writer
 ) -> list[tuple[sources.Line, Example, Rendered]]:
     usable = []
     for line in lines:
@@ -87,10 +88,19 @@ def _render(
             if line.record is None:
                 raise Unusable(line.reason, line.detail)
             example = FORMATS["pairs"].read(line.record)
-            usable.append((line, example, templater.render(example)))
+            rendered = templater.render(example)
+            _check_size(rendered, most_tokens)
+            usable.append((line, example, rendered))
         except Unusable as unusable:
             writer.quarantine(_quarantined(line, unusable))
     return usable
+
+
+def _check_size(rendered: Rendered, most_tokens: int) -> None:
+    """Spare the tokenizer, whose time can grow with the square of a word, what is too long at first sight."""
+    n_characters = max(map(len, rendered))
+    if n_characters > most_tokens * CHARACTERS_PER_TOKEN:
+        raise Unusable("too long", f"{n_characters} characters, prepare.max_length is {most_tokens} tokens")
 
 
 def _keep_or_quarantine(

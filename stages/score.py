@@ -85,8 +85,8 @@ def _check_same_tokenizer(prepared: Prepared, model: Path, config: Config) -> No
 
 
 def _discard_damaged(cache: Cache, progress: Progress, dry_run: bool) -> None:
-    for record, reason in cache.damaged.items():
-        progress.warn(f"{cache.folder / record.name}: {reason}. Its sequences are scored again.")
+    for reason in cache.damaged.values():
+        progress.warn(f"{reason.rstrip('.')}. Its sequences are scored again.")
     if not dry_run:
         cache.discard_damaged()
 

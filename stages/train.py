@@ -18,7 +18,7 @@ from pipeline import config as configuration
 from pipeline.batches import Pairs
 from pipeline.cache import Cache, identify, open_scored
 from pipeline.config import Config, Kinds
-from pipeline.errors import DataError, IdentityError, UsageError
+from pipeline.errors import DataError, IdentityError, IntegrityError, UsageError
 from pipeline.losses import Loss, get_loss, hyperparameters
 from pipeline.policy import Policy, Visit, accelerator, learning_rate
 from pipeline.prepared import Prepared, Sequences
@@ -82,7 +82,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     if devices.is_main_process:
         _make_room(config.run, inputs, progress)
     devices.wait_for_everyone()
-    if (finished := artifact.read_manifest(config.run)) is not None:
+    if (finished := _finished(config.run, progress)) is not None:
         progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
         artifact.touch_manifest(config.run)
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
@@ -130,6 +130,21 @@ def _inputs(config: Config, prepared: Prepared, scored: dict[str, Any], start: P
         "policy": identify(start, Path(config.cache))["model_id"],
         "train": config.train.model_dump(mode="json", exclude=_HARMLESS),
     }
+
+
+def _finished(run: Path, progress: Progress) -> dict[str, Any] | None:
+    """The manifest of a run that is whole. A model that is not is made again from the last checkpoint."""
+    if (manifest := artifact.read_manifest(run)) is None:
+        return None
+    for entry in manifest["parts"]:
+        if reason := artifact.damage(run / "steps", entry):
+            raise IntegrityError(f"{run / 'steps' / entry['file']} {reason}. Delete {run} and train again.")
+    for entry in manifest["model"]:
+        if reason := artifact.damage(run / "model", entry):
+            progress.warn(f"{run / 'model' / entry['file']} {reason}; the model is made again from the last checkpoint")
+            artifact.retract_manifest(run)
+            return None
+    return manifest
 
 
 def _make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None:
@@ -330,6 +345,7 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
         "before": {"evaluation": before["evaluation"], "kinds": _count_kinds(before["answers"], kinds)},
         "after": {"evaluation": after, "kinds": _count_kinds(answers, kinds)},
         "samples": sorted(samples, key=_how_unchanged)[:5],
+        "model": [artifact.describe(file) for file in sorted((s.config.run / "model").iterdir())],
         "parts": [artifact.describe(part) for part in sorted((s.config.run / "steps").glob("to-*.parquet"))],
     }
     started = s.config.train.model

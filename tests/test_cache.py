@@ -320,7 +320,7 @@ def test_damage_is_noticed_and_only_that_shard_is_scored_again(tmp_path, damages
 
     found = reopen(cache)
     assert list(found.damaged) == [record] and len(found.records) == len(cache.records) - 1
-    with pytest.raises(IntegrityError, match=f"1 of {len(cache.records)} shards .* are damaged.*{record.name}"):
+    with pytest.raises(IntegrityError, match=f"1 of {len(cache.records)} shards .* are damaged.*{record.stem}"):
         found.refuse_damage()
     found.discard_damaged()
     plan = reopen(found).plan(PAIRS, [MINE], BUDGET)

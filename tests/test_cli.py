@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from conftest import write_config, write_pairs
+from conftest import PREFCACHE, write_config, write_pairs
 
 from stages.cli import main
 
@@ -63,6 +66,15 @@ def _pickle_model(root: Path) -> list[str]:
     return ["--set", "model=pickle"]
 
 
+def _json_array(root: Path) -> list[str]:
+    (root / "array.json").write_text('[\n {"prompt": "a"}\n]')
+    return ["--set", "prepare.data=array.json"]
+
+
+def _nowhere_to_write(root: Path) -> list[str]:
+    return ["--set", "out=/proc/nowhere"]
+
+
 def _misspelt(root: Path) -> list[str]:
     return ["--set", "train.betta=0.2"]
 
@@ -80,6 +92,8 @@ MISTAKES = {
     _no_model: (2, "folder is no model", "Expected a folder as save_pretrained writes it"),
     _no_such_model: (2, "nobody/no-such-model", "name a local folder"),
     _pickle_model: (2, "pickle, which is never read", "expected *.safetensors"),
+    _json_array: (2, "array.json is one JSON array", "jq -c '.[]' array.json"),
+    _nowhere_to_write: (2, "/proc/nowhere", "Name a"),
     _misspelt: (2, "train.betta is no key", "the nearest is train.beta"),
     _wrong_value: (2, "train.beta", "found 'strong'"),
 }
@@ -204,3 +218,13 @@ def test_sql_shows_hostile_text_as_text(prefcache, trained):
 def test_sql_says_how_many_rows_it_left_out(prefcache, trained):
     assert "2 rows of 30" in prefcache("sql", "select * from examples", "--limit", "2").stdout
     assert len(json.loads(prefcache("sql", "select * from examples", "--json", "--limit", "2").stdout)) == 30
+
+
+def test_a_query_without_end_can_be_interrupted(trained, tmp_path):
+    endless = "with recursive t as (select 1 i union all select i + 1 from t) select max(i) from t"
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        child = subprocess.Popen([PREFCACHE, "sql", endless], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        time.sleep(3)
+        child.send_signal(sent)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == -sent and not said  # which a shell shows as 130 and 143

@@ -162,3 +162,10 @@ def test_whatever_a_template_raises_sends_the_record_to_quarantine(prefcache, co
     (tmp_path / "odd.jinja").write_text("{{ " + expression + " }}")
     done = prefcache("prepare", config, "--set", "prepare.chat_template=odd.jinja", code=3)
     assert "60 of 60 records" in done.stderr and "template refuses" in done.stderr
+
+
+def test_a_text_far_too_long_is_not_tokenized_first(prefcache, model, tmp_path):
+    # One word of 5 MB: the tokenizer's merges would take minutes over it.
+    lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(20)], {**pair(20), "prompt": "x" * 5_000_000})
+    result = json.loads(prefcache("prepare", write_config(tmp_path, model), "--json").stdout)
+    assert result["quarantined"] == {"too long": 1}

@@ -410,3 +410,19 @@ def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "start checked" in done.stderr
+
+
+def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint(prefcache, scored, tmp_path):
+    prefcache("train", scored)
+    run = tmp_path / "runs/tiny/trained"
+    expected = weights(run)
+    shutil.rmtree(run / "model")
+    assert "is missing; the model is made again" in prefcache("train", scored).stderr
+    assert weights(run) == expected
+
+
+def test_a_lost_part_of_a_finished_run_is_named(prefcache, scored, tmp_path):
+    prefcache("train", scored)
+    next((tmp_path / "runs/tiny/trained/steps").iterdir()).unlink()
+    for command in (["train", scored], ["sql", "select 1", "runs/tiny"]):
+        assert "is missing. Delete runs/tiny/trained" in prefcache(*command, code=4).stderr

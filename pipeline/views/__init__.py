@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from pipeline.errors import UsageError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.schema import CACHE, PREPARED, STEPS
 
 MEMORY_LIMIT = "4GB"
@@ -42,8 +42,8 @@ class Result:
         try:
             while block := self._cursor.fetchmany(1024):
                 yield from block
-        except duckdb.Error as error:
-            raise UsageError(str(error).strip().partition("\n")[0]) from None
+        except (duckdb.Error, RuntimeError) as error:
+            raise _translated(error) from None
 
 
 def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
@@ -75,8 +75,20 @@ def ask(con: duckdb.DuckDBPyConnection, query: str) -> Result:
             kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
             raise UsageError(f"Found {kinds}; expected one SELECT over the views {', '.join(names())}.")
         return Result(con.execute(statements[0]))
-    except duckdb.Error as error:
-        raise UsageError(f"{str(error).strip()}\nViews: {', '.join(names())}.") from None
+    except (duckdb.Error, RuntimeError) as error:
+        raise _translated(error) from None
+
+
+def _translated(error: Exception) -> BaseException:
+    """DuckDB's error as ours."""
+    text = str(error).strip()
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return ResourceError(
+            f"The query needs more than {MEMORY_LIMIT} of memory. Ask for fewer rows or columns at once."
+        )
+    if isinstance(error, duckdb.Error):
+        return UsageError(f"{text}\nViews: {', '.join(names())}.")
+    return KeyboardInterrupt() if "interrupted" in text else error
 
 
 def describe() -> Iterator[tuple[str, str, list[str]]]:
