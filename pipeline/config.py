@@ -32,6 +32,8 @@ class Section(BaseModel):
 class Prepare(Section):
     data: Annotated[Strings, Field(min_length=1)]
     """JSON Lines files with prompt, chosen and rejected: strings, or lists of messages."""
+    format: str = "pairs"
+    """How a record is read: a name in pipeline/formats.py."""
     template: Literal["chat", "none"] = "chat"
     """chat: the tokenizer's chat template (a string is one turn). none: plain text, with the end token after answers."""
     chat_template: str | None = None

@@ -3,11 +3,13 @@
 One function per format. It returns an Example or raises Unusable with the reason, which sends the record to quarantine.
 """
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import UsageError
 from pipeline.example import Example, Message, Turns, Unusable, plain_text
 
 Reader = Callable[[dict[str, Any]], Example]
@@ -29,6 +31,14 @@ def data_format(*columns: str) -> Callable[[Reader], Reader]:
         return function
 
     return register
+
+
+def get_format(name: str) -> Format:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"The nearest is {near[0]}. " if near else ""
+        raise UsageError(f"prepare.format: there is no format {name!r}. {hint}Known: {', '.join(sorted(FORMATS))}.")
+    return FORMATS[name]
 
 
 @data_format("prompt", "chosen", "rejected")

@@ -11,7 +11,7 @@ from pipeline import artifact, identity, prepared, sources
 from pipeline.config import Config, Prepare
 from pipeline.errors import DataError
 from pipeline.example import Example, Unusable, plain_text
-from pipeline.formats import FORMATS
+from pipeline.formats import Format, get_format
 from pipeline.progress import Progress
 from pipeline.schema import HELD_OUT, PREPARED_VERSION, TRAIN, sequence_key
 from pipeline.templating import Rendered, Templater, Tokens
@@ -61,10 +61,10 @@ def _short(inputs: dict[str, Any]) -> str:
 def _prepare(
     files: list[Path], templater: Templater, prepare: Prepare, writer: prepared.Writer, progress: Progress
 ) -> int:
-    n_records = 0
+    n_records, data_format = 0, get_format(prepare.format)
     with progress.count("prepare", None, "records") as counter:
         for lines in _batches(files):
-            usable = _render(lines, templater, prepare.max_length, writer)
+            usable = _render(lines, data_format, templater, prepare.max_length, writer)
             tokens = templater.encode([rendered for _, _, rendered in usable])
             for (line, example, _), ids in zip(usable, tokens, strict=True):
                 _keep_or_quarantine(line, example, ids, prepare, writer)
@@ -80,14 +80,14 @@ def _batches(files: list[Path]) -> Iterator[tuple[sources.Line, ...]]:
 
 
 def _render(
-    lines: Iterable[sources.Line], templater: Templater, most_tokens: int, writer: prepared.Writer
+    lines: Iterable[sources.Line], data_format: Format, templater: Templater, most_tokens: int, writer: prepared.Writer
 ) -> list[tuple[sources.Line, Example, Rendered]]:
     usable = []
     for line in lines:
         try:
             if line.record is None:
                 raise Unusable(line.reason, line.detail)
-            example = FORMATS["pairs"].read(line.record)
+            example = data_format.read(line.record)
             rendered = templater.render(example)
             _check_size(rendered, most_tokens)
             usable.append((line, example, rendered))

@@ -66,6 +66,10 @@ def _pickle_model(root: Path) -> list[str]:
     return ["--set", "model=pickle"]
 
 
+def _no_such_format(root: Path) -> list[str]:
+    return ["--set", "prepare.format=pair"]
+
+
 def _json_array(root: Path) -> list[str]:
     (root / "array.json").write_text('[\n {"prompt": "a"}\n]')
     return ["--set", "prepare.data=array.json"]
@@ -92,6 +96,7 @@ MISTAKES = {
     _no_model: (2, "folder is no model", "Expected a folder as save_pretrained writes it"),
     _no_such_model: (2, "nobody/no-such-model", "name a local folder"),
     _pickle_model: (2, "pickle, which is never read", "expected *.safetensors"),
+    _no_such_format: (2, "prepare.format: there is no format 'pair'", "The nearest is pairs"),
     _json_array: (2, "array.json is one JSON array", "jq -c '.[]' array.json"),
     _nowhere_to_write: (2, "/proc/nowhere", "Name a"),
     _misspelt: (2, "train.betta is no key", "the nearest is train.beta"),
