@@ -10,18 +10,15 @@ shard's own name holds a hash of its content, so two scorers never write differe
 import hashlib
 import json
 import re
-import tempfile
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipeline import artifact, identity
+from pipeline import artifact, duck, identity
 from pipeline.errors import IdentityError, IntegrityError
 from pipeline.schema import CACHE, CACHE_VERSION, OK
 
@@ -143,9 +140,9 @@ class Cache:
         Chunks are cut from all distinct sequences and only then thinned to the missing ones, so that a scorer that
         resumes, or works beside another, names the same chunks.
         """
-        con = connect()
+        con = duck.connect()
         con.register("sequences", sequences)
-        self.register(con)
+        duck.define(con, "cached", self.shards, CACHE)
         con.execute(_DISTINCT, {"budget": tokens_per_shard})
         con.execute(_STATE, {"accepted": list(accepted), "ok": OK})
         totals = con.execute(_TOTALS, {"ok": OK}).fetchone()
@@ -159,20 +156,11 @@ class Cache:
         n_sequences, n_hits, n_failed, n_tokens, n_completion_tokens = (int(total) for total in totals)
         return Plan(chunks, probe, n_sequences, n_hits, n_failed, n_tokens, n_completion_tokens, dict(others))
 
-    def register(self, con: duckdb.DuckDBPyConnection) -> None:
-        """Define the view `cached` over the shards that have a valid record."""
-        if self.shards:
-            con.execute(
-                f"create view cached as select * from read_parquet({_sql_list(self.shards)}, filename = true, hive_partitioning = false)"
-            )
-        else:
-            con.register("cached", CACHE.empty_table().append_column("filename", pa.array([], pa.string())))
-
     def logps(self, keys: pa.ChunkedArray, accepted: Sequence[str]) -> np.ma.MaskedArray:
         """The summed log-prob behind each key, in the order of `keys`; masked where there is none."""
-        con = connect()
+        con = duck.connect()
         con.register("wanted", pa.table({"key": keys, "place": np.arange(len(keys))}))
-        self.register(con)
+        duck.define(con, "cached", self.shards, CACHE)
         return np.ma.asarray(con.execute(_LOGPS, {"accepted": list(accepted), "ok": OK}).fetchnumpy()["logp"])
 
 
@@ -252,20 +240,6 @@ with usable as (
 )
 select logp from wanted left join usable using (key) order by place
 """
-
-
-def connect() -> duckdb.DuckDBPyConnection:
-    con = duckdb.connect()
-    con.execute("set enable_progress_bar = false")
-    # Else a join too large for memory would spill into the user's working folder.
-    con.execute(
-        "set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / f"prefcache-{uuid.uuid4().hex}")}
-    )
-    return con
-
-
-def _sql_list(texts: Sequence[str]) -> str:
-    return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
 
 
 def _chunk_name(keys: Sequence[bytes], numerics_id: str) -> str:

@@ -1,5 +1,11 @@
 """What can go wrong for a user, by exit code. Each message says what was found, what was expected and what to do."""
 
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class PrefcacheError(Exception):
     """A mistake or a misfortune of the user's: one clear message and an exit code, never a traceback."""
@@ -38,3 +44,13 @@ class ResourceError(PrefcacheError):
 
 
 INTERRUPTED = 130
+
+
+def named(registry: Mapping[str, T], name: str, key: str) -> T:
+    """What the config's `key` names in a registry, or UsageError with the nearest name."""
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, n=1)
+        hint = f"The nearest is {near[0]}. " if near else ""
+        what = key.rpartition(".")[2]
+        raise UsageError(f"{key}: there is no {what} {name!r}. {hint}Known: {', '.join(sorted(registry))}.")
+    return registry[name]

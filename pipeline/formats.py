@@ -3,13 +3,12 @@
 One function per format. It returns an Example or raises Unusable with the reason, which sends the record to quarantine.
 """
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import named
 from pipeline.example import Example, Message, Turns, Unusable, plain_text
 
 Reader = Callable[[dict[str, Any]], Example]
@@ -34,11 +33,7 @@ def data_format(*columns: str) -> Callable[[Reader], Reader]:
 
 
 def get_format(name: str) -> Format:
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"The nearest is {near[0]}. " if near else ""
-        raise UsageError(f"prepare.format: there is no format {name!r}. {hint}Known: {', '.join(sorted(FORMATS))}.")
-    return FORMATS[name]
+    return named(FORMATS, name, "prepare.format")
 
 
 @data_format("prompt", "chosen", "rejected")

@@ -7,7 +7,6 @@ Columns, each of shape [B] (B pairs): chosen_logp, rejected_logp (the policy's, 
 ref_chosen_logp, ref_rejected_logp (the reference's), n_chosen, n_rejected (answer tokens).
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, named
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,7 @@ def loss(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def get_loss(name: str) -> Loss:
-    if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f"The nearest is {near[0]}. " if near else ""
-        raise UsageError(f"train.loss: there is no loss {name!r}. {hint}Known: {', '.join(sorted(LOSSES))}.")
-    return LOSSES[name]
+    return named(LOSSES, name, "train.loss")
 
 
 def hyperparameters(chosen: Loss, beta: float, extra: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline import artifact
 from pipeline.schema import METRICS, STEPS
 
+PROVENANCE = "provenance.json"  # what a run was made from, beside its tables
 _TABLES = {"metrics": METRICS, "steps": STEPS}
 
 

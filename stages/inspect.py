@@ -9,9 +9,7 @@ from pipeline import artifact, views
 from pipeline.cache import open_scored
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.prepared import Prepared
-
-PROVENANCE = "provenance.json"
-
+from pipeline.runlog import PROVENANCE
 
 describe = views.describe
 

@@ -47,8 +47,8 @@ def trained(result: dict[str, Any]) -> None:
     if result["before"]["evaluation"]:
         console.print(_held_out(result))
     if result["samples"]:
-        of = "" if result["changed_answers"] else " Still, these are what it answers:"
-        console.print(f"{result['changed_answers']:,} greedy answers changed.{of or ' Among them:'}\n")
+        lead = "Among them:" if result["changed_answers"] else "Still, these are what it answers:"
+        console.print(f"{result['changed_answers']:,} greedy answers changed. {lead}\n")
     for sample in result["samples"][:3]:
         console.print(_sample(sample))
     console.print(f"model: {result['run']}/model")

@@ -23,10 +23,10 @@ from pipeline.losses import Loss, get_loss, hyperparameters
 from pipeline.policy import Policy, Visit, accelerator, learning_rate
 from pipeline.prepared import Prepared, Sequences
 from pipeline.progress import Progress
-from pipeline.runlog import RunLog
+from pipeline.runlog import PROVENANCE, RunLog
 from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
 
-PROVENANCE, BEFORE = "provenance.json", "before.json"
+BEFORE = "before.json"
 # Mean deviation per token between the policy at its start and the cached reference that is still rounding.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32

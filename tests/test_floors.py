@@ -14,6 +14,7 @@ FLOORS = [
     {
         "pipeline.artifact",
         "pipeline.config",
+        "pipeline.duck",
         "pipeline.identity",
         "pipeline.logprobs",
         "pipeline.losses",

@@ -3,8 +3,6 @@
 One view per .sql file here; its first comment is its help. To add a view, add a file.
 """
 
-import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipeline import duck
 from pipeline.errors import ResourceError, UsageError
 from pipeline.schema import CACHE, PREPARED, STEPS
 
@@ -47,19 +46,15 @@ class Result:
 
 
 def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
-    con = duckdb.connect()
+    con = duck.connect()
     con.execute("set python_enable_replacements = false")
-    con.execute("set enable_progress_bar = false")
     con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
-    con.execute(
-        "set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / f"prefcache-{uuid.uuid4().hex}")}
-    )
     con.execute("set allowed_paths = $paths", {"paths": [*sources.cached, *sources.visits]})
     con.register("prepared", sources.prepared)
     con.register("references_", sources.references)
     con.register("runs_", sources.runs)
-    _parquet(con, "cached", sources.cached, CACHE)
-    _parquet(con, "visits", sources.visits, STEPS)
+    duck.define(con, "cached", sources.cached, CACHE)
+    duck.define(con, "visits", sources.visits, STEPS)
     _create_views(con)
     for lock in ("enable_external_access = false", "lock_configuration = true"):
         con.execute(f"set {lock}")
@@ -134,13 +129,3 @@ def _create_views(con: duckdb.DuckDBPyConnection) -> None:
 
 def _files() -> list[Path]:
     return sorted(Path(__file__).parent.glob("*.sql"))
-
-
-def _parquet(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], schema: pa.Schema) -> None:
-    if files:
-        listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-        con.execute(
-            f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false)"
-        )
-    else:
-        con.register(name, schema.empty_table().append_column("filename", pa.array([], pa.string())))

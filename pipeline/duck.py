@@ -1,0 +1,31 @@
+"""DuckDB, as it is opened here: no progress bar, no spilling into the user's folder, Parquet read as it was written."""
+
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    con = duckdb.connect()
+    con.execute("set enable_progress_bar = false")
+    # Else what is too large for memory would spill into the user's working folder.
+    con.execute(
+        "set temp_directory = $folder", {"folder": str(Path(tempfile.gettempdir()) / f"prefcache-{uuid.uuid4().hex}")}
+    )
+    return con
+
+
+def define(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], schema: pa.Schema) -> None:
+    """The view `name` over Parquet files of this schema, perhaps none, with the column filename beside the stored ones."""
+    if not files:
+        con.register(name, schema.empty_table().append_column("filename", pa.array([], pa.string())))
+        return
+    listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+    # Without the last option DuckDB takes a folder called beta=0.7 for a column.
+    con.execute(
+        f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false)"
+    )
