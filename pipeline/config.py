@@ -122,27 +122,57 @@ class Prepare(Section):
         )
 
 
+class Vllm(Section):
+    python: str = ".venv-vllm/bin/python"
+    """The Python of the environment that vLLM lives in; `make vllm` builds one."""
+    prefix_caching: bool = False
+    """Compute a prompt once for all of its answers. Each answer that this could have spoilt is asked for again."""
+    options: dict[str, Any] = {}
+    """Further arguments of vllm.LLM, such as tensor_parallel_size or gpu_memory_utilization."""
+
+
+class Server(Section):
+    url: str | None = None
+    """Where an OpenAI-compatible completions server answers, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """The name under which it serves the reference. Unless said, the only one that it serves."""
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable with the server's key, where it wants one."""
+    concurrency: Count = 32
+    """Requests that are under way at once."""
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that a request may take."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """Times that a request is tried again, after longer and longer pauses."""
+
+
 class Score(Section):
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
     """What computes the reference's log-probs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the reference's weights. auto: as saved on a GPU, float32 on a CPU. Log-probs are always float32."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """The reference's weights are quantised when they are loaded (bitsandbytes). It counts as another reference."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention kernel."""
+    rows: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How sequences share a forward pass: shared: no padding, and a prompt once for all of its answers. packed: no padding. padded: neither. auto: the first of these that is right for the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     tokens_per_batch: Count = 16_384
-    """Most tokens of one forward pass, padding included."""
+    """Most tokens of one forward pass, padding included. Halved where memory does not suffice."""
     tokens_per_shard: Count = 250_000
     """Tokens behind one file of the cache, which is what an interruption can lose."""
     logps: bool = True
     """Keep every token's log-prob beside the sum."""
-    parity_sample: Annotated[int, Field(ge=0)] = 16
+    parity_sample: Annotated[int, Field(ge=0)] = 32
     """Sequences whose log-probs are compared with a plain one-by-one float32 forward. 0: none."""
     accept_numerics: Strings = ()
     """Ids of other engines, versions or dtypes whose cached rows may be used beside this one's."""
     rescore: bool = False
     """Score again what the cache has from another engine, version or dtype."""
+    vllm: Vllm = Vllm()
+    server: Server = Server()
 
 
 class Kinds(Section):
@@ -208,7 +238,11 @@ class Train(Section):
 
 class Config(Section):
     model: str
-    """The reference: a folder with a Transformers model, or a model id of the hub."""
+    """The reference: a folder with a Transformers model or a PEFT adapter, or the hub's id of one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """A PEFT adapter that belongs to the reference, on top of `model`: a folder or a hub id."""
     out: str
     """Folder of this experiment: prepared/, scored/ and its runs."""
     cache: str = "cache"

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ _TOKENIZER_FILES = (
     "merges.txt",
 )
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a frozen model is loaded from."""
+
+    folder: Path  # of the model, or of the adapter's base model
+    adapter: Path | None = None
+    quantization: str | None = None  # 4bit or 8bit: done when it is loaded
 
 
 def find_model(name: str) -> Path:

@@ -13,6 +13,7 @@ from pipeline import artifact, identity
 from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
 from pipeline.engines import PACKAGES, Engine, engine_module
+from pipeline.engines.loading import plain_scores
 from pipeline.errors import IdentityError, IntegrityError, UsageError
 from pipeline.prepared import Prepared, Sequences, answers_of, sequence_table
 from pipeline.progress import Progress
@@ -25,6 +26,7 @@ TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
 def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, Any]:
     prepared = Prepared(config.prepared)
     model = identity.find_model(config.model)
+    loadable = identity.Reference(model)
     reference = identify(model, Path(config.cache))
     cache = Cache.create(Path(config.cache), config.model, reference)
     inputs = _inputs(config, prepared, reference)
@@ -34,7 +36,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
 
     _check_same_tokenizer(prepared, model, config)
     engine = engine_module(config.score.engine)
-    numerics = engine.numerics(model, config.score)
+    numerics = engine.numerics(loadable, config.score)
     accepted = [identity.numerics_id(numerics), *config.score.accept_numerics]
     _discard_damaged(cache, progress, dry_run)
     table = prepared.table()
@@ -44,7 +46,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
     _refuse_mixed_numerics(cache, plan, numerics, config.score)
     if plan.n_missing:
         _check_fits(model, table)
-        _score(config.score, model, engine, numerics, cache, Sequences(table), plan, progress)
+        _score(config.score, loadable, engine, numerics, cache, Sequences(table), plan, progress)
     return _commit(config, cache, table, accepted, inputs, plan)
 
 
@@ -133,7 +135,7 @@ def _check_fits(model: Path, table: pa.Table) -> None:
 
 def _score(
     score: Score,
-    model: Path,
+    reference: identity.Reference,
     module: Any,
     numerics: dict[str, str],
     cache: Cache,
@@ -142,7 +144,7 @@ def _score(
     progress: Progress,
 ) -> None:
     numerics_id = identity.numerics_id(numerics)
-    engine, parity = _load_and_check(score, model, module, numerics, sequences, plan, progress)
+    engine, parity = _load_and_check(score, reference, module, numerics, sequences, plan, progress)
     with progress.count("score", plan.n_tokens, "tokens") as counter:
         for slots in plan.chunks:
             chunk = [sequences[slot] for slot in slots]
@@ -156,7 +158,7 @@ def _score(
 
 def _load_and_check(
     score: Score,
-    model: Path,
+    reference: identity.Reference,
     module: Any,
     numerics: dict[str, str],
     sequences: Sequences,
@@ -166,8 +168,8 @@ def _load_and_check(
     """The engine, and how far it is from the plain forward on a sample."""
     sample = [sequences[slot] for slot in plan.probe[: score.parity_sample]]
     # First the plain model, then the engine: never two models in memory.
-    plain = module.plain_scores(model, sample) if sample else []
-    engine: Engine = module.load(model, score)
+    plain = plain_scores(reference, sample) if sample else []
+    engine: Engine = module.load(reference, score)
     if not sample:
         return engine, None
     deviation = np.abs(np.concatenate(engine.score(sample)) - np.concatenate(plain))

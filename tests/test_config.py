@@ -69,7 +69,7 @@ def test_a_config_cannot_be_changed_after_it_is_loaded(tmp_path):
         ("max_length", "did you mean prepare.max_length?"),
         ("train.attention", "did you mean score.attention?"),
         # Nothing near: what there is.
-        ("zzz", "known here: model, out, cache, prepare, score, train"),
+        ("zzz", "known here: model, revision, adapter, out, cache, prepare, score, train"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(tmp_path, key, hint):

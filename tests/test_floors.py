@@ -31,6 +31,7 @@ FLOORS = [
         "pipeline.cache",
         "pipeline.checkpoints",
         "pipeline.engines",
+        "pipeline.engines.loading",
         "pipeline.engines.transformers",
         "pipeline.formats",
         "pipeline.formats.axolotl",

@@ -1,43 +1,49 @@
 """Scoring engines: sequences in, one float32 vector of completion-token log-probs per sequence out.
 
-A new engine is one file here with a function `numerics` and a class `Engine`, and a line in ENGINES and PACKAGES.
+A new engine is one file here with the functions of EngineModule, and a line in ENGINES.
 """
 
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipeline.config import Score
+from pipeline.identity import Reference
 from pipeline.schema import Sequence
 
-ENGINES = {"transformers": "pipeline.engines.transformers"}
-# Whose versions are part of an engine's numerics; here, so that they are known without importing it.
-PACKAGES = {"transformers": ("torch", "transformers")}
+ENGINES = {
+    "transformers": "pipeline.engines.transformers",
+    "vllm": "pipeline.engines.vllm",
+    "server": "pipeline.engines.server",
+}
+# Whose versions are part of an engine's numerics; here, so that a run with nothing to do need not import it.
+PACKAGES = {"transformers": ("torch", "transformers"), "vllm": (), "server": ()}
 
 
 class Engine(Protocol):
     """A frozen reference, loaded and ready."""
 
+    facts: dict[str, Any]  # how it computes, beyond its numerics: stored in the record of each shard
+
     def score(self, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-        """Log-prob of every completion token, in the order of `sequences`."""
+        """Log-prob of every completion token, float32, in the order of `sequences`; not finite where it has none."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes."""
         ...
 
 
 class EngineModule(Protocol):
     """What the file of an engine offers."""
 
-    def numerics(self, model: Path, config: Score) -> dict[str, str]:
-        """How this engine would compute, known before the model is loaded."""
+    def numerics(self, reference: Reference, score: Score) -> dict[str, str]:
+        """How this engine would compute, known quickly and before the model is loaded. Has engine, versions, dtype."""
         ...
 
-    def load(self, model: Path, config: Score) -> Engine: ...
-
-    def plain_scores(self, model: Path, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-        """The same log-probs by the plain one-by-one float32 forward of Transformers, to compare with."""
-        ...
+    def load(self, reference: Reference, score: Score) -> Engine: ...
 
 
 def engine_module(name: str) -> Any:

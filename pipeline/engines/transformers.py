@@ -7,27 +7,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from pipeline.config import Score
 from pipeline.engines import PACKAGES
+from pipeline.engines.loading import load_frozen
 from pipeline.errors import ResourceError, UsageError
+from pipeline.identity import Reference
 from pipeline.identity import numerics as numerics_record
-from pipeline.logprobs import completion_logps, plain_logps, use_float32_head
+from pipeline.logprobs import completion_logps, use_float32_head
 from pipeline.packing import token_budget_batches
 from pipeline.schema import Sequence
 
-logging.disable_progress_bar()
 
-
-def numerics(model: Path, config: Score) -> dict[str, str]:
+def numerics(reference: Reference, config: Score) -> dict[str, str]:
     device = _device(config)
     return numerics_record(
         "transformers",
         PACKAGES["transformers"],
         device=device,
-        dtype=_dtype(model, config, device),
+        dtype=_dtype(reference.folder, config, device),
         head_dtype="float32",
         attention=config.attention,
         layout="1",
@@ -35,9 +33,10 @@ def numerics(model: Path, config: Score) -> dict[str, str]:
 
 
 class TransformersEngine:
-    def __init__(self, model: Path, config: Score) -> None:
+    def __init__(self, reference: Reference, config: Score) -> None:
         device = _device(config)
-        self._model = _load(model, _dtype(model, config, device), config.attention, device)
+        self.facts: dict[str, Any] = {}
+        self._model = load_frozen(reference, _dtype(reference.folder, config, device), config.attention, device)
         use_float32_head(self._model)
         self._budget = config.tokens_per_batch
 
@@ -47,6 +46,9 @@ class TransformersEngine:
         for batch in batches:
             scores.update(zip(batch, self._forward([sequences[i] for i in batch]), strict=True))
         return [scores[i] for i in range(len(sequences))]
+
+    def close(self) -> None:
+        self._model = None
 
     def _forward(self, batch: list[Sequence]) -> list[np.ndarray]:
         try:
@@ -65,36 +67,8 @@ class TransformersEngine:
         return self._forward(batch[:half]) + self._forward(batch[half:])
 
 
-def load(model: Path, config: Score) -> TransformersEngine:
-    return TransformersEngine(model, config)
-
-
-def plain_scores(model: Path, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        plain = _load(model, "float32", "sdpa", device)
-        with torch.inference_mode():
-            return [plain_logps(plain, sequence).cpu().numpy() for sequence in sequences]
-    except torch.OutOfMemoryError:
-        raise ResourceError(
-            f"{model} does not fit in memory in float32, in which a sample is checked. Set score.parity_sample=0 to "
-            "score without that check."
-        ) from None
-
-
-def _load(model: Path, dtype: str, attention: str, device: str) -> Any:
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), attn_implementation=attention, use_safetensors=True
-        )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"{model} does not load as a causal language model ({type(error).__name__}: {reason})."
-        ) from None
-    return loaded.to(device).eval().requires_grad_(False)
+def load(reference: Reference, config: Score) -> TransformersEngine:
+    return TransformersEngine(reference, config)
 
 
 def _device(config: Score) -> str:
