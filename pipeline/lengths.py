@@ -1,7 +1,7 @@
 """What is done with what is too long: dropped, or cut, and then the row says by how much.
 
 drop        to quarantine
-keep_start  the ends of the answers are cut; a prompt is never cut
+keep_start  the ends of the answers are cut, and kept beside them; a prompt is never cut
 keep_end    the oldest turns of the prompt are left out, at a turn boundary; an answer is never cut
 """
 
@@ -18,7 +18,7 @@ class Fitted(NamedTuple):
     tokens: Tokens
     example: Example  # as it was encoded: with keep_end, perhaps without its oldest turns
     cut_prompt: int
-    cut_answers: tuple[int, ...]
+    cut_answers: tuple[list[int], ...]  # what was cut off each
 
 
 def fit(example: Example, tokens: Tokens, prepare: Prepare, encode: Callable[[Example], Tokens]) -> Fitted:
@@ -29,11 +29,11 @@ def fit(example: Example, tokens: Tokens, prepare: Prepare, encode: Callable[[Ex
         raise Unusable("empty answer", "no tokens after templating")
     problem = _problem(tokens, prepare)
     if problem is None:
-        return Fitted(tokens, example, 0, tuple(0 for _ in tokens.answers))
+        return Fitted(tokens, example, 0, tuple([] for _ in tokens.answers))
     if prepare.too_long == "keep_start" and problem.reason == "too long":
         room = prepare.max_length - len(tokens.prompt)
         answers = tuple(ids[:room] for ids in tokens.answers)
-        cut = tuple(len(ids) - len(kept) for ids, kept in zip(tokens.answers, answers, strict=True))
+        cut = tuple(ids[room:] for ids in tokens.answers)
         return Fitted(tokens._replace(answers=answers), example, 0, cut)
     if prepare.too_long == "keep_end":
         return _without_oldest_turns(example, tokens, prepare, encode)
@@ -77,4 +77,4 @@ def _without_oldest_turns(
         assert problem is not None
         raise Unusable(problem.reason, f"{problem.detail}; that is with the last turn alone")
     at, kept = best
-    return Fitted(kept, shorter[at], len(tokens.prompt) - len(kept.prompt), tuple(0 for _ in kept.answers))
+    return Fitted(kept, shorter[at], len(tokens.prompt) - len(kept.prompt), tuple([] for _ in kept.answers))

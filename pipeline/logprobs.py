@@ -1,12 +1,15 @@
 """Log-probs of completions: the one place that shifts and gathers.
 
-The scorer and the trainer both call `completion_logps`, so a policy that is the reference starts at a margin of zero.
-`plain_logps` is the definition, one sequence and no tricks; the other must equal it.
+`plain_logps` is the definition, one sequence and no tricks; the others must equal it. `row_logps` computes a packed row:
+no padding, a prompt once for all of its answers, the head in chunks. `completion_logps` computes a padded batch.
 
-Shapes: B sequences, T positions, K positions kept for the head, N completion tokens, V vocabulary.
+Shapes: B sequences, T positions, K positions kept for the head, N completion tokens, V vocabulary, D hidden width.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,7 @@ from pipeline.schema import Sequence
 
 def gather_logps(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
     """log softmax of the targets, in float32 whatever the model computed in."""
-    logits_NV = logits_NV.float()
-    return logits_NV.gather(-1, target_N.unsqueeze(-1)).squeeze(-1) - logits_NV.logsumexp(-1)
+    return -F.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
 
 def plain_logps(model: Any, sequence: Sequence) -> torch.Tensor:
@@ -54,19 +56,128 @@ def completion_logps(model: Any, sequences: SequenceOf[Sequence]) -> list[torch.
     return list(torch.split(logps_N, counts))
 
 
+@dataclass(frozen=True)
+class Row:
+    """Groups of sequences with one prompt each, laid out in one row: prompt, answer, answer, ..., prompt, ..."""
+
+    input_T: np.ndarray
+    position_T: np.ndarray  # an answer's go on from its prompt's
+    source_N: np.ndarray  # where in the row each completion token is predicted
+    target_N: np.ndarray
+    counts: list[int]  # completion tokens of each sequence, in the order of the groups
+    trunks: list[slice]  # each prompt with its first answer
+    branches: list[tuple[slice, slice]]  # each further answer's prompt, and itself
+
+
+def lay_out(groups: SequenceOf[SequenceOf[Sequence]]) -> Row:
+    """The last token of an answer predicts nothing, so it is no input."""
+    inputs, positions, sources, trunks, branches = [], [], [], [], []
+    at = 0
+    for group in groups:
+        n_prompt = len(group[0].prompt_ids)
+        prompt = slice(at, at + n_prompt)
+        inputs.append(group[0].prompt_ids)
+        positions.append(np.arange(n_prompt))
+        at = prompt.stop
+        for first, sequence in enumerate(group):
+            own = slice(at, at + len(sequence.completion_ids) - 1)
+            inputs.append(sequence.completion_ids[:-1])
+            positions.append(np.arange(n_prompt, n_prompt + own.stop - own.start))
+            # The prompt's last token predicts the first token of every answer.
+            sources += [np.array([prompt.stop - 1]), np.arange(own.start, own.stop)]
+            if first == 0:
+                trunks.append(slice(prompt.start, own.stop))
+            elif own.stop > own.start:
+                branches.append((prompt, own))
+            at = own.stop
+    sequences = [sequence for group in groups for sequence in group]
+    return Row(
+        input_T=np.concatenate(inputs).astype(np.int64),
+        position_T=np.concatenate(positions),
+        source_N=np.concatenate(sources),
+        target_N=np.concatenate([sequence.completion_ids for sequence in sequences]).astype(np.int64),
+        counts=[len(sequence.completion_ids) for sequence in sequences],
+        trunks=trunks,
+        branches=branches,
+    )
+
+
+def row_logps(model: Any, row: Row, segments: Any) -> list[torch.Tensor]:
+    """Log-prob of each completion token of each sequence of a row. `segments` says to the model's attention what
+    `row.trunks` and `row.branches` say here; see attention.py."""
+    device = next(model.parameters()).device
+    hidden_1TD = model.get_decoder()(
+        input_ids=torch.from_numpy(row.input_T).to(device).unsqueeze(0),
+        position_ids=torch.from_numpy(row.position_T).to(device).unsqueeze(0),
+        use_cache=False,
+        segments=segments,
+    ).last_hidden_state
+    hidden_ND = hidden_1TD[0, torch.from_numpy(row.source_N).to(device)]
+    target_N = torch.from_numpy(row.target_N).to(device)
+    n = _head_positions(model)
+    with _only_the_head(model) as logits:
+        chunks = [
+            gather_logps(logits(part_ND), part_N)
+            for part_ND, part_N in zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True)
+        ]
+    return list(torch.split(torch.cat(chunks), row.counts))
+
+
+def _head_positions(model: Any) -> int:
+    """So many at once that their float32 logits take 16 MiB, which stays in a processor's cache, or 1 GiB on a GPU."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return max(64, (1 << (28 if on_gpu else 22)) // int(model.get_output_embeddings().weight.shape[0]))
+
+
+@contextlib.contextmanager
+def _only_the_head(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """hidden_ND -> logits_NV by the model's own forward, which may scale or cap them, with nothing under its head."""
+    decoder = model.get_decoder()
+    given: list[_Hidden] = []
+
+    def logits(hidden_ND: torch.Tensor) -> torch.Tensor:
+        given[:] = [_Hidden(hidden_ND.unsqueeze(0))]
+        found: torch.Tensor = model(input_ids=None, use_cache=False).logits[0]
+        return found
+
+    decoder.forward = lambda *_, **__: given[0]
+    try:
+        yield logits
+    finally:
+        del decoder.forward  # which hid the class's own
+
+
+class _Hidden:
+    """What a decoder would have returned, as far as a head asks for it."""
+
+    def __init__(self, last_hidden_state: torch.Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, i: Any) -> torch.Tensor:
+        assert i == 0
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def sums(logps: SequenceOf[torch.Tensor]) -> torch.Tensor:
     # In float64: float32 drifts visibly over answers of tens of thousands of tokens.
     return torch.stack([logps_N.double().sum() for logps_N in logps])
 
 
-def use_float32_head(model: Any) -> None:
-    """Make the model's head multiply in float32, whatever its own dtype or an autocast says."""
+def use_float32_head(model: Any, *, frozen: bool = False) -> None:
+    """Make the model's head multiply in float32, whatever its own dtype or an autocast says.
+
+    With `frozen` weights the float32 copy is made once.
+    """
     head = model.get_output_embeddings()
+    kept_VD = head.weight.detach().float() if frozen else None
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if getattr(head, "bias", None) is None else head.bias.float()
-            return F.linear(hidden.float(), head.weight.float(), bias)
+            return F.linear(hidden.float(), head.weight.float() if kept_VD is None else kept_VD, bias)
 
     head.forward = forward
 

@@ -37,13 +37,16 @@ CHARACTERS_PER_TOKEN = 512  # more than any vocabulary's longest
 MOST_CHARACTERS = 4 << 20  # of a text that is to be cut: to know where, all of it has to be encoded
 _STRIKES = 3
 
-# Beside what is stored in the end: hashes by which the mismatched answers of labels are chosen.
+# Beside what is stored in the end: by what shares and mismatched answers are chosen. whole_id is what example_id would
+# be if no answer were cut. So the same are chosen whatever the length, and what was scored at another one is of use.
+_WHOLE = pa.field("whole_id", pa.uint64())
 _HASHES = ("prompt_hash", "text_hash", "ids_hash")
-_KL = ("kl_of", "kl_ids", "kl_key", "n_kl")
+_KL = ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl")
 SCHEMAS = {
-    "pairs": PAIRS,
+    "pairs": PAIRS.append(_WHOLE),
     "labels": pa.schema(
-        [field for field in LABELS if field.name not in _KL] + [pa.field(name, pa.uint64()) for name in _HASHES]
+        [field for field in LABELS if field.name not in _KL]
+        + [_WHOLE, *(pa.field(name, pa.uint64()) for name in _HASHES)]
     ),
 }
 
@@ -258,29 +261,35 @@ class _Columns:
         values["boundary"].append("exact" if tokens.exact else "split")
         values["n_prompt"].append(len(tokens.prompt))
         values["cut_prompt"].append(fitted.cut_prompt)
-        keys, answers = [], []
-        for name, ids, cut in zip(self._answers, tokens.answers, fitted.cut_answers, strict=True):
-            answers.append(array("i", ids).tobytes())
-            keys.append(key_of_bytes(prompt_ids, answers[-1]))
-            values[f"{name}_ids"].append(answers[-1])
-            values[f"{name}_key"].append(keys[-1])
-            values[f"n_{name}"].append(len(ids))
-            values[f"cut_{name}"].append(cut)
+        self._add_answers(prompt_ids, fitted, b"" if isinstance(example, Pair) else bytes([example.label]))
         if isinstance(example, Pair):
-            values["example_id"].append(_hash(keys[0] + keys[1]).hex())
             values["chosen"].append(plain_text(example.chosen))
             values["rejected"].append(plain_text(example.rejected))
             values["chosen_score"].append(example.chosen_score)
             values["rejected_score"].append(example.rejected_score)
         else:
             completion = plain_text(example.completion)
-            values["example_id"].append(_hash(keys[0] + bytes([example.label])).hex())
             values["completion"].append(completion)
             values["label"].append(example.label)
             values["prompt_hash"].append(_number(prompt_ids))
             values["text_hash"].append(_number(completion.encode()))
-            values["ids_hash"].append(_number(answers[0]))
+            values["ids_hash"].append(_number(values["completion_ids"][-1]))
         self._count(fitted)
+
+    def _add_answers(self, prompt_ids: bytes, fitted: Fitted, label: bytes) -> None:
+        keys, whole, values = b"", b"", self._values
+        for name, ids, cut in zip(self._answers, fitted.tokens.answers, fitted.cut_answers, strict=True):
+            answer, cut_off = array("i", ids).tobytes(), array("i", cut).tobytes()
+            key = key_of_bytes(prompt_ids, answer)
+            keys += key
+            whole += key_of_bytes(prompt_ids, answer + cut_off) if cut else key
+            values[f"{name}_ids"].append(answer)
+            values[f"{name}_key"].append(key)
+            values[f"n_{name}"].append(len(ids))
+            values[f"cut_{name}"].append(len(cut))
+            values[f"{name}_cut_ids"].append(cut_off)
+        values["example_id"].append(_hash(keys + label).hex())
+        values["whole_id"].append(_number(whole + label))
 
     def _count(self, fitted: Fitted) -> None:
         self.done["exact" if fitted.tokens.exact else "split"] += 1

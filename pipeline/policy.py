@@ -189,7 +189,12 @@ def learning_rate(step: int, n_steps: int, train: Train) -> float:
 
 def _load(folder: Path) -> Any:
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=identity.attention_kernel(folder, "sdpa"),
+            use_safetensors=True,
+        )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # Transformers raises many kinds for a folder that is not right.

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, UsageError
 
 T = TypeVar("T")
 _AHEAD = 2  # tasks per worker that wait for it: enough to keep it busy, few enough to keep memory flat
@@ -119,3 +119,17 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait_for([parent.sentinel])
         os._exit(1)
+
+
+def share() -> tuple[int, int]:
+    """Which of how many machines this is, as torchrun and batch systems say it."""
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        rank, world = -1, 0
+    if not 0 <= rank < world:
+        raise UsageError(
+            f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')} are set; expected numbers with "
+            "RANK from 0 to WORLD_SIZE - 1. Unset both to work on one machine."
+        )
+    return rank, world

@@ -79,15 +79,44 @@ def answers_of(examples: pa.Table) -> tuple[str, str]:
 
 
 def sequence_table(examples: pa.Table) -> pa.Table:
-    """What a scorer has to know of every sequence: its key, its slot in Sequences, its tokens and its answer's."""
-    row, parts = np.arange(len(examples), dtype=np.int64), []
+    """What a scorer has to know of every sequence: its key, its slot in Sequences, its tokens and its answer's, and a
+    number that sequences with the same prompt share."""
+    row, prompt, parts = np.arange(len(examples), dtype=np.int64), _list_hashes(examples["prompt_ids"]), []
     for side, name in enumerate(answers_of(examples)):
         n_completion = examples[f"n_{name}"]
         n = pc.add(examples["n_prompt"], n_completion)
-        part = pa.table({"key": examples[f"{name}_key"], "slot": 2 * row + side, "n": n, "n_completion": n_completion})
+        key = examples[f"{name}_key"]
+        part = pa.table({"key": key, "slot": 2 * row + side, "prompt": prompt, "n": n, "n_completion": n_completion})
         # A label that has no mismatched answer.
         parts.append(part.filter(pc.is_valid(part["key"])) if part["key"].null_count else part)
     return pa.concat_tables(parts)
+
+
+def _list_hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """A number for each list, equal for equal lists. Good for putting like beside like, not for telling them apart."""
+    found = [np.empty(0, np.uint64)]
+    for part in column.chunks:
+        offsets, values = part.offsets.to_numpy(), part.values.to_numpy()
+        for start in range(0, len(part), 65_536):
+            at = offsets[start : start + 65_537].astype(np.int64)
+            ids = values[at[0] : at[-1]].astype(np.uint64) + np.uint64(1)
+            lengths = np.diff(at)
+            position = np.arange(len(ids)) - np.repeat(at[:-1] - at[0], lengths)
+            mixed = ids * _powers(int(lengths.max(initial=0)))[position]
+            found.append(_sums(mixed ^ (mixed >> np.uint64(29)), at - at[0]))
+    return np.concatenate(found)
+
+
+def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Of each list, modulo 2**64; 0 for an empty one."""
+    until = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
+    sums: np.ndarray = until[offsets[1:]] - until[offsets[:-1]]
+    return sums
+
+
+def _powers(n: int) -> np.ndarray:
+    """Of an odd number, which modulo 2**64 repeat only after 2**62."""
+    return np.cumprod(np.full(n, 0x9E3779B97F4A7C15, dtype=np.uint64), dtype=np.uint64)
 
 
 class Sequences:

@@ -6,6 +6,7 @@ the completion begins, so a cached row is either right or missing.
 
 import hashlib
 import struct
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 KEY_VERSION = 1
-PREPARED_VERSION = 2
+PREPARED_VERSION = 3
 CACHE_VERSION = 1
 
 TRAIN, HELD_OUT = "train", "held_out"
 OK = "ok"
+OK_IN_FLOAT32 = "ok: computed in float32"
 
 
 class Sequence(NamedTuple):
@@ -41,10 +43,25 @@ def sequence_key(prompt_ids: SequenceOf[int] | np.ndarray, completion_ids: Seque
 
 def key_of_bytes(prompt: bytes, completion: bytes) -> bytes:
     """The same, of ids that are little-endian int32 already."""
-    digest = hashlib.blake2b(struct.pack("<II", KEY_VERSION, len(prompt) // 4), digest_size=16)
-    digest.update(prompt)
+    digest = _begun(prompt)
     digest.update(completion)
     return digest.digest()
+
+
+def keys_of_prefixes(prompt: bytes, completion: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
+    """The keys of the prompt with the first so many tokens of the completion, for each of these ascending numbers."""
+    digest, at = _begun(prompt), 0
+    for length in lengths:
+        # No token is hashed twice, however many lengths there are.
+        digest.update(completion[4 * at : 4 * length])
+        at = length
+        yield digest.copy().digest()
+
+
+def _begun(prompt: bytes) -> "hashlib.blake2b":
+    digest = hashlib.blake2b(struct.pack("<II", KEY_VERSION, len(prompt) // 4), digest_size=16)
+    digest.update(prompt)
+    return digest
 
 
 KEY = pa.binary(16)
@@ -62,6 +79,10 @@ _ENCODED = [
     ("n_prompt", pa.int32()),
     ("cut_prompt", pa.int32()),  # tokens left out at its beginning
 ]
+
+# What is cut off an answer is kept beside it (*_cut_ids; empty where nothing was cut). It is no part of the sequence or
+# of its key. But an answer's tokens have the same log-probs whatever follows them, so where the cache holds a longer cut,
+# or the whole, the shorter is a part of that; and the longer one's key takes the ids that are no longer there.
 
 # One row per pair: a prompt with a chosen and a rejected answer.
 PAIRS = pa.schema(
@@ -81,6 +102,8 @@ PAIRS = pa.schema(
         ("n_rejected", pa.int32()),
         ("cut_chosen", pa.int32()),  # tokens cut from its end
         ("cut_rejected", pa.int32()),
+        ("chosen_cut_ids", IDS),  # these tokens
+        ("rejected_cut_ids", IDS),
     ]
 )
 
@@ -96,8 +119,10 @@ LABELS = pa.schema(
         *_ENCODED,
         ("n_completion", pa.int32()),
         ("cut_completion", pa.int32()),
+        ("completion_cut_ids", IDS),
         ("kl_of", pa.string()),  # the example whose answer stands in for one that does not belong to the prompt
         ("kl_ids", IDS),
+        ("kl_cut_ids", IDS),  # what was cut off it, for itself or for this prompt
         ("kl_key", KEY),
         ("n_kl", pa.int32()),
     ]

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -169,8 +170,13 @@ def formats(name: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.option("--dry-run", is_flag=True, help="Say what there is to score, and score nothing.")
+@click.option("--input", "inputs", multiple=True, metavar="DATA", help="Score these files instead of a config's data.")
+@click.option("--model", metavar="MODEL", help="With --input: the reference, a folder or a hub id.")
+@click.option("--output", metavar="FILE", help="With --input: where the rows go, .parquet, .arrow, .jsonl or .csv.")
+@click.option("--cache", metavar="FOLDER", help="With --input: folder of the log-probs.  [default: cache]")
+@click.option("--per-token", is_flag=True, help="With --input: write every token's log-prob as well.")
 @stage
-def score(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dry_run: bool) -> None:
+def score(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dry_run: bool, **files: Any) -> None:
     """Score every prepared sequence that the cache lacks.
 
     \b
@@ -178,11 +184,184 @@ def score(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: 
         prefcache score data/demo/config.yaml --dry-run
 
     Safe to interrupt: finished shards are kept. When nothing is missing, no model is loaded.
+
+    \b
+        prefcache score --input pairs.jsonl --model MODEL --output scored.parquet
+
+    With --input no config is needed: the same rows come out with ref_chosen_logps, ref_rejected_logps, the numbers of tokens, and prefcache_status, which says of a row without values why. DATA is whatever prepare reads, and may be given more than once. --set has the other settings, such as prepare.max_length.
     """
+    if files["inputs"]:
+        _score_files(config, overrides, quiet, as_json, dry_run, **files)
+        return
+    if strange := next((name for name, value in files.items() if value), None):
+        raise UsageError(
+            f"--{strange.replace('_', '-')} belongs to --input. With a config, say it there; `prefcache export` writes the rows."
+        )
     with _loaded(config, overrides, quiet) as (settings, progress):
         from stages import score
 
         _print(score.run(settings, progress, dry_run), as_json, "scored")
+
+
+def _score_files(
+    config: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    dry_run: bool,
+    *,
+    inputs: tuple[str, ...],
+    model: str | None,
+    output: str | None,
+    cache: str | None,
+    per_token: bool,
+) -> None:
+    """Prepare, score and export in one go, in a working folder of its own."""
+    if config is not None:
+        raise UsageError(f"Both --input and the config {config} say what to score. Leave one of them out.")
+    if output is None:
+        raise UsageError("--input needs --output FILE: .parquet, .arrow, .jsonl or .csv.")
+    # Rows come out in the order of the data, and nobody reads mismatched answers but who asks for them.
+    settings = ["out=.", "prepare.held_out=0", "prepare.kl_pairs=false", *overrides]
+    named = {"prepare.data": list(inputs), "model": model, "cache": cache}
+    settings += [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    with _loaded(None, tuple(settings), quiet) as (loaded, progress):
+        from stages import export, prepare, score
+
+        export.check_name(Path(output))
+        loaded = export.standalone(loaded)
+        results = {"prepared": prepare.run(loaded, progress)}
+        export.check_columns(loaded, per_token)
+        results["scored"] = score.run(loaded, progress, dry_run)
+        if dry_run:
+            _print(results["scored"], as_json, "scored")
+            return
+        results["exported"] = export.run(loaded, Path(output), per_token, progress)
+        _print(results, as_json, "scored_files")
+
+
+@main.command()
+@click.option("--output", required=True, metavar="FILE", help="Where the rows go: .parquet, .arrow, .jsonl or .csv.")
+@click.option("--per-token", is_flag=True, help="Write every token's log-prob as well.")
+@stage
+def export(
+    config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, output: str, per_token: bool
+) -> None:
+    """Write the data's rows with the reference's log-probs.
+
+    \b
+        prefcache export data/demo/config.yaml --output runs/demo.parquet
+        prefcache export data/demo/config.yaml --output runs/demo.jsonl.gz --per-token
+
+    The rows of the config's data, in their order and with all their columns, and beside them what the reference gives to their answers. The experiment has to be prepared and scored.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import export
+
+        _print(export.run(settings, Path(output), per_token, progress), as_json, "exported")
+
+
+@main.command("import")
+@click.option("--chosen", metavar="COLUMN", help="The chosen answers' log-probs.  [default: ref_chosen_logps]")
+@click.option("--rejected", metavar="COLUMN", help="The rejected answers' log-probs.  [default: ref_rejected_logps]")
+@click.option("--completion", metavar="COLUMN", help="Of labelled data: the answers' log-probs.  [default: ref_logps]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What they were computed in; how exact they must be follows from it.",
+)
+@stage
+def import_(
+    config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dtype: str, **columns: str | None
+) -> None:
+    """Take log-probs that were made elsewhere into the cache.
+
+    \b
+        prefcache import my.yaml
+        prefcache import my.yaml --chosen policy_ref_chosen --rejected policy_ref_rejected --dtype bfloat16
+
+    They are columns of the config's data, sums over an answer's tokens. A sample is compared with the plain float32 forward (score.parity_sample=0: none). They are used where score.accept_numerics names them; the command that does is printed.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import adopt
+
+        _print(adopt.run(settings, columns, dtype, progress), as_json, "imported")
+
+
+@main.command()
+@click.option("-n", "n", type=click.IntRange(min=1), default=32, show_default=True, help="Sequences to compare.")
+@click.argument("config", metavar="CONFIG")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def parity(config: str, a: str, b: str, overrides: tuple[str, ...], quiet: bool, as_json: bool, n: int) -> None:
+    """Compare two engines or dtypes over the same sequences.
+
+    \b
+        prefcache parity data/demo/config.yaml plain transformers
+        prefcache parity data/demo/config.yaml transformers transformers:bfloat16 -n 64
+        prefcache parity data/demo/config.yaml transformers:eager vllm:float32
+
+    A and B are `plain` (the one-by-one float32 forward) or ENGINE[:DTYPE][:ATTENTION][:ROWS]; what is not said is as in the config. The experiment has to be prepared. The sample is the longest examples and random ones.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import parity
+
+        _print(parity.run(settings, a, b, n, progress), as_json, "compared")
+
+
+@main.command()
+@click.argument("caches", nargs=-1, metavar="[CACHE]...")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Check every byte and every row of a cache.
+
+    \b
+        prefcache verify
+        prefcache verify cache/demo-4f1c0a9b77e2 --json
+
+    CACHE is the `cache` of a config, or one reference's folder in it; unless said, cache. Exit code 4 where anything is damaged.
+    """
+    from pipeline.progress import Progress
+    from stages import upkeep
+
+    result = upkeep.verify(list(caches) or ["cache"], Progress(quiet))
+    _print(result, as_json, "verified")
+    upkeep.refuse_damage(result)
+
+
+@main.command()
+@click.argument("caches", nargs=-1, metavar="[CACHE]...")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option(
+    "--target-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    default=128,
+    show_default=True,
+    help="Size of a merged shard, before compression.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, as_json: bool) -> None:
+    """Remove leftovers from a cache and merge small shards.
+
+    \b
+        prefcache gc
+        prefcache gc cache --dry-run
+
+    What no process can need any more goes; no value is lost or changed. Safe to interrupt, and while others score or train.
+    """
+    from pipeline.progress import Progress
+    from stages import upkeep
+
+    result = upkeep.gc(list(caches) or ["cache"], Progress(quiet), target_mib, dry_run)
+    _print(result, as_json, "collected")
+    upkeep.refuse_damage(result)
 
 
 @main.command()

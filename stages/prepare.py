@@ -3,7 +3,6 @@
 sources -> chunks of records -> parts, by all workers and ranks -> shards and manifest, by whoever finishes last
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any
 
 from pipeline import artifact, assembly, identity, parts, pool, prepared
 from pipeline.config import Config, Prepare
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, make_recipe
 from pipeline.schema import HELD_OUT, PREPARED_VERSION, TRAIN
@@ -25,7 +24,7 @@ _NOT_IN_PARTS = {"data", "workers", "max_quarantine", "rows_per_shard", "duplica
 
 
 def run(config: Config, progress: Progress) -> dict[str, Any]:
-    model = identity.find_model(config.model)
+    model = identity.find_reference(config).tokenizer
     opened = [open_source(entry, Path(config.out)) for entry in config.prepare.sources]
     inputs = _inputs(config.prepare, model, opened)
     if prepared.is_current(config.prepared, inputs):
@@ -76,7 +75,7 @@ def _short(inputs: dict[str, Any]) -> str:
 
 def _make_parts(folder: Path, recipe: Recipe, opened: list[Opened], progress: Progress) -> int:
     """Every part of this process's share that is not there yet; returns how many parts there are in all."""
-    rank, world = _share()
+    rank, world = pool.share()
     artifact.remove_leftovers(folder.parent)
     counted = _Counted(opened, folder, rank, world)
     n_workers = recipe.prepare.workers or pool.cores()
@@ -108,20 +107,6 @@ class _Counted:
                     continue
                 self.made += 1
                 yield number, source, chunk
-
-
-def _share() -> tuple[int, int]:
-    """Which of how many machines this is, as torchrun and batch systems say it."""
-    try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        rank, world = -1, 0
-    if not 0 <= rank < world:
-        raise UsageError(
-            f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')} are set; expected numbers with "
-            "RANK from 0 to WORLD_SIZE - 1. Unset both to prepare on one machine."
-        )
-    return rank, world
 
 
 def _all_finished(folder: Path, n_parts: int) -> assembly.Parts | None:

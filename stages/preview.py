@@ -20,7 +20,7 @@ from pipeline.sources import Line, open_source
 
 def run(config: Config, progress: Progress, n: int) -> dict[str, Any]:
     """The first `n` records of each source: their examples in tokens, or why there is none."""
-    model = identity.find_model(config.model)
+    model = identity.find_reference(config).tokenizer
     with tempfile.TemporaryDirectory() as spool:
         opened = [open_source(entry, Path(spool)) for entry in config.prepare.sources]
         recipe = make_recipe(config.prepare, model, opened, progress)

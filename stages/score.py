@@ -1,53 +1,48 @@
 """score: run the frozen reference once over every sequence that the cache lacks."""
 
 import json
-from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, identity
+from pipeline import artifact, identity, pool
 from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
-from pipeline.engines import PACKAGES, Engine, engine_module
-from pipeline.engines.loading import plain_scores
+from pipeline.engines import PACKAGES, engine_module
 from pipeline.errors import IdentityError, IntegrityError, UsageError
 from pipeline.prepared import Prepared, Sequences, answers_of, sequence_table
 from pipeline.progress import Progress
-from pipeline.schema import CACHE, OK, Sequence
-
-# Largest deviation of one token's log-prob from the plain float32 forward that is still rounding.
-TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
+from pipeline.scoring import Scorer, sample_slots
 
 
 def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, Any]:
     prepared = Prepared(config.prepared)
-    model = identity.find_model(config.model)
-    loadable = identity.Reference(model)
-    reference = identify(model, Path(config.cache))
-    cache = Cache.create(Path(config.cache), config.model, reference)
-    inputs = _inputs(config, prepared, reference)
+    reference = identity.find_reference(config)
+    described = identify(reference, Path(config.cache))
+    cache = Cache.create(Path(config.cache), config.model, described)
+    inputs = _inputs(config, prepared, described)
     if (done := _already_done(config, cache, inputs)) and not dry_run:
         progress.say(f"score: nothing to do, {cache.folder} has every sequence of {config.prepared}")
         return {**done, "changed": False}
 
-    _check_same_tokenizer(prepared, model, config)
-    engine = engine_module(config.score.engine)
-    numerics = engine.numerics(loadable, config.score)
+    _check_same_tokenizer(prepared, reference.tokenizer, config)
+    numerics = engine_module(config.score.engine).numerics(reference, config.score)
     accepted = [identity.numerics_id(numerics), *config.score.accept_numerics]
     _discard_damaged(cache, progress, dry_run)
     table = prepared.table()
-    plan = cache.plan(sequence_table(table), accepted, config.score.tokens_per_shard)
+    needed, size = sequence_table(table), config.score.tokens_per_shard
+    plan = cache.plan(needed, accepted, size)
     if dry_run:
         return _dry_summary(cache, plan, config.score)
     _refuse_mixed_numerics(cache, plan, numerics, config.score)
     if plan.n_missing:
-        _check_fits(model, table)
-        _score(config.score, loadable, engine, numerics, cache, Sequences(table), plan, progress)
-    return _commit(config, cache, table, accepted, inputs, plan)
+        _check_fits(reference.folder, table)
+        sequences = Sequences(table)
+        sample = sample_slots(plan, sequences, config.score.parity_sample)
+        _score(Scorer(config.score, reference, numerics, cache, sequences, progress), plan, sample, progress)
+    return _commit(config, cache, needed, accepted, inputs, plan)
 
 
 # -- before any model is loaded --------------------------------------------------------------------------------------
@@ -55,7 +50,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
 
 def _inputs(config: Config, prepared: Prepared, reference: dict[str, Any]) -> dict[str, Any]:
     # What only changes speed changes nothing stored.
-    speed = {"tokens_per_batch", "tokens_per_shard", "parity_sample", "rescore"}
+    speed = {"tokens_per_batch", "tokens_per_shard", "parity_sample", "rescore", "rows"}
     return {
         "prepared": prepared.id,
         "model_id": reference["model_id"],
@@ -133,95 +128,26 @@ def _check_fits(model: Path, table: pa.Table) -> None:
 # -- the pass --------------------------------------------------------------------------------------------------------
 
 
-def _score(
-    score: Score,
-    reference: identity.Reference,
-    module: Any,
-    numerics: dict[str, str],
-    cache: Cache,
-    sequences: Sequences,
-    plan: Plan,
-    progress: Progress,
-) -> None:
-    numerics_id = identity.numerics_id(numerics)
-    engine, parity = _load_and_check(score, reference, module, numerics, sequences, plan, progress)
-    with progress.count("score", plan.n_tokens, "tokens") as counter:
-        for slots in plan.chunks:
-            chunk = [sequences[slot] for slot in slots]
-            keys = [sequence.key() for sequence in chunk]
-            if not cache.has_chunk(keys, numerics_id):
-                cache.commit(
-                    _rows(keys, chunk, engine.score(chunk), numerics_id, score.logps), numerics, numerics_id, parity
-                )
-            counter.add(sum(sequence.n_tokens for sequence in chunk))
-
-
-def _load_and_check(
-    score: Score,
-    reference: identity.Reference,
-    module: Any,
-    numerics: dict[str, str],
-    sequences: Sequences,
-    plan: Plan,
-    progress: Progress,
-) -> tuple[Engine, dict[str, Any] | None]:
-    """The engine, and how far it is from the plain forward on a sample."""
-    sample = [sequences[slot] for slot in plan.probe[: score.parity_sample]]
-    # First the plain model, then the engine: never two models in memory.
-    plain = plain_scores(reference, sample) if sample else []
-    engine: Engine = module.load(reference, score)
-    if not sample:
-        return engine, None
-    deviation = np.abs(np.concatenate(engine.score(sample)) - np.concatenate(plain))
-    parity = {
-        "sequences": len(sample),
-        "p50": float(np.quantile(deviation, 0.5)),
-        "p99": float(np.quantile(deviation, 0.99)),
-        "max": float(deviation.max()),
-    }
-    tolerance = TOLERANCE[numerics["dtype"]]
-    if not parity["max"] <= tolerance:
-        raise IntegrityError(
-            f"Engine {score.engine} ({numerics['dtype']}) deviates from the plain float32 forward by up to {parity['max']:.3g} "
-            f"nats per token on {len(sample)} sequences; {tolerance} is allowed. Try score.dtype=float32 or "
-            "score.attention=eager, and report it."
-        )
-    progress.say(
-        f"score: engine within {parity['max']:.1e} nats per token of the plain float32 forward ({len(sample)} sequences)"
-    )
-    return engine, parity
-
-
-def _rows(
-    keys: list[bytes], chunk: SequenceOf[Sequence], scores: list[np.ndarray], numerics_id: str, keep_logps: bool
-) -> pa.Table:
-    rows = []
-    for key, sequence, logps in zip(keys, chunk, scores, strict=True):
-        assert len(logps) == len(sequence.completion_ids)
-        finite = bool(np.isfinite(logps).all())
-        rows.append(
-            {
-                "key": key,
-                "n_prompt": len(sequence.prompt_ids),
-                "n_completion": len(sequence.completion_ids),
-                "logp_sum": float(logps.sum(dtype=np.float64)) if finite else None,
-                "logps": logps if finite and keep_logps else None,
-                "numerics_id": numerics_id,
-                "status": OK if finite else "failed: a log-prob is not finite",
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=CACHE)
+def _score(scorer: Scorer, plan: Plan, sample: list[int], progress: Progress) -> None:
+    rank, world = pool.share()
+    try:
+        scorer.check(sample)
+        with progress.count("score", plan.n_tokens, "tokens") as counter:
+            for n_tokens in scorer.run(plan, rank, world):
+                counter.add(n_tokens)
+    finally:
+        scorer.close()
 
 
 # -- what is said about it -------------------------------------------------------------------------------------------
 
 
 def _commit(
-    config: Config, cache: Cache, table: pa.Table, accepted: list[str], inputs: dict[str, Any], plan: Plan
+    config: Config, cache: Cache, needed: pa.Table, accepted: list[str], inputs: dict[str, Any], plan: Plan
 ) -> dict[str, Any]:
     """Read back what is on disk, and only then vouch for it."""
     cache = Cache(cache.folder, cache.reference["model_id"])
-    after = cache.plan(sequence_table(table), accepted, config.score.tokens_per_shard)
+    after = cache.plan(needed, accepted, config.score.tokens_per_shard)
     if after.n_missing:
         raise IntegrityError(
             f"{after.n_missing} sequences are still missing in {cache.folder}. Run the same command again."
@@ -239,7 +165,7 @@ def _commit(
         "failed": after.n_failed,
     }
     artifact.commit_manifest(config.scored, manifest)
-    weights = sorted(identity.find_model(config.model).glob("*.safetensors"))
+    weights = identity.find_reference(config).weight_files
     artifact.commit_make_inputs(config.scored, [*weights, cache.folder / REFERENCE_FILE])
     return {**_summary(manifest, plan.n_missing, plan.n_tokens), "changed": True}
 

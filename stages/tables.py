@@ -123,6 +123,81 @@ def scored(result: dict[str, Any]) -> None:
         print(f"  {n:,} of these are cached under other numerics, {numerics_id}")
 
 
+def exported(result: dict[str, Any]) -> None:
+    print(f"{printable(result['output'])}: {result['rows']:,} rows, {result['scored']:,} with all log-probs")
+    for reason, n in result["without"].items():
+        print(printable(f"  {n:,} {reason}"))
+
+
+def scored_files(result: dict[str, Any]) -> None:
+    scored(result["scored"])
+    exported(result["exported"])
+
+
+def imported(result: dict[str, Any]) -> None:
+    per_token = f", {result['with_tokens']:,} of them per token" if result["with_tokens"] else ""
+    print(f"{result['cache']}: {result['imported']:,} sequences imported as {result['numerics_id']}{per_token}")
+    for reason, n in result["refused"].items():
+        print(f"  {n:,} refused, {reason}")
+    left = f", which computes {result['left']:,} others" if result["left"] else ""
+    print(f"Score and train with them: {result['use']}{left}")
+
+
+def compared(result: dict[str, Any]) -> None:
+    console = _console()
+    print(f"{result['a']} and {result['b']}: {result['tokens']:,} tokens of {result['sequences']:,} sequences, in nats")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("deviation", "p50", "p99", "max"):
+        table.add_column(column, justify="left" if column == "deviation" else "right")
+    for label, name in (("per token", "token"), ("per sequence (sum)", "sequence")):
+        table.add_row(label, *("-" if value is None else f"{value:.2e}" for value in result[name].values()))
+    console.print(table)
+    if result["bias"] is not None:
+        print(f"bias: {result['bias']:+.2e} nats per token (the first minus the second)")
+    if result["not_finite"]:
+        print(f"{result['not_finite']:,} tokens have no finite value on one side")
+    if result["pairs"]:
+        print(f"margins: {result['flipped']:,} of {result['pairs']:,} change sign")
+    worst = Table(box=SIMPLE, pad_edge=False)
+    for column in ("furthest apart", "answer", "position", "token", "first", "second"):
+        worst.add_column(column, justify="right" if column in ("position", "first", "second") else "left")
+    for each in result["worst"]:
+        values = (f"{each[side]:.6f}" for side in ("a", "b"))
+        text = Text(printable(repr(each["token"])))
+        worst.add_row(each["example_id"], each["answer"], str(each["position"]), text, *values)
+    console.print(worst)
+
+
+def verified(result: dict[str, Any]) -> None:
+    numbers = ("shards", "rows", "failed", "doubled", "n_bytes", "orphans", "leftovers")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("cache", *numbers, "damaged"):
+        table.add_column(column.removeprefix("n_"), justify="left" if column == "cache" else "right", overflow="fold")
+    for each in result["caches"]:
+        table.add_row(
+            Text(printable(each["folder"])), *(f"{each[name]:,}" for name in numbers), f"{len(each['damaged']):,}"
+        )
+    _console().print(table)
+    _print_damage(result)
+
+
+def collected(result: dict[str, Any]) -> None:
+    would = "would be " if result["dry_run"] else ""
+    for each in result["caches"]:
+        print(
+            f"{printable(each['folder'])}: {each['merged']:,} shards {would}merged into {each['into']:,}; {would}removed: "
+            f"{each['superseded']:,} that others stand for, {each['orphans']:,} without a record, {each['leftovers']:,} "
+            f"leftovers, {each['doubled']:,} doubled rows. {each['shards']:,} shards in all"
+        )
+    _print_damage(result)
+
+
+def _print_damage(result: dict[str, Any]) -> None:
+    for each in result["caches"]:
+        for file, reason in each["damaged"].items():
+            print(printable(f"damaged: {each['folder']}/{file}: {reason}"))
+
+
 def trained(result: dict[str, Any]) -> None:
     console = _console()
     console.print(

@@ -16,7 +16,7 @@ import torch
 from pipeline import artifact, batches, checkpoints, identity
 from pipeline import config as configuration
 from pipeline.batches import Pairs
-from pipeline.cache import Cache, identify, open_scored
+from pipeline.cache import Cache, identify, open_scored, vouched_for
 from pipeline.config import Config, Kinds
 from pipeline.errors import DataError, IdentityError, IntegrityError, UsageError
 from pipeline.losses import Loss, get_loss, hyperparameters
@@ -76,7 +76,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     prepared = Prepared(config.prepared)
     _refuse_labels(loss, prepared)
     scored, cache = _scored(config, prepared)
-    start = identity.find_model(config.train.model or config.model)
+    start = _start(config)
     inputs = _inputs(config, prepared, scored, start)
     devices = accelerator(config.train)
     progress = progress if devices.is_main_process else Progress(quiet=True)
@@ -88,7 +88,8 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         artifact.touch_manifest(config.run)
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
-    pairs = _pairs(prepared, cache, scored["accepted_numerics"], progress)
+    with vouched_for(config.scored):
+        pairs = _pairs(prepared, cache, scored["accepted_numerics"], progress)
     _refuse_missing_columns(loss, pairs[TRAIN])
     policy = Policy(start, prepared.manifest["template"], config.train, devices)
     session = Session(config, inputs, pairs, loss, loss_arguments, policy, RunLog(config.run), progress)
@@ -110,8 +111,21 @@ def _refuse_labels(loss: Loss, prepared: Prepared) -> None:
         )
 
 
+def _start(config: Config) -> Path:
+    """The folder that the policy starts from: a whole model."""
+    if config.train.model is not None:
+        return identity.find_model(config.train.model)
+    reference = identity.find_reference(config)
+    if found := "an adapter" if reference.adapter else reference.quantization and "quantised weights":
+        raise UsageError(
+            f"The policy would start from the reference, which has {found}; training starts from a whole model. Name one "
+            "(train.model), or merge the reference, save it and set model to the result."
+        )
+    return reference.folder
+
+
 def _scored(config: Config, prepared: Prepared) -> tuple[dict[str, Any], Cache]:
-    found = open_scored(config.scored)
+    found = open_scored(config.scored, every_byte=False)
     if found is None:
         raise UsageError(
             f"{config.prepared} has not been scored: there is no {config.scored}. Score first (make score)."
@@ -122,7 +136,7 @@ def _scored(config: Config, prepared: Prepared) -> tuple[dict[str, Any], Cache]:
             f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (make score)."
         )
     if config.train.model is None or Path(config.model).is_dir():
-        named = identify(identity.find_model(config.model), Path(config.cache))["model_id"]
+        named = identify(identity.find_reference(config), Path(config.cache))["model_id"]
         if named != scored["reference"]["model_id"]:
             raise IdentityError(
                 f"{config.scored} was scored by {scored['reference']['name']}@{scored['reference']['model_id'][:8]}; this "
@@ -136,7 +150,7 @@ def _inputs(config: Config, prepared: Prepared, scored: dict[str, Any], start: P
         "prepared": prepared.id,
         "reference": scored["reference"]["model_id"],
         "numerics": scored["accepted_numerics"],
-        "policy": identify(start, Path(config.cache))["model_id"],
+        "policy": identify(identity.Reference(start), Path(config.cache))["model_id"],
         "train": config.train.model_dump(mode="json", exclude=_HARMLESS),
     }
 
@@ -191,10 +205,13 @@ def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
 
 
 def _pairs(prepared: Prepared, cache: Cache, accepted: list[str], progress: Progress) -> dict[str, Pairs]:
+    tables = {split: prepared.table(split) for split in (TRAIN, HELD_OUT)}
+    # All at once: the cache is read a single time.
+    columns = [table[f"{side}_key"] for table in tables.values() for side in ("chosen", "rejected")]
+    values = iter(cache.logps(columns, accepted))
     pairs = {}
-    for split in (TRAIN, HELD_OUT):
-        table = prepared.table(split)
-        reference = {f"ref_{side}_logp": cache.logps(table[f"{side}_key"], accepted) for side in ("chosen", "rejected")}
+    for split, table in tables.items():
+        reference = {f"ref_{side}_logp": next(values) for side in ("chosen", "rejected")}
         pairs[split] = Pairs(table, Sequences(table), reference)
         if missing := pairs[split].n_without_reference:
             progress.warn(f"{missing} {split} pairs are left out: the reference has no finite log-prob for them")

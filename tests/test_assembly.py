@@ -21,7 +21,8 @@ def identity(i: int) -> str:
 
 
 def pair(i: int, split: str = "") -> dict:
-    return {"example_id": identity(i), "split": split or ("held_out" if i % 4 == 3 else "train"), "line": i + 1}
+    split = split or ("held_out" if i % 4 == 3 else "train")
+    return {"example_id": identity(i), "whole_id": int(identity(i), 16), "split": split, "line": i + 1}
 
 
 def number(text: str) -> int:
@@ -35,6 +36,7 @@ def label(i: int, prompt: int, answer: int) -> dict:
         "prompt_ids": prompt_ids,
         "completion": f"answer {answer}",
         "completion_ids": completion_ids,
+        "completion_cut_ids": [],
         "completion_key": sequence_key(prompt_ids, completion_ids),
         "prompt_hash": number(f"prompt {prompt}"),
         "text_hash": number(f"answer {answer}"),
@@ -215,6 +217,7 @@ def test_a_mismatched_answer_is_another_examples_to_another_prompt(tmp_path):
         other = by_name[row["kl_of"]]
         assert other["completion"] != row["completion"] and other["prompt_ids"] != row["prompt_ids"]
         assert row["kl_ids"] == other["completion_ids"] and row["n_kl"] == len(row["kl_ids"])
+        assert row["kl_cut_ids"] == []
         assert row["kl_key"] == sequence_key(row["prompt_ids"], row["kl_ids"])
     # And they are spread: no one answer stands in for all.
     assert len({row["kl_of"] for row in by_name.values()}) > 30
@@ -253,7 +256,7 @@ def test_where_all_answers_are_one_there_is_none_that_does_not_belong(tmp_path, 
     found, done = assembled(tmp_path, [label(i, prompt=i, answer=0) for i in range(n)], kind="labels")
     assert done["unmatched"] == n
     for row in all_rows(found):
-        assert [row[name] for name in ("kl_of", "kl_ids", "kl_key", "n_kl")] == [None] * 4
+        assert [row[name] for name in ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl")] == [None] * 5
 
 
 def test_without_kl_pairs_their_columns_are_null(tmp_path):
@@ -284,4 +287,35 @@ def test_a_mismatched_answer_is_cut_to_the_length(tmp_path):
     by_name = {row["example_id"]: row for row in all_rows(found)}
     for row in by_name.values():
         assert row["kl_ids"] == by_name[row["kl_of"]]["completion_ids"][:2]
+        assert row["kl_cut_ids"] == by_name[row["kl_of"]]["completion_ids"][2:]
         assert row["kl_key"] == sequence_key(row["prompt_ids"], row["kl_ids"])
+
+
+def cut_to(row: dict, n: int) -> dict:
+    """The label with its answer cut to n tokens: other tokens, another key and another id."""
+    ids = row["completion_ids"]
+    cut = {"completion_ids": ids[:n], "completion_cut_ids": ids[n:], "ids_hash": number(f"ids {ids[:n]}")}
+    return row | cut | {"example_id": artifact.checksum_bytes(f"{row['example_id']} {n}".encode())[:16]}
+
+
+# 60 labels with answers of 1 to 5 tokens, of which no two begin alike.
+APART = [label(i, prompt=i, answer=i) for i in range(60)]
+
+
+def test_what_is_cut_off_a_mismatched_answer_is_what_its_own_row_and_this_one_lack(tmp_path):
+    # The answers are cut to 3 tokens for their own prompts; with at most 5 tokens, 2 are left of each here.
+    found, _ = assembled(tmp_path, [cut_to(row, 3) for row in APART], kind="labels", max_length=5)
+    by_name = {row["example_id"]: row for row in all_rows(found)}
+    whole = {row["line"]: row["completion_ids"] for row in APART}
+    for row in by_name.values():
+        other = whole[by_name[row["kl_of"]]["line"]]
+        assert (row["kl_ids"], row["kl_cut_ids"]) == (other[:2], other[2:])
+
+
+def test_where_answers_are_cut_changes_no_partner_and_no_share(tmp_path):
+    partners = []
+    for rows in (APART, [cut_to(row, 3) for row in APART]):
+        found, _ = assembled(tmp_path, rows, kind="labels", weights=(0.5,))
+        lines = {row["example_id"]: row["line"] for row in all_rows(found)}
+        partners.append({row["line"]: lines[row["kl_of"]] for row in all_rows(found)})
+    assert partners[0] == partners[1] and 10 < len(partners[0]) < 50

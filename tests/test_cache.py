@@ -15,6 +15,7 @@ from pipeline import artifact
 from pipeline import cache as cache_module
 from pipeline.cache import identify
 from pipeline.errors import IdentityError, IntegrityError
+from pipeline.identity import Reference
 from pipeline.prepared import Sequences, sequence_table
 from pipeline.schema import CACHE, PREPARED, sequence_key
 
@@ -31,7 +32,8 @@ class Cache(cache_module.Cache):
         return super().plan(sequence_table(table), accepted, budget)
 
     def join(self, table, accepted):
-        return {f"ref_{side}_logp": self.logps(table[f"{side}_key"], accepted) for side in ("chosen", "rejected")}
+        values = self.logps([table["chosen_key"], table["rejected_key"]], accepted)
+        return dict(zip(("ref_chosen_logp", "ref_rejected_logp"), values, strict=True))
 
 
 def prepared(pairs: list[tuple[list[int], list[int], list[int]]]) -> pa.Table:
@@ -137,11 +139,15 @@ def test_the_same_tokens_cut_elsewhere_are_another_sequence(tmp_path):
     assert create(tmp_path).plan(table, [MINE], BUDGET).n_sequences == 4
 
 
-def test_chunks_hold_the_longest_sequences_first_within_the_budget(tmp_path):
+def test_chunks_hold_the_answers_of_a_prompt_together_the_longest_first_within_the_budget(tmp_path):
     plan = create(tmp_path).plan(PAIRS, [MINE], BUDGET)
     lengths = [[Sequences(PAIRS)[slot].n_tokens for slot in chunk] for chunk in plan.chunks]
+    slots = [int(slot) for chunk in plan.chunks for slot in chunk]
+    # Every prompt of these pairs is another, so what stands together are the two slots of a row.
+    assert all({one ^ 1} == {other} for one, other in zip(slots[::2], slots[1::2], strict=True))
     flat = [n for chunk in lengths for n in chunk]
-    assert flat == sorted(flat, reverse=True) and len(lengths) > 3
+    assert flat[::2] == sorted(flat[::2], reverse=True) and len(lengths) > 3
+    assert all(longer >= shorter for longer, shorter in zip(flat[::2], flat[1::2], strict=True))
     # A chunk ends with the sequence that reaches the next multiple of the budget, and may exceed it by that one.
     assert all(sum(chunk) < BUDGET + chunk[-1] for chunk in lengths)
 
@@ -239,6 +245,40 @@ def test_the_numerics_named_first_win(tmp_path):
     assert np.ma.getmaskarray(only_other).tolist() == [False] * 6 + [True] * 6
 
 
+def test_of_two_values_that_differ_by_rounding_always_the_same_is_served(tmp_path):
+    # Two scorers that cut their chunks differently. Neither the names nor the order of shards decides.
+    for name, shifts in (("one", (0.0, -1e-9)), ("two", (-1e-9, 0.0))):
+        cache = create(tmp_path / name)
+        for shift, budget in zip(shifts, (BUDGET, 10_000), strict=True):
+            for slots in create(tmp_path / "plan").plan(PAIRS, [MINE], budget).chunks:
+                cache.commit(scored(PAIRS, slots, shift=shift), {}, MINE, None)
+        smaller = [value - 1e-9 for value in expected(PAIRS, "chosen")]
+        assert reopen(cache).join(PAIRS, [MINE])["ref_chosen_logp"].tolist() == smaller
+
+
+def test_columns_are_answered_in_their_order_and_nulls_are_masked(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    gaps = pa.chunked_array([pa.array([None, *PAIRS["rejected_key"].to_pylist()[1:3], None], pa.binary(16))])
+    chosen, nothing, rejected = cache.logps([PAIRS["chosen_key"], PAIRS["chosen_key"].slice(0, 0), gaps], [MINE])
+    assert chosen.tolist() == expected(PAIRS, "chosen") and len(nothing) == 0
+    right = expected(PAIRS, "rejected")
+    assert rejected.tolist() == [None, right[1], right[2], None]
+
+
+def test_a_cache_that_an_older_version_wrote_is_read_and_hashed_every_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SETTLED_SECONDS", -1.0)
+    cache = fill(create(tmp_path), PAIRS)
+    for record in cache.records:
+        old = {key: value for key, value in record.items() if key != "values_xxh3_128"}
+        artifact.commit_bytes(cache.record_path(record), artifact.seal(old))
+    assert reopen(cache).join(PAIRS, [MINE])["ref_chosen_logp"].tolist() == expected(PAIRS, "chosen")
+    hashed = []
+    damage = artifact.damage
+    monkeypatch.setattr(artifact, "damage", lambda f, e: hashed.append(e["file"]) or damage(f, e))
+    reopen(cache)
+    assert len(hashed) == len(cache.records)
+
+
 def test_a_value_under_one_numerics_stands_in_for_a_failure_under_another(tmp_path):
     cache = fill(create(tmp_path), PAIRS, MINE, fail=True)
     cache = fill(cache, PAIRS, OTHER)
@@ -271,14 +311,14 @@ def test_a_damaged_reference_file_is_an_integrity_error(tmp_path):
 
 
 def test_identify_remembers_hashes_beside_the_caches(tmp_path, model):
-    found = identify(model, tmp_path / "cache")
+    found = identify(Reference(model), tmp_path / "cache")
     memo = tmp_path / "cache" / ".weights.json"
     assert list(json.loads(memo.read_text()).values()) == list(found["weights"].values())
     # A remembered hash is believed: one that is wrong shows that nothing was hashed again.
     memo.write_text(json.dumps(dict.fromkeys(json.loads(memo.read_text()), "remembered")))
-    assert identify(model, tmp_path / "cache")["weights"] == {"model.safetensors": "remembered"}
+    assert identify(Reference(model), tmp_path / "cache")["weights"] == {"model.safetensors": "remembered"}
     memo.write_text("{")
-    assert identify(model, tmp_path / "cache") == found
+    assert identify(Reference(model), tmp_path / "cache") == found
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -390,6 +430,40 @@ def test_scorers_that_race_leave_a_whole_cache(tmp_path):
     assert not found.damaged and found.plan(PAIRS, [MINE], BUDGET).n_missing == 0
     assert found.join(PAIRS, [MINE])["ref_chosen_logp"].tolist() == expected(PAIRS, "chosen")
     assert not list(found.folder.glob(".*.tmp"))
+
+
+def test_a_claimed_chunk_is_taken_until_it_is_committed_and_done_then(tmp_path):
+    one, other = create(tmp_path), create(tmp_path)
+    (slots, *_) = one.plan(PAIRS, [MINE], 10_000).chunks
+    keys = [Sequences(PAIRS)[slot].key() for slot in slots]
+    with one.claim(keys, MINE) as claim:
+        assert claim == "mine"
+        with other.claim(keys[::-1], MINE) as second, other.claim(keys, OTHER) as elsewhere:
+            assert (second, elsewhere) == ("taken", "mine")
+        one.commit(scored(PAIRS, slots), {}, MINE, None)
+    for wait in (False, True):
+        with other.claim(keys, MINE, wait=wait) as claim:
+            assert claim == "done"
+    assert not list(one.folder.glob(".*"))
+
+
+def test_a_chunk_whose_scorer_was_killed_is_anothers_at_once(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import test_cache as t; cache = t.create(Path(sys.argv[2]))\n"
+        "with cache.claim([b'k' * 16], t.MINE) as claim: print(claim, flush=True); time.sleep(60)\n"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "mine\n"
+    cache = create(tmp_path)
+    with cache.claim([b"k" * 16], MINE) as claim:
+        assert claim == "taken"
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {first.pid}"])
+    with cache.claim([b"k" * 16], MINE, wait=True) as claim:
+        assert claim == "mine"
+    assert first.wait() == -9 and killer.wait() == 0 and not list(cache.folder.glob(".*"))
 
 
 # -- where it lies ---------------------------------------------------------------------------------------------------

@@ -13,13 +13,16 @@ FLOORS = [
     {"pipeline.errors", "pipeline.schema", "pipeline.example"},
     {
         "pipeline.artifact",
+        "pipeline.attention",
         "pipeline.config",
         "pipeline.chat_template",
+        "pipeline.claims",
         "pipeline.duck",
         "pipeline.encoder",
         "pipeline.examples",
         "pipeline.frames",
         "pipeline.identity",
+        "pipeline.keys",
         "pipeline.logprobs",
         "pipeline.losses",
         "pipeline.packing",
@@ -32,7 +35,10 @@ FLOORS = [
         "pipeline.checkpoints",
         "pipeline.engines",
         "pipeline.engines.loading",
+        "pipeline.engines.server",
         "pipeline.engines.transformers",
+        "pipeline.engines.vllm",
+        "pipeline.engines.vllm_worker",
         "pipeline.formats",
         "pipeline.formats.axolotl",
         "pipeline.formats.fields",
@@ -42,6 +48,7 @@ FLOORS = [
         "pipeline.formats.registry",
         "pipeline.policy",
         "pipeline.prepared",
+        "pipeline.rowfiles",
         "pipeline.runlog",
         "pipeline.sources",
         "pipeline.sources.chunk",
@@ -52,15 +59,21 @@ FLOORS = [
         "pipeline.templating",
         "pipeline.views",
     },
+    # What is done with a cache as a whole.
+    {"pipeline.upkeep", "pipeline.shorten"},
     # Preparing: how a source is read and what is too long, then a part, then the whole.
-    {"pipeline.lengths", "pipeline.recipe"},
+    {"pipeline.scoring", "pipeline.records", "pipeline.lengths", "pipeline.recipe"},
     {"pipeline.parts"},
     {"pipeline.assembly"},
-    {"stages.prepare", "stages.preview", "stages.score", "stages.train", "stages.inspect", "stages.tables"},
+    {"stages.adopt", "stages.export", "stages.parity", "stages.prepare", "stages.preview", "stages.score", "stages.train", "stages.inspect", "stages.tables", "stages.upkeep"},
     {"stages.cli"},
 ]
-# Of one floor: the trainer's parts, and a template with what is traced through it.
-SAME_FLOOR = {("pipeline.policy", "pipeline.batches"), ("pipeline.chat_template", "pipeline.frames")}
+# Of one floor: the trainer's parts, a template with what is traced through it, and a reference with the keys that name it.
+SAME_FLOOR = {
+    ("pipeline.policy", "pipeline.batches"),
+    ("pipeline.chat_template", "pipeline.frames"),
+    ("pipeline.identity", "pipeline.config"),
+}
 # Their own files may import one another.
 PACKAGES = ("pipeline.engines", "pipeline.formats", "pipeline.sources")
 
@@ -123,8 +136,12 @@ def test_only_the_command_line_imports_click():
     assert [module for module in MODULES if "click" in top_level(module)] == ["stages.cli"]
 
 
-def test_only_its_engine_may_import_vllm():
-    assert {module for module in MODULES if "vllm" in top_level(module)} <= {"pipeline.engines.vllm"}
+def test_only_the_worker_of_its_engine_imports_vllm():
+    assert [module for module in MODULES if "vllm" in top_level(module)] == ["pipeline.engines.vllm_worker"]
+
+
+def test_the_vllm_worker_needs_nothing_that_the_environment_of_vllm_lacks():
+    assert top_level("pipeline.engines.vllm_worker") - set(sys.stdlib_module_names) == {"numpy", "vllm"}
 
 
 def loaded_by(code: str) -> set[str]:

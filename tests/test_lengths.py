@@ -44,7 +44,7 @@ def test_what_fits_to_the_last_token_is_left_as_it_is(too_long):
     # 4 + max(6, 3) = 10
     given = tokens(4, 6, 3)
     found = fit(PAIR, given, prepare(max_length=10, max_prompt_length=4, too_long=too_long), never)
-    assert found == Fitted(given, PAIR, 0, (0, 0))
+    assert found == Fitted(given, PAIR, 0, ([], []))
 
 
 @pytest.mark.parametrize("too_long", ["drop", "keep_start", "keep_end"])
@@ -75,13 +75,14 @@ def test_keep_start_cuts_the_ends_of_the_answers():
     found = fit(PAIR, tokens(4, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
     assert found.tokens.answers == ([100, 101, 102], [100, 101, 102, 103, 104, 105])
     assert found.tokens.prompt == [0, 1, 2, 3]
-    assert (found.cut_prompt, found.cut_answers) == (0, (0, 3))
+    assert (found.cut_prompt, found.cut_answers) == (0, ([], [106, 107, 108]))
 
 
 def test_keep_start_never_cuts_a_prompt():
     # With 9 of 10 there is room for one token of the answer, with 10 for none.
     found = fit(PAIR, tokens(9, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
-    assert [len(answer) for answer in found.tokens.answers] == [1, 1] and found.cut_answers == (2, 8)
+    assert [len(answer) for answer in found.tokens.answers] == [1, 1]
+    assert found.cut_answers == ([101, 102], list(range(101, 109)))
     assert refusal(tokens(10, 3, 9), max_length=10, too_long="keep_start")[0] == "prompt too long"
     assert refusal(tokens(5, 1, 1), max_length=10, max_prompt_length=4, too_long="keep_start")[0] == "prompt too long"
 
@@ -118,7 +119,7 @@ def test_keep_end_keeps_as_many_turns_as_fit(max_length, left):
     n_left = sum(map(len, left))
     assert [turn["content"] for turn in found.example.prompt] == left
     assert len(found.tokens.prompt) == n_left and found.cut_prompt == 12 - n_left
-    assert found.tokens.answers == words(example).answers and found.cut_answers == (0, 0)
+    assert found.tokens.answers == words(example).answers and found.cut_answers == ([], [])
 
 
 def test_keep_end_says_that_even_the_last_turn_is_too_long():
@@ -198,6 +199,7 @@ def test_both_answers_share_the_cut_prompt_and_the_row_says_by_how_much():
     assert cut["n_prompt"] == len(cut["prompt_ids"]) == whole["n_prompt"] - cut["cut_prompt"]
     assert cut["chosen_ids"] == whole["chosen_ids"] and cut["rejected_ids"] == whole["rejected_ids"]
     assert (cut["cut_chosen"], cut["cut_rejected"]) == (0, 0)
+    assert cut["chosen_cut_ids"] == cut["rejected_cut_ids"] == []
     # The text is that of what was kept.
     assert "the cat sings" not in cut["prompt"] and cut["prompt"].startswith("system: be brief\nuser: why red")
     assert made.facts["done"]["cut_prompts"] == 1 and not made.facts["done"].get("cut_answers")
@@ -211,6 +213,10 @@ def test_a_cut_answer_loses_its_end_and_says_so():
     # the, cat, sings, end, line end: 5 tokens, one too many
     assert whole["n_chosen"] == 5 and cut["chosen_ids"] == whole["chosen_ids"][:4]
     assert (cut["cut_chosen"], cut["cut_rejected"], cut["cut_prompt"]) == (1, 0, 0)
+    assert (cut["chosen_cut_ids"], cut["rejected_cut_ids"]) == (whole["chosen_ids"][4:], [])
+    assert cut["chosen_key"] != whole["chosen_key"] and cut["rejected_key"] == whole["rejected_key"]
+    # Shares are drawn by what the example is before it is cut.
+    assert cut["whole_id"] == whole["whole_id"] == int(whole["example_id"], 16) != int(cut["example_id"], 16)
     assert made.facts["done"]["cut_answers"] == 1
 
 

@@ -3,60 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import transformers
+from models_for_tests import ARCHITECTURES, build, sequence
 
 from pipeline.logprobs import completion_logps, gather_logps, plain_logps, sums, use_float32_head
 from pipeline.schema import Sequence
 
 torch.set_num_threads(1)
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-ARCHITECTURES = {
-    "llama": ("LlamaConfig", {}),
-    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}),
-    # Windows shorter than the sequences below.
-    "mistral": ("MistralConfig", {"sliding_window": 5}),
-    "gemma2": (
-        "Gemma2Config",
-        # Caps low enough to bite: with random weights of this size logits reach well beyond 2.
-        {"head_dim": 8, "sliding_window": 5, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
-    ),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5}),
-    "phi3": ("Phi3Config", {"sliding_window": 6}),
-    "olmo2": ("Olmo2Config", {}),
-    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
-    "neox": ("GPTNeoXConfig", {}),
-    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-}
-
-
-def build(name: str, **more):
-    kind, own = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**(SIZES | own | more))
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-
-
-def sequence(n_prompt: int, n_completion: int, seed: int = 0) -> Sequence:
-    ids = np.random.default_rng([seed, n_prompt, n_completion]).integers(2, 60, n_prompt + n_completion, dtype=np.int32)
-    return Sequence(ids[:n_prompt], ids[n_prompt:])
-
 
 # Ragged on both sides: a completion of one token, a prompt of one token, a long prompt, a long answer.
 RAGGED = [sequence(3, 5), sequence(9, 1), sequence(1, 4), sequence(40, 2), sequence(2, 17), sequence(1, 1)]

@@ -3,8 +3,10 @@
 import random
 
 import pytest
+from models_for_tests import sequence
 
-from pipeline.packing import token_budget_batches
+from pipeline.packing import by_prompt, n_in_row, packed_rows, token_budget_batches
+from pipeline.schema import Sequence
 
 
 def test_batches_by_hand():
@@ -38,3 +40,44 @@ def test_every_index_once_within_the_budget_and_longest_first(seed):
     # No batch could have taken the first of the next.
     for batch in batches[:-1]:
         assert lengths[batch[0]] * (len(batch) + 1) > budget
+
+
+def answers(n_prompt: int, *n_completions: int) -> list[Sequence]:
+    prompt = sequence(n_prompt, 1).prompt_ids
+    return [Sequence(prompt, sequence(1, n, seed=i).completion_ids) for i, n in enumerate(n_completions)]
+
+
+def test_answers_to_one_prompt_are_found_wherever_they_stand():
+    first, second = answers(3, 2, 4), answers(5, 1, 1)
+    assert by_prompt([first[0], second[0], second[1], first[1]]) == [[0, 3], [1, 2]]
+
+
+def test_a_row_by_hand():
+    # A prompt of 3 with answers of 2 and 4: 3 + 1 + 3 = 7 tokens; one of 5 with two of 1: 5; one of 2 with 3: 4.
+    sequences = [*answers(3, 2, 4), *answers(5, 1, 1), *answers(2, 3)]
+    groups = by_prompt(sequences)
+    assert [n_in_row(sequences, group) for group in groups] == [7, 5, 4]
+    # Budget 9: 7 alone, for 5 more is 12; then 5 and 4.
+    assert packed_rows(sequences, groups, 9) == [[[1, 0]], [[2, 3], [4]]]
+
+
+def test_a_group_above_the_budget_is_cut_and_its_prompt_repeated():
+    # Prompt 4, answers of 5, 4, 3 take 4, 3, 2: with budget 9 the first is 4 + 4, and 4 + 3 + 2 are the others.
+    sequences = answers(4, 3, 5, 4)
+    assert packed_rows(sequences, [[0, 1, 2]], 9) == [[[2, 0]], [[1]]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_hold_every_sequence_once_within_the_budget(seed):
+    rng = random.Random(seed)
+    sequences = [
+        each
+        for n in range(rng.randint(1, 20))
+        for each in answers(rng.randint(1, 30) + 31 * n, *(rng.randint(1, 20) for _ in range(rng.randint(1, 5))))
+    ]
+    budget = rng.randint(5, 200)
+    rows = packed_rows(sequences, by_prompt(sequences), budget)
+    assert sorted(i for row in rows for group in row for i in group) == list(range(len(sequences)))
+    for row in rows:
+        n_tokens = sum(n_in_row(sequences, group) for group in row)
+        assert n_tokens <= budget or [len(group) for group in row] == [1]

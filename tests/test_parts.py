@@ -65,6 +65,7 @@ def test_a_row_holds_its_ids_their_numbers_and_their_keys(made):
         for side in ("chosen", "rejected"):
             assert row[f"n_{side}"] == len(row[f"{side}_ids"]) > 0
             assert row[f"{side}_key"] == sequence_key(row["prompt_ids"], row[f"{side}_ids"])
+            assert (row[f"cut_{side}"], row[f"{side}_cut_ids"]) == (0, [])
         assert len(bytes.fromhex(row["example_id"])) == 8
     assert len(set(made.table["example_id"].to_pylist())) == len(made.table)
 

@@ -111,7 +111,9 @@ def check_row(row: dict[str, Any], columns: tuple[str, ...], max_length: int) ->
         assert row[f"n_{name}"] == len(row[f"{name}_ids"]) > 0
         assert row["n_prompt"] + row[f"n_{name}"] <= max_length
         assert row[f"{name}_key"] == sequence_key(row["prompt_ids"], row[f"{name}_ids"])
-        assert row[f"cut_{name}"] >= 0
+        assert row[f"cut_{name}"] == len(row[f"{name}_cut_ids"]) >= 0
+        # An answer loses its end for the length alone.
+        assert not row[f"{name}_cut_ids"] or row["n_prompt"] + row[f"n_{name}"] == max_length
     assert row["cut_prompt"] >= 0
 
 

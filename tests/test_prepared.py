@@ -34,6 +34,8 @@ def row(i: int, split: str = "train") -> dict:
         "cut_prompt": 0,
         "cut_chosen": 0,
         "cut_rejected": 0,
+        "chosen_cut_ids": [],
+        "rejected_cut_ids": [7] * (i % 2),
     }
 
 

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from pipeline.schema import ANSWERS, PREPARED, Sequence, key_of_bytes, sequence_key
+from pipeline.schema import ANSWERS, PREPARED, Sequence, key_of_bytes, keys_of_prefixes, sequence_key
 
 
 def test_key_is_blake2b_128_of_version_boundary_and_ids():
@@ -58,7 +58,14 @@ def test_the_key_of_bytes_is_that_of_their_ids():
     assert key_of_bytes(b"", b"") == sequence_key([], [])
 
 
+@pytest.mark.parametrize("lengths", [[], [0], [3], [0, 1, 2, 3], [1, 3], [2, 2]])
+def test_the_keys_of_prefixes_are_those_of_sequences_that_end_there(lengths):
+    prompt, completion = np.arange(5, dtype="<i4"), np.array([7, -1, 9], "<i4")
+    found = keys_of_prefixes(prompt.tobytes(), completion.tobytes(), lengths)
+    assert list(found) == [sequence_key(prompt, completion[:n]) for n in lengths]
+
+
 @pytest.mark.parametrize("kind", PREPARED)
 def test_every_answer_has_its_ids_their_number_and_a_key(kind):
     for answer in ANSWERS[kind]:
-        assert {f"{answer}_ids", f"{answer}_key", f"n_{answer}"} <= set(PREPARED[kind].names)
+        assert {f"{answer}_ids", f"{answer}_cut_ids", f"{answer}_key", f"n_{answer}"} <= set(PREPARED[kind].names)

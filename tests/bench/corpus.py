@@ -1,11 +1,17 @@
-"""Text and a tokenizer to measure with, made from what every Python has: the prose of its own source files."""
+"""Text and a tokenizer to measure with, made from what every Python has: the prose of its own source files.
+
+And pairs of bare token ids, where only their lengths matter.
+"""
 
 import json
 import random
 import re
+import statistics
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 # Of words, as mean and spread of their logarithms: many short texts and a few long ones.
 _LENGTHS = {"prompt": (3.85, 0.9), "chosen": (2.87, 0.8), "rejected": (3.08, 0.8)}
@@ -45,6 +51,37 @@ def write_short_pairs(path: Path, n: int) -> Path:
         for i in range(n):
             file.write(f'{{"prompt": "Add {i} and {i % 97}.", "chosen": "{i + i % 97}", "rejected": "About {i}."}}\n')
     return path
+
+
+class TokenPair(NamedTuple):
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+# Of tokens: the mean lengths of real chat pairs, and no more than 2,000 in all.
+_MEAN_TOKENS = {"prompt": (124, 1500), "chosen": (41, 400), "rejected": (51, 400)}
+# Of their logarithms. Real pairs in a padded batch of eight make 3.9 times the tokens that matter; so do these.
+_SPREAD = 0.85
+
+
+def token_pairs(n: int, vocabulary: int, seed: int = 0) -> list[TokenPair]:
+    """Pairs of random ids with lengths as real ones have.
+
+    The lengths are the quantiles of their distribution in a random order, so that few pairs have its means as well.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = [rng.permutation(_quantiles(n, mean, most)) for mean, most in _MEAN_TOKENS.values()]
+    return [
+        TokenPair(*(rng.integers(vocabulary, size=length, dtype=np.int32) for length in of_pair))
+        for of_pair in zip(*lengths, strict=True)
+    ]
+
+
+def _quantiles(n: int, mean: float, most: int) -> np.ndarray:
+    normal = statistics.NormalDist(sigma=_SPREAD)
+    spread = np.exp([normal.inv_cdf((i + 0.5) / n) for i in range(n)])
+    return np.clip(np.rint(spread * mean / spread.mean()), 2, most).astype(int)
 
 
 def _text(rng: random.Random, said: list[str], mean: float, spread: float) -> str:

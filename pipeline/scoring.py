@@ -1,0 +1,153 @@
+"""Scoring: an engine that has been checked, and the chunks of work that it turns into rows of the cache.
+
+Several scorers may work on one cache, here or on other machines. Each does its own share first and then helps with what
+is left, so none waits for one that has died; a chunk is claimed before it is computed, and its first record wins.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import identity
+from pipeline.cache import Cache, Plan
+from pipeline.config import Score
+from pipeline.engines import Engine, engine_module
+from pipeline.errors import IntegrityError
+from pipeline.identity import Reference
+from pipeline.prepared import Sequences
+from pipeline.progress import Progress
+from pipeline.schema import CACHE, OK, OK_IN_FLOAT32, Sequence
+
+# Largest deviation of one token's log-prob from the plain float32 forward that is still rounding.
+TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
+
+
+class Scorer:
+    """A loaded engine and the cache that it fills."""
+
+    def __init__(
+        self,
+        score: Score,
+        reference: Reference,
+        numerics: dict[str, str],
+        cache: Cache,
+        sequences: Sequences,
+        progress: Progress,
+    ) -> None:
+        self._score, self._reference, self._numerics = score, reference, numerics
+        self._numerics_id = identity.numerics_id(numerics)
+        self._cache, self._sequences, self._progress = cache, sequences, progress
+        self._retries = True  # until one has rescued nothing: then rounding is not what fails
+
+    def check(self, sample: list[int]) -> None:
+        """Load the engine and compare it with the plain float32 forward on some slots."""
+        from pipeline.engines.loading import plain_scores
+
+        chosen = [self._sequences[slot] for slot in sample]
+        # First the plain model, then the engine: never two models in memory.
+        plain = plain_scores(self._reference, chosen) if chosen else []
+        self._engine: Engine = engine_module(self._score.engine).load(self._reference, self._score)
+        self._parity = self._compared(self._engine.score(chosen), plain) if chosen else None
+
+    def _compared(self, found: list[np.ndarray], plain: list[np.ndarray]) -> dict[str, Any]:
+        deviation = np.abs(np.concatenate(found) - np.concatenate(plain))
+        parity = {
+            "sequences": len(found),
+            "p50": float(np.quantile(deviation, 0.5)),
+            "p99": float(np.quantile(deviation, 0.99)),
+            "max": float(deviation.max()),
+        }
+        allowed = TOLERANCE[self._numerics["dtype"]]
+        how = f"engine {self._score.engine} ({self._numerics['dtype']})"
+        if not parity["max"] <= allowed:
+            raise IntegrityError(
+                f"{how} deviates from the plain float32 forward by up to {parity['max']:.3g} nats per token on "
+                f"{len(found)} sequences; {allowed} is allowed. Try score.dtype=float32, score.rows=padded or "
+                "score.attention=eager, and report it."
+            )
+        facts = ", ".join(f"{name} {value}" for name, value in self._engine.facts.items())
+        self._progress.say(
+            f"score: {how} within {parity['max']:.1e} nats per token of the plain float32 forward "
+            f"({len(found)} sequences); {facts}"
+        )
+        return parity
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
+        """Score what is missing; yields the tokens of each chunk that is done, by this process or another."""
+        chunks = [*plan.chunks[rank::world], *(chunk for i, chunk in enumerate(plan.chunks) if i % world != rank)]
+        for wait in (False, True):
+            left = []
+            for slots in chunks:
+                chunk = [self._sequences[slot] for slot in slots]
+                if self._done(chunk, wait):
+                    yield sum(sequence.n_tokens for sequence in chunk)
+                else:
+                    left.append(slots)
+            chunks = left
+
+    def _done(self, chunk: list[Sequence], wait: bool) -> bool:
+        """Whether the chunk is in the cache now; without `wait` not, where another scorer is at it."""
+        keys = [sequence.key() for sequence in chunk]
+        with self._cache.claim(keys, self._numerics_id, wait=wait) as claim:
+            if claim == "mine":
+                self._cache.commit(self._rows(keys, chunk), self._numerics, self._numerics_id, self._parity)
+            return claim != "taken"
+
+    def _rows(self, keys: list[bytes], chunk: list[Sequence]) -> pa.Table:
+        scores, tried = self._engine.score(chunk), self._retries
+        rescued = self._in_float32(chunk, scores)
+        rows = []
+        for i, (key, sequence, logps) in enumerate(zip(keys, chunk, scores, strict=True)):
+            logps = rescued.get(i, logps)
+            assert logps.dtype == np.float32 and len(logps) == len(sequence.completion_ids)
+            finite = bool(np.isfinite(logps).all())
+            rows.append(
+                {
+                    "key": key,
+                    "n_prompt": len(sequence.prompt_ids),
+                    "n_completion": len(sequence.completion_ids),
+                    "logp_sum": float(logps.sum(dtype=np.float64)) if finite else None,
+                    "logps": logps if finite and self._score.logps else None,
+                    "numerics_id": self._numerics_id,
+                    "status": (OK_IN_FLOAT32 if i in rescued else OK) if finite else _failure(logps, tried),
+                }
+            )
+        return pa.Table.from_pylist(rows, schema=CACHE)
+
+    def _in_float32(self, chunk: list[Sequence], scores: list[np.ndarray]) -> dict[int, np.ndarray]:
+        """What the plain float32 forward makes of those that have no finite log-prob."""
+        from pipeline.engines.loading import plain_scores
+
+        failed = [i for i, logps in enumerate(scores) if not np.isfinite(logps).all()]
+        if not failed or not self._retries:
+            return {}
+        again = plain_scores(self._reference, [chunk[i] for i in failed])
+        rescued = {i: logps for i, logps in zip(failed, again, strict=True) if np.isfinite(logps).all()}
+        self._retries = bool(rescued)
+        self._progress.warn(
+            f"{len(failed)} sequences got a log-prob that is not finite; {len(rescued)} of them have one in float32"
+        )
+        return rescued
+
+
+def _failure(logps: np.ndarray, tried: bool) -> str:
+    """Why there is no value, as the status of the row."""
+    at = int(np.flatnonzero(~np.isfinite(logps))[0])
+    return f"failed: the log-prob of answer token {at} is {logps[at]}{', also in float32' if tried else ''}"
+
+
+def sample_slots(plan: Plan, sequences: Sequences, n: int) -> list[int]:
+    """The longest and the shortest sequence and random ones, each beside its prompt's other answer: what shares a
+    forward is tried together, as it will be computed."""
+    slots: dict[int, None] = {}
+    for slot in map(int, plan.probe):
+        for each in (slot, slot ^ 1):
+            if len(sequences[each].completion_ids):
+                slots[each] = None
+    return list(slots)[:n]

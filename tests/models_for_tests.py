@@ -1,0 +1,97 @@
+"""Tiny random models of many architectures, and sequences to score with them."""
+
+import numpy as np
+import torch
+import transformers
+
+from pipeline.schema import Sequence
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    # Windows shorter than the sequences below.
+    "mistral": ("MistralConfig", {"sliding_window": 5}),
+    "gemma2": (
+        "Gemma2Config",
+        # Caps low enough to bite: with random weights of this size logits reach well beyond 2.
+        {"head_dim": 8, "sliding_window": 5, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5}),
+    "phi3": ("Phi3Config", {"sliding_window": 6}),
+    "olmo2": ("Olmo2Config", {}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    ),
+    "cohere2": ("Cohere2Config", {"sliding_window": 5, "logit_scale": 0.25, "head_dim": 8}),
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0, "attention_multiplier": 0.2}),
+}
+# Models whose layers cannot be kept to segments: states that run on, chunks, positions as biases, deaf to keywords.
+UNSHARABLE = {
+    "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 2}),
+    "falcon": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False}),
+    "stablelm": ("StableLmConfig", {}),
+    "nemotron": ("NemotronConfig", {}),
+    "mamba": ("MambaConfig", {"state_size": 4}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": 8,
+            "no_rope_layers": [1, 1],
+        },
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 0,
+        },
+    ),
+}
+
+
+def build(name: str, **more):
+    """A tiny random model in memory."""
+    kind, own = (ARCHITECTURES | UNSHARABLE)[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**(SIZES | own | more))
+    # SDPA would leave out Gemma 2's caps without a word, and some models do not have it.
+    kernel = "eager" if name in ("gemma2", "gpt-oss", "bloom", "mamba") else "sdpa"
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
+
+
+def sequence(n_prompt: int, n_completion: int, seed: int = 0) -> Sequence:
+    ids = np.random.default_rng([seed, n_prompt, n_completion]).integers(2, 60, n_prompt + n_completion, dtype=np.int32)
+    return Sequence(ids[:n_prompt], ids[n_prompt:])

@@ -1,0 +1,169 @@
+"""A packed row gives what the plain forward gives, on every architecture that it is used for, and so do its gradients."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
+
+from pipeline import attention
+from pipeline.logprobs import lay_out, plain_logps, row_logps, sums
+from pipeline.schema import Sequence
+
+torch.set_num_threads(1)
+
+
+def group(n_prompt: int, *n_completions: int) -> list[Sequence]:
+    """Answers to one prompt."""
+    prompt = sequence(n_prompt, 1, seed=9).prompt_ids
+    return [Sequence(prompt, sequence(1, n, seed=n_prompt + i).completion_ids) for i, n in enumerate(n_completions)]
+
+
+# Two answers and their prompt; a lone one; four, one of them a single token; a prompt of one token.
+GROUPS = [group(20, 9, 14), group(7, 5), group(12, 3, 1, 8, 2), group(1, 6, 1)]
+FLAT = [each for members in GROUPS for each in members]
+
+
+def segments(row) -> attention.Segments:
+    return attention.Segments(row.trunks, [attention.Branch(*branch) for branch in row.branches], "cpu")
+
+
+def packed(model, groups=GROUPS) -> list[torch.Tensor]:
+    row = lay_out(groups)
+    return row_logps(model, row, segments(row))
+
+
+# -- the layout, by hand ---------------------------------------------------------------------------------------------
+
+
+def test_a_row_by_hand():
+    prompt = np.array([7, 8], dtype=np.int32)
+    row = lay_out([[Sequence(prompt, np.array(answer, dtype=np.int32)) for answer in ([1, 2, 3], [4, 5])]])
+    # 7 8 | 1 2 | 4: an answer's last token is never an input, and both answers go on from position 2.
+    assert row.input_T.tolist() == [7, 8, 1, 2, 4]
+    assert row.position_T.tolist() == [0, 1, 2, 3, 2]
+    # 1 is predicted by 8, 2 by 1, 3 by 2; 4 by 8 again, 5 by 4.
+    assert row.target_N.tolist() == [1, 2, 3, 4, 5]
+    assert row.source_N.tolist() == [1, 2, 3, 1, 4]
+    assert (row.trunks, row.branches, row.counts) == ([slice(0, 4)], [(slice(0, 2), slice(4, 5))], [3, 2])
+
+
+def test_the_keys_of_one_call_over_the_row():
+    row = lay_out([group(2, 3, 3), group(1, 2)])
+    found = segments(row).variable_lengths
+    # p p a a | b b sees p p b b | q c: queries 4, 2, 2; keys 4, 4, 2.
+    assert found["keys"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
+    assert (found["cu_q"].tolist(), found["cu_k"].tolist()) == ([0, 4, 6, 8], [0, 4, 8, 10])
+    assert (found["max_q"], found["max_k"]) == (4, 4)
+
+
+# -- on real models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_row_gives_what_each_sequence_gives_alone(name):
+    model = build(name)
+    with torch.no_grad():
+        alone = [plain_logps(model, each) for each in FLAT]
+        assert attention.why_not(model.config) is None
+        attention.use_segments(model)
+        together = packed(model)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+    assert torch.cat(alone).std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "mixtral", "gpt-oss"])
+def test_a_row_has_the_gradient_of_its_sequences_alone(name):
+    gradients = []
+    for in_rows in (True, False):
+        model = build(name)
+        if in_rows:
+            attention.use_segments(model)
+        logps = packed(model) if in_rows else [plain_logps(model, each) for each in FLAT]
+        # Different weights, so that a gradient of one sequence cannot stand in for another's.
+        (sums(logps) * torch.arange(1.0, len(FLAT) + 1)).sum().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for key, gradient in gradients[0].items():
+        scale = gradients[1][key].abs().max().item()
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=0, atol=1e-5 * max(scale, 1.0), msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "mistral"])
+def test_what_else_is_in_the_row_does_not_change_a_bit(name):
+    model = build(name)
+    attention.use_segments(model)
+    with torch.no_grad():
+        (alone, _), together = packed(model, [GROUPS[0]]), packed(model)
+        other = packed(model, [GROUPS[0], group(30, 30, 2)])
+    # Matrix products may be cut otherwise in a longer row; nothing of another group may come in.
+    torch.testing.assert_close(together[0], alone, rtol=0, atol=3e-6)
+    torch.testing.assert_close(other[0], alone, rtol=0, atol=3e-6)
+
+
+def test_the_head_in_chunks_is_the_head_at_once(monkeypatch):
+    from pipeline import logprobs
+
+    model = build("gemma2")
+    attention.use_segments(model)
+    with torch.no_grad():
+        whole = packed(model)
+        monkeypatch.setattr(logprobs, "_head_positions", lambda model: 3)
+        for one, other in zip(packed(model), whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        model.set_attn_implementation("eager")
+        # The decoder is back in its place.
+        assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 4, 60)
+
+
+@pytest.mark.parametrize("name", UNSHARABLE)
+def test_models_that_cannot_be_kept_to_segments_are_known(name):
+    assert attention.why_not(build(name).config)
+
+
+def test_a_model_that_drops_the_keyword_fails_rather_than_attend_to_all():
+    model = build("stablelm")
+    with pytest.raises(Exception, match=r"segments|attention"):
+        attention.use_segments(model)
+        packed(model)
+
+
+# -- the kernel for GPUs, spelt out here -----------------------------------------------------------------------------
+
+
+def varlen(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn is documented to compute: queries are aligned with the last keys."""
+    out = torch.empty_like(q_THD[..., : v_THD.shape[-1]])
+    left, right = window_size
+    assert right == 0 and max_q == max(cu_q.diff()) and max_k == max(cu_k.diff())
+    for i in range(len(cu_q) - 1):
+        q, k, v = (x[cu[i] : cu[i + 1]].transpose(0, 1) for x, cu in ((q_THD, cu_q), (k_THD, cu_k), (v_THD, cu_k)))
+        last = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
+        at = torch.arange(k.shape[1])
+        seen = (at <= last) & ((at >= last - left) if left >= 0 else torch.tensor(True))
+        found = F.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=scale, enable_gqa=enable_gqa)[0]
+        out[cu_q[i] : cu_q[i + 1]] = found.transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
+def test_one_call_over_the_row_is_the_same(name, monkeypatch):
+    model = build(name)
+    attention.use_segments(model)
+    row = lay_out(GROUPS)
+    with torch.no_grad():
+        expected = row_logps(model, row, segments(row))
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+
+        def one_call(module, query, key, value, mask, *, segments, scaling=None, sliding_window=None, **_):
+            found = attention._in_one_call(query[0], key[0], value[0], segments, scaling, sliding_window)
+            return found.unsqueeze(0), None
+
+        attention.AttentionInterface.register(attention.NAME, one_call)
+        try:
+            found = row_logps(model, row, segments(row))
+        finally:
+            attention.AttentionInterface.register(attention.NAME, attention.attend)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -1,0 +1,199 @@
+"""Killed at any step, by any means, a cache has lost and doubled no row; and going on ends with the same bytes."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PREFCACHE
+from test_cache import BUDGET, MINE, PAIRS, create, expected, reopen, scored
+from test_score import rows_of
+
+from pipeline import artifact
+from pipeline.prepared import Sequences
+from pipeline.upkeep import OLD_SECONDS, gc, verify
+
+FEW = PAIRS.slice(0, 5)
+STEPS = {artifact: ["_write_synced"], os: ["fsync", "link", "replace", "unlink"]}
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """All of a folder, byte for byte, hidden files as well."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def score(root: Path) -> None:
+    """A scorer's loop: claim a chunk, compute it, commit it."""
+    cache = create(root)
+    for slots in cache.plan(FEW, [MINE], BUDGET).chunks:
+        keys = [Sequences(FEW)[slot].key() for slot in slots]
+        with cache.claim(keys, MINE) as claim:
+            if claim == "mine":
+                cache.commit(scored(FEW, slots), {"engine": MINE}, MINE, None)
+
+
+def merge(root: Path, old_seconds: float = OLD_SECONDS) -> None:
+    gc(create(root).folder, 400, old_seconds=old_seconds)
+
+
+def killed_at(step: int, act: Callable[[], None]) -> bool:
+    """Run `act` in a process that is killed at its n-th step on the disk; whether it came to that.
+
+    Even steps are just before one, odd ones just after it; a write is killed when half of it is done.
+    """
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+        return os.WIFSIGNALED(status)
+    code = 1
+    try:
+        _die_at(step)
+        act()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _die_at(step: int) -> None:
+    count = 0
+
+    def reached(n: int) -> None:
+        nonlocal count
+        for _ in range(n):
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    def dying(call):
+        def instead(*arguments, **options):
+            reached(1)
+            if call.__name__ == "_write_synced" and count == step:
+                Path(arguments[0]).write_bytes(bytes(arguments[1])[: len(arguments[1]) // 2])
+                reached(1)
+            result = call(*arguments, **options)
+            reached(1)
+            return result
+
+        return instead
+
+    for module, names in STEPS.items():
+        for name in names:
+            setattr(module, name, dying(getattr(module, name)))
+
+
+def check(root: Path) -> int:
+    """No reader is told anything wrong; how many sequences have a value."""
+    cache = create_reader(root)
+    if cache is None:
+        return 0
+    assert not cache.damaged
+    found = 0
+    for side in ("chosen", "rejected"):
+        values = cache.join(FEW, [MINE])[f"ref_{side}_logp"]
+        for value, right in zip(values.tolist(), expected(FEW, side), strict=True):
+            assert value is None or value == right
+        found += int((~np.ma.getmaskarray(values)).sum())
+    return found
+
+
+def create_reader(root: Path):
+    folders = [path for path in root.glob("cache/*") if (path / "reference.json").exists()]
+    return type(create(root / "..." / "unused"))(folders[0], None) if folders else None
+
+
+def test_a_scorer_killed_at_any_step_has_lost_nothing_that_was_finished(tmp_path):
+    score(tmp_path / "whole")
+    (whole,) = (path for path in (tmp_path / "whole/cache").iterdir() if path.is_dir())
+    expected_bytes, best, step = fingerprint(whole), 0, 0
+    while killed_at(step, lambda: score(tmp_path / "killed")):
+        found = check(tmp_path / "killed")
+        score(tmp_path / "killed")
+        assert fingerprint(create(tmp_path / "killed").folder) == expected_bytes
+        shutil.rmtree(tmp_path / "killed")
+        assert found >= best  # a later kill never leaves less
+        best, step = found, step + 1
+    assert best == 10 and step > 60
+
+
+def test_a_scorer_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    score(tmp_path / "whole")
+    step, n_killed, best = 0, 0, 0
+    # Each time a few steps further into what is left.
+    while killed_at(step, lambda: score(tmp_path / "killed")):
+        n_killed, found = n_killed + 1, check(tmp_path / "killed")
+        assert found >= best
+        best, step = found, (step + 5) % 23
+        assert n_killed < 300
+    assert n_killed > 3
+    assert fingerprint(create(tmp_path / "killed").folder) == fingerprint(create(tmp_path / "whole").folder)
+
+
+def made_to_merge(root: Path) -> None:
+    """Small shards, among them one whose rows are all there a second time and one of which some are."""
+    score(root)
+    cache = create(root)
+    for table, budget in ((FEW.slice(1, 2), 10_000), (FEW.slice(3, 2), 20)):
+        for slots in create(root / "plan").plan(table, [MINE], budget).chunks:
+            cache.commit(scored(table, slots), {"engine": MINE}, MINE, None)
+    shutil.rmtree(root / "plan")
+
+
+def test_gc_killed_at_any_step_loses_and_doubles_no_row(tmp_path):
+    made_to_merge(tmp_path / "made")
+    assert verify(create(tmp_path / "made").folder).doubled == 8
+    shutil.copytree(tmp_path / "made", tmp_path / "whole")
+    merge(tmp_path / "whole")
+    folder = create(tmp_path / "whole").folder
+    expected_bytes, step = fingerprint(folder), 0
+    assert verify(folder).doubled == 0 and 1 < len(reopen(create(tmp_path / "whole")).records) < 5
+    while True:
+        shutil.copytree(tmp_path / "made", tmp_path / "killed")
+        if not killed_at(step, lambda: merge(tmp_path / "killed")):
+            break
+        assert check(tmp_path / "killed") == 10
+        # As if an hour had gone by: only then is a shard without a record known to be nobody's.
+        merge(tmp_path / "killed", old_seconds=-1)
+        assert fingerprint(create(tmp_path / "killed").folder) == expected_bytes
+        shutil.rmtree(tmp_path / "killed")
+        step += 1
+    assert step > 40 and fingerprint(create(tmp_path / "killed").folder) == expected_bytes
+
+
+def test_four_scorers_of_one_cache_one_of_them_killed(prefcache, process, config, tmp_path):
+    prefcache("prepare", config)
+    process("score", config)
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    right = fingerprint(folder)
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "runs/tiny/scored")
+
+    scorers = [
+        subprocess.Popen([PREFCACHE, "score", config], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    while len(list(tmp_path.glob("cache/*/*.parquet"))) < 2 and scorers[0].poll() is None:
+        time.sleep(0.001)
+    scorers[0].kill()
+    said = [scorer.communicate(timeout=120)[1] for scorer in scorers]
+    assert scorers[0].returncode in (-9, 0)
+    assert [scorer.returncode for scorer in scorers[1:]] == [0, 0, 0], said
+    assert len(rows_of(tmp_path)) == 120  # rows_of fails where a sequence was stored twice
+    prefcache("score", config)
+    assert fingerprint(folder) == right
+    prefcache("verify")
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_about_forks():
+    # Its threads are Arrow's, which are idle then; the child ends without any of them.
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

@@ -1,0 +1,387 @@
+"""Looking after a cache changes no value: what is wrong is named, what nothing needs goes, small shards become large."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from test_cache import BUDGET, MINE, OTHER, PAIRS, Cache, create, expected, fill, flip, keys_of, reopen, scored
+
+from pipeline import artifact, upkeep
+from pipeline.errors import UsageError
+from pipeline.schema import CACHE
+from pipeline.upkeep import OLD_SECONDS, gc, verify
+
+LARGE = 1 << 27
+
+
+def fingerprint(cache: Cache) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(cache.folder.iterdir())}
+
+
+def served(cache: Cache) -> list[list[float]]:
+    return [values.tolist() for values in reopen(cache).join(PAIRS, [MINE]).values()]
+
+
+RIGHT = [expected(PAIRS, "chosen"), expected(PAIRS, "rejected")]
+
+
+def rows_on_disk(cache: Cache) -> list[tuple[bytes, str]]:
+    """Keys and numerics of every shard that counts, as another reader sees them."""
+    found = reopen(cache)
+    tables = [pq.read_table(shard, page_checksum_verification=True) for shard in found.shards]
+    return [(row["key"], row["numerics_id"]) for table in tables for row in table.to_pylist()]
+
+
+def make_old(path: Path) -> None:
+    old = time.time() - 2 * OLD_SECONDS
+    os.utime(path, (old, old))
+
+
+# -- gc merges -------------------------------------------------------------------------------------------------------
+
+
+def test_gc_merges_small_shards_into_one_that_serves_the_same(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    n_shards = len(cache.records)
+    before = sorted(rows_on_disk(cache))
+    done = gc(cache.folder, LARGE)
+    assert (done.merged, done.into, done.shards) == (n_shards, 1, 1)
+    assert sorted(p.suffix for p in cache.folder.iterdir()) == [".json", ".json", ".parquet"]  # reference.json is one
+    assert sorted(rows_on_disk(cache)) == before and served(cache) == RIGHT
+    (record,) = reopen(cache).records
+    assert record["rows"] == 24 and record["numerics"] == {"engine": MINE} and record["generation"] == 1
+    table = pq.read_table(cache.folder / record["file"])
+    assert table.schema.equals(CACHE) and table["key"].to_pylist() == sorted(table["key"].to_pylist())
+    assert reopen(cache).plan(PAIRS, [MINE], BUDGET).n_missing == 0
+    assert not verify(cache.folder).damaged
+
+
+def test_merged_rows_are_the_rows_that_were_there_to_the_last_column(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    key = lambda row: row["key"]  # noqa: E731
+    before = [row for shard in cache.shards for row in pq.read_table(shard).to_pylist()]
+    gc(cache.folder, LARGE)
+    (shard,) = reopen(cache).shards
+    assert pq.read_table(shard).to_pylist() == sorted(before, key=key)
+
+
+def test_a_second_gc_finds_nothing_to_do(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    for target in (400, 800, LARGE):
+        gc(cache.folder, target)
+        before = fingerprint(cache)
+        done = gc(cache.folder, target)
+        assert (done.merged, done.superseded, fingerprint(cache)) == (0, 0, before)
+
+
+def test_merged_shards_stay_within_the_target(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    gc(cache.folder, 700)
+    shards = [pq.read_table(shard) for shard in reopen(cache).shards]
+    # Of a row: 32 bytes and 4 for each token, before compression.
+    weights = [32 * len(t) + 4 * pc.sum(t["n_completion"]).as_py() for t in shards]
+    assert 1 < len(weights) < len(cache.records)
+    assert max(weights) <= 700 and sum(2 * weight < 700 for weight in weights) <= 1
+    assert served(cache) == RIGHT
+
+
+def test_numerics_are_never_merged_with_one_another(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    cache = fill(cache, PAIRS, OTHER, shift=1000.0)
+    gc(cache.folder, LARGE)
+    assert sorted(record["numerics_id"] for record in reopen(cache).records) == [MINE, OTHER]
+    assert served(cache) == RIGHT
+    assert reopen(cache).join(PAIRS, [OTHER])["ref_chosen_logp"].tolist() == [v + 1000 for v in RIGHT[0]]
+
+
+def test_rows_that_are_there_twice_become_one_and_the_same_value_is_served(tmp_path):
+    # Two scorers that cut their chunks differently and whose values differ by rounding.
+    cache = fill(create(tmp_path), PAIRS)
+    for slots in create(tmp_path / "other").plan(PAIRS.slice(2, 6), [MINE], 45).chunks:
+        cache.commit(scored(PAIRS.slice(2, 6), slots, shift=-1e-9), {"engine": MINE}, MINE, None)
+    before, n_rows = served(cache), len(rows_on_disk(cache))
+    assert n_rows == 24 + 12
+    assert verify(cache.folder).doubled == 12
+    done = gc(cache.folder, LARGE)
+    assert done.doubled == 12 and len(rows_on_disk(cache)) == 24 == len(set(rows_on_disk(cache)))
+    assert served(cache) == before
+
+
+def test_a_large_shard_loses_only_the_rows_that_another_stands_for(tmp_path):
+    # Two shards that are too large to merge and share 8 sequences: 20 + 12 rows for 24 keys.
+    cache = create(tmp_path)
+    for table in (PAIRS.slice(0, 10), PAIRS.slice(6, 6)):
+        (slots,) = create(tmp_path / "plan").plan(table, [MINE], 10_000).chunks
+        cache.commit(scored(table, slots), {"engine": MINE}, MINE, None)
+    done = gc(cache.folder, 100)
+    assert (done.doubled, done.into) == (8, 1)
+    assert len(rows_on_disk(cache)) == 24 and served(cache) == RIGHT
+    assert gc(cache.folder, 100).merged == 0
+
+
+def test_a_value_stands_for_a_failure(tmp_path):
+    cache = fill(create(tmp_path), PAIRS.slice(0, 3), fail=True)
+    fill(create(tmp_path / "whole"), PAIRS)
+    for shard in sorted((tmp_path / "whole").glob("cache/*/*")):
+        if shard.name != "reference.json":
+            shutil.copy2(shard, cache.folder / shard.name)
+    gc(cache.folder, LARGE)
+    assert set(rows_on_disk(cache)) == set(rows_on_disk(cache)) and len(rows_on_disk(cache)) == 24
+    assert served(cache) == RIGHT
+
+
+def test_with_small_steps_through_the_keys_the_outcome_is_the_same(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        cache = fill(create(tmp_path / name), PAIRS)
+        for slots in create(tmp_path / "other").plan(PAIRS.slice(2, 6), [MINE], 45).chunks:
+            cache.commit(scored(PAIRS.slice(2, 6), slots, shift=-1e-9), {"engine": MINE}, MINE, None)
+    first, second = create(tmp_path / "one"), create(tmp_path / "two")
+    gc(first.folder, LARGE)
+    monkeypatch.setattr(upkeep, "_ROWS_AT_ONCE", 5)
+    gc(second.folder, LARGE)
+    assert fingerprint(first) == fingerprint(second)
+
+
+def test_damaged_shards_are_left_alone_and_named(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    broken = cache.records[1]["file"]
+    flip(cache.folder / broken)
+    done = gc(cache.folder, LARGE)
+    assert [*done.damaged] == [reopen(cache).record_path({"file": broken}).name]
+    assert done.merged == len(cache.records) - 1 and (cache.folder / broken).exists()
+    found = reopen(cache)
+    found.discard_damaged()
+    assert served(fill(reopen(found), PAIRS)) == RIGHT
+
+
+def test_the_worst_parity_speaks_for_a_merged_shard(tmp_path):
+    cache = create(tmp_path)
+    for i, slots in enumerate(cache.plan(PAIRS, [MINE], BUDGET).chunks):
+        cache.commit(scored(PAIRS, slots), {}, MINE, {"max": i / 8} if i else None)
+    worst = max(record["parity"]["max"] for record in reopen(cache).records if record["parity"])
+    gc(cache.folder, LARGE)
+    assert [record["parity"] for record in reopen(cache).records] == [{"max": worst}]
+
+
+def test_a_dry_run_changes_nothing_and_says_what_it_would(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    (cache.folder / "abc-00000000.parquet").write_bytes(b"")
+    make_old(cache.folder / "abc-00000000.parquet")
+    before = fingerprint(cache)
+    said = gc(cache.folder, LARGE, dry_run=True)
+    assert fingerprint(cache) == before
+    assert said == gc(cache.folder, LARGE)
+
+
+# -- gc removes ------------------------------------------------------------------------------------------------------
+
+
+def test_only_old_shards_without_a_record_that_nobody_claims_are_removed(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    young, old, claimed = (cache.folder / f"{c * 32}-00000000.parquet" for c in "abc")
+    for path in (young, old, claimed):
+        path.write_bytes(b"x")
+    make_old(old)
+    make_old(claimed)
+    with open(cache.folder / f".{'c' * 32}.claim", "w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        assert gc(cache.folder, LARGE).orphans == 1
+        assert (young.exists(), old.exists(), claimed.exists()) == (True, False, True)
+    assert gc(cache.folder, LARGE).orphans == 1 and not claimed.exists() and young.exists()
+
+
+def test_temporaries_of_the_dead_and_old_ones_of_other_machines_are_removed(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here = artifact._HOST
+    names = [f".a.parquet.{here}-{dead.pid}.tmp", f".b.parquet.{here}-{os.getpid()}.tmp"]
+    names += [".c.parquet.elsewhere-1.tmp", ".d.parquet.elsewhere-1.tmp", ".e.claim"]
+    for name in names:
+        (cache.folder / name).write_bytes(b"x")
+    make_old(cache.folder / names[3])
+    assert gc(cache.folder, LARGE).leftovers == 3
+    assert sorted(path.name for path in cache.folder.glob(".*")) == sorted([names[1], names[2]])
+
+
+def test_two_gcs_do_not_work_on_one_cache(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    with open(cache.folder / ".gc.claim", "w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="Another gc is at work"):
+            gc(cache.folder, LARGE)
+    assert gc(cache.folder, LARGE).into == 1
+
+
+# -- gc beside others ------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_was_open_before_gc_goes_on(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    reader = reopen(cache)
+    gc(cache.folder, LARGE)
+    assert reader.join(PAIRS, [MINE])["ref_chosen_logp"].tolist() == RIGHT[0]
+    reader = reopen(cache)
+    gc(cache.folder, LARGE)
+    assert reader.plan(PAIRS, [MINE], BUDGET).n_missing == 0
+
+
+def test_a_scorer_that_planned_before_gc_knows_what_was_merged(tmp_path):
+    late = create(tmp_path)
+    plan = late.plan(PAIRS, [MINE], BUDGET)
+    early = fill(create(tmp_path), PAIRS.slice(0, 12))
+    gc(early.folder, LARGE)
+    for keys in keys_of(PAIRS, plan):
+        assert late.has_chunk(sorted(keys), MINE) and not late.has_chunk(sorted(keys), OTHER)
+        with late.claim(sorted(keys), MINE) as claim:
+            assert claim == "done"
+    assert not late.has_chunk([b"\0" * 16], MINE)
+
+
+def test_gc_beside_a_scorer_and_a_reader_loses_nothing(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import test_cache as t; from pipeline.upkeep import gc\n"
+        "folder = t.create(Path(sys.argv[2])).folder\n"
+        "for _ in range(40): gc(folder, 1 << 27)\n"
+    )
+    cache = fill(create(tmp_path), PAIRS.slice(0, 6))
+    collector = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)])
+    part, seen = PAIRS.slice(0, 6), 0
+    while collector.poll() is None:
+        # Every chunk once more, under keys that are not yet there, while shards are merged.
+        cache = fill(create(tmp_path), PAIRS)
+        assert cache.join(part, [MINE])["ref_chosen_logp"].tolist() == expected(part, "chosen")
+        seen += 1
+    assert collector.returncode == 0 and seen > 1
+    gc(cache.folder, LARGE)
+    assert served(cache) == RIGHT and len(rows_on_disk(cache)) == 24
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_counts_what_is_there(tmp_path):
+    cache = fill(create(tmp_path), PAIRS.slice(0, 2), fail=True)
+    cache = fill(cache, PAIRS)
+    (cache.folder / "abc-00000000.parquet").write_bytes(b"")
+    (cache.folder / ".x.claim").write_bytes(b"")
+    found = verify(cache.folder)
+    assert (found.rows, found.failed, found.doubled, found.orphans, found.leftovers) == (24, 4, 0, 1, 1)
+    assert found.shards == len(reopen(cache).records) and not found.damaged
+    assert found.n_bytes == sum(Path(shard).stat().st_size for shard in reopen(cache).shards)
+
+
+def write(tmp_path: Path, change) -> Path:
+    """A cache that a faulty scorer wrote: its checksums are right, its values are not."""
+    cache = create(tmp_path)
+    (slots,) = cache.plan(PAIRS, [MINE], 10_000).chunks
+    rows = scored(PAIRS, slots).sort_by("key").to_pylist()
+    change(rows)
+    table = pa.Table.from_pylist(rows, schema=CACHE)
+    record = {"numerics_id": MINE, "numerics": {}, "parity": None, "schema_version": 1}
+    entry = artifact.commit_file(
+        cache.folder / "a-00000000.parquet", artifact.parquet(table, float_lists=["logps"]), rows=len(rows)
+    )
+    artifact.commit_bytes(cache.folder / "a.json", artifact.seal({**record, **entry}))
+    return cache.folder
+
+
+def with_logps(row: dict, logps: list[float]) -> None:
+    row["logps"], row["logp_sum"] = logps, sum(logps)
+
+
+FAULTS = {
+    "not in order": lambda rows: rows.reverse(),
+    "twice": lambda rows: rows.insert(0, rows[0]),
+    "not the sum": lambda rows: rows[3].update(logp_sum=rows[3]["logp_sum"] - 1e-6),
+    "another number of log-probs": lambda rows: rows[3].update(n_completion=1000),
+    "above zero": lambda rows: with_logps(rows[3], [0.01, *rows[3]["logps"][1:]]),
+    "not finite": lambda rows: with_logps(rows[3], [float("-inf"), *rows[3]["logps"][1:]]),
+    "has a value and its status": lambda rows: rows[3].update(status="failed: why"),
+    "or the other way round": lambda rows: rows[3].update(logp_sum=None, logps=None),
+    "numerics": lambda rows: rows[3].update(numerics_id=OTHER),
+}
+
+
+@pytest.mark.parametrize("reason", FAULTS)
+def test_verify_finds_what_no_right_scorer_writes(tmp_path, reason):
+    found = verify(write(tmp_path, FAULTS[reason]))
+    assert [*found.damaged] == ["a-00000000.parquet"] and reason in found.damaged["a-00000000.parquet"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: None,
+        lambda rows: [row.update(logps=None) for row in rows],  # score.logps: false
+        lambda rows: rows[3].update(status="ok: computed in float32"),
+        lambda rows: rows[3].update(status="failed: why", logp_sum=None, logps=None),
+        lambda rows: rows[3].update(n_completion=0, logps=[], logp_sum=0.0),
+        lambda rows: with_logps(rows[3], [1e-6] * rows[3]["n_completion"]),  # rounding
+    ],
+)
+def test_verify_takes_no_offence_at_what_is_right(tmp_path, change):
+    assert verify(write(tmp_path, change)).damaged == {}
+
+
+def test_values_computed_again_in_float32_are_served_as_any_other(tmp_path):
+    folder = write(tmp_path, lambda rows: [row.update(status="ok: computed in float32") for row in rows])
+    assert served(Cache(folder, None)) == RIGHT
+    assert Cache(folder, None).plan(PAIRS, [MINE], BUDGET).n_failed == 0
+
+
+def test_verify_names_a_damaged_reference_record(tmp_path):
+    cache = fill(create(tmp_path), PAIRS)
+    flip(cache.folder / "reference.json")
+    assert [*verify(cache.folder).damaged] == ["reference.json"]
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_verify_and_gc_as_commands(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    n_shards = len(list(tmp_path.glob("cache/*/*.parquet")))
+    (found,) = json.loads(prefcache("verify", "--json").stdout)["caches"]
+    assert (found["rows"], found["shards"], found["damaged"]) == (120, n_shards, {})
+    assert "120" in prefcache("verify", "cache", "-q").stdout
+    assert f"{n_shards} shards would be merged into 1" in prefcache("gc", "--dry-run").stdout
+    assert len(list(tmp_path.glob("cache/*/*.parquet"))) == n_shards
+    assert f"{n_shards} shards merged into 1" in prefcache("gc").stdout
+    assert len(list(tmp_path.glob("cache/*/*.parquet"))) == 1
+    prefcache("verify")
+    # Training on it neither fails nor needs a new scoring; and scoring finds nothing to compute.
+    assert "nothing to do" not in prefcache("train", config).stderr
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+    (counted,) = json.loads(prefcache("sql", "select count(*) as n from reference", "--json").stdout)
+    assert counted == {"n": 120}
+
+
+def test_verify_ends_with_exit_code_4_and_says_what_to_do(prefcache, config, tmp_path):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    shard = sorted(tmp_path.glob("cache/*/*.parquet"))[1]
+    flip(shard)
+    for command in (["verify"], ["gc"]):
+        done = prefcache(*command, code=4)
+        assert f"{shard.name} has other bytes than were written" in done.stdout and "make score" in done.stderr
+    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] > 0
+    prefcache("verify")
+
+
+def test_a_place_without_a_cache_is_a_usage_error(prefcache, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for command in ("verify", "gc"):
+        assert "holds no cache" in prefcache(command, "empty", code=2).stderr
