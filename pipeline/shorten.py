@@ -22,7 +22,7 @@ from pipeline.cache import Cache
 from pipeline.errors import IntegrityError
 from pipeline.keys import KeyIndex, Keys, concat, keys_of
 from pipeline.prepared import IdLists, answers_of
-from pipeline.schema import CACHE, keys_of_prefixes
+from pipeline.schema import CACHE, KEY, keys_of_prefixes
 
 # What is in memory at once: keys that are tried, and log-probs of a table.
 _KEYS_AT_ONCE = 1 << 22
@@ -36,7 +36,7 @@ def rows(examples: pa.Table, missing_slots: np.ndarray, cache: Cache, accepted: 
     Slots are those of prepared.Sequences. The numerics named first win. A shard that turns out to be damaged serves
     nothing and is noted in cache.damaged.
     """
-    cut = _CutAnswers(examples, missing_slots)
+    cut = _CutAnswers(examples, np.asarray(missing_slots, np.int64))
     waiting = np.arange(len(cut))
     for numerics_id in accepted:
         shards = [record for record in cache.records if record["numerics_id"] == numerics_id]
@@ -53,19 +53,16 @@ class _CutAnswers:
     def __init__(self, examples: pa.Table, missing_slots: np.ndarray) -> None:
         # What was prepared before ends were kept has no such columns.
         names = [name for name in answers_of(examples) if f"{name}_cut_ids" in examples.column_names]
-        n_cut = [pc.list_value_length(examples[f"{name}_cut_ids"]).fill_null(0).to_numpy() for name in names]
-        at = [np.flatnonzero(n) for n in n_cut]
-        self.slot = np.concatenate([np.empty(0, np.int64), *(2 * rows + side for side, rows in enumerate(at))])
-        self.rank = np.empty(0, np.int64)  # of the key among the missing ones
-        if len(self.slot):
-            self._keep_missing(examples, names, np.asarray(missing_slots, np.int64))
-        self.n_prompt, self.n_kept, self.n_cut = (np.empty(len(self), np.int64) for _ in range(3))
-        for side, name in enumerate(names):
-            mine = self.slot % 2 == side
-            rows = self.slot[mine] // 2
-            self.n_prompt[mine] = examples["n_prompt"].to_numpy()[rows]
-            self.n_kept[mine] = examples[f"n_{name}"].fill_null(0).to_numpy()[rows]
-            self.n_cut[mine] = n_cut[side][rows]
+        keys = [keys_of([examples[f"{name}_key"]]) for name in names]
+        cut = [_where_cut(examples, name, side) for side, name in enumerate(names)]
+        by_side = [missing_slots[missing_slots % 2 == side] // 2 for side in range(len(names))]
+        index = KeyIndex(concat([of_side.take(rows) for of_side, rows in zip(keys, by_side, strict=True)]))
+        columns = np.concatenate([np.empty((4, 0), np.int64), *cut], axis=1)
+        # By keys, not by slots: of sequences that are equal, one is missing for all.
+        at, rank = index.find(concat([of_side.take(rows[0] // 2) for of_side, rows in zip(keys, cut, strict=True)]))
+        in_place = np.argsort(columns[0, at])  # so that ids are read one after the other
+        self.slot, self.n_prompt, self.n_kept, self.n_cut = columns[:, at[in_place]]
+        self.rank, self._keys = rank[in_place], index.keys
         self._prompts = IdLists(examples["prompt_ids"])
         self._kept = [IdLists(examples[f"{name}_ids"]) for name in names]
         self._cut_off = [IdLists(examples[f"{name}_cut_ids"]) for name in names]
@@ -73,29 +70,24 @@ class _CutAnswers:
     def __len__(self) -> int:
         return len(self.slot)
 
-    def _keep_missing(self, examples: pa.Table, names: list[str], missing_slots: np.ndarray) -> None:
-        keys = [keys_of([examples[f"{name}_key"]]) for name in names]
-
-        def of(slots: np.ndarray) -> Keys:
-            return concat([keys[side].take(slots[slots % 2 == side] // 2) for side in range(len(keys))])
-
-        # By keys, not by slots: of sequences that are equal, one is missing for all.
-        at, ranks = KeyIndex(of(missing_slots)).find(of(self.slot))
-        order = np.argsort(self.slot[at], kind="stable")
-        self.slot, self.rank = self.slot[at][order], ranks[order]
-
-    def prompt(self, answer: int) -> np.ndarray:
-        return self._prompts[int(self.slot[answer]) // 2]
-
-    def kept(self, answer: int) -> np.ndarray:
-        row, side = divmod(int(self.slot[answer]), 2)
-        return self._kept[side][row]
+    def keys(self, answers: np.ndarray) -> pa.Array:
+        keys = self._keys.take(self.rank[answers])
+        halves = np.stack((keys.high, keys.low), axis=1).astype(">u8")
+        return pa.FixedSizeBinaryArray.from_buffers(KEY, len(keys), [None, pa.py_buffer(halves.tobytes())])
 
     def longer_keys(self, answer: int, lengths: Sequence[int]) -> bytes:
         """The keys of this answer as it would be at these lengths, one after the other."""
         row, side = divmod(int(self.slot[answer]), 2)
         whole = np.concatenate([self._kept[side][row], self._cut_off[side][row][: lengths[-1]]])
         return b"".join(keys_of_prefixes(self._prompts[row].tobytes(), whole.tobytes(), lengths))
+
+
+def _where_cut(examples: pa.Table, name: str, side: int) -> np.ndarray:
+    """Slot, tokens of the prompt, kept and cut off, of each of these answers that was cut."""
+    n_cut = pc.list_value_length(examples[f"{name}_cut_ids"]).fill_null(0).to_numpy()
+    rows = np.flatnonzero(n_cut)
+    n_prompt, n_kept = (examples[f"n_{of}"].fill_null(0).to_numpy()[rows] for of in ("prompt", name))
+    return np.stack((2 * rows + side, n_prompt, n_kept, n_cut[rows])).astype(np.int64)
 
 
 # -- which longer row ------------------------------------------------------------------------------------------------
@@ -220,39 +212,36 @@ def _usable(
 
 
 def _tables(cut: _CutAnswers, found: _Found, cache: Cache, shards: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    made: list[dict[str, Any]] = []
-    n_tokens = 0
-    order = np.lexsort((found.row, found.shard))
-    for at in np.split(order, np.flatnonzero(np.diff(found.shard[order])) + 1):
-        record = shards[int(found.shard[at[0]])] if len(at) else None
-        table = record and _read(cache, record, ["logps", "status"])
-        if record is None or table is None:
+    found = found.take(np.lexsort((found.row, found.shard)))
+    made: list[pa.Table] = []
+    for number in np.unique(found.shard):
+        record, mine = shards[number], found.take(found.shard == number)
+        table = _read(cache, record, ["logps", "status"])
+        if table is None:
             continue
-        lists, statuses = IdLists(table["logps"]), table["status"].take(found.row[at]).to_pylist()
-        for answer, row, status in zip(found.answer[at], found.row[at], statuses, strict=True):
-            made.append(_row(cut, int(answer), lists[int(row)], record["numerics_id"], status))
-            n_tokens += made[-1]["n_completion"]
-            if n_tokens >= _TOKENS_AT_ONCE:
-                yield pa.Table.from_pylist(made, schema=CACHE)
-                made, n_tokens = [], 0
+        until = np.cumsum(cut.n_kept[mine.answer])
+        for at in np.split(np.arange(len(until)), np.flatnonzero(np.diff(until // _TOKENS_AT_ONCE)) + 1):
+            made.append(_table(cut, mine.take(at), table, record["numerics_id"]))
+            if sum(len(each["logps"].combine_chunks().values) for each in made) >= _TOKENS_AT_ONCE:
+                yield pa.concat_tables(made)
+                made = []
     if made:
-        yield pa.Table.from_pylist(made, schema=CACHE)
+        yield pa.concat_tables(made)
 
 
-def _row(cut: _CutAnswers, answer: int, longer: np.ndarray, numerics_id: str, status: str) -> dict[str, Any]:
-    prompt, kept = cut.prompt(answer), cut.kept(answer)
-    # A copy: the shard that it is a part of is not to stay in memory for it.
-    logps = longer[: len(kept)].copy()
-    (key,) = keys_of_prefixes(prompt.tobytes(), kept.tobytes(), [len(kept)])
-    return {
-        "key": key,
-        "n_prompt": len(prompt),
-        "n_completion": len(kept),
-        "logp_sum": float(logps.sum(dtype=np.float64)),
-        "logps": logps,
-        "numerics_id": numerics_id,
-        "status": status,
+def _table(cut: _CutAnswers, found: _Found, longer: pa.Table, numerics_id: str) -> pa.Table:
+    lists, n_kept = IdLists(longer["logps"]), cut.n_kept[found.answer]
+    logps = [lists[row][:n] for row, n in zip(found.row.tolist(), n_kept.tolist(), strict=True)]
+    columns = {
+        "key": cut.keys(found.answer),
+        "n_prompt": cut.n_prompt[found.answer],
+        "n_completion": n_kept,
+        "logp_sum": [float(each.sum(dtype=np.float64)) for each in logps],
+        "logps": pa.ListArray.from_arrays(np.cumsum([0, *n_kept], dtype=np.int32), np.concatenate(logps)),
+        "numerics_id": [numerics_id] * len(logps),
+        "status": longer["status"].take(found.row).to_pylist(),
     }
+    return pa.table([pa.array(columns[field.name], field.type) for field in CACHE], schema=CACHE)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -176,7 +176,9 @@ def formats(name: str | None, as_json: bool) -> None:
 @click.option("--cache", metavar="FOLDER", help="With --input: folder of the log-probs.  [default: cache]")
 @click.option("--per-token", is_flag=True, help="With --input: write every token's log-prob as well.")
 @stage
-def score(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dry_run: bool, **files: Any) -> None:
+def score(
+    config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dry_run: bool, **files: Any
+) -> None:
     """Score every prepared sequence that the cache lacks.
 
     \b
@@ -186,7 +188,7 @@ def score(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: 
     Safe to interrupt: finished shards are kept. When nothing is missing, no model is loaded.
 
     \b
-        prefcache score --input pairs.jsonl --model MODEL --output scored.parquet
+        prefcache score --input data/demo/pairs.jsonl --model data/demo/reference --output runs/scored.parquet
 
     With --input no config is needed: the same rows come out with ref_chosen_logps, ref_rejected_logps, the numbers of tokens, and prefcache_status, which says of a row without values why. DATA is whatever prepare reads, and may be given more than once. --set has the other settings, such as prepare.max_length.
     """
@@ -279,10 +281,10 @@ def import_(
     """Take log-probs that were made elsewhere into the cache.
 
     \b
-        prefcache import my.yaml
-        prefcache import my.yaml --chosen policy_ref_chosen --rejected policy_ref_rejected --dtype bfloat16
+        prefcache import --set model=data/demo/reference --set prepare.data=runs/scored.parquet --set out=runs/theirs
+        prefcache import my.yaml --chosen their_chosen --rejected their_rejected --dtype bfloat16
 
-    They are columns of the config's data, sums over an answer's tokens. A sample is compared with the plain float32 forward (score.parity_sample=0: none). They are used where score.accept_numerics names them; the command that does is printed.
+    The experiment has to be prepared. They are columns of the config's data, sums over an answer's tokens. A sample is compared with the plain float32 forward (score.parity_sample=0: none). They are used where score.accept_numerics names them; the command that does is printed.
     """
     with _loaded(config, overrides, quiet) as (settings, progress):
         from stages import adopt
@@ -304,9 +306,9 @@ def parity(config: str, a: str, b: str, overrides: tuple[str, ...], quiet: bool,
     \b
         prefcache parity data/demo/config.yaml plain transformers
         prefcache parity data/demo/config.yaml transformers transformers:bfloat16 -n 64
-        prefcache parity data/demo/config.yaml transformers:eager vllm:float32
+        prefcache parity data/demo/config.yaml transformers:eager transformers:packed
 
-    A and B are `plain` (the one-by-one float32 forward) or ENGINE[:DTYPE][:ATTENTION][:ROWS]; what is not said is as in the config. The experiment has to be prepared. The sample is the longest examples and random ones.
+    A and B are `plain` (the one-by-one float32 forward) or ENGINE[:DTYPE][:ATTENTION][:ROWS], with transformers, vllm or server for ENGINE; what is not said is as in the config. The experiment has to be prepared. The sample is the longest examples and random ones.
     """
     with _loaded(config, overrides, quiet) as (settings, progress):
         from stages import parity

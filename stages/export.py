@@ -241,10 +241,10 @@ class _TokenLists:
         self._refuse_sums_only()
 
     def _refuse_sums_only(self) -> None:
-        found = self._con.execute("select count(*) from usable where logps is null").fetchone()
-        if found and found[0]:
+        ((n,),) = self._con.execute("select count(*) from usable where logps is null").fetchall()
+        if n:
             raise UsageError(
-                f"Of {found[0]:,} sequences the cache keeps the sums only (score.logps=false, or imported). Leave --per-token "
+                f"Of {n:,} sequences the cache keeps the sums only (score.logps=false, or imported). Leave --per-token "
                 "out, or score them again (--set score.rescore=true)."
             )
 

@@ -1,13 +1,15 @@
 """score: run the frozen reference once over every sequence that the cache lacks."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, identity, pool
+from pipeline import artifact, identity, pool, shorten
 from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
 from pipeline.engines import PACKAGES, engine_module
@@ -34,15 +36,19 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
     table = prepared.table()
     needed, size = sequence_table(table), config.score.tokens_per_shard
     plan = cache.plan(needed, accepted, size)
+    shorter = shorten.rows(table, np.concatenate(plan.chunks), cache, accepted) if plan.n_missing else iter(())
     if dry_run:
-        return _dry_summary(cache, plan, config.score)
+        return _dry_summary(cache, plan, config.score, sum(map(len, shorter)))
+    if n_cut := _commit_shorter(cache, shorter):
+        progress.say(f"score: {n_cut:,} cut answers are the beginning of scored ones, whose values they get")
+        plan = cache.reopened().plan(needed, accepted, size)
     _refuse_mixed_numerics(cache, plan, numerics, config.score)
     if plan.n_missing:
         _check_fits(reference.folder, table)
         sequences = Sequences(table)
         sample = sample_slots(plan, sequences, config.score.parity_sample)
         _score(Scorer(config.score, reference, numerics, cache, sequences, progress), plan, sample, progress)
-    return _commit(config, cache, needed, accepted, inputs, plan)
+    return _commit(config, cache, needed, accepted, inputs, plan, n_cut)
 
 
 # -- before any model is loaded --------------------------------------------------------------------------------------
@@ -128,6 +134,15 @@ def _check_fits(model: Path, table: pa.Table) -> None:
 # -- the pass --------------------------------------------------------------------------------------------------------
 
 
+def _commit_shorter(cache: Cache, shorter: Iterator[pa.Table]) -> int:
+    n_rows, known = 0, cache.numerics()
+    for rows in shorter:
+        numerics_id = rows["numerics_id"][0].as_py()
+        cache.commit(rows, known[numerics_id], numerics_id, None)
+        n_rows += len(rows)
+    return n_rows
+
+
 def _score(scorer: Scorer, plan: Plan, sample: list[int], progress: Progress) -> None:
     rank, world = pool.share()
     try:
@@ -143,10 +158,16 @@ def _score(scorer: Scorer, plan: Plan, sample: list[int], progress: Progress) ->
 
 
 def _commit(
-    config: Config, cache: Cache, needed: pa.Table, accepted: list[str], inputs: dict[str, Any], plan: Plan
+    config: Config,
+    cache: Cache,
+    needed: pa.Table,
+    accepted: list[str],
+    inputs: dict[str, Any],
+    plan: Plan,
+    n_cut: int,
 ) -> dict[str, Any]:
     """Read back what is on disk, and only then vouch for it."""
-    cache = Cache(cache.folder, cache.reference["model_id"])
+    cache = cache.reopened()
     after = cache.plan(needed, accepted, config.score.tokens_per_shard)
     if after.n_missing:
         raise IntegrityError(
@@ -167,7 +188,7 @@ def _commit(
     artifact.commit_manifest(config.scored, manifest)
     weights = identity.find_reference(config).weight_files
     artifact.commit_make_inputs(config.scored, [*weights, cache.folder / REFERENCE_FILE])
-    return {**_summary(manifest, plan.n_missing, plan.n_tokens), "changed": True}
+    return {**_summary(manifest, plan.n_missing, plan.n_tokens), "cut_from_longer": n_cut, "changed": True}
 
 
 def _worst_parity(cache: Cache, accepted: list[str]) -> dict[str, Any] | None:
@@ -187,7 +208,7 @@ def _summary(manifest: dict[str, Any], n_scored: int, n_tokens: int) -> dict[str
     }
 
 
-def _dry_summary(cache: Cache, plan: Plan, score: Score) -> dict[str, Any]:
+def _dry_summary(cache: Cache, plan: Plan, score: Score, n_cut: int) -> dict[str, Any]:
     # Per row: the key, two counts, the sum, and four bytes per token's log-prob; before compression.
     n_bytes = plan.n_missing * 32 + (4 * plan.n_completion_tokens if score.logps else 0)
     return {
@@ -195,7 +216,8 @@ def _dry_summary(cache: Cache, plan: Plan, score: Score) -> dict[str, Any]:
         "cache": str(cache.folder),
         "sequences": plan.n_sequences,
         "cached_before": plan.n_hits,
-        "to_score": plan.n_missing,
+        "to_score": plan.n_missing - n_cut,
+        "cut_from_longer": n_cut,
         "tokens": plan.n_tokens,
         "bytes": n_bytes,
         "other_numerics": plan.other_numerics,

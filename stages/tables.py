@@ -113,6 +113,7 @@ def formats(found: Iterable[Any]) -> None:
 
 def scored(result: dict[str, Any]) -> None:
     known = f"{result['cache']}: {result['sequences']:,} sequences, {result['cached_before']:,} already cached"
+    known += f" ({result['cut_from_longer']:,} cut from longer ones)" if result.get("cut_from_longer") else ""
     if not result.get("dry_run"):
         print(f"{known}, {result['scored']:,} scored now ({result['tokens']:,} tokens)")
         if result["failed"]:

@@ -1,5 +1,6 @@
 """What the tests share: a tiny real model, small real data, and the command as a user runs it."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -112,6 +113,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shape and tokenizer, other weights."""
     return build_model(tmp_path_factory.mktemp("model") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The Python of .venv-vllm, which is built where it is missing: minutes, once."""
+    with open(ROOT / "Makefile") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        subprocess.run(["make", "vllm", f"PYTHON={sys.executable}"], cwd=ROOT, check=True, timeout=1800)
+    return ROOT / ".venv-vllm/bin/python"
 
 
 @dataclass

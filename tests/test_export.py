@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import pair, write_config, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +118,10 @@ def test_columns_of_json_that_hold_several_types_become_text(prefcache, tmp_path
     values = [row["extra"] for row in rows_of(tmp_path / "out.parquet")]
     assert [None if value is None else json.loads(value) for value in values] == extra
     # JSON Lines has them as they were, absent ones included.
-    kept = [{name: row[name] for name in json.loads(line)} for row, line in zip(rows_of(tmp_path / "out.jsonl"), lines)]
+    kept = [
+        {name: row[name] for name in json.loads(line)}
+        for row, line in zip(rows_of(tmp_path / "out.jsonl"), lines, strict=True)
+    ]
     assert kept == [json.loads(line) for line in lines]
     assert "extra" not in rows_of(tmp_path / "out.jsonl")[3]
 
@@ -152,11 +156,9 @@ def test_too_much_that_cannot_be_used_ends_with_3_and_no_output(prefcache, tmp_p
 
 
 def test_a_ranking_gives_a_row_for_each_pair_and_says_which(prefcache, tmp_path, model):
-    record = {"prompt": "why?", "completions": [{"response": f"answer {i}", "overall_score": 5 - i} for i in range(3)]}
-    record |= {"instruction": record.pop("prompt")}
-    (tmp_path / "in.jsonl").write_text(json.dumps(record | {"source": "a"}) + "\n")
-    formats = json.loads(prefcache("formats", "--json").stdout)
-    assert "ultrafeedback" in {each["name"] for each in formats}
+    answers = [{"response": f"answer {i}", "overall_score": 5 - i, "fine-grained_score": 5 - i} for i in range(3)]
+    record = {"instruction": "why?", "completions": answers, "source": "a"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
     prefcache(
         *("score", "-q", "--input", "in.jsonl", "--model", model, "--output", "out.jsonl"),
         *("--set", "prepare.pairing=best_rest", "--set", "prepare.format=ultrafeedback"),
@@ -166,7 +168,7 @@ def test_a_ranking_gives_a_row_for_each_pair_and_says_which(prefcache, tmp_path,
         (1, "answer 0", "answer 1"),
         (2, "answer 0", "answer 2"),
     ]
-    assert rows[0]["completions"] == rows[1]["completions"] == record["completions"]
+    assert rows[0]["completions"] == rows[1]["completions"] == answers
     assert rows[0]["ref_chosen_logps"] == rows[1]["ref_chosen_logps"]
     _, logps = forward(model, "why?", "answer 2")
     assert rows[1]["ref_rejected_logps"] == pytest.approx(sum(logps), abs=1e-4)
@@ -290,9 +292,13 @@ def test_working_folders_that_nobody_used_for_a_week_are_removed(prefcache, tmp_
     assert "young" in left and "old" not in left and len(left) == 2
 
 
-def test_standard_input_is_scored(process, tmp_path, model):
+def test_standard_input_is_scored(tmp_path, model, monkeypatch):
+    from stages.cli import main
+
     text = write_pairs(tmp_path / "pairs.jsonl", 4).read_text()
-    process("score", "-q", "--input", "-", "--model", model, "--output", "out.jsonl", input=text)
+    monkeypatch.chdir(tmp_path)
+    command = ["score", "-q", "--input", "-", "--model", str(model), "--output", "out.jsonl"]
+    assert CliRunner().invoke(main, command, input=text).exit_code == 0
     assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == [pair(i)["prompt"] for i in range(4)]
 
 

@@ -65,7 +65,18 @@ FLOORS = [
     {"pipeline.scoring", "pipeline.records", "pipeline.lengths", "pipeline.recipe"},
     {"pipeline.parts"},
     {"pipeline.assembly"},
-    {"stages.adopt", "stages.export", "stages.parity", "stages.prepare", "stages.preview", "stages.score", "stages.train", "stages.inspect", "stages.tables", "stages.upkeep"},
+    {
+        "stages.adopt",
+        "stages.export",
+        "stages.inspect",
+        "stages.parity",
+        "stages.prepare",
+        "stages.preview",
+        "stages.score",
+        "stages.tables",
+        "stages.train",
+        "stages.upkeep",
+    },
     {"stages.cli"},
 ]
 # Of one floor: the trainer's parts, a template with what is traced through it, and a reference with the keys that name it.

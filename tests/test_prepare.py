@@ -163,6 +163,12 @@ def test_a_second_run_does_nothing_and_says_so(prefcache, config, tmp_path):
     assert manifest.read_bytes() == before
 
 
+def test_what_another_version_prepared_is_prepared_again(prefcache, config, monkeypatch):
+    prefcache("prepare", config)
+    monkeypatch.setattr("stages.prepare.PREPARED_VERSION", 2)
+    assert json.loads(prefcache("prepare", config, "--json").stdout)["changed"] is True
+
+
 def test_raising_the_threshold_does_not_prepare_again(prefcache, model, tmp_path):
     (tmp_path / "data").mkdir()
     for n in range(4):

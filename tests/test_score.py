@@ -335,6 +335,31 @@ def _prepared(prefcache, config, model) -> Path:
     return Path(config).parent / "runs/tiny/prepared"
 
 
+def test_a_shorter_keep_start_length_is_cut_from_what_is_cached(prefcache, config, model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    long, short = (["--set", "prepare.too_long=keep_start", "--set", f"prepare.max_length={n}"] for n in (60, 42))
+    prefcache("prepare", config, *long)
+    prefcache("score", config, *long)
+    prefcache("prepare", config, *short)
+    planned = json.loads(prefcache("score", config, *short, "--dry-run", "--json").stdout)
+    done = prefcache("score", config, *short, "--json")
+    result = json.loads(done.stdout)
+    examples = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
+    cut = {e[f"{side}_key"] for e in examples for side in ("chosen", "rejected") if e[f"cut_{side}"]}
+    assert len(cut) > 20 and result["cut_from_longer"] == planned["cut_from_longer"] == len(cut)
+    # No model is loaded, and what is served is what it would have computed.
+    assert (result["scored"], result["tokens"], planned["to_score"]) == (0, 0, 0)
+    assert "plain float32 forward" not in done.stderr
+    plain, rows = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), rows_of(tmp_path)
+    for example in examples[::5]:
+        ids = torch.tensor([example["prompt_ids"] + example["chosen_ids"]])
+        with torch.no_grad():
+            logps = plain(input_ids=ids).logits.double().log_softmax(-1)[0]
+        expected = sum(logps[at - 1, ids[0, at]].item() for at in range(example["n_prompt"], ids.shape[1]))
+        assert rows[example["chosen_key"]]["logp_sum"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_same_weights_under_another_name_share_one_cache(prefcache, config, model, tmp_path):
     prefcache("prepare", config)
     prefcache("score", config)

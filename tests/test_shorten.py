@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import shorten
 from pipeline.cache import Cache
-from pipeline.prepared import Prepared, sequence_table
+from pipeline.prepared import Prepared, Sequences, sequence_table
 from pipeline.schema import CACHE, PREPARED, Sequence, sequence_key
 
 REFERENCE = {"model_id": "a" * 32, "weights": {}, "config": {}}
@@ -230,7 +230,7 @@ def test_how_much_is_done_at_once_changes_no_row(tmp_path, monkeypatch, keys, to
     monkeypatch.setattr(shorten, "_TOKENS_AT_ONCE", tokens)
     assert served(examples, cache) == expected
     sizes = [len(each) for each in shorten.rows(examples, missing(examples, cache, [MINE]), cache, [MINE])]
-    assert sum(sizes) == 40 and (tokens > 100 or max(sizes) * 3 <= tokens + 2)
+    assert sum(sizes) == 40 and (tokens > 100 or max(sizes) * 3 <= 2 * (tokens + 3))
 
 
 def test_a_damaged_shard_serves_nothing_and_is_noted(tmp_path):
@@ -267,7 +267,7 @@ cached = st.tuples(
 
 
 @given(answers=st.lists(cuts, min_size=1, max_size=6), held=st.lists(cached, max_size=12, unique_by=str))
-@settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_a_row_is_the_beginning_of_the_longest_longer_one_or_there_is_none(answers, held):
     # Token k of row i has the log-prob -(i + k / 8): a value says where it comes from.
     usable: dict[tuple[str, tuple, tuple], list[float]] = {}
@@ -288,27 +288,17 @@ def test_a_row_is_the_beginning_of_the_longest_longer_one_or_there_is_none(answe
     examples = table(*(pair(prompt, (kept, cut), ([9], [])) for prompt, kept, cut in answers))
 
     expected = {}
-    for prompt, kept, cut in answers:
+    for prompt, kept, _ in answers:
         if seen.get((tuple(prompt), tuple(kept))):
-            continue  # the sequence itself has been scored
+            continue  # the sequence itself was tried
+        ends = {(*kept, *end[:n]) for p, k, end in answers if (p, k) == (prompt, kept) for n in range(1, len(end) + 1)}
         for numerics_id in (MINE, OTHER):
-            ends = {
-                (*kept, *more[:n])
-                for p, k, more in answers
-                if (p, k) == (prompt, kept)
-                for n in range(1, len(more) + 1)
-            }
-            longer = [end for end in ends if (numerics_id, tuple(prompt), end) in usable]
+            longer = [usable[name] for end in ends if (name := (numerics_id, tuple(prompt), end)) in usable]
             if longer:
-                best = usable[(numerics_id, tuple(prompt), max(longer, key=len))]
-                # Ends of one length can differ; their values are told apart in the rows alone.
-                same = [
-                    usable[(numerics_id, tuple(prompt), end)][: len(kept)]
-                    for end in longer
-                    if len(end) == len(max(longer, key=len))
-                ]
-                assert best[: len(kept)] in same
-                expected[sequence_key(prompt, kept)] = (numerics_id, same)
+                # Several can be the longest: other ends of one length.
+                n = max(map(len, longer))
+                values = [logps[: len(kept)] for logps in longer if len(logps) == n]
+                expected[sequence_key(prompt, kept)] = (numerics_id, values)
                 break
     with tempfile.TemporaryDirectory() as folder:
         found = served(examples, cache_of(Path(folder), *chunks.values()), MINE, OTHER)
@@ -326,16 +316,16 @@ def words(i: int, n: int) -> str:
     return " ".join(WORDS[(i * 7 + k * (k + 3)) % len(WORDS)] for k in range(n))
 
 
-def lengthy(folder: Path, model: Path, n: int = 30) -> Path:
-    """A config for pairs whose answers have 5 to 60 words, after one to five turns."""
+def lengthy(folder: Path, model: Path, n_turns: int = 1, n: int = 30) -> Path:
+    """A config for pairs whose answers have 4 to 60 words, after so many turns of two."""
     with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
         for i in range(n):
             turns = [
-                {"role": ("user", "assistant")[k % 2], "content": f"{i}: {words(i + k, 2)}"}
-                for k in range(1 + i % 2 * 2)
+                {"role": ("user", "assistant")[k % 2], "content": f"{i}: {words(i + k, 2)}"} for k in range(n_turns)
             ]
-            answers = {"chosen": words(i, 5 + (i * 13) % 56), "rejected": words(i + 9, 4 + (i * 29) % 56)}
-            file.write(json.dumps({"prompt": turns} | answers) + "\n")
+            # No two begin alike, so that each has the same mismatched answer at any length.
+            chosen, rejected = f"{i} {words(i, 5 + i * 13 % 56)}", f"no {i} {words(i + 9, 4 + i * 29 % 56)}"
+            file.write(json.dumps({"prompt": turns, "chosen": chosen, "rejected": rejected}) + "\n")
     return write_config(folder, model)
 
 
@@ -380,8 +370,6 @@ def test_a_shorter_length_is_served_without_scoring_and_right(prefcache, model, 
         slots = missing(examples, cache, [numerics_id])
         found = {row["key"]: row for row in served(examples, cache, numerics_id)}
         assert len(found) == len(slots) > 15
-        from pipeline.prepared import Sequences
-
         for slot in slots[::6]:
             sequence = Sequences(examples)[slot]
             row = found[sequence.key()]
@@ -393,7 +381,7 @@ def test_a_shorter_length_is_served_without_scoring_and_right(prefcache, model, 
 
 
 def test_a_prompt_that_lost_its_oldest_turns_is_another_prompt(prefcache, model, tmp_path):
-    config = lengthy(tmp_path, model)
+    config = lengthy(tmp_path, model, n_turns=3)
     prefcache("prepare", config, *at_length(120, "keep_end"))
     prefcache("score", config, *at_length(120, "keep_end"))
     prefcache("prepare", config, *at_length(72, "keep_end"))

@@ -33,9 +33,10 @@ _TRIED = 24  # sequences: the longest, and some that share a prompt
 
 def numerics(reference: Reference, score: Score) -> dict[str, str]:
     device = _device(score)
+    further = [*(["peft"] if reference.adapter else []), *(["bitsandbytes"] if reference.quantization else [])]
     return numerics_record(
         "transformers",
-        PACKAGES["transformers"],
+        [*PACKAGES["transformers"], *further],
         device=device,
         dtype=_dtype(reference.folder, score, device),
         head_dtype="float32",

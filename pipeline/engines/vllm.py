@@ -55,7 +55,6 @@ _OURS = {
     "revision": "revision",
     "dtype": "score.dtype",
     "enable_prefix_caching": "score.vllm.prefix_caching",
-    "enable_lora": "adapter",
     "skip_tokenizer_init": "nothing: no text is read",
     "quantization": "nothing: name a model that is saved quantised",
 }
@@ -73,8 +72,6 @@ _NO_NUMERICS = {
     "disable_log_stats",
     "seed",
 }
-# What vLLM takes for the largest rank of an adapter.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHORTEST = 1024  # tokens: the least that is made room for
 
 
@@ -159,7 +156,6 @@ class VllmEngine:
             {
                 "ask": "open",
                 "options": self._options(),
-                "adapter": str(self._reference.adapter.resolve()) if self._reference.adapter else None,
                 "suffix_call": suffix_call,
                 "prefix_caching": self._score.vllm.prefix_caching,
             }
@@ -191,8 +187,6 @@ class VllmEngine:
         given = dict(self._score.vllm.options)
         if _in_one_process(self._numerics, given):
             options["distributed_executor_backend"] = "uni"
-        if self._reference.adapter is not None:
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank(self._reference.adapter)}
         head_dtype = _head_dtype(self._score, self._found)
         overrides = ({"head_dtype": head_dtype} if head_dtype else {}) | given.pop("hf_overrides", {})
         return options | {"hf_overrides": overrides} | given
@@ -392,6 +386,12 @@ def _refuse_unsupported(reference: Reference, score: Score) -> None:
             f"score.quantization is {reference.quantization}, which quantises a model when it is loaded; the vllm engine "
             "takes only models that are saved quantised. Use score.engine=transformers, or leave score.quantization out."
         )
+    if reference.adapter is not None:
+        # vLLM 0.32 adds what an adapter does to the head by the requests of a batch, not by the tokens of their prompts.
+        raise UsageError(
+            f"{reference.adapter} is an adapter, with which vLLM gives no right log-probs of prompts. Use "
+            "score.engine=transformers, or merge the adapter into its base model and name the result."
+        )
     for name in score.vllm.options:
         if name in _OURS:
             raise UsageError(f"score.vllm.options has {name}, which is said by {_OURS[name]}. Leave it out there.")
@@ -431,17 +431,6 @@ def _suffix_call(found: dict[str, Any], device: str) -> bool:
 def _longrope(folder: Path) -> bool:
     # Room beyond the model's first length would make vLLM compute every sequence with its frequencies for long ones.
     return "longrope" in (folder / "config.json").read_text(encoding="utf-8")
-
-
-def _rank(adapter: Path) -> int:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
-    fitting = [each for each in _RANKS if each >= rank]
-    if not fitting:
-        raise UsageError(
-            f"{adapter} has rank {rank}; vLLM takes at most {_RANKS[-1]}. Use score.engine=transformers, or merge it."
-        )
-    return fitting[0]
 
 
 def _short(text: str) -> str:

@@ -34,16 +34,11 @@ class Asked(NamedTuple):
 class Model:
     """A loaded model that gives log-probs of completions."""
 
-    def __init__(self, options: dict[str, Any], adapter: str | None, suffix_call: bool, prefix_caching: bool) -> None:
+    def __init__(self, options: dict[str, Any], suffix_call: bool, prefix_caching: bool) -> None:
         # vLLM takes many seconds to import; a process that only ends need not wait for it.
         from vllm import LLM
 
         self._llm: Any = LLM(**options)
-        self._lora: Any = None
-        if adapter is not None:
-            from vllm.lora.request import LoRARequest
-
-            self._lora = LoRARequest("reference", 1, adapter)
         self._suffix_call, self._prefix_caching = suffix_call, prefix_caching
         settings = self._llm.llm_engine.vllm_config
         self.facts = {
@@ -71,7 +66,7 @@ class Model:
         asked = list(asked)
         prompts = [{"prompt_token_ids": one.ids.tolist()} for one in asked]
         parameters = [self._parameters(one, read_cache) for one in asked]
-        return list(self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._lora))
+        return list(self._llm.generate(prompts, parameters, use_tqdm=False))
 
     def _parameters(self, one: Asked, read_cache: bool) -> Any:
         from vllm import SamplingParams
