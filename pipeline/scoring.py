@@ -5,7 +5,6 @@ is left, so none waits for one that has died; a chunk is claimed before it is co
 """
 
 from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,8 @@ class Scorer:
         self._score, self._reference, self._numerics = score, reference, numerics
         self._numerics_id = identity.numerics_id(numerics)
         self._cache, self._sequences, self._progress = cache, sequences, progress
+        self._engine: Engine | None = None
+        self._parity: dict[str, Any] | None = None
         self._retries = True  # until one has rescued nothing: then rounding is not what fails
 
     def check(self, sample: list[int]) -> None:
@@ -49,10 +50,10 @@ class Scorer:
         chosen = [self._sequences[slot] for slot in sample]
         # First the plain model, then the engine: never two models in memory.
         plain = plain_scores(self._reference, chosen) if chosen else []
-        self._engine: Engine = engine_module(self._score.engine).load(self._reference, self._score)
-        self._parity = self._compared(self._engine.score(chosen), plain) if chosen else None
+        self._engine = engine = engine_module(self._score.engine).load(self._reference, self._score)
+        self._parity = self._compared(engine, engine.score(chosen), plain) if chosen else None
 
-    def _compared(self, found: list[np.ndarray], plain: list[np.ndarray]) -> dict[str, Any]:
+    def _compared(self, engine: Engine, found: list[np.ndarray], plain: list[np.ndarray]) -> dict[str, Any]:
         deviation = np.abs(np.concatenate(found) - np.concatenate(plain))
         parity = {
             "sequences": len(found),
@@ -68,7 +69,7 @@ class Scorer:
                 f"{len(found)} sequences; {allowed} is allowed. Try score.dtype=float32, score.rows=padded or "
                 "score.attention=eager, and report it."
             )
-        facts = ", ".join(f"{name} {value}" for name, value in self._engine.facts.items())
+        facts = ", ".join(f"{name} {value}" for name, value in engine.facts.items())
         self._progress.say(
             f"score: {how} within {parity['max']:.1e} nats per token of the plain float32 forward "
             f"({len(found)} sequences); {facts}"
@@ -76,7 +77,8 @@ class Scorer:
         return parity
 
     def close(self) -> None:
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
         """Score what is missing; yields the tokens of each chunk that is done, by this process or another."""
@@ -100,6 +102,7 @@ class Scorer:
             return claim != "taken"
 
     def _rows(self, keys: list[bytes], chunk: list[Sequence]) -> pa.Table:
+        assert self._engine is not None
         scores, tried = self._engine.score(chunk), self._retries
         rescued = self._in_float32(chunk, scores)
         rows = []

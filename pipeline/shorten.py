@@ -47,6 +47,14 @@ def rows(examples: pa.Table, missing_slots: np.ndarray, cache: Cache, accepted: 
         waiting = waiting[~np.isin(cut.rank[waiting], cut.rank[found.answer])]
 
 
+def any_cut(examples: pa.Table) -> bool:
+    """Whether there is anything here for `rows` to find."""
+    names = [f"{name}_cut_ids" for name in answers_of(examples)]
+    return any(
+        len(chunk.flatten()) for name in names if name in examples.column_names for chunk in examples[name].chunks
+    )
+
+
 class _CutAnswers:
     """The missing sequences that were cut. Those of one key may have lost different ends: each is an answer here."""
 
@@ -214,17 +222,18 @@ def _usable(
 def _tables(cut: _CutAnswers, found: _Found, cache: Cache, shards: list[dict[str, Any]]) -> Iterator[pa.Table]:
     found = found.take(np.lexsort((found.row, found.shard)))
     made: list[pa.Table] = []
-    for number in np.unique(found.shard):
-        record, mine = shards[number], found.take(found.shard == number)
-        table = _read(cache, record, ["logps", "status"])
-        if table is None:
+    n_tokens = 0
+    for at in np.split(np.arange(len(found.shard)), np.flatnonzero(np.diff(found.shard)) + 1):
+        record = shards[found.shard[at[0]]] if len(at) else None
+        if record is None or (table := _read(cache, record, ["logps", "status"])) is None:
             continue
-        until = np.cumsum(cut.n_kept[mine.answer])
-        for at in np.split(np.arange(len(until)), np.flatnonzero(np.diff(until // _TOKENS_AT_ONCE)) + 1):
-            made.append(_table(cut, mine.take(at), table, record["numerics_id"]))
-            if sum(len(each["logps"].combine_chunks().values) for each in made) >= _TOKENS_AT_ONCE:
+        until = np.cumsum(cut.n_kept[found.answer[at]])
+        for some in np.split(at, np.flatnonzero(np.diff(until // _TOKENS_AT_ONCE)) + 1):
+            made.append(_table(cut, found.take(some), table, record["numerics_id"]))
+            n_tokens += int(cut.n_kept[found.answer[some]].sum())
+            if n_tokens >= _TOKENS_AT_ONCE:
                 yield pa.concat_tables(made)
-                made = []
+                made, n_tokens = [], 0
     if made:
         yield pa.concat_tables(made)
 

@@ -1,7 +1,7 @@
 """score: run the frozen reference once over every sequence that the cache lacks."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, identity, pool, shorten
+from pipeline import artifact, claims, identity, pool, shorten
 from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
 from pipeline.engines import PACKAGES, engine_module
@@ -24,7 +24,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
     reference = identity.find_reference(config)
     described = identify(reference, Path(config.cache))
     cache = Cache.create(Path(config.cache), config.model, described)
-    inputs = _inputs(config, prepared, described)
+    inputs = _inputs(config, prepared, reference, described["model_id"])
     if (done := _already_done(config, cache, inputs)) and not dry_run:
         progress.say(f"score: nothing to do, {cache.folder} has every sequence of {config.prepared}")
         return {**done, "changed": False}
@@ -34,14 +34,20 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
     accepted = [identity.numerics_id(numerics), *config.score.accept_numerics]
     _discard_damaged(cache, progress, dry_run)
     table = prepared.table()
-    needed, size = sequence_table(table), config.score.tokens_per_shard
-    plan = cache.plan(needed, accepted, size)
-    shorter = shorten.rows(table, np.concatenate(plan.chunks), cache, accepted) if plan.n_missing else iter(())
+    needed = sequence_table(table)
+
+    def planned(cache: Cache) -> Plan:
+        return cache.plan(needed, accepted, config.score.tokens_per_shard)
+
+    plan = planned(cache)
+    _discard_damaged(cache, progress, dry_run)  # what only reading has shown
     if dry_run:
-        return _dry_summary(cache, plan, config.score, sum(map(len, shorter)))
-    if n_cut := _commit_shorter(cache, shorter):
+        return _dry_summary(cache, plan, config.score, sum(map(len, _shorter(cache, table, plan, accepted))))
+    n_cut = _commit_shorter(cache, table, planned, accepted) if plan.n_missing and shorten.any_cut(table) else 0
+    if n_cut:
         progress.say(f"score: {n_cut:,} cut answers are the beginning of scored ones, whose values they get")
-        plan = cache.reopened().plan(needed, accepted, size)
+        cache = cache.reopened()
+        plan = planned(cache)
     _refuse_mixed_numerics(cache, plan, numerics, config.score)
     if plan.n_missing:
         _check_fits(reference.folder, table)
@@ -54,16 +60,22 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
 # -- before any model is loaded --------------------------------------------------------------------------------------
 
 
-def _inputs(config: Config, prepared: Prepared, reference: dict[str, Any]) -> dict[str, Any]:
+def _inputs(config: Config, prepared: Prepared, reference: identity.Reference, model_id: str) -> dict[str, Any]:
     # What only changes speed changes nothing stored.
     speed = {"tokens_per_batch", "tokens_per_shard", "parity_sample", "rescore", "rows"}
     return {
         "prepared": prepared.id,
-        "model_id": reference["model_id"],
+        "model_id": model_id,
         "cache": config.cache,
         "config": config.score.model_dump(mode="json", exclude=speed),
-        "versions": identity.versions(PACKAGES[config.score.engine]),
+        "versions": _versions(config.score, reference),
     }
+
+
+def _versions(score: Score, reference: identity.Reference) -> dict[str, str]:
+    if score.engine in PACKAGES:
+        return identity.versions(PACKAGES[score.engine])
+    return dict(engine_module(score.engine).numerics(reference, score))
 
 
 def _already_done(config: Config, cache: Cache, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -134,12 +146,22 @@ def _check_fits(model: Path, table: pa.Table) -> None:
 # -- the pass --------------------------------------------------------------------------------------------------------
 
 
-def _commit_shorter(cache: Cache, shorter: Iterator[pa.Table]) -> int:
-    n_rows, known = 0, cache.numerics()
-    for rows in shorter:
-        numerics_id = rows["numerics_id"][0].as_py()
-        cache.commit(rows, known[numerics_id], numerics_id, None)
-        n_rows += len(rows)
+def _shorter(cache: Cache, table: pa.Table, plan: Plan, accepted: list[str]) -> Iterator[pa.Table]:
+    """Rows of missing answers that are the beginning of a scored one."""
+    if plan.n_missing:
+        yield from shorten.rows(table, np.concatenate(plan.chunks), cache, accepted)
+
+
+def _commit_shorter(cache: Cache, table: pa.Table, plan: Callable[[Cache], Plan], accepted: list[str]) -> int:
+    """How many there are. One scorer at a time, with the cache as it is then: the next finds them there."""
+    with claims.claimed(claims.path_of(cache.folder, "cut-answers"), wait=True):
+        cache = cache.reopened()
+        n_rows, known = 0, cache.numerics()
+        for rows in _shorter(cache, table, plan(cache), accepted):
+            numerics_id = rows["numerics_id"][0].as_py()
+            cache.commit(rows, known[numerics_id], numerics_id, None)
+            n_rows += len(rows)
+        cache.discard_damaged()
     return n_rows
 
 

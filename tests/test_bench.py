@@ -1,9 +1,13 @@
 """The benchmarks run and compare the same work. Their figures are nobody's promise here: they depend on the machine."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+from bench import corpus
 from conftest import ROOT
 
 
@@ -22,3 +26,43 @@ def test_bench_prepare_measures_memory():
     assert re.search(
         r"300 pairs: \d+ MiB in the parent", bench("tests.bench.prepare", "--memory", "300", "--vocabulary", "1000")
     )
+
+
+def test_bench_score_counts_what_is_computed(tmp_path: Path):
+    options = "--small --pairs 8 --rounds 1 --threads 1 --only ours sorted-512 --json"
+    printed = bench("tests.bench.score", *options.split(), str(tmp_path / "found.json"))
+    assert re.search(r"times the best peer setting, sorted-512 +\d+\.\d\d", printed)
+    found = json.loads((tmp_path / "found.json").read_text())["contenders"]
+
+    # Prompts once, with the longer answer behind; no padding, and no answer's last token. The head sees answers only.
+    flops = positions = head_positions = 0
+    hidden, intermediate, layers, vocabulary = 32, 64, 2, 500
+    for pair in corpus.token_pairs(8, vocabulary):
+        p, c, r = map(len, pair)
+        n, n_head = p + (c - 1) + (r - 1), c + r
+        scores = (p + max(c, r) - 1) ** 2 + (min(c, r) - 1) * (p + min(c, r) - 1)  # queries times keys
+        flops += 2 * n * layers * (4 * hidden**2 + 3 * hidden * intermediate)
+        flops += 4 * layers * hidden * scores + 2 * n_head * hidden * vocabulary
+        positions, head_positions = positions + n, head_positions + n_head
+    ours, padded = found["ours"], found["sorted-512"]
+    assert ours["positions_per_pair"] == positions / 8
+    assert ours["head_positions_per_pair"] == padded["head_positions_per_pair"] == head_positions / 8
+    assert ours["flops_per_pair"] == flops / 8
+    assert padded["flops_per_pair"] > 1.4 * ours["flops_per_pair"]
+    assert max(ours["deviation"], padded["deviation"]) < 1e-3
+    assert 0 < ours["loaded_mib"] <= ours["peak_mib"]
+
+
+def test_bench_score_times_a_second_run_that_computes_nothing():
+    printed = bench("tests.bench.score", "--small", "--second-run", "--rounds", "1")
+    assert re.search(r"Second run of `prefcache score`, \d+ sequences: 0 tokens scored, \d+\.\d\d s", printed)
+    assert "Imported: neither torch nor transformers" in printed
+
+
+def test_token_pairs_have_the_lengths_of_real_ones():
+    pairs = corpus.token_pairs(64, 500)
+    means = [sum(map(len, part)) / 64 for part in zip(*pairs, strict=True)]
+    assert means == pytest.approx([124, 41, 51], abs=0.5)
+    # Of real pairs, padded batches of eight make 3.9 times the tokens that matter.
+    longest = [max(len(prompt) + max(len(c), len(r)) for prompt, c, r in pairs[i : i + 8]) for i in range(0, 64, 8)]
+    assert 16 * sum(longest) / (64 * sum(means)) == pytest.approx(3.9, abs=0.5)

@@ -129,14 +129,14 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, process,
         shutil.rmtree(tmp_path / "runs/tiny/scored", ignore_errors=True)
         if dice.random() < 0.3 and (tmp_path / "cache").exists():
             _forget_some(tmp_path, dice)
-    assert killed >= 0.75 * n_kills
+    assert killed >= 0.6 * n_kills
     prefcache("score", config)
     assert fingerprint(tmp_path) == expected
 
 
 def _kill_after(process: subprocess.Popen, root: Path, dice: random.Random, whole: float) -> None:
     """Kill once a random number of files more is in the cache, or at a random time."""
-    deadline = time.monotonic() + dice.uniform(0.3, 1.0) * whole
+    deadline = time.monotonic() + dice.uniform(0.3, 0.9) * whole
     goal = len(list(root.glob("cache/*/*"))) + dice.randint(1, 6)
     while process.poll() is None and time.monotonic() < deadline:
         if len(list(root.glob("cache/*/*"))) >= goal:
@@ -338,7 +338,7 @@ def _prepared(prefcache, config, model) -> Path:
 def test_a_shorter_keep_start_length_is_cut_from_what_is_cached(prefcache, config, model, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    long, short = (["--set", "prepare.too_long=keep_start", "--set", f"prepare.max_length={n}"] for n in (60, 42))
+    long, short = (["--set", "prepare.too_long=keep_start", "--set", f"prepare.max_length={n}"] for n in (34, 28))
     prefcache("prepare", config, *long)
     prefcache("score", config, *long)
     prefcache("prepare", config, *short)

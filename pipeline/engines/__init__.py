@@ -19,7 +19,8 @@ ENGINES = {
     "server": "pipeline.engines.server",
 }
 # Whose versions are part of an engine's numerics; here, so that a run with nothing to do need not import it.
-PACKAGES = {"transformers": ("torch", "transformers"), "vllm": (), "server": ()}
+# vLLM's live in another environment; a server that has nothing to do is not asked.
+PACKAGES: dict[str, tuple[str, ...]] = {"transformers": ("torch", "transformers"), "server": ()}
 
 
 class Engine(Protocol):

@@ -4,6 +4,7 @@ Shapes: O and I, what a layer gives and takes.
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Sequence as SequenceOf
 from functools import partial
@@ -28,6 +29,10 @@ logging.disable_progress_bar()
 def load_frozen(reference: Reference, dtype: str, attention: str, device: str) -> Any:
     """The reference in memory: without gradients, in eval mode. It is a Transformers model, also with an adapter."""
     kernel = attention_kernel(reference.folder, attention)
+    if device == "cuda":
+        # Of several processes on a machine each has a GPU of its own; a batch system may show each but one.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = f"cuda:{torch.cuda.current_device()}"
     try:
         loaded = _whole(reference, dtype, kernel, device)
     except (torch.OutOfMemoryError, MemoryError):

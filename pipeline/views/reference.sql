@@ -2,7 +2,7 @@
 with named as (
     select cached.*, references_.reference
     from cached join references_ on starts_with(cached.filename, references_.folder)
-    qualify row_number() over (partition by key, numerics_id order by cached.filename) = 1
+    qualify row_number() over (partition by key, numerics_id order by logp_sum nulls last, cached.filename) = 1
 )
 
 select

@@ -94,7 +94,9 @@ def write_tokenizer(folder: Path, vocabulary: int = 32_000) -> Path:
     """A byte-level BPE tokenizer as current models have, and the smallest of models."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
