@@ -128,16 +128,17 @@ def attend(
     if query.is_cuda and not special and query.dtype in (torch.float16, torch.bfloat16):
         out_THD = _in_one_call(query[0], key[0], value[0], segments, scaling, sliding_window)
         return out_THD.unsqueeze(0), None
-    out_HTD = query.new_empty(*query.shape[1:3], value.shape[-1])
+    # As the model reads it next: each call's result is copied once.
+    out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     for queries, spans in segments.calls:
         q_HQD = query[0, :, queries]
         k_HKD, v_HKD = (_at(x[0], spans) for x in (key, value))
         plain = len(spans) == 1 and not special
         mask_QK = _mask(q_HQD.shape[1], k_HKD.shape[1], sliding_window, query.device, always=not plain)
         if special:
-            out_HTD[:, queries] = _spelt_out(q_HQD, k_HKD, v_HKD, mask_QK, scaling, softcap, s_aux)
+            found_HQD = _spelt_out(q_HQD, k_HKD, v_HKD, mask_QK, scaling, softcap, s_aux)
         else:
-            out_HTD[:, queries] = F.scaled_dot_product_attention(
+            found_HQD = F.scaled_dot_product_attention(
                 q_HQD[None],
                 k_HKD[None],
                 v_HKD[None],
@@ -146,7 +147,8 @@ def attend(
                 scale=scaling,
                 enable_gqa=True,
             )[0]
-    return out_HTD.transpose(0, 1).unsqueeze(0), None
+        out_THD[queries] = found_HQD.transpose(0, 1)
+    return out_THD.unsqueeze(0), None
 
 
 def _at(x_HTD: torch.Tensor, spans: tuple[slice, ...]) -> torch.Tensor:

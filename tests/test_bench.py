@@ -31,7 +31,7 @@ def test_bench_prepare_measures_memory():
 def test_bench_score_counts_what_is_computed(tmp_path: Path):
     options = "--small --pairs 8 --rounds 1 --threads 1 --only ours sorted-512 --json"
     printed = bench("tests.bench.score", *options.split(), str(tmp_path / "found.json"))
-    assert re.search(r"times the best peer setting, sorted-512 +\d+\.\d\d", printed)
+    assert re.search(r"times the best peer, sorted-512 +\d+\.\d\d", printed)
     found = json.loads((tmp_path / "found.json").read_text())["contenders"]
 
     # Prompts once, with the longer answer behind; no padding, and no answer's last token. The head sees answers only.

@@ -72,8 +72,8 @@ class TransformersEngine:
         """The first way that gives, for some of these sequences, what the model's plain forward gives."""
         reasons = []
         self.rows = "padded"
-        ways = ("shared", "packed") if self._wanted == "auto" else (self._wanted,)
-        for way in ways if set(ways) != {"padded"} else ():
+        ways = {"auto": ("shared", "packed"), "padded": ()}.get(self._wanted, (self._wanted,))
+        for way in ways:
             if (reason := self._wrong(way, _to_try(sequences))) is None:
                 self.rows = way
                 break
