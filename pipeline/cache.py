@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline import artifact, claims, identity
+from pipeline.config import Config
 from pipeline.errors import IdentityError, IntegrityError, PrefcacheError
 from pipeline.keys import KeyIndex, Keys, concat, keys_of
 from pipeline.schema import CACHE_VERSION, OK
@@ -519,6 +520,17 @@ def open_scored(scored: Path, *, every_byte: bool = True) -> tuple[dict[str, Any
         cache = Cache(Path(manifest["cache"]), manifest["reference"]["model_id"], every_byte=every_byte)
         cache.refuse_damage()
     return manifest, cache
+
+
+def refuse_other_reference(config: Config, scored: dict[str, Any]) -> None:
+    """Where the config names other weights by now than those that scored, by another name or under the same."""
+    reference = scored["reference"]
+    named = identify(identity.find_reference(config), Path(config.cache))["model_id"]
+    if named != reference["model_id"]:
+        raise IdentityError(
+            f"{config.scored} was scored by {reference['name']}@{reference['model_id'][:8]}; this run names "
+            f"{config.model}@{named[:8]}. Score with it (make score), or set model back."
+        )
 
 
 def identify(reference: identity.Reference, root: Path) -> dict[str, Any]:

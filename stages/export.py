@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import artifact, duck, pool, records, rowfiles
-from pipeline.cache import Cache, open_scored, vouched_for
+from pipeline.cache import Cache, open_scored, refuse_other_reference, vouched_for
 from pipeline.config import Config
 from pipeline.errors import IdentityError, UsageError
 from pipeline.formats import get_format
@@ -102,6 +102,7 @@ def _scored(config: Config, prepared: Prepared, per_token: bool) -> tuple[dict[s
         raise IdentityError(
             f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (make score)."
         )
+    refuse_other_reference(config, found[0])
     return found
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -243,6 +244,19 @@ def test_changed_data_is_not_exported_under_old_values(prefcache, tmp_path, conf
     write_pairs(tmp_path / "pairs.jsonl", 60, start=1)
     assert "Prepare again" in prefcache("export", config, "--output", "out.jsonl", code=5).stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_values_of_one_reference_are_not_exported_as_anothers(prefcache, tmp_path, config, model, other_model):
+    edited = shutil.copytree(model, tmp_path / "edited")
+    prefcache("prepare", "-q", config)
+    prefcache("score", "-q", config, "--set", f"model={edited}")
+    said = prefcache("export", config, "--output", "o.csv", "--set", f"model={other_model}", code=5).stderr
+    assert "was scored by" in said and str(other_model) in said
+    # The same weights under another name are the same reference.
+    prefcache("export", config, "--output", "same.csv")
+    shutil.copy(other_model / "model.safetensors", edited / "model.safetensors")
+    assert "make score" in prefcache("export", config, "--output", "o.csv", "--set", f"model={edited}", code=5).stderr
+    assert not (tmp_path / "o.csv").exists()
 
 
 def test_columns_of_the_same_name_are_refused_before_anything_is_scored(prefcache, tmp_path, model):
