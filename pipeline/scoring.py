@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import identity
-from pipeline.cache import Cache, Plan
+from pipeline.cache import Cache, Plan, identify
 from pipeline.config import Score
 from pipeline.engines import Engine, engine_module
-from pipeline.errors import IntegrityError
+from pipeline.errors import IdentityError, IntegrityError
 from pipeline.identity import Reference
 from pipeline.prepared import Sequences
 from pipeline.progress import Progress
@@ -98,8 +98,19 @@ class Scorer:
         keys = [sequence.key() for sequence in chunk]
         with self._cache.claim(keys, self._numerics_id, wait=wait) as claim:
             if claim == "mine":
-                self._cache.commit(self._rows(keys, chunk), self._numerics, self._numerics_id, self._parity)
+                rows = self._rows(keys, chunk)
+                self._refuse_other_weights()
+                self._cache.commit(rows, self._numerics, self._numerics_id, self._parity)
             return claim != "taken"
+
+    def _refuse_other_weights(self) -> None:
+        """That what has just computed is what the cache is of. Loaded weights may be the file itself, mapped: one that
+        is written over meanwhile changes them. While it is not touched, this costs a look at its size and times."""
+        if identify(self._reference, self._cache.folder.parent)["model_id"] != self._cache.reference["model_id"]:
+            raise IdentityError(
+                f"{self._reference.folder} has changed since scoring began. Nothing was kept that was computed with other "
+                "weights: run the same command again, and leave the folder alone meanwhile."
+            )
 
     def _rows(self, keys: list[bytes], chunk: list[Sequence]) -> pa.Table:
         assert self._engine is not None

@@ -263,6 +263,40 @@ def test_other_weights_get_a_cache_of_their_own(prefcache, config, other_model, 
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
+def test_weights_that_change_while_they_score_leave_no_row(prefcache, config, model, tmp_path, monkeypatch):
+    from pipeline.engines.transformers import TransformersEngine
+
+    edited, real, n = shutil.copytree(model, tmp_path / "edited"), TransformersEngine.score, 0
+
+    def score(engine, sequences):
+        nonlocal n
+        n += 1
+        if n == 3:  # the sample and one chunk are done
+            _overwrite(edited / "model.safetensors")
+        return real(engine, sequences)
+
+    arguments = [config, "--set", f"model={edited}"]
+    prefcache("prepare", "-q", *arguments)
+    monkeypatch.setattr(TransformersEngine, "score", score)
+    said = prefcache("score", *arguments, code=5).stderr
+    assert "has changed since scoring began" in said and "run the same command again" in said
+    kept = rows_of(tmp_path)
+    assert 0 < len(kept) < 120
+    monkeypatch.setattr(TransformersEngine, "score", real)
+    # What was kept is what the old weights give.
+    shutil.rmtree(tmp_path / "cache")
+    prefcache("score", config)
+    right = rows_of(tmp_path)
+    assert all(right[key]["logp_sum"] == row["logp_sum"] for key, row in kept.items())
+
+
+def _overwrite(file: Path) -> None:
+    """In place, as `rsync --inplace` does: who has mapped the file sees the new bytes."""
+    with open(file, "r+b") as opened:
+        opened.seek(file.stat().st_size - 20_000)
+        opened.write(bytes(20_000))
+
+
 def test_a_cache_scored_by_another_model_is_refused_in_training(prefcache, config, other_model):
     prefcache("prepare", config)
     prefcache("score", config)
