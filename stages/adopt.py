@@ -146,7 +146,9 @@ class _Found:
                 total = _number(record.get(name))
                 tokens = record.get(_TOKEN_NAMES[self._kind][side])
                 if tokens is not None:
-                    self._tokens[2 * row + side] = _list(tokens, total, int(self._n[answer][row]))
+                    logps = _list(tokens, total, int(self._n[answer][row]))
+                    # Others add in float32. In the cache a sum is that of its list, added in float64.
+                    self._tokens[2 * row + side], total = logps, float(logps.sum(dtype=np.float64))
                 self._sums[row, side] = total
             except _Refused as refused:
                 self.refused[str(refused)] += 1

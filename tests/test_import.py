@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -169,6 +170,15 @@ def test_importing_again_adds_nothing(prefcache, tmp_path, model, elsewhere):
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/*")}
     assert imported(prefcache, config) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/*")} == shards
+
+
+def test_an_imported_cache_whose_sums_were_added_in_float32_is_whole(prefcache, tmp_path, model, elsewhere):
+    # `elsewhere` adds in float32, as trainers do: in float64 the same lists have other sums.
+    exact = sum(np.array(row["ref_chosen_token_logps"], np.float32).sum(dtype=np.float64) for row in elsewhere)
+    assert exact != sum(row["ref_chosen_logps"] for row in elsewhere)
+    result = imported(prefcache, write(tmp_path, model, elsewhere, tokens=True))
+    assert (result["imported"], result["with_tokens"]) == (2 * N, 2 * N)
+    assert json.loads(prefcache("verify", "-q", "--json").stdout)["damaged"] == 0
 
 
 def test_what_score_wrote_comes_back_exactly(prefcache, tmp_path, model, elsewhere):
