@@ -231,15 +231,15 @@ def _score_files(
         from stages import export, prepare, score
 
         export.check_name(Path(output))
-        loaded = export.standalone(loaded)
-        results = {"prepared": prepare.run(loaded, progress)}
-        export.check_columns(loaded, per_token)
-        results["scored"] = score.run(loaded, progress, dry_run)
-        if dry_run:
-            _print(results["scored"], as_json, "scored")
-            return
-        results["exported"] = export.run(loaded, Path(output), per_token, progress)
-        _print(results, as_json, "scored_files")
+        with export.standalone(loaded, progress) as loaded:
+            results = {"prepared": prepare.run(loaded, progress)}
+            export.check_columns(loaded, per_token)
+            results["scored"] = score.run(loaded, progress, dry_run)
+            if dry_run:
+                _print(results["scored"], as_json, "scored")
+                return
+            results["exported"] = export.run(loaded, Path(output), per_token, progress)
+            _print(results, as_json, "scored_files")
 
 
 @main.command()

@@ -1,5 +1,6 @@
 """export: the user's rows as they came, with the reference's log-probs beside them."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, duck, pool, records, rowfiles
+from pipeline import artifact, claims, duck, pool, records, rowfiles
 from pipeline.cache import Cache, open_scored, refuse_other_reference, vouched_for
 from pipeline.config import Config
 from pipeline.errors import IdentityError, UsageError
@@ -109,11 +110,13 @@ def _scored(config: Config, prepared: Prepared, per_token: bool) -> tuple[dict[s
 # -- without a config ------------------------------------------------------------------------------------------------
 
 
-def standalone(config: Config) -> Config:
-    """The config with a working folder in place of `out`.
+@contextlib.contextmanager
+def standalone(config: Config, progress: Progress) -> Iterator[Config]:
+    """The config with a working folder in place of `out`, for as long as the block lasts.
 
     It lies in the cache, under a name that says data, model and how they are prepared: so the same command finds it
     again and prepares nothing, and changed data takes the place of what was. What was not used for a week is removed.
+    A second command of that name waits: what they prepare may differ, as it does from standard input.
     """
     if pool.share()[1] > 1:
         raise UsageError(
@@ -123,12 +126,32 @@ def standalone(config: Config) -> Config:
     asked = [str(Path.cwd()), config.model, config.adapter, config.prepare.model_dump(mode="json", exclude={"workers"})]
     root = Path(config.cache) / ".standalone"
     folder = root / artifact.checksum_bytes(artifact.canonical_json(asked))[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    for old in root.iterdir():
-        if old.stat().st_mtime < time.time() - _KEPT_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    return config.model_copy(update={"out": str(folder)})
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder, progress):
+        folder.mkdir(exist_ok=True)
+        os.utime(folder)
+        _remove_unused(root)
+        yield config.model_copy(update={"out": str(folder)})
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
+    claim = claims.path_of(folder.parent, folder.name)
+    with claims.claimed(claim, wait=False) as is_mine:
+        if is_mine:
+            yield
+            return
+    progress.say("score: waits for another command that scores the same --input")
+    with claims.claimed(claim, wait=True):
+        yield
+
+
+def _remove_unused(root: Path) -> None:
+    for folder in [path for path in root.iterdir() if path.is_dir()]:
+        gone = contextlib.suppress(FileNotFoundError)
+        with gone, claims.claimed(claims.path_of(root, folder.name), wait=False) as is_free:
+            if is_free and folder.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import pair, write_config, write_pairs
+from conftest import PREFCACHE, pair, write_config, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ADDED = ["ref_chosen_logps", "ref_rejected_logps", "n_prompt_tokens", "n_chosen_tokens", "n_rejected_tokens"]
@@ -314,6 +315,25 @@ def test_standard_input_is_scored(tmp_path, model, monkeypatch):
     command = ["score", "-q", "--input", "-", "--model", str(model), "--output", "out.jsonl"]
     assert CliRunner().invoke(main, command, input=text).exit_code == 0
     assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == [pair(i)["prompt"] for i in range(4)]
+
+
+def test_two_commands_at_once_over_standard_input_each_write_their_own_rows(tmp_path, model):
+    lines = write_pairs(tmp_path / "pairs.jsonl", 40).read_text().splitlines(keepends=True)
+    given = {"a.jsonl": lines[:30], "b.jsonl": lines[30:]}
+    commands = {}
+    for name, mine in given.items():
+        command = [PREFCACHE, "score", "--input", "-", "--model", model, "--output", name]
+        commands[name] = subprocess.Popen(
+            command, cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        commands[name].stdin.write("".join(mine))
+        commands[name].stdin.close()
+    said = {name: process.stderr.read() for name, process in commands.items()}
+    assert [process.wait() for process in commands.values()] == [0, 0], said
+    for name, mine in given.items():
+        assert [row["prompt"] for row in rows_of(tmp_path / name)] == [json.loads(line)["prompt"] for line in mine]
+    assert sum("waits for another command" in each for each in said.values()) == 1
+    assert not list((tmp_path / "cache/.standalone").glob(".*"))
 
 
 def test_a_config_is_exported_whose_answers_are_cut(prefcache, tmp_path, model):
