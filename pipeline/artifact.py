@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: cannot be written ({error.strerror}). Name a folder that you may write to."
             ) from error
         raise
+
+
+def refuse_unwritable(path: Path) -> None:
+    """A file that could not be written at `path`; for who has much to do before it is."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Name a file for what is written.")
+    at = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        # Rights alone do not tell: a file system may be read-only, or not one for files of ours.
+        tempfile.TemporaryFile(dir=at).close()
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be written ({at}: {error.strerror}). Name a folder that you may write to."
+        ) from None
 
 
 def _temporary(path: Path) -> Path:

@@ -230,10 +230,10 @@ def _score_files(
     with _loaded(None, tuple(settings), quiet) as (loaded, progress):
         from stages import export, prepare, score
 
-        export.check_name(Path(output))
+        export.check_output(Path(output))
         with export.standalone(loaded, progress) as loaded:
             results = {"prepared": prepare.run(loaded, progress)}
-            export.check_columns(loaded, per_token)
+            export.check_data(loaded, Path(output), per_token)
             results["scored"] = score.run(loaded, progress, dry_run)
             if dry_run:
                 _print(results["scored"], as_json, "scored")

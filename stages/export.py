@@ -47,6 +47,7 @@ _KEPT_SECONDS = 7 * 24 * 3600.0
 
 def run(config: Config, output: Path, per_token: bool, progress: Progress) -> dict[str, Any]:
     kind = rowfiles.kind_of(output)
+    artifact.refuse_unwritable(output)
     prepared = Prepared(config.prepared)
     opened = records.reopen(config, prepared)
     _refuse_to_overwrite(output, [file for source in opened for file in source.files])
@@ -73,16 +74,20 @@ def run(config: Config, output: Path, per_token: bool, progress: Progress) -> di
     }
 
 
-def check_name(output: Path) -> None:
-    """That this is a kind of file that is written, before any work goes into it."""
+def check_output(output: Path) -> None:
+    """That this is a kind of file that is written, in a place for it, before any work goes into it."""
     rowfiles.kind_of(output)
+    artifact.refuse_unwritable(output)
 
 
-def check_columns(config: Config, per_token: bool) -> None:
-    """That nothing in the data is called as what will stand beside it, before anything is scored."""
+def check_data(config: Config, output: Path, per_token: bool) -> None:
+    """That nothing in the data is called as what will stand beside it, nor is the data the output, before anything is
+    scored."""
     prepared = Prepared(config.prepared)
     schema = _schema(prepared, prepared.table(), per_token)
-    for source in records.reopen(config, prepared):
+    opened = records.reopen(config, prepared)
+    _refuse_to_overwrite(output, [file for source in opened for file in source.files])
+    for source in opened:
         for batch in islice(records.batches([source]), 1):
             _refuse_taken(batch.names, schema)
 

@@ -283,10 +283,22 @@ def test_wrong_arguments_are_refused_before_any_work(prefcache, arguments, said)
     assert said in done.stderr
 
 
-def test_the_data_is_not_written_over(prefcache, tmp_path, model):
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("pairs.jsonl", "pairs.jsonl is the data itself"),
+        ("folder.jsonl", "folder.jsonl is a folder"),
+        ("pairs.jsonl/o.csv", "cannot be written"),
+        ("/proc/o.csv", "cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_scored(prefcache, tmp_path, model, output, said):
     written = write_pairs(tmp_path / "pairs.jsonl", 3).read_bytes()
-    prefcache("score", "--input", "pairs.jsonl", "--model", model, "--output", "pairs.jsonl", code=2)
+    (tmp_path / "folder.jsonl").mkdir()
+    done = prefcache("score", "--input", "pairs.jsonl", "--model", model, "--output", output, code=2)
+    assert said in done.stderr and ".tmp" not in done.stderr
     assert (tmp_path / "pairs.jsonl").read_bytes() == written
+    assert not list(tmp_path.glob("cache/*/*.parquet"))
 
 
 def test_sums_alone_give_no_token_lists(prefcache, tmp_path, model):
