@@ -23,6 +23,15 @@ from pipeline.schema import CACHE, OK, OK_IN_FLOAT32, Sequence
 # Largest deviation of one token's log-prob from the plain float32 forward that is still rounding.
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
 
+_REMEDIES = {
+    "transformers": "Try {}score.rows=padded or score.attention=eager, and report it.",
+    "vllm": "Try {}score.vllm.prefix_caching=false or score.engine=transformers, and report it.",
+    "server": "See whether it serves these very weights, and in which dtype (score.dtype), or try score.engine=transformers.",
+}
+_NONE = (
+    "Its weights may be broken; score.parity_sample=0 scores without this check, and says of each row what it lacks."
+)
+
 
 class Scorer:
     """A loaded engine and the cache that it fills."""
@@ -54,27 +63,41 @@ class Scorer:
         self._parity = self._compared(engine, engine.score(chosen), plain) if chosen else None
 
     def _compared(self, engine: Engine, found: list[np.ndarray], plain: list[np.ndarray]) -> dict[str, Any]:
-        deviation = np.abs(np.concatenate(found) - np.concatenate(plain))
+        how = f"engine {self._score.engine} ({self._numerics['dtype']})"
+        n_lost = sum(bool(np.isfinite(x).all() and not np.isfinite(y).all()) for x, y in zip(plain, found, strict=True))
+        theirs, right = np.concatenate(found), np.concatenate(plain)
+        there = np.isfinite(theirs)
+        # What is not finite is computed in float32 when its chunk is. A value where that has none is no rounding.
+        deviation = np.nan_to_num(np.abs(theirs[there] - right[there]), nan=np.inf)
+        if 2 * n_lost > len(found) or not len(deviation):
+            raise IntegrityError(
+                f"{how} gives no finite log-prob of {n_lost if n_lost else 'any'} of {len(found)} sequences, where the "
+                f"plain float32 forward gives {'one' if n_lost else 'none either'}. {self._remedy() if n_lost else _NONE}"
+            )
+        worst, allowed = float(deviation.max()), TOLERANCE[self._numerics["dtype"]]
+        if worst > allowed:
+            raise IntegrityError(
+                f"{how} deviates from the plain float32 forward by up to {worst:.3g} nats per token on "
+                f"{len(found)} sequences; {allowed} is allowed. {self._remedy()}"
+            )
         parity = {
             "sequences": len(found),
             "p50": float(np.quantile(deviation, 0.5)),
             "p99": float(np.quantile(deviation, 0.99)),
-            "max": float(deviation.max()),
+            "max": worst,
         }
-        allowed = TOLERANCE[self._numerics["dtype"]]
-        how = f"engine {self._score.engine} ({self._numerics['dtype']})"
-        if not parity["max"] <= allowed:
-            raise IntegrityError(
-                f"{how} deviates from the plain float32 forward by up to {parity['max']:.3g} nats per token on "
-                f"{len(found)} sequences; {allowed} is allowed. Try score.dtype=float32, score.rows=padded or "
-                "score.attention=eager, and report it."
-            )
+        if n_lost:
+            self._progress.warn(f"{how} gives no finite log-prob of {n_lost} of {len(found)} sequences in the sample")
         facts = ", ".join(f"{name} {value}" for name, value in engine.facts.items())
         self._progress.say(
             f"score: {how} within {parity['max']:.1e} nats per token of the plain float32 forward "
             f"({len(found)} sequences); {facts}"
         )
         return parity
+
+    def _remedy(self) -> str:
+        exact = "" if self._numerics["dtype"] == "float32" else "score.dtype=float32, "
+        return _REMEDIES[self._score.engine].format(exact)
 
     def close(self) -> None:
         if self._engine is not None:

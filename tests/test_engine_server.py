@@ -24,7 +24,9 @@ from pipeline.engines import server
 from pipeline.engines.loading import plain_scores
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.identity import Reference
+from pipeline.progress import Progress
 from pipeline.schema import Sequence
+from pipeline.scoring import Scorer
 
 ROUNDING = 1e-4  # float32, of log-probs that reach -20
 
@@ -291,3 +293,18 @@ def test_one_failure_ends_the_other_requests(faulty):
     with pytest.raises(UsageError):
         score(url, [ASKED] * 50, concurrency=4)
     assert time.monotonic() - began < 5 and len(state.times) <= 5
+
+
+def test_a_server_of_other_weights_is_told_what_a_server_can_be_told():
+    scorer = Scorer(
+        section("http://x/v1"), REFERENCE, {"engine": "server", "dtype": "float32"}, None, None, Progress(True)
+    )
+    engine = server.load(REFERENCE, section("http://x/v1", model="m"))
+    with pytest.raises(IntegrityError, match=r"up to 1 nats.*serves these very weights") as raised:
+        scorer._compared(engine, [np.array([-1.0, -2.0])], [np.array([-1.0, -3.0])])
+    assert "score.rows" not in str(raised.value)
+    with pytest.raises(IntegrityError, match=r"no finite log-prob of 1 of 1 sequences"):
+        scorer._compared(engine, [np.array([-1.0, np.nan])], [np.array([-1.0, -3.0])])
+    # A value where the reference has none.
+    with pytest.raises(IntegrityError, match=r"up to inf nats"):
+        scorer._compared(engine, [np.array([-1.0, -2.0])], [np.array([-1.0, np.nan])])

@@ -335,6 +335,8 @@ def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, confi
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     arguments = [config, "--set", f"model={broken}", "--set", "score.parity_sample=0"]
     prefcache("prepare", *arguments)
+    said = prefcache("score", *arguments[:3], code=4).stderr
+    assert "none either" in said and "score.parity_sample=0" in said
     result = json.loads(prefcache("score", *arguments, "--json").stdout)
     assert result["failed"] == 120
     said = {row["status"] for row in rows_of(tmp_path).values()}
@@ -360,6 +362,12 @@ def test_what_overflows_in_float16_is_computed_in_float32(prefcache, config, mod
     rows = rows_of(tmp_path)
     statuses = {row["status"] for row in rows.values()}
     assert statuses == {"ok", "ok: computed in float32"}
+    # As well where some of the sample overflow; what has a value is compared all the same.
+    shutil.rmtree(tmp_path / "cache")
+    done = prefcache("score", *arguments, "--set", "score.parity_sample=120", "--json")
+    assert "of 120 sequences in the sample" in done.stderr
+    assert 0 < json.loads(done.stdout)["parity"]["max"] < 0.1
+    assert {row["status"] for row in rows_of(tmp_path).values()} == statuses
     assert all(np.isfinite(row["logps"]).all() for row in rows.values())
     assert json.loads(prefcache("score", *arguments, "--json").stdout)["scored"] == 0
 
