@@ -35,7 +35,7 @@ import xxhash
 
 from pipeline import artifact, claims, identity
 from pipeline.config import Config
-from pipeline.errors import IdentityError, IntegrityError, PrefcacheError
+from pipeline.errors import IdentityError, IntegrityError, PrefcacheError, UsageError
 from pipeline.keys import KeyIndex, Keys, concat, keys_of
 from pipeline.schema import CACHE_VERSION, OK
 
@@ -74,12 +74,21 @@ class Plan:
 class Cache:
     """The folder of one reference."""
 
-    def __init__(self, folder: Path, model_id: str | None, *, every_byte: bool = False) -> None:
-        """Open a cache that exists, for this model and no other; None: whichever it is of."""
+    def __init__(
+        self,
+        folder: Path,
+        model_id: str | None,
+        *,
+        every_byte: bool = False,
+        reference: dict[str, Any] | None = None,
+    ) -> None:
+        """Open a cache that exists, for this model and no other; None: whichever it is of. `reference` stands in for
+        what the folder says of it, where there is no folder yet."""
         self.folder = folder
-        if not (folder / REFERENCE_FILE).exists():
+        if reference is None and not (folder / REFERENCE_FILE).exists():
             raise IntegrityError(f"The cache {folder} is gone. Score again (make score).")
-        reference = artifact.unseal(folder / REFERENCE_FILE, "Score again (make score): it is written anew.")
+        if reference is None:
+            reference = artifact.unseal(folder / REFERENCE_FILE, "Score again (make score): it is written anew.")
         if model_id not in (None, reference["model_id"]):
             raise IdentityError(
                 f"{folder} holds log-probs of {reference['name']}@{reference['model_id'][:8]}; this run names a model "
@@ -95,15 +104,28 @@ class Cache:
     @classmethod
     def create(cls, root: Path, name: str, reference: dict[str, Any]) -> "Cache":
         """Open the cache of these weights, whatever name they went by when it was made, or make one."""
-        short = reference["model_id"][:12]
-        folder = next(iter(sorted(root.glob(f"*-{short}"))), root / f"{_safe(name)}-{short}")
+        folder = _folder_of(root, name, reference)
         if not _is_whole(folder / REFERENCE_FILE):
             (folder / REFERENCE_FILE).unlink(missing_ok=True)
             content = artifact.seal({"name": name, "schema_version": CACHE_VERSION, **reference})
             artifact.commit_bytes(folder / REFERENCE_FILE, content, once=True)
-        artifact.remove_leftovers(folder)
-        claims.remove_free(folder)
+        # Of a cache that may only be read, what it holds is good all the same.
+        with contextlib.suppress(OSError):
+            artifact.remove_leftovers(folder)
+            claims.remove_free(folder)
         return cls(folder, reference["model_id"])
+
+    @classmethod
+    def look(cls, root: Path, name: str, reference: dict[str, Any]) -> "Cache":
+        """The cache that `create` would open or make, with nothing made: one that is not there is empty."""
+        return cls(_folder_of(root, name, reference), reference["model_id"], reference={"name": name, **reference})
+
+    def refuse_read_only(self) -> None:
+        if not os.access(self.folder, os.W_OK):
+            raise UsageError(
+                f"{self.folder} may only be read, and there are sequences that it lacks. Name another place (cache), or "
+                "see to the rights of this one."
+            )
 
     def reopened(self) -> "Cache":
         """The cache as it is on the disk now."""
@@ -533,7 +555,7 @@ def refuse_other_reference(config: Config, scored: dict[str, Any]) -> None:
         )
 
 
-def identify(reference: identity.Reference, root: Path) -> dict[str, Any]:
+def identify(reference: identity.Reference, root: Path, *, remember: bool = True) -> dict[str, Any]:
     """identity.model_identity, with the hashes of weight files remembered beside the caches."""
     memo_file = root / ".weights.json"
     try:
@@ -542,8 +564,10 @@ def identify(reference: identity.Reference, root: Path) -> dict[str, Any]:
         memo = {}
     known = len(memo)
     found = identity.model_identity(reference, memo)
-    if len(memo) > known:
-        artifact.commit_bytes(memo_file, artifact.canonical_json(memo))
+    if len(memo) > known and remember:
+        # Beside caches that may only be read, it costs time.
+        with contextlib.suppress(OSError, PrefcacheError):
+            artifact.commit_bytes(memo_file, artifact.canonical_json(memo))
     return found
 
 
@@ -552,6 +576,11 @@ def _chunk_name(keys: Sequence[bytes], numerics_id: str) -> str:
     for key in sorted(keys):
         digest.update(key)
     return digest.hexdigest()
+
+
+def _folder_of(root: Path, name: str, reference: dict[str, Any]) -> Path:
+    short = reference["model_id"][:12]
+    return next(iter(sorted(root.glob(f"*-{short}"))), root / f"{_safe(name)}-{short}")
 
 
 def _safe(name: str) -> str:

@@ -22,10 +22,10 @@ from pipeline.scoring import Scorer, sample_slots
 def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, Any]:
     prepared = Prepared(config.prepared)
     reference = identity.find_reference(config)
-    described = identify(reference, Path(config.cache))
-    cache = Cache.create(Path(config.cache), config.model, described)
+    described = identify(reference, Path(config.cache), remember=not dry_run)
+    cache = (Cache.look if dry_run else Cache.create)(Path(config.cache), config.model, described)
     inputs = _inputs(config, prepared, reference, described["model_id"])
-    if (done := _already_done(config, cache, inputs)) and not dry_run:
+    if not dry_run and (done := _already_done(config, cache, inputs)):
         progress.say(f"score: nothing to do, {cache.folder} has every sequence of {config.prepared}")
         return {**done, "changed": False}
 
@@ -43,6 +43,8 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
     _discard_damaged(cache, progress, dry_run)  # what only reading has shown
     if dry_run:
         return _dry_summary(cache, plan, config.score, sum(map(len, _shorter(cache, table, plan, accepted))))
+    if plan.n_missing:
+        cache.refuse_read_only()
     n_cut = _commit_shorter(cache, table, planned, accepted) if plan.n_missing and shorten.any_cut(table) else 0
     if n_cut:
         progress.say(f"score: {n_cut:,} cut answers are the beginning of scored ones, whose values they get")

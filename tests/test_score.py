@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import PREFCACHE, write_config, write_pairs
 
+from pipeline import artifact
+from pipeline.errors import UsageError
 from pipeline.prepared import Prepared
 
 
@@ -108,7 +110,40 @@ def test_a_dry_run_writes_no_rows(prefcache, config, tmp_path):
     prefcache("prepare", config)
     result = json.loads(prefcache("score", config, "--dry-run", "--json").stdout)
     assert (result["to_score"], result["cached_before"]) == (120, 0) and result["tokens"] > 0 and result["bytes"] > 0
-    assert not list((tmp_path / "cache").rglob("*.parquet"))
+    assert not (tmp_path / "cache").exists()
+    prefcache("score", config)
+    assert str(cache_folder(tmp_path).relative_to(tmp_path)) == result["cache"]
+    (cache_folder(tmp_path) / "reference.json").write_text("rotten")
+    before = _everything(tmp_path)
+    assert json.loads(prefcache("score", config, "--dry-run", "--json").stdout)["cached_before"] == 120
+    assert _everything(tmp_path) == before
+
+
+def _everything(root: Path) -> dict[Path, tuple[int, int]]:
+    paths = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".verified")]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
+
+
+def test_a_cache_that_may_only_be_read_serves_what_it_holds(prefcache, config, tmp_path, monkeypatch):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    (tmp_path / "cache" / ".weights.json").unlink()
+    real = artifact.commit_bytes
+
+    def commit_bytes(path, *data, **how):
+        if Path(path).parts[0] == "cache":
+            raise UsageError(f"{path}: cannot be written")
+        return real(path, *data, **how)
+
+    monkeypatch.setattr(artifact, "commit_bytes", commit_bytes)
+    monkeypatch.setattr("pipeline.cache.os.access", lambda *_: False)
+    assert "nothing to do" in prefcache("score", config).stderr
+    shutil.rmtree(tmp_path / "runs/tiny/scored")
+    assert json.loads(prefcache("score", config, "--json").stdout)["cached_before"] == 120
+    write_pairs(tmp_path / "pairs.jsonl", 6, start=60, mode="a")
+    prefcache("prepare", config)
+    said = prefcache("score", config, code=2).stderr
+    assert "may only be read" in said and "plain float32 forward" not in said
 
 
 def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, process, config, tmp_path):
