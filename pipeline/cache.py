@@ -338,6 +338,27 @@ class Cache:
             other_numerics=others,
         )
 
+    def n_sums_only(self, sequences: pa.Table, accepted: Sequence[str]) -> int:
+        """How many of these sequences have a row that keeps no log-prob of each token."""
+        index = KeyIndex(keys_of([sequences["key"]]))
+        found = np.zeros(len(index), bool)
+        for record in [each for each in self.records if each["numerics_id"] in accepted]:
+            # What is damaged or was merged meanwhile is noticed where values are read.
+            with contextlib.suppress(IntegrityError, FileNotFoundError):
+                if self._lacks_lists(record):
+                    rows = self.read(record, ["key", "logps", "status"])
+                    lacks = usable(rows) & ~rows["logps"].is_valid().to_numpy()
+                    found[index.find(keys_of([rows["key"]]).take(lacks))[1]] = True
+        return int(found.sum())
+
+    def _lacks_lists(self, record: dict[str, Any]) -> bool:
+        """Whether any row may have none: Parquet counts them, so that no list is read."""
+        with self._opened(record) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        lists = [column.statistics for column in columns if column.path_in_schema.startswith("logps.")]
+        return any(each is None or each.null_count for each in lists)
+
     def _states(self, index: KeyIndex, accepted: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """Which keys have a row, which have a value, and how many of the others other numerics have."""
         is_hit, is_usable = np.zeros(len(index), bool), np.zeros(len(index), bool)

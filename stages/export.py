@@ -274,7 +274,7 @@ class _TokenLists:
         if n:
             raise UsageError(
                 f"Of {n:,} sequences the cache keeps the sums only (score.logps=false, or imported). Leave --per-token "
-                "out, or score them again (--set score.rescore=true)."
+                "out, or score them into another place (--set cache=FOLDER)."
             )
 
     def take(self, rows: list["Row"]) -> list[pa.ChunkedArray]:

@@ -41,6 +41,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
 
     plan = planned(cache)
     _discard_damaged(cache, progress, dry_run)  # what only reading has shown
+    _warn_of_sums(cache, needed, plan, accepted, config.score, progress)
     if dry_run:
         return _dry_summary(cache, plan, config.score, sum(map(len, _shorter(cache, table, plan, accepted))))
     if plan.n_missing:
@@ -107,6 +108,16 @@ def _discard_damaged(cache: Cache, progress: Progress, dry_run: bool) -> None:
         progress.warn(f"{reason.rstrip('.')}. Its sequences are scored again.")
     if not dry_run:
         cache.discard_damaged()
+
+
+def _warn_of_sums(
+    cache: Cache, needed: pa.Table, plan: Plan, accepted: list[str], score: Score, progress: Progress
+) -> None:
+    if score.logps and plan.n_hits and (n := cache.n_sums_only(needed, accepted)):
+        progress.warn(
+            f"of {n:,} sequences {cache.folder} keeps the sums only (they were scored with score.logps=false, or imported), "
+            "and nothing is added to them. For every token's log-prob, score into another place (cache)."
+        )
 
 
 def _refuse_mixed_numerics(cache: Cache, plan: Plan, numerics: dict[str, str], score: Score) -> None:

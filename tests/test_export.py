@@ -305,7 +305,14 @@ def test_sums_alone_give_no_token_lists(prefcache, tmp_path, model):
     write_pairs(tmp_path / "pairs.jsonl", 3)
     command = ["score", "--input", "pairs.jsonl", "--model", model, "--output", "o.jsonl", "--set", "score.logps=false"]
     prefcache(*command)
-    assert "keeps the sums only" in prefcache(*command, "--per-token", code=2).stderr
+    assert "warning" not in prefcache(*command).stderr
+    said = prefcache(*command, "--per-token", code=2).stderr
+    assert "keeps the sums only" in said and "--set cache=FOLDER" in said
+    # Asked for all the same, they are not added, and that is said; as that message says, they come to be.
+    command[-1] = "score.logps=true"
+    assert "of 6 sequences" in prefcache(*command).stderr
+    prefcache(*command, "--per-token", "--set", "cache=other")
+    assert all(len(row["ref_chosen_token_logps"]) == row["n_chosen_tokens"] for row in rows_of(tmp_path / "o.jsonl"))
 
 
 def test_working_folders_that_nobody_used_for_a_week_are_removed(prefcache, tmp_path, model):
