@@ -29,3 +29,8 @@ def define(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], sche
     con.execute(
         f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false)"
     )
+
+
+def missing(files: Sequence[str]) -> list[str]:
+    """Those that are there no more: what DuckDB says of them depends on its settings."""
+    return [file for file in files if not Path(file).exists()]

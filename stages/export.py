@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -259,15 +260,28 @@ class _TokenLists:
         order = np.lexsort((examples["line"].to_numpy(), records.codes_of(examples["source"])[0]))
         self._place = np.empty(len(order), np.int64)
         self._place[order] = np.arange(len(order))
-        self._con = duck.connect()
-        duck.define(self._con, "cached", cache.shards, CACHE)
-        keys = {f"{answer}_key": examples[f"{answer}_key"] for answer in answers}
-        self._con.register("wanted", pa.table({"place": self._place, **keys}))
-        self._con.execute(_USABLE.format(keys=", ".join(keys)), {"accepted": accepted, "ok": OK})
-        lists = ", ".join(f"{answer}.logps as {answer}" for answer in answers)
-        joins = " ".join(f"left join usable as {answer} on {answer}.key = {answer}_key" for answer in answers)
-        self._con.execute(f"create temp table lists as select place, {lists} from wanted {joins} order by place")
+        wanted = pa.table({"place": self._place, **{f"{answer}_key": examples[f"{answer}_key"] for answer in answers}})
+        self._con = self._joined(wanted, cache, accepted)
         self._refuse_sums_only()
+
+    def _joined(self, wanted: pa.Table, cache: Cache, accepted: list[str]) -> duckdb.DuckDBPyConnection:
+        con = duck.connect()
+        duck.define(con, "cached", cache.shards, CACHE)
+        con.register("wanted", wanted)
+        keys = ", ".join(name for name in wanted.column_names if name != "place")
+        try:
+            con.execute(_USABLE.format(keys=keys), {"accepted": accepted, "ok": OK})
+        except duckdb.Error:
+            if not duck.missing(cache.shards):
+                raise
+            # Merged since the cache was opened; what took their place has the same rows.
+            cache = cache.reopened()
+            cache.refuse_damage()
+            return self._joined(wanted, cache, accepted)
+        lists = ", ".join(f"{answer}.logps as {answer}" for answer in self._answers)
+        joins = " ".join(f"left join usable as {answer} on {answer}.key = {answer}_key" for answer in self._answers)
+        con.execute(f"create temp table lists as select place, {lists} from wanted {joins} order by place")
+        return con
 
     def _refuse_sums_only(self) -> None:
         ((n,),) = self._con.execute("select count(*) from usable where logps is null").fetchall()
@@ -294,7 +308,7 @@ create temp table usable as
 select key, logps from cached
 where (status = $ok or starts_with(status, $ok || ':')) and list_contains($accepted, numerics_id)
     and key in (select unnest([{keys}]) from wanted)
-qualify row_number() over (partition by key order by list_position($accepted, numerics_id), logp_sum) = 1
+qualify row_number() over (partition by key order by list_position($accepted, numerics_id), logp_sum, logps is null) = 1
 """
 
 

@@ -16,7 +16,8 @@ describe = views.describe
 
 def sql(query: str, folder: str | None) -> views.Result:
     """Answer one SELECT over the views of an experiment's folder."""
-    return views.ask(views.connect(_sources(_experiment(folder))), query)
+    sources = _sources(_experiment(folder))
+    return views.ask(views.connect(sources), query, sources.files)
 
 
 def _experiment(folder: str | None) -> Path:

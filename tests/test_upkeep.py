@@ -369,6 +369,42 @@ def test_verify_and_gc_as_commands(prefcache, config, tmp_path):
     assert counted == {"n": 120}
 
 
+def test_what_gc_merges_under_a_query_or_an_export_is_read_again(prefcache, config, tmp_path, monkeypatch):
+    from pipeline import duck, views
+
+    prefcache("prepare", config)
+    prefcache("score", config)
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    saved, real = shutil.copytree(folder, tmp_path / "saved"), duck.define
+
+    def merged_before_it_is_read(con, name, files, schema):
+        real(con, name, files, schema)
+        if name == "cached":
+            gc(folder, LARGE)
+
+    def as_it_was():
+        shutil.rmtree(folder)
+        shutil.copytree(saved, folder)
+
+    # Before the views are made, and after.
+    ask, query = views.ask, ["sql", "select count(logps) from reference", "runs/tiny"]
+    for module, name, instead in (
+        (duck, "define", merged_before_it_is_read),
+        (views, "ask", lambda *asked: gc(folder, LARGE) and ask(*asked)),
+    ):
+        as_it_was()
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, instead)
+            said = prefcache(*query, code=4).stderr
+        assert "merged" in said and "Ask again" in said and "No files found" not in said and "disabled" not in said
+        assert "120" in prefcache(*query).stdout
+    as_it_was()
+    monkeypatch.setattr(duck, "define", merged_before_it_is_read)
+    prefcache("export", config, "--output", "o.parquet", "--per-token")
+    rows = pq.read_table(tmp_path / "o.parquet").to_pylist()
+    assert all(sum(row["ref_chosen_token_logps"]) == pytest.approx(row["ref_chosen_logps"]) for row in rows)
+
+
 def test_verify_ends_with_exit_code_4_and_says_what_to_do(prefcache, config, tmp_path):
     prefcache("prepare", config)
     prefcache("score", config)

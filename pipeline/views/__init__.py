@@ -12,7 +12,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline import duck
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.schema import CACHE, PREPARED, STEPS
 
 MEMORY_LIMIT = "4GB"
@@ -28,12 +28,16 @@ class Sources:
     visits: Sequence[str]  # Parquet parts in RUN/steps/
     runs: pa.Table  # run, beta, ... of each run
 
+    @property
+    def files(self) -> list[str]:
+        return [*self.cached, *self.visits]
+
 
 class Result:
     """The answer to a query, read as far as it is wanted."""
 
-    def __init__(self, cursor: duckdb.DuckDBPyConnection) -> None:
-        self._cursor = cursor
+    def __init__(self, cursor: duckdb.DuckDBPyConnection, files: Sequence[str] = ()) -> None:
+        self._cursor, self._files = cursor, files
         self.columns = [column[0] for column in cursor.description or []]
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
@@ -42,20 +46,23 @@ class Result:
             while block := self._cursor.fetchmany(1024):
                 yield from block
         except (duckdb.Error, RuntimeError) as error:
-            raise _translated(error) from None
+            raise _translated(error, self._files) from None
 
 
 def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
     con = duck.connect()
     con.execute("set python_enable_replacements = false")
     con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
-    con.execute("set allowed_paths = $paths", {"paths": [*sources.cached, *sources.visits]})
+    con.execute("set allowed_paths = $paths", {"paths": sources.files})
     con.register("prepared", _with_all_columns(sources.prepared))
     con.register("references_", sources.references)
     con.register("runs_", sources.runs)
-    duck.define(con, "cached", sources.cached, CACHE)
-    duck.define(con, "visits", sources.visits, STEPS)
-    _create_views(con)
+    try:
+        duck.define(con, "cached", sources.cached, CACHE)
+        duck.define(con, "visits", sources.visits, STEPS)
+        _create_views(con)
+    except duckdb.IOException as error:
+        raise _translated(error, sources.files) from None
     for lock in ("enable_external_access = false", "lock_configuration = true"):
         con.execute(f"set {lock}")
     return con
@@ -68,22 +75,27 @@ def _with_all_columns(prepared: pa.Table) -> pa.Table:
     )
 
 
-def ask(con: duckdb.DuckDBPyConnection, query: str) -> Result:
-    """One SELECT, or an error that names what would have been right."""
+def ask(con: duckdb.DuckDBPyConnection, query: str, files: Sequence[str] = ()) -> Result:
+    """One SELECT, or an error that names what would have been right. `files`: those behind the views."""
     try:
         statements = con.extract_statements(query)
         # Not EXPLAIN: with ANALYZE it runs what it explains, which may be a COPY over a file of the cache.
         if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
             kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
             raise UsageError(f"Found {kinds}; expected one SELECT over the views {', '.join(names())}.")
-        return Result(con.execute(statements[0]))
+        return Result(con.execute(statements[0]), files)
     except (duckdb.Error, RuntimeError) as error:
-        raise _translated(error) from None
+        raise _translated(error, files) from None
 
 
-def _translated(error: Exception) -> BaseException:
+def _translated(error: Exception, files: Sequence[str]) -> BaseException:
     """DuckDB's error as ours."""
     text = str(error).strip()
+    if isinstance(error, duckdb.Error) and (gone := duck.missing(files)):
+        return IntegrityError(
+            f"{gone[0]} is gone: its shards were merged (prefcache gc), or it was removed, while the query was being answered. "
+            "Ask again."
+        )
     if isinstance(error, duckdb.OutOfMemoryException):
         return ResourceError(
             f"The query needs more than {MEMORY_LIMIT} of memory. Ask for fewer rows or columns at once."
