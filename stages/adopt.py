@@ -24,11 +24,11 @@ from pipeline.prepared import Prepared, Sequences, sequence_table
 from pipeline.progress import Progress
 from pipeline.records import Outcomes
 from pipeline.schema import CACHE, OK, Sequence
+from pipeline.scoring import TOLERANCE
 
-# Largest deviation from the plain float32 forward that is still rounding: of a sequence's mean per token, as where
-# training starts, and of a single token, as where an engine is checked.
+# Largest deviation of a sequence's mean per token from the plain float32 forward that is still rounding, as where
+# training starts. A single token may be as far off as where an engine is checked.
 MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
-TOKEN_TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
 # The first pair of names that the data has is read: TRL's, and TRL's older ones.
 _NAMES: dict[str, list[tuple[str, ...]]] = {
     "pairs": [("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps")],
@@ -229,7 +229,7 @@ def _checked(
     apart = [
         0.0 if mine is None else float(np.abs(mine - logps).max()) for mine, logps in zip(lists, plain, strict=True)
     ]
-    _refuse(config, values, plain, int(np.argmax(apart)), max(apart), TOKEN_TOLERANCE[dtype], "on a token", dtype)
+    _refuse(config, values, plain, int(np.argmax(apart)), max(apart), TOLERANCE[dtype], "on a token", dtype)
     progress.say(f"import: within {means.max():.1e} nats per token of the plain float32 forward ({n} sequences)")
     return {
         "sequences": n,

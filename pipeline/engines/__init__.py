@@ -3,8 +3,10 @@
 A new engine is one file here with the functions of EngineModule, and a line in ENGINES.
 """
 
+import json
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,3 +51,11 @@ class EngineModule(Protocol):
 
 def engine_module(name: str) -> Any:
     return import_module(ENGINES[name])
+
+
+def dtype_of(model: Path, score: Score, device: str) -> str:
+    """What the weights are in: as said, else as they were saved on a GPU and float32 on a CPU."""
+    if score.dtype != "auto":
+        return score.dtype
+    saved = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return str(saved.get("dtype") or saved.get("torch_dtype") or "float32") if device == "cuda" else "float32"

@@ -7,10 +7,8 @@
 The first of these that is right for the model is taken: it is tried, at start, on some of the sequences to be scored.
 """
 
-import json
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 
 from pipeline import attention, packing
 from pipeline.config import Score
-from pipeline.engines import PACKAGES
+from pipeline.engines import PACKAGES, dtype_of
 from pipeline.engines.loading import load_frozen
 from pipeline.errors import ResourceError, UsageError
 from pipeline.identity import Reference, attention_kernel
@@ -38,7 +36,7 @@ def numerics(reference: Reference, score: Score) -> dict[str, str]:
         "transformers",
         [*PACKAGES["transformers"], *further],
         device=device,
-        dtype=_dtype(reference.folder, score, device),
+        dtype=dtype_of(reference.folder, score, device),
         head_dtype="float32",
         attention=attention_kernel(reference.folder, score.attention),
         layout="1",
@@ -48,7 +46,7 @@ def numerics(reference: Reference, score: Score) -> dict[str, str]:
 class TransformersEngine:
     def __init__(self, reference: Reference, score: Score) -> None:
         device = _device(score)
-        self._dtype = _dtype(reference.folder, score, device)
+        self._dtype = dtype_of(reference.folder, score, device)
         self._model = load_frozen(reference, self._dtype, score.attention, device)
         use_float32_head(self._model, frozen=True)
         self._attention, self._wanted = attention_kernel(reference.folder, score.attention), score.rows
@@ -187,10 +185,3 @@ def _device(score: Score) -> str:
     if score.device == "cuda" and found == "cpu":
         raise UsageError("score.device is cuda, but PyTorch sees no GPU. Set it to auto or cpu.")
     return found if score.device == "auto" else score.device
-
-
-def _dtype(model: Path, score: Score, device: str) -> str:
-    if score.dtype != "auto":
-        return score.dtype
-    saved = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return (saved.get("dtype") or saved.get("torch_dtype") or "float32") if device == "cuda" else "float32"

