@@ -221,21 +221,29 @@ def _score_files(
     """Prepare, score and export in one go, in a working folder of its own."""
     if config is not None:
         raise UsageError(f"Both --input and the config {config} say what to score. Leave one of them out.")
-    if output is None:
+    if output is None and not dry_run:
         raise UsageError("--input needs --output FILE: .parquet, .arrow, .jsonl or .csv.")
+    named = {"--input": ("prepare.data", list(inputs)), "--model": ("model", model), "--cache": ("cache", cache)}
+    set_as_well = {override.partition("=")[0] for override in overrides}
+    for flag, (key, value) in named.items():
+        if value is not None and key in set_as_well:
+            raise UsageError(f"Both {flag} and --set {key} say what {key} is. Leave one of them out.")
+    if model is None and "model" not in set_as_well:
+        raise UsageError("--input needs --model MODEL: the reference, a folder or a hub id.")
     # Rows come out in the order of the data, and nobody reads mismatched answers but who asks for them.
     settings = ["out=.", "prepare.held_out=0", "prepare.kl_pairs=false", *overrides]
-    named = {"prepare.data": list(inputs), "model": model, "cache": cache}
-    settings += [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    settings += [f"{key}={json.dumps(value)}" for key, value in named.values() if value is not None]
     with _loaded(None, tuple(settings), quiet) as (loaded, progress):
         from stages import export, prepare, score
 
-        export.check_output(Path(output))
+        if output is not None:
+            export.check_output(Path(output))
         with export.standalone(loaded, progress) as loaded:
             results = {"prepared": prepare.run(loaded, progress)}
-            export.check_data(loaded, Path(output), per_token)
+            if output is not None:
+                export.check_data(loaded, Path(output), per_token)
             results["scored"] = score.run(loaded, progress, dry_run)
-            if dry_run:
+            if dry_run or output is None:
                 _print(results["scored"], as_json, "scored")
                 return
             results["exported"] = export.run(loaded, Path(output), per_token, progress)

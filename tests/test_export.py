@@ -273,7 +273,15 @@ def test_columns_of_the_same_name_are_refused_before_anything_is_scored(prefcach
         (["--input", "p.jsonl", "--model", "m", "--output", "out.xlsx"], "Expected .parquet"),
         (["--input", "p.jsonl", "--model", "m", "--output", "out.parquet.gz"], "Expected .parquet"),
         (["--input", "p.jsonl", "--model", "m"], "needs --output"),
-        (["--input", "p.jsonl", "--output", "o.csv"], "model"),
+        (["--input", "p.jsonl", "--output", "o.csv"], "--input needs --model MODEL"),
+        (
+            ["--input", "p.jsonl", "--output", "o.csv", "--model", "m", "--set", "model=n"],
+            "Both --model and --set model",
+        ),
+        (
+            ["--input", "p.jsonl", "--output", "o.csv", "--model", "m", "--set", "prepare.data=q.jsonl"],
+            "Both --input and --set prepare.data",
+        ),
         (["c.yaml", "--input", "p.jsonl", "--output", "o.csv"], "Leave one of them out"),
         (["c.yaml", "--output", "o.csv"], "--output belongs to --input"),
     ],
@@ -334,6 +342,12 @@ def test_standard_input_is_scored(tmp_path, model, monkeypatch):
     command = ["score", "-q", "--input", "-", "--model", str(model), "--output", "out.jsonl"]
     assert CliRunner().invoke(main, command, input=text).exit_code == 0
     assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == [pair(i)["prompt"] for i in range(4)]
+
+
+def test_a_dry_run_over_an_input_needs_no_output(prefcache, tmp_path, model):
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    done = prefcache("score", "--input", "pairs.jsonl", "--set", f"model={model}", "--dry-run", "--json")
+    assert json.loads(done.stdout)["to_score"] == 6
 
 
 def test_two_commands_at_once_over_standard_input_each_write_their_own_rows(tmp_path, model):
