@@ -6,9 +6,9 @@ then do the records of the small shards go, and after them their files. A later 
 held by others and finishes the work. For the outcome to be the same whenever it was interrupted, sizes are counted before
 compression, of the rows that are kept, so that they add up: what was merged is never small again.
 
-A shard without a record may be one that a scorer is about to vouch for. It is removed only if it is old and nobody has
-the claim of its chunk. Were a scorer without claims suspended for longer, then its record would name a shard that is
-missing: that is noticed, and scored again.
+A shard without a record may be one that a scorer is about to vouch for. It is removed only if nobody has the claim of its
+chunk, and if it is old or a gc had written down that it was removing it. Were a scorer without claims suspended for
+longer, then its record would name a shard that is missing: that is noticed, and scored again.
 """
 
 import os
@@ -28,6 +28,7 @@ from pipeline.keys import concat
 from pipeline.schema import CACHE
 
 TARGET_MIB = 128
+_REMOVING = ".removing"  # what gc is about to remove
 # What no scorer leaves lying for so long: between a shard and its record there are milliseconds.
 OLD_SECONDS = 3600.0
 # Keys that are compared at once; a cache with more is gone through once for each share of its keys.
@@ -289,16 +290,19 @@ def _merge(cache: Cache, group: Sequence[_Kept]) -> None:
 
 def _remove(cache: Cache, records: Sequence[dict[str, Any]]) -> None:
     """First the records: a record without its shard would be damage, a shard without its record is nothing."""
+    if not records:
+        return
+    artifact.commit_bytes(cache.folder / _REMOVING, artifact.seal({"files": [record["file"] for record in records]}))
     for record in records:
         cache.record_path(record).unlink(missing_ok=True)
-    if records:
-        descriptor = os.open(cache.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(cache.folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     for record in records:
         (cache.folder / record["file"]).unlink(missing_ok=True)
+    (cache.folder / _REMOVING).unlink(missing_ok=True)
 
 
 # -- what nothing vouches for ----------------------------------------------------------------------------------------
@@ -333,9 +337,9 @@ def _orphans(folder: Path) -> list[Path]:
 
 
 def _remove_orphans(folder: Path, old_seconds: float, dry_run: bool) -> int:
-    n = 0
+    n, begun = 0, _begun(folder)
     for path in _orphans(folder):
-        if _age(folder, path) <= old_seconds:
+        if path.name not in begun and _age(folder, path) <= old_seconds:
             continue
         if dry_run:
             n += 1
@@ -344,7 +348,17 @@ def _remove_orphans(folder: Path, old_seconds: float, dry_run: bool) -> int:
             if is_free and path in _orphans(folder):
                 path.unlink(missing_ok=True)
                 n += 1
+    if not dry_run:
+        (folder / _REMOVING).unlink(missing_ok=True)
     return n
+
+
+def _begun(folder: Path) -> set[str]:
+    """The files that a gc had begun to remove when it was killed."""
+    try:
+        return set(artifact.unseal(folder / _REMOVING)["files"])
+    except IntegrityError:
+        return set()
 
 
 def _age(folder: Path, path: Path) -> float:

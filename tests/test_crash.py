@@ -17,7 +17,7 @@ from test_score import rows_of
 
 from pipeline import artifact
 from pipeline.prepared import Sequences
-from pipeline.upkeep import OLD_SECONDS, gc, verify
+from pipeline.upkeep import gc, verify
 
 FEW = PAIRS.slice(0, 5)
 STEPS = {artifact: ["_write_synced"], os: ["fsync", "link", "replace", "unlink"]}
@@ -38,8 +38,8 @@ def score(root: Path) -> None:
                 cache.commit(scored(FEW, slots), {"engine": MINE}, MINE, None)
 
 
-def merge(root: Path, old_seconds: float = OLD_SECONDS) -> None:
-    gc(create(root).folder, 400, old_seconds=old_seconds)
+def merge(root: Path) -> None:
+    gc(create(root).folder, 400)
 
 
 def killed_at(step: int, act: Callable[[], None]) -> bool:
@@ -157,8 +157,8 @@ def test_gc_killed_at_any_step_loses_and_doubles_no_row(tmp_path):
         if not killed_at(step, lambda: merge(tmp_path / "killed")):
             break
         assert check(tmp_path / "killed") == 10
-        # As if an hour had gone by: only then is a shard without a record known to be nobody's.
-        merge(tmp_path / "killed", old_seconds=-1)
+        # At once: what was merged is known by its name.
+        merge(tmp_path / "killed")
         assert fingerprint(create(tmp_path / "killed").folder) == expected_bytes
         shutil.rmtree(tmp_path / "killed")
         step += 1
