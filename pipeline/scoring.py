@@ -57,6 +57,9 @@ class Scorer:
         from pipeline.engines.loading import plain_scores
 
         chosen = [self._sequences[slot] for slot in sample]
+        # A large model takes minutes before there is anything to count, vLLM one at least.
+        plainly = f"plainly for {len(chosen)} sequences, then " if chosen else ""
+        self._progress.say(f"score: loads {self._reference.folder}, {plainly}for engine {self._score.engine}")
         # First the plain model, then the engine: never two models in memory.
         plain = plain_scores(self._reference, chosen) if chosen else []
         self._engine = engine = engine_module(self._score.engine).load(self._reference, self._score)

@@ -171,14 +171,14 @@ def compared(result: dict[str, Any]) -> None:
 
 def verified(result: dict[str, Any]) -> None:
     numbers = ("shards", "rows", "failed", "doubled", "n_bytes", "orphans", "leftovers")
-    table = Table(box=SIMPLE, pad_edge=False)
-    for column in ("cache", *numbers, "damaged"):
-        table.add_column(column.removeprefix("n_"), justify="left" if column == "cache" else "right", overflow="fold")
     for each in result["caches"]:
-        table.add_row(
-            Text(printable(each["folder"])), *(f"{each[name]:,}" for name in numbers), f"{len(each['damaged']):,}"
-        )
-    _console().print(table)
+        # A line of its own, to be copied: in a column a long name would be cut into pieces.
+        print(printable(each["folder"]))
+        table = Table(box=SIMPLE, pad_edge=False)
+        for column in (*numbers, "damaged"):
+            table.add_column(column.removeprefix("n_"), justify="right")
+        table.add_row(*(f"{each[name]:,}" for name in numbers), f"{len(each['damaged']):,}")
+        _console().print(table)
     _print_damage(result)
 
 

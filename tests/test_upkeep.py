@@ -356,7 +356,12 @@ def test_verify_and_gc_as_commands(prefcache, config, tmp_path):
     n_shards = len(list(tmp_path.glob("cache/*/*.parquet")))
     (found,) = json.loads(prefcache("verify", "--json").stdout)["caches"]
     assert (found["rows"], found["shards"], found["damaged"]) == (120, n_shards, {})
-    assert "120" in prefcache("verify", "cache", "-q").stdout
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    long = tmp_path / ("a" * 60) / "of-a-name-that-a-column-would-cut-1234567890ab"
+    shutil.copytree(folder, long)
+    said = prefcache("verify", "-q", long).stdout
+    assert said.splitlines()[0] == str(long) and " 120 " in said
+    shutil.rmtree(long)
     assert f"{n_shards} shards would be merged into 1" in prefcache("gc", "--dry-run").stdout
     assert len(list(tmp_path.glob("cache/*/*.parquet"))) == n_shards
     assert f"{n_shards} shards merged into 1" in prefcache("gc").stdout
