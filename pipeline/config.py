@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -146,6 +146,19 @@ class Server(Section):
     """Times that a request is tried again, after longer and longer pauses."""
 
 
+class Ray(Section):
+    actors: Count
+    """Actors that score at once, each with a reference of its own."""
+    address: str | None = None
+    """Of a cluster that runs, such as 10.0.0.5:6379, or auto for the one that this machine is part of. Unless said, RAY_ADDRESS; without that, a Ray on this machine for as long as it is needed."""
+    cpus: Count = 1
+    """Cores that an actor takes, and threads that it computes with unless OMP_NUM_THREADS says otherwise."""
+    gpus: Annotated[float, Field(gt=0)] | None = None
+    """GPUs that an actor takes; 0.5 puts two on one. Unless said, 1 where this machine would score on a GPU, else none."""
+    options: dict[str, Any] = {}
+    """Further options of an actor, as Ray names them, such as memory (bytes) or resources."""
+
+
 class Score(Section):
     engine: Literal["transformers", "vllm", "server"] = "transformers"
     """What computes the reference's log-probs."""
@@ -173,6 +186,8 @@ class Score(Section):
     """Score again what the cache has from another engine, version or dtype."""
     vllm: Vllm = Vllm()
     server: Server = Server()
+    ray: Ray | None = None
+    """Actors of Ray score, on as many machines as its cluster has. They change no value."""
 
 
 class Kinds(Section):
@@ -333,18 +348,18 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "too_short" or (problem["input"] is None and problem["type"] == "model_type"):
         return f"{name}: names nothing; expected a path or a list of them"
     if problem["type"] == "model_type":
-        return f"{name}: found {problem['input']!r}, expected a path or a mapping of {', '.join(Source.model_fields)}"
+        section = _section_at(keys)
+        path, known = "a path or " if section is Source else "", ", ".join(section.model_fields if section else ())
+        return f"{name}: found {problem['input']!r}, expected {path}a mapping of {known}"
     found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {message}{found}" if name else message
 
 
 def _nearest(keys: list[str]) -> str:
-    section: Any = Config
-    for key in keys[:-1]:
-        section = Source if key.isdigit() else _section_type(section, key)
-        if section is None:
-            return ""
+    section = _section_at(keys[:-1])
+    if section is None:
+        return ""
     names = list(section.model_fields)
     near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
     if near:
@@ -357,9 +372,19 @@ def _sections() -> dict[str, type[Section]]:
     return {"prepare": Prepare, "score": Score, "train": Train}
 
 
-def _section_type(section: type[Section], key: str) -> type[Section] | None:
-    if section is Config:
-        return _sections().get(key)
-    if section is Prepare and key == "data":
-        return Source
-    return Kinds if section is Train and key == "kinds" else None
+def _section_at(keys: list[str]) -> type[Section] | None:
+    """The section that these keys lead to."""
+    section: type[Section] | None = Config
+    for key in keys:
+        # The number of an entry follows the list that it is in.
+        if section is not None and not key.isdigit():
+            section = _section_in(section.model_fields[key].annotation) if key in section.model_fields else None
+    return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """Section itself, or that of `Section | None` and `tuple[Section, ...]`."""
+    kinds = [
+        kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)
+    ]
+    return kinds[0] if kinds else None

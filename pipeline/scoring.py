@@ -108,26 +108,28 @@ class Scorer:
 
     def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
         """Score what is missing; yields the tokens of each chunk that is done, by this process or another."""
-        chunks = [*plan.chunks[rank::world], *(chunk for i, chunk in enumerate(plan.chunks) if i % world != rank)]
+        chunks = in_order(plan, rank, world)
         for wait in (False, True):
             left = []
             for slots in chunks:
-                chunk = [self._sequences[slot] for slot in slots]
-                if self._done(chunk, wait):
-                    yield sum(sequence.n_tokens for sequence in chunk)
-                else:
+                if (n_tokens := self.score(slots, wait)) is None:
                     left.append(slots)
+                else:
+                    yield n_tokens
             chunks = left
 
-    def _done(self, chunk: list[Sequence], wait: bool) -> bool:
-        """Whether the chunk is in the cache now; without `wait` not, where another scorer is at it."""
+    def score(self, slots: np.ndarray, wait: bool) -> int | None:
+        """The tokens of a chunk that is in the cache now; None where another scorer is at it, which `wait` waits for."""
+        chunk = [self._sequences[slot] for slot in slots]
         keys = [sequence.key() for sequence in chunk]
         with self._cache.claim(keys, self._numerics_id, wait=wait) as claim:
+            if claim == "taken":
+                return None
             if claim == "mine":
                 rows = self._rows(keys, chunk)
                 self._refuse_other_weights()
                 self._cache.commit(rows, self._numerics, self._numerics_id, self._parity)
-            return claim != "taken"
+        return sum(sequence.n_tokens for sequence in chunk)
 
     def _refuse_other_weights(self) -> None:
         """That what has just computed is what the cache is of. Loaded weights may be the file itself, mapped: one that
@@ -180,6 +182,11 @@ def _failure(logps: np.ndarray, tried: bool) -> str:
     """Why there is no value, as the status of the row."""
     at = int(np.flatnonzero(~np.isfinite(logps))[0])
     return f"failed: the log-prob of answer token {at} is {logps[at]}{', also in float32' if tried else ''}"
+
+
+def in_order(plan: Plan, rank: int, world: int) -> list[np.ndarray]:
+    """The chunks of a plan: the share of this process, then the others'."""
+    return [*plan.chunks[rank::world], *(chunk for i, chunk in enumerate(plan.chunks) if i % world != rank)]
 
 
 def sample_slots(plan: Plan, sequences: Sequences, n: int) -> list[int]:

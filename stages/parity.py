@@ -102,7 +102,7 @@ def _scores(
 
         progress.say(f"parity: {len(sequences)} sequences by the plain forward")
         return plain_scores(reference, sequences), {"engine": PLAIN, "dtype": "float32"}
-    score = Score.model_validate(config.score.model_dump() | {"engine": side.engine} | side.settings)
+    score = Score.model_validate(config.score.model_dump() | {"engine": side.engine, "ray": None} | side.settings)
     module = engine_module(side.engine)
     progress.say(f"parity: {len(sequences)} sequences by {side.name}")
     numerics: dict[str, Any] = module.numerics(reference, score)

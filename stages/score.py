@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, claims, identity, pool, shorten
+from pipeline import actors, artifact, claims, identity, pool, shorten
 from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
 from pipeline.config import Config, Score
 from pipeline.engines import PACKAGES, engine_module
@@ -56,7 +56,13 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
         _check_fits(reference.folder, table)
         sequences = Sequences(table)
         sample = sample_slots(plan, sequences, config.score.parity_sample)
-        _score(Scorer(config.score, reference, numerics, cache, sequences, progress), plan, sample, progress)
+        scorer: Scorer | actors.Pool
+        if config.score.ray is None:
+            scorer = Scorer(config.score, reference, numerics, cache, sequences, progress)
+        else:
+            n_chunks = len(plan.chunks)
+            scorer = actors.Pool(config.score, reference, numerics, cache, prepared, n_chunks, progress)
+        _score(scorer, plan, sample, progress)
     return _commit(config, cache, needed, accepted, inputs, plan, n_cut)
 
 
@@ -65,7 +71,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, 
 
 def _inputs(config: Config, prepared: Prepared, reference: identity.Reference, model_id: str) -> dict[str, Any]:
     # What only changes speed changes nothing stored.
-    speed = {"tokens_per_batch", "tokens_per_shard", "parity_sample", "rescore", "rows"}
+    speed = {"tokens_per_batch", "tokens_per_shard", "parity_sample", "rescore", "rows", "ray"}
     return {
         "prepared": prepared.id,
         "model_id": model_id,
@@ -178,7 +184,7 @@ def _commit_shorter(cache: Cache, table: pa.Table, plan: Callable[[Cache], Plan]
     return n_rows
 
 
-def _score(scorer: Scorer, plan: Plan, sample: list[int], progress: Progress) -> None:
+def _score(scorer: Scorer | actors.Pool, plan: Plan, sample: list[int], progress: Progress) -> None:
     rank, world = pool.share()
     try:
         scorer.check(sample)

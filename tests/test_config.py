@@ -82,6 +82,16 @@ def test_a_key_of_a_section_within_a_section_has_its_nearest(tmp_path):
     assert "the nearest is train.kinds.rejected" in refusal(tmp_path, SMALLEST, kinds)
 
 
+def test_actors_of_ray_are_absent_unless_named(tmp_path):
+    assert load(tmp_path).score.ray is None
+    c = load(tmp_path, SMALLEST, "score.ray.actors=2", "score.ray.gpus=0.5")
+    assert (c.score.ray.actors, c.score.ray.gpus, c.score.ray.cpus, c.score.ray.address) == (2, 0.5, 1, None)
+    assert "score.ray.actors is missing" in refusal(tmp_path, SMALLEST, "score.ray.gpus=1")
+    assert "the nearest is score.ray.actors" in refusal(tmp_path, SMALLEST, "score.ray.actor=1")
+    message = refusal(tmp_path, SMALLEST, "score.ray=2")
+    assert "score.ray: found 2, expected a mapping of actors, address, cpus, gpus, options" in message
+
+
 def test_every_mistake_is_named_at_once(tmp_path):
     message = refusal(tmp_path, "model: m\nprepare: {data: a.jsonl, held_out: 2}\ntrain: {batch_size: 0, bta: 1}\n")
     for name in ("config.yaml", "out is missing", "prepare.held_out", "found 2", "train.batch_size", "train.bta"):

@@ -63,7 +63,7 @@ FLOORS = [
     {"pipeline.upkeep", "pipeline.shorten"},
     # Preparing: how a source is read and what is too long, then a part, then the whole.
     {"pipeline.scoring", "pipeline.records", "pipeline.lengths", "pipeline.recipe"},
-    {"pipeline.parts"},
+    {"pipeline.parts", "pipeline.actors"},
     {"pipeline.assembly"},
     {
         "stages.adopt",
@@ -149,6 +149,15 @@ def test_only_the_command_line_imports_click():
 
 def test_only_the_worker_of_its_engine_imports_vllm():
     assert [module for module in MODULES if "vllm" in top_level(module)] == ["pipeline.engines.vllm_worker"]
+
+
+def test_only_the_actors_import_ray():
+    assert [module for module in MODULES if "ray" in top_level(module)] == ["pipeline.actors"]
+
+
+def test_scoring_loads_ray_only_where_actors_score():
+    # Neither do the packages that know of Ray, such as transformers.
+    assert "ray" not in loaded_by("import stages.score, pipeline.actors, pipeline.engines.transformers")
 
 
 def test_the_vllm_worker_needs_nothing_that_the_environment_of_vllm_lacks():

@@ -354,6 +354,7 @@ KNOBS = [
     Knob("tokens_per_batch", setting("score.tokens_per_batch", 100), "nothing"),
     Knob("tokens_per_shard", setting("score.tokens_per_shard", 300), "nothing"),
     Knob("rows layout", setting("score.rows", "padded"), "nothing"),
+    Knob("actors of Ray", setting("score.ray.actors", 2), "nothing"),
     Knob("parity_sample", setting("score.parity_sample", 2), "nothing"),
     Knob("the model folder's name", renamed, "nothing"),
     Knob("time of the weight file", touched, "nothing"),

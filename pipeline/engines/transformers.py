@@ -181,6 +181,8 @@ def _flat(groups: Iterable[Iterable[int]]) -> list[int]:
 
 
 def _device(score: Score) -> str:
+    if score.ray is not None and (score.device == "cuda" or (score.device == "auto" and score.ray.gpus)):
+        return "cuda"  # of Ray's actors; the machine that asks them may have none
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if score.device == "cuda" and found == "cpu":
         raise UsageError("score.device is cuda, but PyTorch sees no GPU. Set it to auto or cpu.")

@@ -1,0 +1,241 @@
+"""score with actors of Ray: a real Ray of two cores on this machine, and actors that are killed."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PREFCACHE, Done, write_pairs
+from test_score import fingerprint, rows_of
+
+from pipeline import actors
+from pipeline.cache import Cache
+from pipeline.config import Ray, Score
+from pipeline.engines.transformers import numerics
+from pipeline.errors import IdentityError, ResourceError, UsageError
+from pipeline.identity import Reference
+from pipeline.prepared import Prepared
+from pipeline.progress import Progress
+
+N_PAIRS = 150
+SMALL_CHUNKS = ["--set", "score.tokens_per_shard=200"]
+
+
+def with_actors(n: int) -> list[str]:
+    return ["--set", f"score.ray.actors={n}"]
+
+
+@pytest.fixture(autouse=True)
+def _ray_leaves_nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    # Its sockets want a short path; its token goes into the home.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def prepared(prefcache: Callable[..., Done], config: Path, tmp_path: Path) -> Path:
+    write_pairs(tmp_path / "pairs.jsonl", N_PAIRS)
+    prefcache("prepare", config)
+    return config
+
+
+@pytest.fixture
+def pool(prepared: Path, model: Path, tmp_path: Path) -> actors.Pool:
+    """Before it has begun an actor."""
+    score = Score(ray={"actors": 2}, parity_sample=2)
+    cache = Cache.create(tmp_path / "cache", "tiny", {"model_id": "0" * 64})
+    here, folder = numerics(Reference(model), score), Prepared(tmp_path / "runs/tiny/prepared")
+    return actors.Pool(score, Reference(model), here, cache, folder, 2, Progress(quiet=True))
+
+
+def begun(config: Path, *arguments: str) -> subprocess.Popen:
+    """`prefcache score`, in a session of its own as in a terminal."""
+    command = [PREFCACHE, "score", config, "--json", *arguments]
+    return subprocess.Popen(
+        command, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def in_session(process: subprocess.Popen) -> list[int]:
+    found = []
+    for pid in psutil.pids():
+        try:
+            if os.getsid(pid) == process.pid:
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def actors_at(process: subprocess.Popen, method: str) -> list[int]:
+    """Of the actors that are just at this method."""
+    title = f"ray::ScoringActor.{method}"
+    found = []
+    for pid in in_session(process):
+        try:
+            if psutil.Process(pid).cmdline()[:1] == [title]:
+                found.append(pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def until(process: subprocess.Popen, happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def killed_at_a_chunk(pids: list[int]) -> bool:
+    """Whether one of them had a chunk claimed and not yet committed, and was killed at that."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+        for claim in open_files(pid):
+            if claim.suffix == ".claim" and not claim.with_name(f"{claim.stem[1:]}.json").exists():
+                os.kill(pid, signal.SIGKILL)
+                return True
+        os.kill(pid, signal.SIGCONT)
+    return False
+
+
+def open_files(pid: int) -> Iterator[Path]:
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            yield link.readlink()
+
+
+def n_shards(root: Path) -> int:
+    return len(list(root.glob("cache/*/*.parquet")))
+
+
+def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, tmp_path, monkeypatch):
+    prefcache("score", prepared, *SMALL_CHUNKS)
+    expected = fingerprint(tmp_path)
+    n_chunks = n_shards(tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "runs/tiny/scored")
+
+    scorer = begun(prepared, *SMALL_CHUNKS, *with_actors(2))
+    until(scorer, lambda: n_shards(tmp_path) >= 2)
+    until(scorer, lambda: killed_at_a_chunk(actors_at(scorer, "score")))
+    assert n_shards(tmp_path) < n_chunks  # there was more to do
+    out, said = scorer.communicate(timeout=120)
+    assert scorer.returncode == 0, said
+    assert json.loads(out)["scored"] == 2 * N_PAIRS  # and nothing of Ray's on stdout
+    assert said.count("warning: ") == 1 and "an actor of Ray died at a chunk" in said
+    assert all(line.startswith(("score: ", "warning: ")) for line in said.splitlines()), said
+    assert said.count("of the plain float32 forward") == 1  # each compares, one says so
+    assert len(rows_of(tmp_path)) == 2 * N_PAIRS  # rows_of fails where a sequence was stored twice
+    # The records too, so each names the parity of its actor, which is that of a plain run.
+    assert fingerprint(tmp_path) == expected
+
+    # Nothing is missing now, so Ray is not imported: with the manifest, and for the same rows without it.
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for _ in range(2):
+        again = prefcache("score", prepared, *SMALL_CHUNKS, *with_actors(2), "--json")
+        assert json.loads(again.stdout)["scored"] == 0
+        shutil.rmtree(tmp_path / "runs/tiny/scored")
+    assert fingerprint(tmp_path) == expected
+
+
+def test_ctrl_c_ends_the_actors_and_all_of_ray(prepared, tmp_path):
+    scorer = begun(prepared, *SMALL_CHUNKS, *with_actors(1))
+    until(scorer, lambda: n_shards(tmp_path) >= 2)
+    os.killpg(scorer.pid, signal.SIGINT)  # as a terminal does
+    _, said = scorer.communicate(timeout=60)
+    assert scorer.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while left := in_session(scorer):
+        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
+        time.sleep(0.1)
+
+
+def test_an_error_in_an_actor_is_one_line_and_its_own_exit_code(prefcache, prepared, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    prefcache("prepare", prepared, "--set", "model=broken")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with actors._connected(Ray(actors=1), 1) as ray:
+        assert signal.getsignal(signal.SIGTERM) == on_sigterm  # Ray would end the process without a word
+        done = prefcache("score", prepared, "--set", "model=broken", "--quiet", *with_actors(1), code=2)
+        assert ray.is_initialized()  # a Ray that was there stays there
+    assert done.stderr.startswith("error: broken does not load as a causal language model")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_chunk_at_which_every_actor_dies_ends_the_command(pool):
+    for number in (0, 1, 0, 1):
+        pool._bury(number, RuntimeError("gone"))
+    with pytest.raises(ResourceError, match=r"3 actors of Ray died at a chunk.*gone.*score\.ray\.actors"):
+        pool._bury(1, RuntimeError("gone"))
+
+
+def test_actors_that_die_before_their_first_chunk_end_the_command(pool):
+    # There are two: each may die twice, and then one more.
+    for _ in range(5):
+        pool._bury(None, RuntimeError("gone"))
+    with pytest.raises(ResourceError, match="6 actors of Ray died before a chunk"):
+        pool._bury(None, RuntimeError("gone"))
+
+
+OTHERS = {
+    "code": ("0", UsageError, "has another prefcache"),
+    "folder": (Path("/nowhere"), UsageError, "has no /nowhere"),
+    "numerics": ({"torch": "1.0"}, IdentityError, "torch 1.0 -> "),
+    "prepared_id": ("0", IdentityError, "was prepared again"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_machine_unlike_the_one_that_asks_is_refused(pool, what):
+    other, kind, said = OTHERS[what]
+    other = pool._work.numerics | other if what == "numerics" else other
+    # As Ray would call it, in its process.
+    with pytest.raises(kind, match=said):
+        actors.ScoringActor(replace(pool._work, **{what: other})).begin()
+
+
+def test_ray_that_is_missing_is_named_with_how_to_install_it(prefcache, prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = prefcache("score", prepared, *with_actors(1), "--quiet", code=2)
+    assert "pip install 'prefcache[ray]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_options_that_are_said_elsewhere_are_refused(prefcache, prepared):
+    done = prefcache("score", prepared, *with_actors(1), "--set", "score.ray.options={num_gpus: 1}", "-q", code=2)
+    assert "score.ray.options has num_gpus, which is said by score.ray.gpus" in done.stderr
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with (
+        pytest.raises(UsageError, match="No Ray to be used at"),
+        actors._connected(Ray(actors=1, address=address), 1),
+    ):
+        pass
+
+
+def test_actors_with_gpus_compute_on_them_wherever_they_are_asked_from(model):
+    reference = Reference(model)
+    assert numerics(reference, Score(ray={"actors": 1, "gpus": 1}))["device"] == "cuda"
+    assert numerics(reference, Score(ray={"actors": 1, "gpus": 1}, device="cpu"))["device"] == "cpu"
+    assert numerics(reference, Score(ray={"actors": 1})) == numerics(reference, Score())
