@@ -1,65 +1,113 @@
-"""What a training step reads: pairs with their reference log-probs, in the sampler's order."""
+"""What a training step reads: examples with their reference log-probs, in the sampler's order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from pipeline.packing import token_budget_batches
-from pipeline.schema import Sequence
+from pipeline.prepared import IdLists
+from pipeline.schema import Sequence as TokenSequence
+from pipeline.token_logps import TokenLogps
+
+Columns = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some pairs: their tokens, and the columns that a loss may read. Shape of every column: [B]."""
+    """Some examples. Shape of every column: [B]."""
 
-    chosen: list[Sequence]
-    rejected: list[Sequence]
+    rows: list[int]  # in the prepared table
     columns: dict[str, torch.Tensor]
+    answers: dict[str, list[TokenSequence | None]]  # None: this example has no such answer
+    reference_tokens: dict[str, list[torch.Tensor]]
 
 
-class Pairs:
-    """The examples of one split that have reference values, by row."""
+class Examples:
+    """The examples of one split of which all is known that the objective needs, by row."""
 
-    def __init__(self, table: pa.Table, sequences: Any, reference: dict[str, np.ma.MaskedArray]) -> None:
-        masks = [np.ma.getmaskarray(values) for values in reference.values()]
-        self._rows = np.flatnonzero(~np.logical_or.reduce(masks)) if len(table) else np.array([], dtype=np.int64)
-        self.n_without_reference = len(table) - len(self._rows)
-        self._sequences = sequences
-        self._example_id, self._prompt = table["example_id"], table["prompt"]
-        counts = {name: table[name].to_numpy() for name in ("n_prompt", "n_chosen", "n_rejected")}
-        self._columns = {name: counts[name] for name in ("n_chosen", "n_rejected")} | {
-            name: np.ma.getdata(values) for name, values in reference.items()
+    def __init__(
+        self,
+        table: pa.Table,
+        answers: Sequence[str],
+        optional: Sequence[str],
+        columns: Columns,
+        tokens: Mapping[str, TokenLogps] | None = None,
+        learned: Sequence[str] | None = None,
+    ) -> None:
+        """`columns` are what the data and the cache give, nan where they give nothing; `optional` answers may be missing.
+        `learned` are those of the answers that a step computes, if not all."""
+        complete = np.ones(len(table), bool)
+        self.left_out: dict[str, int] = {}  # column -> examples that lack it, and nothing before it
+        for name, values in columns.items():
+            if _answer_of(name) not in optional:
+                lacking = complete & np.isnan(values)
+                if lacking.any():
+                    self.left_out[name] = int(lacking.sum())
+                complete &= ~np.isnan(values)
+        self._rows = np.flatnonzero(complete)
+        self._prompt_ids = IdLists(table["prompt_ids"])
+        self._answer_ids = {name: IdLists(table[f"{name}_ids"]) for name in (*answers, *optional)}
+        # Without the reference's log-prob, nothing could be learned from the policy's.
+        self._has = {
+            name: np.logical_and.reduce(
+                [table[f"{name}_ids"].is_valid().to_numpy()]
+                + [~np.isnan(values) for column, values in columns.items() if _answer_of(column) == name]
+            )
+            for name in optional
         }
-        self._longest = counts["n_prompt"] + np.maximum(counts["n_chosen"], counts["n_rejected"])
-        self._tokens = 2 * counts["n_prompt"] + counts["n_chosen"] + counts["n_rejected"]
+        self._columns, self._tokens = columns, tokens or {}
+        self._example_id, self._prompt = table["example_id"], table["prompt"]
+        self._n_answer = {name: table[f"n_{name}"].fill_null(0).to_numpy() for name in self._answer_ids}
+        lengths = {name: table["n_prompt"].to_numpy() + n.astype(np.int64) for name, n in self._n_answer.items()}
+        shared = np.stack([lengths[name] for name in answers])
+        # Padded: what shares a forward pass is as long as the longest of it.
+        padded = [len(answers) * shared.max(0), *(lengths[name] for name in optional)]
+        self._size = np.maximum.reduce(padded)
+        self._n_tokens = np.sum([lengths[name] for name in learned or answers], axis=0)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def column_names(self) -> set[str]:
-        return {"chosen_logp", "rejected_logp", *self._columns}
+    def batch(self, indices: np.ndarray, device: torch.device | str, answers: Sequence[str] = ()) -> Batch:
+        """Some examples with their columns, and the tokens of these answers."""
+        rows = self._rows[indices].tolist()
+        return Batch(
+            rows,
+            {
+                name: torch.as_tensor(values[rows], dtype=torch.float64, device=device)
+                for name, values in self._columns.items()
+            },
+            {name: [self._sequence(name, row) for row in rows] for name in answers},
+            {
+                name: [torch.from_numpy(self._tokens[name][row]).to(device) for row in rows]
+                for name in answers
+                if name in self._tokens
+            },
+        )
 
-    def batch(self, indices: np.ndarray, device: torch.device | str) -> Batch:
-        rows = self._rows[indices]
-        columns = {
-            name: torch.as_tensor(values[rows], dtype=torch.float64, device=device)
-            for name, values in self._columns.items()
-        }
-        chosen, rejected = self._sequences.pairs(rows.tolist())
-        return Batch(chosen, rejected, columns)
+    def _sequence(self, answer: str, row: int) -> TokenSequence | None:
+        if answer in self._has and not self._has[answer][row]:
+            return None
+        return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row])
 
-    def micro_batches(self, indices: np.ndarray, budget: int) -> list[np.ndarray]:
-        """`indices` split so that both padded answers of the pairs in a part stay within `budget` tokens."""
-        lengths = (2 * self._longest[self._rows[indices]]).tolist()
-        return [indices[part] for part in token_budget_batches(lengths, budget)]
+    def micro_batches(self, indices: np.ndarray, budget: int, most: int | None = None) -> list[np.ndarray]:
+        """`indices` in parts of at most `most` examples, none of whose padded forwards has more than `budget` tokens."""
+        parts = np.split(indices, range(most, len(indices), most)) if most else [indices]
+        return [
+            part[chosen]
+            for part in parts
+            for chosen in token_budget_batches(self._size[self._rows[part]].tolist(), budget)
+        ]
+
+    def n_answer_tokens(self, answer: str, indices: np.ndarray) -> np.ndarray:
+        n: np.ndarray = self._n_answer[answer][self._rows[indices]]
+        return n
 
     def n_tokens(self, indices: np.ndarray) -> int:
-        return int(self._tokens[self._rows[indices]].sum())
+        return int(self._n_tokens[self._rows[indices]].sum())
 
     def example_ids(self, indices: np.ndarray) -> list[str]:
         return list(self._example_id.take(pa.array(self._rows[indices])).to_pylist())
@@ -67,25 +115,29 @@ class Pairs:
     def prompts(self, indices: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
         """Prompts as text and as ids."""
         rows = self._rows[indices]
-        return self._prompt.take(pa.array(rows)).to_pylist(), [self._sequences[2 * row].prompt_ids for row in rows]
+        return self._prompt.take(pa.array(rows)).to_pylist(), [self._prompt_ids[row] for row in rows]
 
 
-def n_steps(n_pairs: int, batch_size: int, epochs: float) -> int:
-    return max(1, round(epochs * -(-n_pairs // batch_size)))
+def _answer_of(column: str) -> str:
+    return column.removeprefix("ref_").removesuffix("_logp")
+
+
+def n_steps(n_examples: int, batch_size: int, epochs: float) -> int:
+    return max(1, round(epochs * -(-n_examples // batch_size)))
 
 
 def steps(
-    n_pairs: int, batch_size: int, epochs: float, seed: int, after: int
+    n_examples: int, batch_size: int, epochs: float, seed: int, after: int
 ) -> Iterator[tuple[int, float, np.ndarray]]:
-    """(step from 1, epoch reached, pairs of the step), from the step after `after` on.
+    """(step from 1, epoch reached, examples of the step), from the step after `after` on.
 
-    The order depends on the seed, the epoch and the number of pairs alone, so a resumed run, another number of
+    The order depends on the seed, the epoch and the number of examples alone, so a resumed run, another number of
     processes and a run with a live reference all see the same batches.
     """
-    per_epoch = -(-n_pairs // batch_size)
+    per_epoch = -(-n_examples // batch_size)
     shuffled = None
-    for step in range(after, n_steps(n_pairs, batch_size, epochs)):
+    for step in range(after, n_steps(n_examples, batch_size, epochs)):
         epoch, i = divmod(step, per_epoch)
         if shuffled != epoch:
-            order, shuffled = np.random.default_rng([seed, epoch]).permutation(n_pairs), epoch
+            order, shuffled = np.random.default_rng([seed, epoch]).permutation(n_examples), epoch
         yield step + 1, (step + 1) / per_epoch, order[i * batch_size : (i + 1) * batch_size]

@@ -6,10 +6,11 @@ Relative paths are relative to where the command is run. Where to look next: dat
 
 import datetime
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -206,13 +207,98 @@ class Kinds(Section):
         return self
 
 
+class Tokens(Section):
+    """How the log-probs of an answer's tokens become one number. Unless said, they are added up."""
+
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Weight of the tokens beyond the length of the pair's shorter answer (LD-DPO)."""
+    ld_alpha_of: Literal["both", "policy"] = "both"
+    """policy: the reference's tokens beyond it keep their weight, as some implementations have it."""
+    sampo: bool = False
+    """Of the longer answer only as many random tokens as the shorter one has (SamPO)."""
+    decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each token's weight is so much of the one before it: earlier tokens count more (temporal decay)."""
+    clamp: tuple[float, float] | None = None
+    """Lowest and highest log-ratio to the reference that a token may count with, such as [-1.5, 1.5] (Humanline)."""
+
+    @model_validator(mode="after")
+    def _combine(self) -> "Tokens":
+        # Where policy and reference agree the ratio is 0: limits beyond it would let nothing be learned from the start.
+        if self.clamp is not None and not (self.clamp[0] <= 0 <= self.clamp[1] and self.clamp[0] < self.clamp[1]):
+            raise ValueError(
+                f"clamp: found {list(self.clamp)}, expected a lower and an upper limit with 0 between them"
+            )
+        if self.sampo and self.ld_alpha is not None:
+            raise ValueError("sampo and ld_alpha both deal with the longer answer's tokens; take one of them")
+        return self
+
+    @property
+    def weighs(self) -> bool:
+        """Whether anything but plain sums is asked for."""
+        return self.of_reference or self.ld_alpha is not None
+
+    @property
+    def of_reference(self) -> bool:
+        """Whether the reference's single tokens are needed for it."""
+        on_both = self.ld_alpha is not None and self.ld_alpha_of == "both"
+        return on_both or self.sampo or self.decay is not None or self.clamp is not None
+
+
+def _as_weights(value: Any) -> Any:
+    """A list of names has weights of 1. What is neither a name nor a mapping of names to numbers is refused."""
+    if isinstance(value, list):
+        if twice := next((name for name in value if value.count(name) > 1), None):
+            raise ValueError(f"names {twice} twice; say its weight, as in {{{twice}: 2}}")
+        value = {str(name): 1.0 for name in value} if all(isinstance(name, str | int) for name in value) else None
+    if isinstance(value, dict):
+        return {str(name): _weight(str(name), weight) for name, weight in value.items()} or _expected_losses(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else _expected_losses(value)
+
+
+def _weight(name: str, weight: Any) -> float:
+    try:
+        number = math.nan if isinstance(weight, bool) else float(weight)  # YAML 1.1 reads 1e-1 as text
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"the weight of {name} is {weight!r}; expected a number that is not negative")
+    return number
+
+
+def _expected_losses(value: Any) -> NoReturn:
+    raise ValueError("expected the name of a loss, a list of names, or names with their weights")
+
+
+def _as_arguments(value: Any) -> Any:
+    """`{loss: {key: value}}`, which is what --set train.loss_args.loss.key=value makes, as `{loss.key: value}`."""
+    if not isinstance(value, dict):
+        return value
+    flat: dict[Any, Any] = {}
+    for key, entry in value.items():
+        flat |= {f"{key}.{name}": each for name, each in entry.items()} if isinstance(entry, dict) else {key: entry}
+    for key, entry in flat.items():
+        if not isinstance(entry, bool | int | float | str):
+            raise ValueError(f"{key}: expected a number, a word, true or false; found {entry!r}")
+    return flat
+
+
 class Train(Section):
-    loss: str = "sigmoid"
-    """A name in pipeline/losses.py."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """Strength of the pull towards the reference; also the scale of rewards."""
-    loss_args: dict[str, float | bool | str] = {}
-    """Further hyperparameters of the loss."""
+    loss: Annotated[str | dict[str, float], BeforeValidator(_as_weights)] = "sigmoid"
+    """A name that `prefcache losses` lists, or several with their weights: {sigmoid: 0.8, sft: 0.2}."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """Strength of the pull towards the reference; also the scale of rewards. Unless said, the loss's own default."""
+    loss_args: Annotated[dict[str, bool | float | str], BeforeValidator(_as_arguments)] = {}
+    """Further hyperparameters of the loss. Of several losses, `key` is for all that have it, `loss.key` for one."""
+    reference_free: bool = False
+    """Take the reference's log-probs to be 0: no scores are read."""
+    tokens: Tokens = Tokens()
+    """How the log-probs of an answer's tokens become one number."""
+    weighting: Literal["wpo"] | None = None
+    """wpo: weigh each example by how likely the policy would be to write its answers (WPO)."""
+    density_ratio: bool = False
+    """For bco: weigh undesirable answers by how much likelier their prompts are among the desirable ones."""
+    scope: Literal["batch", "micro"] = "batch"
+    """What a loss's statistics are taken over: the whole batch of a step, or each micro-batch, as other trainers do."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """At its peak, after the warm-up."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -221,6 +307,8 @@ class Train(Section):
     """Pairs per optimizer step, over all processes."""
     tokens_per_micro_batch: Count = 16_384
     """Most tokens of one forward and backward, padding included. Affects memory, never the result."""
+    micro_batch_size: Count | None = None
+    """Most examples of one forward and backward."""
     warmup_ratio: Fraction = 0.1
     """Share of the steps in which the learning rate rises; after it, a cosine to zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -345,12 +433,12 @@ def _explain(problem: Any) -> str:
         name = "prepare.data" if name == "prepare" else name
         option = f" (or --set {name}=...)" if name else ""
         return f"{name} is missing; say it in the config{option}"
-    if problem["type"] == "too_short" or (problem["input"] is None and problem["type"] == "model_type"):
-        return f"{name}: names nothing; expected a path or a list of them"
     if problem["type"] == "model_type":
-        section = _section_at(keys)
-        path, known = "a path or " if section is Source else "", ", ".join(section.model_fields if section else ())
-        return f"{name}: found {problem['input']!r}, expected {path}a mapping of {known}"
+        section, path = _section_at(keys), "a path or " if keys[:2] == ["prepare", "data"] else ""
+        known = f" of {', '.join(section.model_fields)}" if section else ""
+        return f"{name}: found {problem['input']!r}, expected {path}a mapping{known}"
+    if problem["type"] == "too_short":
+        return f"{name}: names nothing; expected a path or a list of them"
     found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {message}{found}" if name else message

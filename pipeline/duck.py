@@ -25,9 +25,12 @@ def define(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], sche
         con.register(name, schema.empty_table().append_column("filename", pa.array([], pa.string())))
         return
     listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-    # Without the last option DuckDB takes a folder called beta=0.7 for a column.
+    con.register(f"{name}_columns", schema.empty_table())
+    # Without hive_partitioning = false DuckDB takes a folder called beta=0.7 for a column. Files of an earlier version may lack
+    # columns, which are then empty.
     con.execute(
-        f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false)"
+        f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false, "
+        f"union_by_name = true) union all by name select * from {name}_columns"
     )
 
 

@@ -33,8 +33,28 @@ def plain_logps(model: Any, sequence: Sequence) -> torch.Tensor:
     return gather_logps(logits_TV[n_prompt - 1 : -1], ids_T[n_prompt:])
 
 
+def log_sum_squares(logits_NV: torch.Tensor) -> torch.Tensor:
+    """log of the sum of squared probabilities: what a token drawn from the distribution has, in the mean, for a probability."""
+    return torch.logsumexp(2 * logits_NV.float(), -1) - 2 * torch.logsumexp(logits_NV.float(), -1)
+
+
 def completion_logps(model: Any, sequences: SequenceOf[Sequence]) -> list[torch.Tensor]:
-    """Log-prob of each completion token of each sequence, in one forward.
+    """Log-prob of each completion token of each sequence, in one forward."""
+    logits_NV, target_N, counts = _completion_logits(model, sequences)
+    return list(torch.split(gather_logps(logits_NV, target_N), counts))
+
+
+def completion_logps_and_squares(
+    model: Any, sequences: SequenceOf[Sequence]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same, and of each token's distribution log_sum_squares, without gradients."""
+    logits_NV, target_N, counts = _completion_logits(model, sequences)
+    logps = torch.split(gather_logps(logits_NV, target_N), counts)
+    return list(logps), list(torch.split(log_sum_squares(logits_NV.detach()), counts))
+
+
+def _completion_logits(model: Any, sequences: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """What predicts each completion token, these tokens, and how many each sequence has.
 
     Sequences are padded on the right, where a causal model never looks back from; so no mask is needed, and the
     fastest attention is used. The head sees only positions that predict a completion token of some sequence. The last
@@ -52,8 +72,7 @@ def completion_logps(model: Any, sequences: SequenceOf[Sequence]) -> list[torch.
     starts = [len(sequence.prompt_ids) - 1 - first for sequence in sequences]
     column_N = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)])
     target_N = torch.cat([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)]).to(device)
-    logps_N = gather_logps(logits_BKV[row_N.to(device), column_N.to(device)], target_N)
-    return list(torch.split(logps_N, counts))
+    return logits_BKV[row_N.to(device), column_N.to(device)], target_N, counts
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""The model being trained, on accelerate: log-probs of pairs, the update, greedy answers.
+"""The model being trained, on accelerate: log-probs of examples, the update, greedy answers.
 
-There is no reference model here and no way to load one. Shapes: B pairs.
+There is no reference model here and no way to load one. Shapes: B examples.
 """
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pipeline import identity
-from pipeline.batches import Batch, Pairs
+from pipeline.batches import Batch, Examples
 from pipeline.config import Train
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.logprobs import completion_logps, sums, use_float32_head
+from pipeline.logprobs import completion_logps, completion_logps_and_squares, sums, use_float32_head
+from pipeline.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Memory, Objective, part_of
 from pipeline.packing import token_budget_batches
+from pipeline.schema import STEPS
+from pipeline.token_sums import Seed, answer_sums, wpo_weights
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 _WEIGHTS = "weights.safetensors"
-LossFunction = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-# What a visit of a pair leaves behind, in the order of the pairs visited.
+# What a visit of examples leaves behind, in their order: plain log-probs under the names of schema.STEPS, `loss`, and
+# `loss/TERM` where there are several.
 Visit = dict[str, np.ndarray]
-_VISIT = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp", "loss")
+Logged = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    visit: Visit
+    logged: Logged
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is known of the whole batch before the pass with gradients. Shape of slopes and values: [B]."""
+
+    statistics: dict[str, torch.Tensor]
+    logged: Logged
+    memory: Memory
+    slopes: dict[str, torch.Tensor]  # of the summed loss at each log-prob, where examples depend on one another
+    values: dict[str, torch.Tensor]
 
 
 def accelerator(train: Train) -> Accelerator:
@@ -61,65 +83,189 @@ class Policy:
 
     # -- log-probs ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, pairs: Pairs, indices: np.ndarray, loss: LossFunction) -> Visit:
-        """Visit pairs without learning from them."""
-        mine = self._share(indices)
-        parts = []
-        with torch.no_grad():
-            for part in pairs.micro_batches(mine, self.train.tokens_per_micro_batch):
-                parts.append((part, self._visit(pairs.batch(part, self.accelerator.device), loss)))
-        return self._gather(indices, parts)
+    def evaluate(
+        self, examples: Examples, indices: np.ndarray, objective: Objective, memory: Memory
+    ) -> tuple[Visit, Logged]:
+        """Visit examples without learning from them. They count as one batch."""
+        columns = self._seen(examples, indices, objective, objective.visited)
+        statistics, _, logged = objective.with_statistics(columns, memory, learning=False)
+        loss, parts = objective.values(columns, statistics)
+        return _visit(columns, loss, parts), logged
 
     def update(
-        self, pairs: Pairs, indices: np.ndarray, loss: LossFunction, learning_rate: float
-    ) -> tuple[Visit, float]:
-        """One optimizer step on these pairs; returns what was seen before it, and the gradient's norm."""
-        mine = self._share(indices)
-        # A process without pairs of its own still has to take part in the reduction of gradients.
-        parts = pairs.micro_batches(mine if len(mine) else indices[:1], self.train.tokens_per_micro_batch)
-        seen = []
-        for i, part in enumerate(parts):
-            with self.accelerator.no_sync(self._model) if i < len(parts) - 1 else contextlib.nullcontext():
-                visit = self._visit(pairs.batch(part, self.accelerator.device), loss)
-                # Averaged over the step's pairs, never over micro-batches: memory must not change the result. The
-                # reduction averages over processes, hence their number.
-                scale = self.accelerator.num_processes / len(indices) if len(mine) else 0.0
-                self.accelerator.backward(visit["loss"].sum() * scale)
-            if len(mine):
-                seen.append((part, {name: values.detach() for name, values in visit.items()}))
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        objective: Objective,
+        memory: Memory,
+        learning_rate: float,
+        epoch: int = 0,
+    ) -> tuple[Visit, Logged, Memory]:
+        """One optimizer step on these examples; returns what was seen before it, numbers to log and what to remember."""
+        step = self._step(examples, indices, objective, memory, epoch)
         grad_norm = float(self.accelerator.clip_grad_norm_(self._model.parameters(), self.train.max_grad_norm))
         if not math.isfinite(grad_norm):
             raise IntegrityError(
                 f"The gradient's norm is {grad_norm}; the step was not taken. Lower train.learning_rate, or look at the "
-                f"pairs {', '.join(pairs.example_ids(indices)[:5])}, ... of this step."
+                f"examples {', '.join(examples.example_ids(indices)[:5])}, ... of this step."
             )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return self._gather(indices, seen), grad_norm
+        return step.visit, {**step.logged, "grad_norm": grad_norm}, step.memory
 
-    def _visit(self, batch: Batch, loss: LossFunction) -> dict[str, torch.Tensor]:
-        # Without gradients not through the wrapper, whose forward may wait for processes that have no pair to visit.
+    def _step(
+        self, examples: Examples, indices: np.ndarray, objective: Objective, memory: Memory, epoch: int
+    ) -> "_Step":
+        """The gradient of the mean loss of these examples, in as many forwards as memory wants.
+
+        What is taken over the whole batch comes from a first pass without gradients. Where gradients flow between examples,
+        that pass also gives each example's share: the slope of the batch's loss at its log-probs, which the second pass
+        carries on into the model. So the result is that of one forward over everything.
+        """
+        mine = self._share(indices)
+        # A process without examples of its own still has to take part in the reduction of gradients.
+        parts = self._parts(examples, mine if len(mine) else indices[:1])
+        whole = self._whole_batch(examples, indices, objective, memory, epoch, n_parts=len(parts))
+        at, n = {int(i): k for k, i in enumerate(indices)}, len(indices)
+        seen: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
+        logged, after = (whole.logged, whole.memory) if whole else ({}, memory)
+        for i, part in enumerate(parts):
+            with self.accelerator.no_sync(self._model) if i < len(parts) - 1 else contextlib.nullcontext():
+                answers = objective.answers if whole else (*objective.answers, *objective.without_gradient)
+                columns = self._columns(examples, part, objective, answers, epoch)
+                positions = torch.tensor([at[int(index)] for index in part])
+                if whole is None:
+                    detached = {name: values.detach() for name, values in columns.items()}
+                    statistics, after, logged = objective.with_statistics(detached, after, learning=True)
+                else:
+                    statistics = part_of(whole.statistics, positions, n)
+                if whole and whole.slopes:
+                    total = sum((columns[name] * slope_B[positions]).sum() for name, slope_B in whole.slopes.items())
+                    values = {name: values_B[positions] for name, values_B in whole.values.items()}
+                else:
+                    loss, terms = objective.values(columns, statistics)
+                    total, values = loss.sum(), {"loss": loss, **_named(terms)}
+                # Averaged over the step's examples, never over micro-batches: memory must not change the result. The
+                # reduction averages over processes, hence their number.
+                self.accelerator.backward(total * (self.accelerator.num_processes / n if len(mine) else 0.0))
+            if len(mine):
+                seen.append((part, {name: each.detach() for name, each in (columns | values).items()}))
+        return _Step(_arrays(self._gather(indices, seen)), logged, after)
+
+    def _whole_batch(
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        objective: Objective,
+        memory: Memory,
+        epoch: int,
+        n_parts: int,
+    ) -> "_Whole | None":
+        """What a first pass over the batch finds; None where none is wanted, or a single forward sees all of it anyway."""
+        if self.train.scope == "micro" or not (objective.statistics or objective.over_batch):
+            return None
+        if n_parts == 1 and self.accelerator.num_processes == 1:
+            return None
+        columns = self._seen(examples, indices, objective, objective.first_pass, epoch)
+        statistics, after, logged = objective.with_statistics(columns, memory, learning=True)
+        if not objective.over_batch:
+            return _Whole(statistics, logged, after, {}, {})
+        names = [f"{kind}{name}_logp" for name in objective.answers for kind in ("", PLAIN)]
+        at = {name: columns[name].clone().requires_grad_() for name in names}
+        loss, terms = objective.values(columns | at, statistics)
+        slopes = torch.autograd.grad(loss.sum(), list(at.values()), allow_unused=True, materialize_grads=True)
+        values = {name: each.detach() for name, each in {"loss": loss, **_named(terms)}.items()}
+        return _Whole(statistics, logged, after, dict(zip(at, slopes, strict=True)), values)
+
+    def _seen(
+        self, examples: Examples, indices: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """The columns of examples with the log-probs of some answers, without gradients, the same on every process."""
+        parts = []
+        with torch.no_grad():
+            for part in self._parts(examples, self._share(indices)) if answers else []:
+                parts.append((part, self._columns(examples, part, objective, answers, epoch)))
+        device = self.accelerator.device
+        return examples.batch(indices, device).columns | (self._gather(indices, parts) if answers else {})
+
+    def _columns(
+        self, examples: Examples, part: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int
+    ) -> dict[str, torch.Tensor]:
+        """All that a loss reads of some examples. Under PLAIN are plain sums, whatever weighs tokens."""
+        batch = examples.batch(part, self.accelerator.device, answers)
+        columns = batch.columns | {
+            f"{PLAIN}{name}": values for name, values in batch.columns.items() if name in STEPS.names
+        }
+        seed = Seed(self.train.seed, epoch, batch.rows)
+        still = [name for name in answers if name in WITHOUT_GRADIENT]
+        if moving := [name for name in answers if name not in still]:
+            columns |= self._sums(batch, moving, seed, weighed=objective.answers if self.train.weighting else ())
+        if still:
+            with torch.no_grad():
+                columns |= self._sums(batch, still, seed)
+        return columns
+
+    def _sums(self, batch: Batch, names: list[str], seed: Seed, weighed: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """`weighed` are the answers that WPO weighs an example by: those it learns from."""
+        has = [i for i, sequence in enumerate(batch.answers[names[0]]) if sequence is not None]
+        n, found = len(batch.rows), {}
+        if has:
+            logps, squares = self._token_logps(batch, names, has, also_squares=bool(weighed))
+            reference = {
+                name: [batch.reference_tokens[name][i] for i in has] for name in names if name in batch.reference_tokens
+            }
+            at = Seed(seed.seed, seed.epoch, [batch.rows[i] for i in has])
+            found = answer_sums(logps, reference, self.train.tokens, at)
+            found |= {f"{PLAIN}{name}_logp": sums(lists) for name, lists in logps.items()}
+            if weighed:
+                found[WEIGHT] = wpo_weights({name: logps[name] for name in weighed}, squares)
+        if len(has) == n:
+            return found
+        missing = torch.full((n,), float("nan"), dtype=torch.float64, device=self.accelerator.device)
+        names_of = list(found) or [f"{name}_logp" for name in names]
+        return {name: missing.index_put((torch.tensor(has),), found[name]) if has else missing for name in names_of}
+
+    def _token_logps(
+        self, batch: Batch, names: list[str], has: list[int], *, also_squares: bool
+    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
+        """By answer, the log-probs of each example's tokens; and what else the head is asked for, see logprobs.py."""
+        # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
         model = self._model if torch.is_grad_enabled() else self.accelerator.unwrap_model(self._model)
+        sequences = [sequence for name in names for i in has if (sequence := batch.answers[name][i]) is not None]
         with self.accelerator.autocast():
-            logp = sums(completion_logps(model, [*batch.chosen, *batch.rejected]))
-        chosen_B, rejected_B = torch.split(logp, len(batch.chosen))
-        columns = {**batch.columns, "chosen_logp": chosen_B, "rejected_logp": rejected_B}
-        columns["loss"] = loss(columns)
-        return {name: columns[name] for name in _VISIT}
+            logps, squares = (
+                completion_logps_and_squares(model, sequences)
+                if also_squares
+                else (completion_logps(model, sequences), [])
+            )
+        n = len(has)
+        return (
+            {name: logps[k * n : (k + 1) * n] for k, name in enumerate(names)},
+            {name: squares[k * n : (k + 1) * n] for k, name in enumerate(names)},
+        )
+
+    def _parts(self, examples: Examples, indices: np.ndarray) -> list[np.ndarray]:
+        return examples.micro_batches(indices, self.train.tokens_per_micro_batch, self.train.micro_batch_size)
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _gather(self, indices: np.ndarray, parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]]) -> Visit:
+    def _gather(
+        self, indices: np.ndarray, parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]]
+    ) -> dict[str, torch.Tensor]:
         """What all processes saw, in the order of `indices`."""
-        rows = [(int(i), *row) for part, visit in parts for i, *row in zip(part, *_columns(visit), strict=True)]
-        if self.accelerator.num_processes > 1:
-            rows = gather_object(rows)
-        by_index = {i: row for i, *row in rows}
-        table = np.array([by_index[int(i)] for i in indices], dtype=np.float64).reshape(len(indices), len(_VISIT))
-        return {name: table[:, column] for column, name in enumerate(_VISIT)}
+        mine = [(part.tolist(), {name: values.tolist() for name, values in seen.items()}) for part, seen in parts]
+        everyone = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        at = {int(index): k for k, index in enumerate(indices)}
+        found: dict[str, torch.Tensor] = {}
+        for part, seen in everyone:
+            positions = torch.tensor([at[index] for index in part], dtype=torch.long)
+            for name, values in seen.items():
+                whole = found.setdefault(name, torch.full((len(indices),), float("nan"), dtype=torch.float64))
+                whole[positions] = torch.tensor(values, dtype=torch.float64)
+        return {name: values.to(self.accelerator.device) for name, values in found.items()}
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -224,8 +370,21 @@ def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(visit: dict[str, torch.Tensor]) -> list[list[float]]:
-    return [visit[name].tolist() for name in _VISIT]
+def _named(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"loss/{name}": values for name, values in terms.items()} if len(terms) > 1 else {}
+
+
+def _visit(columns: dict[str, torch.Tensor], loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> Visit:
+    return _arrays({**columns, "loss": loss, **_named(terms)})
+
+
+def _arrays(seen: dict[str, torch.Tensor]) -> Visit:
+    """The policy's plain sums, the reference's as they are cached, and the losses."""
+    return {
+        name.removeprefix(PLAIN): values.cpu().numpy()
+        for name, values in seen.items()
+        if name.startswith((PLAIN, "loss"))
+    }
 
 
 def _listed(value: Any) -> list[int]:

@@ -5,7 +5,6 @@ other names and then switches the manifest, so a reader sees the old set or the 
 """
 
 import bisect
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,3 @@ class Sequences:
     def __getitem__(self, slot: int) -> Sequence:
         row, side = divmod(int(slot), 2)
         return Sequence(self._prompt[row], self._answers[side][row])
-
-    def pairs(self, rows: Iterator[int] | list[int]) -> tuple[list[Sequence], list[Sequence]]:
-        rows = list(rows)
-        return [self[2 * row] for row in rows], [self[2 * row + 1] for row in rows]

@@ -22,17 +22,25 @@ class RunLog:
         self._pending: dict[str, list[pa.Table]] = {name: [] for name in _TABLES}
 
     def metrics(self, row: dict[str, Any]) -> None:
-        self._pending["metrics"].append(pa.Table.from_pylist([row], schema=METRICS))
+        """What METRICS has, and what this run's loss measures beside it."""
+        more = [pa.field(name, pa.float64()) for name in row if name not in METRICS.names]
+        self._pending["metrics"].append(pa.Table.from_pylist([row], schema=pa.schema([*METRICS, *more])))
 
     def visit(self, step: int, epoch: float, split: str, example_ids: list[str], visit: dict[str, Any]) -> None:
         n = len(example_ids)
-        columns = {"step": [step] * n, "epoch": [epoch] * n, "split": [split] * n, "example_id": example_ids, **visit}
+        columns = {"step": [step] * n, "epoch": [epoch] * n, "split": [split] * n, "example_id": example_ids}
+        # Numbers of a float64 table, whatever they count.
+        columns |= {
+            field.name: pa.array(visit[field.name]).cast(field.type) if field.name in visit else [None] * n
+            for field in STEPS
+            if field.name not in columns
+        }
         self._pending["steps"].append(pa.Table.from_pydict(columns, schema=STEPS))
 
     def flush(self, step: int) -> None:
         for name, tables in self._pending.items():
             if tables:
-                table = pa.concat_tables(tables)
+                table = pa.concat_tables(tables, promote_options="default")
                 artifact.commit_bytes(self._folder / name / f"to-{step:08}.parquet", artifact.parquet(table))
                 tables.clear()
 

@@ -155,7 +155,8 @@ CACHE = pa.schema(
     ]
 )
 
-# One row per example at each visit of a run. Rewards are derived from it, in SQL.
+# One row per example at each visit of a run. Rewards are derived from it, in SQL. A pair has no columns of a label and the other
+# way round; a run without a reference has none of the reference's. Log-probs are plain sums, however the loss weighed tokens.
 STEPS = pa.schema(
     [
         ("step", pa.int64()),
@@ -166,12 +167,19 @@ STEPS = pa.schema(
         ("rejected_logp", pa.float64()),
         ("ref_chosen_logp", pa.float64()),
         ("ref_rejected_logp", pa.float64()),
+        ("completion_logp", pa.float64()),
+        ("ref_completion_logp", pa.float64()),
+        ("n_chosen", pa.int32()),
+        ("n_rejected", pa.int32()),
+        ("n_completion", pa.int32()),
+        ("label", pa.bool_()),  # whether the answer is a desirable one
         ("loss", pa.float64()),
     ]
 )
 
-# The metrics of one step, under TRL's names.
-PAIR_METRICS = (
+# The metrics of one step, under TRL's names; of labels, chosen are the desirable answers and rejected the undesirable ones.
+# Beside them stand a loss's statistics, and `loss/NAME` of each term where there are several.
+BATCH_METRICS = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -182,9 +190,9 @@ PAIR_METRICS = (
 )
 METRICS = pa.schema(
     [("step", pa.int64()), ("epoch", pa.float64())]
-    + [(name, pa.float64()) for name in (*PAIR_METRICS, "grad_norm", "learning_rate")]
+    + [(name, pa.float64()) for name in (*BATCH_METRICS, "grad_norm", "learning_rate")]
     + [("num_tokens", pa.int64())]
-    + [(f"eval_{name}", pa.float64()) for name in PAIR_METRICS]
+    + [(f"eval_{name}", pa.float64()) for name in BATCH_METRICS]
 )
 
 SAMPLES = pa.schema(

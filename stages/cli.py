@@ -169,6 +169,30 @@ def formats(name: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def losses(name: str | None, as_json: bool) -> None:
+    """List the losses: what each reads, its hyperparameters and when to use it.
+
+    \b
+        prefcache losses
+        prefcache losses kto
+
+    With NAME: its formula, its paper, and what its metrics do in a healthy run. All of them train from one cache.
+    """
+    from pipeline.losses import LOSSES, get_loss
+    from stages import tables
+
+    found = [get_loss(name)] if name else list(LOSSES.values())
+    if as_json:
+        click.echo(json.dumps([each.describe() for each in found], indent=1))
+    elif name:
+        tables.loss(found[0])
+    else:
+        tables.losses(found)
+
+
+@main.command()
 @click.option("--dry-run", is_flag=True, help="Say what there is to score, and score nothing.")
 @click.option("--input", "inputs", multiple=True, metavar="DATA", help="Score these files instead of a config's data.")
 @click.option("--model", metavar="MODEL", help="With --input: the reference, a folder or a hub id.")

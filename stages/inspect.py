@@ -52,17 +52,15 @@ def _reference(folder: Path) -> tuple[list[str], pa.Table]:
 
 def _runs(folder: Path) -> tuple[list[str], pa.Table]:
     """Every run in the folder, finished or not, and the parts it has written."""
-    schema = pa.schema([("folder", pa.string()), ("run", pa.string()), ("loss", pa.string()), ("beta", pa.float64())])
     parts: list[str] = []
     rows: list[dict[str, Any]] = []
     for record in sorted(folder.glob(f"*/{PROVENANCE}")):
         facts = artifact.unseal(record, f"Move {record.parent} away.")
         _refuse_damage(record.parent)
         parts += sorted(str(part) for part in (record.parent / "steps").glob("to-*.parquet"))
-        rows.append(
-            {"folder": f"{record.parent}/", "run": record.parent.name, "loss": facts["loss"], "beta": facts["beta"]}
-        )
-    return parts, pa.Table.from_pylist(rows, schema=schema)
+        of_run = {name: facts.get(name, False) for name in ("loss", "beta", "per_token")}
+        rows.append({"folder": f"{record.parent}/", "run": record.parent.name, **of_run})
+    return parts, pa.Table.from_pylist(rows, schema=views.RUNS)
 
 
 def _refuse_damage(run: Path) -> None:

@@ -102,6 +102,44 @@ def _tokens(part: dict[str, Any]) -> Text:
     return text
 
 
+_LOSSES = {
+    ("pairs", True): "Pairs",
+    ("labels", True): "Labelled answers",
+    ("pairs", False): "Pairs, without a reference: no scores are needed",
+}
+
+
+def losses(found: Iterable[Any]) -> None:
+    listed = [each.describe() for each in found]
+    for (kind, reference), title in _LOSSES.items():
+        print(f"{title}\n")
+        for each in listed:
+            if (each["kind"], each["reference"]) == (kind, reference):
+                print(f"{each['name']}\n    {each['when']}\n    {_hyperparameters(each)}. {each['papers'][0]}\n")
+    print("`prefcache losses NAME` shows what one reads, its formula, and what a healthy run looks like.")
+
+
+def loss(chosen: Any) -> None:
+    each = chosen.describe()
+    summary, _, text = each["text"].partition("\n")
+    print(f"{each['name']}: {summary}\n\n    {each['formula']}\n")
+    print(f"{text.strip()}\n\nWhen: {each['when']}\n")
+    print(f"Reads {each['kind']}: {', '.join(each['columns'])}")
+    if each["statistics"] or each["over_batch"]:
+        which = f": {', '.join(each['statistics'])}" if each["statistics"] else ""
+        print(f"Taken over the whole batch of a step, however many micro-batches and processes it has{which}")
+    print(f"Hyperparameters: {_hyperparameters(each)}")
+    for name, allowed in each["ranges"].items():
+        print(f"    {name}: {'one of ' + ', '.join(allowed) if isinstance(allowed, tuple) else 'in ' + allowed}")
+    print("In a healthy run:")
+    for sign in each["healthy"]:
+        print(f"    {sign['metric']} {sign['direction']}: {sign['note']}")
+
+
+def _hyperparameters(described: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in described["hyperparameters"].items()) or "no hyperparameters"
+
+
 def formats(found: Iterable[Any]) -> None:
     for each in found:
         columns = ", ".join([*each.columns, *(f"[{name}]" for name in each.optional)])
@@ -202,7 +240,7 @@ def _print_damage(result: dict[str, Any]) -> None:
 def trained(result: dict[str, Any]) -> None:
     console = _console()
     console.print(
-        f"{result['run']}: {result['pairs']:,} pairs, {result['steps']:,} steps with loss {result['loss']}, "
+        f"{result['run']}: {result['examples']:,} {result['kind']}, {result['steps']:,} steps with loss {result['loss']}, "
         f"{result['seconds']:.0f} s"
     )
     if result["before"]["evaluation"]:
@@ -217,7 +255,7 @@ def trained(result: dict[str, Any]) -> None:
 
 def _held_out(result: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column(f"{result['held_out']:,} held-out pairs")
+    table.add_column(f"{result['held_out']:,} held-out {result['kind']}")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     before, after = result["before"], result["after"]
@@ -233,6 +271,8 @@ def _held_out(result: dict[str, Any]) -> Table:
         ("reward margin", "rewards/margins", "{:.3f}"),
         ("loss", "loss", "{:.4f}"),
     ):
+        if name not in new:
+            continue
         # Before the first step all rewards are zero: there is nothing to be accurate about.
         nothing = name == "rewards/accuracies" and abs(old["rewards/margins"]) < 1e-4
         # Adding 0.0 after rounding spares the reader a "-0.000".

@@ -1,5 +1,6 @@
 """train: the policy alone, against the cached log-probs of its reference."""
 
+import math
 import os
 import re
 import time
@@ -11,22 +12,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from pipeline import artifact, batches, checkpoints, identity
+from pipeline import artifact, batches, checkpoints, columns, identity, metrics
 from pipeline import config as configuration
-from pipeline.batches import Pairs
+from pipeline.batches import Examples
 from pipeline.cache import Cache, identify, open_scored, vouched_for
-from pipeline.config import Config, Kinds
+from pipeline.config import Config, Kinds, Train
 from pipeline.errors import DataError, IdentityError, IntegrityError, UsageError
-from pipeline.losses import Loss, get_loss, hyperparameters
-from pipeline.policy import Policy, Visit, accelerator, learning_rate
-from pipeline.prepared import Prepared, Sequences
+from pipeline.objective import Memory, Objective
+from pipeline.policy import Policy, accelerator, learning_rate
+from pipeline.prepared import Prepared
 from pipeline.progress import Progress
 from pipeline.runlog import PROVENANCE, RunLog
 from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
 
 BEFORE = "before.json"
+PREFERENCE = "preference_accuracy"
 # Mean deviation per token between the policy at its start and the cached reference that is still rounding.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32
@@ -42,15 +43,19 @@ _HARMLESS = {
 }
 
 
+def _harmless(train: Train) -> set[str]:
+    """And what is said elsewhere; and the size of micro-batches, unless statistics are taken over those."""
+    return _HARMLESS | {"loss", "loss_args", "beta"} | ({"micro_batch_size"} if train.scope == "batch" else set())
+
+
 @dataclass
 class Session:
     """What every part of a run needs."""
 
     config: Config
     inputs: dict[str, Any]
-    pairs: dict[str, Pairs]
-    loss: Loss
-    loss_arguments: dict[str, Any]
+    examples: dict[str, Examples]
+    objective: Objective
     policy: Policy
     log: RunLog
     progress: Progress
@@ -63,21 +68,17 @@ class Session:
     @property
     def n_steps(self) -> int:
         train = self.config.train
-        return batches.n_steps(len(self.pairs[TRAIN]), train.batch_size, train.epochs)
-
-    def losses(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.loss.function(*(columns[name] for name in self.loss.columns), **self.loss_arguments)
+        return batches.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs)
 
 
 def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     """The result, on the process that wrote it; None on the others."""
-    loss = get_loss(config.train.loss)
-    loss_arguments = hyperparameters(loss, config.train.beta, config.train.loss_args)
+    objective = Objective(config.train)
     prepared = Prepared(config.prepared)
-    _refuse_labels(loss, prepared)
-    scored, cache = _scored(config, prepared)
+    columns.refuse_missing(objective, prepared)
+    scored, cache = _scored(config, prepared) if objective.reference_answers else (None, None)
     start = _start(config)
-    inputs = _inputs(config, prepared, scored, start)
+    inputs = _inputs(config, objective, prepared, scored, start)
     devices = accelerator(config.train)
     progress = progress if devices.is_main_process else Progress(quiet=True)
     if devices.is_main_process:
@@ -88,11 +89,9 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         artifact.touch_manifest(config.run)
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
-    with vouched_for(config.scored):
-        pairs = _pairs(prepared, cache, scored["accepted_numerics"], progress)
-    _refuse_missing_columns(loss, pairs[TRAIN])
+    examples = _examples(config, objective, prepared, scored, cache, progress)
     policy = Policy(start, prepared.manifest["template"], config.train, devices)
-    session = Session(config, inputs, pairs, loss, loss_arguments, policy, RunLog(config.run), progress)
+    session = Session(config, inputs, examples, objective, policy, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored)
     state = _go_back(session)
@@ -101,14 +100,6 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
 
 
 # -- before any model is loaded --------------------------------------------------------------------------------------
-
-
-def _refuse_labels(loss: Loss, prepared: Prepared) -> None:
-    if prepared.kind == "labels":
-        raise UsageError(
-            f"Loss {loss.name!r} reads {', '.join(loss.columns)}, and {prepared.folder} holds labelled answers, not pairs. "
-            "Prepare data that has pairs (prepare.examples: pairs)."
-        )
 
 
 def _start(config: Config) -> Path:
@@ -145,13 +136,18 @@ def _scored(config: Config, prepared: Prepared) -> tuple[dict[str, Any], Cache]:
     return scored, cache
 
 
-def _inputs(config: Config, prepared: Prepared, scored: dict[str, Any], start: Path) -> dict[str, Any]:
+def _inputs(
+    config: Config, objective: Objective, prepared: Prepared, scored: dict[str, Any] | None, start: Path
+) -> dict[str, Any]:
     return {
         "prepared": prepared.id,
-        "reference": scored["reference"]["model_id"],
-        "numerics": scored["accepted_numerics"],
+        "reference": scored["reference"]["model_id"] if scored else None,
+        "numerics": scored["accepted_numerics"] if scored else None,
         "policy": identify(identity.Reference(start), Path(config.cache))["model_id"],
-        "train": config.train.model_dump(mode="json", exclude=_HARMLESS),
+        # As it is computed: a default that is said is no other run.
+        "loss": objective.described,
+        "rewards": {"beta": objective.beta, "per_token": objective.per_token},
+        "train": config.train.model_dump(mode="json", exclude=_harmless(config.train)),
     }
 
 
@@ -204,25 +200,34 @@ def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
     return lines
 
 
-def _pairs(prepared: Prepared, cache: Cache, accepted: list[str], progress: Progress) -> dict[str, Pairs]:
-    tables = {split: prepared.table(split) for split in (TRAIN, HELD_OUT)}
-    # All at once: the cache is read a single time.
-    columns = [table[f"{side}_key"] for table in tables.values() for side in ("chosen", "rejected")]
-    values = iter(cache.logps(columns, accepted))
-    pairs = {}
-    for split, table in tables.items():
-        reference = {f"ref_{side}_logp": next(values) for side in ("chosen", "rejected")}
-        pairs[split] = Pairs(table, Sequences(table), reference)
-        if missing := pairs[split].n_without_reference:
-            progress.warn(f"{missing} {split} pairs are left out: the reference has no finite log-prob for them")
-    if not len(pairs[TRAIN]):
-        raise DataError(f"{prepared.folder} has no pair to train on. Lower prepare.held_out, or add data.")
-    return pairs
-
-
-def _refuse_missing_columns(loss: Loss, pairs: Pairs) -> None:
-    if missing := [name for name in loss.columns if name not in pairs.column_names]:
-        raise UsageError(f"Loss {loss.name!r} reads {', '.join(missing)}, which prepared pairs and their cache lack.")
+def _examples(
+    config: Config,
+    objective: Objective,
+    prepared: Prepared,
+    scored: dict[str, Any] | None,
+    cache: Cache | None,
+    progress: Progress,
+) -> dict[str, Examples]:
+    density_ratio = config.train.density_ratio
+    if scored is None:
+        found = columns.examples(objective, prepared, None, [], density_ratio=density_ratio)
+    else:
+        with vouched_for(config.scored):
+            accepted = scored["accepted_numerics"]
+            found = columns.examples(objective, prepared, cache, accepted, density_ratio=density_ratio)
+    for split, examples in found.items():
+        for column, n in examples.left_out.items():
+            why = (
+                "the reference has no finite log-prob for them"
+                if column.startswith("ref_")
+                else f"they have no {column}"
+            )
+            progress.warn(f"{n:,} {split} examples are left out: {why}")
+    if not len(found[TRAIN]):
+        lacking = ", ".join(found[TRAIN].left_out)
+        remedy = f"none has {lacking}; see the warnings above" if lacking else "lower prepare.held_out, or add data"
+        raise DataError(f"{prepared.folder} has no example to train on: {remedy}.")
+    return found
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------
@@ -235,9 +240,10 @@ def _write_provenance(s: Session) -> None:
     facts = {
         "inputs": s.inputs,
         "model": s.config.train.model or s.config.model,
-        "loss": s.loss.name,
-        "loss_arguments": s.loss_arguments,
-        "beta": s.config.train.beta,
+        "loss": s.objective.name,
+        "loss_arguments": s.objective.described,
+        "beta": s.objective.beta,
+        "per_token": s.objective.per_token,
         "versions": {name: version(name) for name in packages},
         "precision": s.policy.precision,
         "device": str(s.policy.accelerator.device),
@@ -247,17 +253,19 @@ def _write_provenance(s: Session) -> None:
     artifact.commit_bytes(s.config.run / "config.yaml", configuration.to_yaml(s.config).encode())
 
 
-def _before(s: Session, scored: dict[str, Any]) -> dict[str, Any]:
+def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
     """What the policy does before it learns. A resumed run reads it: its policy is no longer the one that started."""
     path = s.config.run / BEFORE
     if path.exists():
         return artifact.unseal(path, f"Delete {s.config.run} and train again.")
-    s.progress.say(f"train: {len(s.pairs[TRAIN]):,} pairs, {s.n_steps} steps of {s.config.train.batch_size}")
-    metrics = _start_metrics(s, scored)
-    evaluation = _evaluate(s, 0, 0.0)
-    before = {"start": metrics, "evaluation": evaluation, "answers": _answers(s)}
+    s.progress.say(
+        f"train: {len(s.examples[TRAIN]):,} {s.objective.kind}, {s.n_steps} steps of {s.config.train.batch_size}, loss {s.objective.name}"
+    )
+    start = _start_metrics(s, scored)
+    evaluation = _evaluate(s, 0, 0.0, {})
+    before = {"start": start, "evaluation": evaluation, "answers": _answers(s)}
     if s.main:
-        row = {"step": 0, "epoch": 0.0, "num_tokens": 0, **metrics, **_eval_row(evaluation)}
+        row = {"step": 0, "epoch": 0.0, "num_tokens": 0, **start, **_eval_row(evaluation)}
         s.log.metrics(row)
         s.log.flush(0)
         artifact.commit_bytes(path, artifact.seal(before))
@@ -265,19 +273,21 @@ def _before(s: Session, scored: dict[str, Any]) -> dict[str, Any]:
     return before
 
 
-def _start_metrics(s: Session, scored: dict[str, Any]) -> dict[str, float]:
+def _start_metrics(s: Session, scored: dict[str, Any] | None) -> dict[str, float]:
     """Where policy and reference are the same weights, the cache must hold what the policy computes."""
-    pairs = s.pairs[TRAIN]
-    sample = np.arange(min(START_SAMPLE, len(pairs)))
-    visit = s.policy.evaluate(pairs, sample, s.losses)
-    metrics = _metrics(visit, s.config.train.beta)
+    examples = s.examples[TRAIN]
+    sample = np.arange(min(START_SAMPLE, len(examples)))
+    visit, logged = s.policy.evaluate(examples, sample, s.objective, {})
+    found = {**metrics.of_visit(visit, s.objective), **logged}
+    if scored is None:
+        s.progress.say("train: this loss reads no reference, so there is nothing to check the start against")
+        return found
     if s.inputs["policy"] != s.inputs["reference"]:
         s.progress.say("train: policy and reference are different weights, so the margin need not start at 0")
-        return metrics
-    columns = pairs.batch(sample, "cpu").columns
+        return found
     gaps = [
-        np.abs(visit[f"{side}_logp"] - visit[f"ref_{side}_logp"]) / columns[f"n_{side}"].numpy()
-        for side in ("chosen", "rejected")
+        np.abs(metrics.log_ratio(visit, answer)) / examples.n_answer_tokens(answer, sample)
+        for answer in s.objective.answers
     ]
     worst, dtypes = float(np.max(gaps)), [record["dtype"] for record in scored["numerics"].values()]
     tolerance = max(START_TOLERANCE[name] for name in [s.policy.precision, *dtypes])
@@ -288,11 +298,12 @@ def _start_metrics(s: Session, scored: dict[str, Any]) -> dict[str, float]:
             f"{'; '.join(str(record) for record in scored['numerics'].values())}. Set train.precision "
             f"to the cache's, or delete {scored['cache']} and score again in this environment (make score)."
         )
+    margin = found.get("rewards/margins", 0.0)
     s.progress.say(
-        f"train: start checked on {len(sample)} pairs: margin {metrics['rewards/margins']:.6f}, "
-        f"{s.loss.name} loss {metrics['loss']:.6f}"
+        f"train: start checked on {len(sample)} {s.objective.kind}: margin {margin:.6f}, "
+        f"{s.objective.name} loss {found['loss']:.6f}"
     )
-    return metrics
+    return found
 
 
 def _go_back(s: Session) -> dict[str, Any]:
@@ -302,7 +313,7 @@ def _go_back(s: Session) -> dict[str, Any]:
     if s.main:
         s.log.go_back(step)
     if not found:
-        return {"step": 0, "num_tokens": 0}
+        return {"step": 0, "num_tokens": 0, "memory": {}}
     folder, state = found
     s.policy.restore(folder, checkpoints.optimizer(folder))
     s.progress.say(f"train: going on from step {step}")
@@ -311,35 +322,38 @@ def _go_back(s: Session) -> dict[str, Any]:
 
 def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
     """All steps that are left; returns the seconds they took and the last evaluation."""
-    train, pairs, n_tokens = s.config.train, s.pairs[TRAIN], state["num_tokens"]
+    train, examples = s.config.train, s.examples[TRAIN]
+    n_tokens, memory = state["num_tokens"], state["memory"]
     began, evaluation = time.monotonic(), None
     with s.progress.count("train", s.n_steps - state["step"], "steps") as counter:
         for step, epoch, indices in batches.steps(
-            len(pairs), train.batch_size, train.epochs, train.seed, state["step"]
+            len(examples), train.batch_size, train.epochs, train.seed, state["step"]
         ):
             rate = learning_rate(step, s.n_steps, train)
-            visit, grad_norm = s.policy.update(pairs, indices, s.losses, rate)
-            n_tokens += pairs.n_tokens(indices)
-            metrics = _metrics(visit, train.beta)
-            row = {"step": step, "epoch": epoch, **metrics, "grad_norm": grad_norm, "learning_rate": rate}
+            visit, logged, memory = s.policy.update(examples, indices, s.objective, memory, rate, math.ceil(epoch))
+            n_tokens += examples.n_tokens(indices)
+            found = metrics.of_visit(visit, s.objective)
+            row = {"step": step, "epoch": epoch, **found, **logged, "learning_rate": rate}
             last = step == s.n_steps
             if last or (train.eval_every and step % train.eval_every == 0):
-                evaluation = _evaluate(s, step, epoch)
+                evaluation = _evaluate(s, step, epoch, memory)
                 row |= _eval_row(evaluation)
             s.log.metrics({**row, "num_tokens": n_tokens})
-            s.log.visit(step, epoch, TRAIN, pairs.example_ids(indices), visit)
+            s.log.visit(step, epoch, TRAIN, examples.example_ids(indices), visit)
             if last or step % train.checkpoint_every == 0:
-                _checkpoint(s, step, n_tokens)
-            counter.add(1, f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}")
+                _checkpoint(s, step, {"num_tokens": n_tokens, "memory": memory})
+            accuracy = f"  accuracy {found['rewards/accuracies']:.2f}" if "rewards/accuracies" in found else ""
+            counter.add(1, f"loss {found['loss']:.4f}{accuracy}")
     seconds = time.monotonic() - began
     # Resumed after the last step, there was none left to evaluate at.
-    return seconds, _evaluate(s, s.n_steps, train.epochs, log=False) if evaluation is None else evaluation
+    if evaluation is None:
+        evaluation = _evaluate(s, s.n_steps, train.epochs, memory, log=False)
+    return seconds, evaluation
 
 
-def _checkpoint(s: Session, step: int, n_tokens: int) -> None:
+def _checkpoint(s: Session, step: int, state: dict[str, Any]) -> None:
     if s.main:
         s.log.flush(step)
-        state = {"num_tokens": n_tokens}
         keep = s.config.train.keep_checkpoints
         checkpoints.save(s.config.run, step, s.policy.save_weights, s.policy.optimizer_state(), state, keep)
     s.policy.accelerator.wait_for_everyone()
@@ -362,9 +376,10 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
     kinds = s.config.train.kinds
     summary = {
         "steps": s.n_steps,
-        "pairs": len(s.pairs[TRAIN]),
-        "held_out": len(s.pairs[HELD_OUT]),
-        "loss": s.loss.name,
+        "kind": s.objective.kind,
+        "examples": len(s.examples[TRAIN]),
+        "held_out": len(s.examples[HELD_OUT]),
+        "loss": s.objective.name,
         "seconds": round(seconds, 3),
         "start": before["start"],
         "changed_answers": sum(sample["before"] != sample["after"] for sample in samples),
@@ -384,57 +399,42 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def _metrics(visit: Visit, beta: float) -> dict[str, float]:
-    """TRL's names. Rewards are beta times policy minus reference."""
-    chosen = beta * (visit["chosen_logp"] - visit["ref_chosen_logp"])
-    rejected = beta * (visit["rejected_logp"] - visit["ref_rejected_logp"])
-    columns = {
-        "loss": visit["loss"],
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": chosen > rejected,
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": visit["chosen_logp"],
-        "logps/rejected": visit["rejected_logp"],
-    }
-    return {name: float(values.mean()) for name, values in columns.items()}
-
-
-def _evaluate(s: Session, step: int, epoch: float, *, log: bool = True) -> dict[str, float]:
-    """Metrics on the held-out pairs, and how often the policy prefers the chosen answer by its own log-prob."""
-    pairs = s.pairs[HELD_OUT]
-    if not len(pairs):
+def _evaluate(s: Session, step: int, epoch: float, memory: Memory, *, log: bool = True) -> dict[str, float]:
+    """Metrics on the held-out examples, and how often the policy prefers the chosen answer by its own log-prob."""
+    examples = s.examples[HELD_OUT]
+    if not len(examples):
         return {}
-    everything = np.arange(len(pairs))
-    visit = s.policy.evaluate(pairs, everything, s.losses)
+    everything = np.arange(len(examples))
+    visit, logged = s.policy.evaluate(examples, everything, s.objective, memory)
     if log:
-        s.log.visit(step, epoch, HELD_OUT, pairs.example_ids(everything), visit)
-    preferred = float((visit["chosen_logp"] > visit["rejected_logp"]).mean())
-    return {**_metrics(visit, s.config.train.beta), "preference_accuracy": preferred}
+        s.log.visit(step, epoch, HELD_OUT, examples.example_ids(everything), visit)
+    preferred = metrics.preference_accuracy(visit)
+    more = {} if preferred is None else {PREFERENCE: preferred}
+    return {**metrics.of_visit(visit, s.objective), **logged, **more}
 
 
 def _eval_row(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in evaluation.items() if name != "preference_accuracy"}
+    return {f"eval_{name}": value for name, value in evaluation.items() if name != PREFERENCE}
 
 
 def _sample_indices(s: Session) -> np.ndarray:
-    return np.arange(min(s.config.train.samples, len(s.pairs[HELD_OUT])))
+    return np.arange(min(s.config.train.samples, len(s.examples[HELD_OUT])))
 
 
 def _answers(s: Session) -> list[str]:
     indices = _sample_indices(s)
     if not len(indices) or not s.main:
         return []
-    return s.policy.answers(s.pairs[HELD_OUT].prompts(indices)[1])
+    return s.policy.answers(s.examples[HELD_OUT].prompts(indices)[1])
 
 
 def _samples(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
-    pairs, indices = s.pairs[HELD_OUT], _sample_indices(s)
+    examples, indices = s.examples[HELD_OUT], _sample_indices(s)
     if not len(indices):
         return []
-    prompts, _ = pairs.prompts(indices)
+    prompts, _ = examples.prompts(indices)
     kinds = s.config.train.kinds
-    rows = zip(pairs.example_ids(indices), prompts, before, after, strict=True)
+    rows = zip(examples.example_ids(indices), prompts, before, after, strict=True)
     return [
         {
             "example_id": example_id,

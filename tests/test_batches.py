@@ -1,66 +1,64 @@
-"""Every pair once per epoch, in an order that a resumed run finds again."""
+"""Every example once per epoch, in an order that a resumed run finds again, with all that is known of it."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from examples_for_tests import cache_for, floats, label, logps_of, pair, table
 
-from pipeline.batches import Pairs, n_steps, steps
-from pipeline.prepared import Sequences
-from pipeline.schema import PREPARED
+from pipeline.batches import Examples, n_steps, steps
+from pipeline.token_logps import token_logps
 
-
-def table(n: int) -> pa.Table:
-    rows = [
-        {
-            "example_id": f"e{i}",
-            "prompt": f"why {i}?",
-            "prompt_ids": [i] * (1 + i % 5),
-            "chosen_ids": [100 + i] * (1 + i % 7),
-            "rejected_ids": [200 + i] * (1 + i % 3),
-            "n_prompt": 1 + i % 5,
-            "n_chosen": 1 + i % 7,
-            "n_rejected": 1 + i % 3,
-        }
-        for i in range(n)
-    ]
-    return pa.Table.from_pylist(rows, schema=PREPARED["pairs"])
+NAN = float("nan")
 
 
-def pairs(n: int, without: tuple[int, ...] = ()) -> Pairs:
-    mask = np.isin(np.arange(n), without)
-    reference = {
-        "ref_chosen_logp": np.ma.array(-1.0 * np.arange(n), mask=mask),
-        "ref_rejected_logp": np.ma.array(-2.0 * np.arange(n), mask=np.zeros(n, bool)),
-    }
-    return Pairs(table(n), Sequences(table(n)), reference)
+def pair_rows(n: int) -> list[dict]:
+    """Prompts of 1 to 5 tokens, chosen answers of 1 to 7, rejected ones of 1 to 3."""
+    return [pair(i, [i] * (1 + i % 5), [100 + i] * (1 + i % 7), [200 + i] * (1 + i % 3)) for i in range(n)]
+
+
+def pairs(n: int, without: tuple[int, ...] = (), **more) -> Examples:
+    reference = {"ref_chosen_logp": -1.0 * np.arange(n), "ref_rejected_logp": -2.0 * np.arange(n)}
+    reference["ref_chosen_logp"][list(without)] = NAN
+    return Examples(table(pair_rows(n), "pairs"), ("chosen", "rejected"), (), reference | more)
+
+
+def labels(**more) -> Examples:
+    """Four labels, of which the second has no mismatched answer."""
+    kl = ([5, 5], None, [6] * 9, [7])
+    rows = [label(i, [i] * 2, [10 + i] * (i + 1), i % 2 == 0, kl=kl[i]) for i in range(4)]
+    columns = {"label": np.array([1.0, 0, 1, 0]), "ref_completion_logp": -np.arange(4.0)}
+    columns["ref_kl_logp"] = np.array([-1, NAN, -3, -4])
+    return Examples(table(rows, "labels"), ("completion",), ("kl",), columns | more)
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("n_pairs", "batch_size", "epochs", "expected"),
-    [(10, 4, 1, 3), (8, 4, 1, 2), (10, 4, 2, 6), (10, 4, 0.5, 2), (3, 32, 1, 1), (3, 32, 0.01, 1), (100, 10, 0.25, 2)],
+    ("n_examples", "batch_size", "epochs", "expected"),
+    [
+        *[(10, 4, 1, 3), (8, 4, 1, 2), (10, 4, 2, 6), (10, 4, 0.5, 2)],
+        *[(3, 32, 1, 1), (3, 32, 0.01, 1), (100, 10, 0.25, 2), (1, 1, 3, 3)],
+    ],
 )
-def test_steps_are_counted_by_hand(n_pairs, batch_size, epochs, expected):
+def test_steps_are_counted_by_hand(n_examples, batch_size, epochs, expected):
     # ceil(10 / 4) = 3 steps an epoch; half of 3 is 1.5, rounded to the even 2; a quarter of 10 is 2.5, to 2; at least 1.
-    assert n_steps(n_pairs, batch_size, epochs) == expected
-    assert len(list(steps(n_pairs, batch_size, epochs, 0, 0))) == expected
+    assert n_steps(n_examples, batch_size, epochs) == expected
+    assert len(list(steps(n_examples, batch_size, epochs, 0, 0))) == expected
 
 
-@pytest.mark.parametrize(("n_pairs", "batch_size"), [(10, 4), (8, 4), (1, 1), (7, 100), (33, 2)])
-def test_every_pair_is_seen_once_per_epoch(n_pairs, batch_size):
-    per_epoch = n_steps(n_pairs, batch_size, 1)
-    run = list(steps(n_pairs, batch_size, 3, 0, 0))
+@pytest.mark.parametrize(("n_examples", "batch_size"), [(10, 4), (8, 4), (1, 1), (7, 100), (33, 2)])
+def test_every_example_is_seen_once_per_epoch(n_examples, batch_size):
+    per_epoch = n_steps(n_examples, batch_size, 1)
+    run = list(steps(n_examples, batch_size, 3, 0, 0))
     for epoch in range(3):
         seen = np.concatenate([indices for _, _, indices in run[epoch * per_epoch : (epoch + 1) * per_epoch]])
-        assert sorted(seen) == list(range(n_pairs))
+        assert sorted(seen) == list(range(n_examples))
     assert all(len(indices) <= batch_size for _, _, indices in run)
 
 
 def test_steps_count_from_one_and_say_how_far_the_epochs_are():
-    # 10 pairs in steps of 4 are 3 steps an epoch.
+    # 10 examples in steps of 4 are 3 steps an epoch.
     assert [(step, epoch) for step, epoch, _ in steps(10, 4, 2, 0, 0)] == [
         (1, 1 / 3),
         (2, 2 / 3),
@@ -94,67 +92,167 @@ def test_more_epochs_do_not_change_the_first():
     assert [indices.tolist() for *_, indices in one] == [indices.tolist() for *_, indices in two[:3]]
 
 
-# -- pairs -----------------------------------------------------------------------------------------------------------
+# -- examples --------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_has_the_tokens_and_columns_of_its_pairs():
-    batch = pairs(10).batch(np.array([7, 2]), "cpu")
+    batch = pairs(10).batch(np.array([7, 2]), "cpu", ("chosen", "rejected"))
     # Pair 7: prompt 1 + 7 % 5 = 3 tokens, chosen 1 + 0, rejected 1 + 1; pair 2: 3, 3 and 3.
-    assert [s.prompt_ids.tolist() for s in batch.chosen] == [[7, 7, 7], [2, 2, 2]]
-    assert [s.completion_ids.tolist() for s in batch.chosen] == [[107], [102, 102, 102]]
-    assert [s.completion_ids.tolist() for s in batch.rejected] == [[207, 207], [202, 202, 202]]
+    chosen, rejected = batch.answers["chosen"], batch.answers["rejected"]
+    assert [s.prompt_ids.tolist() for s in chosen] == [[7, 7, 7], [2, 2, 2]]
+    assert [s.completion_ids.tolist() for s in chosen] == [[107], [102, 102, 102]]
+    assert [s.completion_ids.tolist() for s in rejected] == [[207, 207], [202, 202, 202]]
+    assert batch.rows == [7, 2] and batch.reference_tokens == {}
     assert {name: values.tolist() for name, values in batch.columns.items()} == {
-        "n_chosen": [1, 3],
-        "n_rejected": [2, 3],
         "ref_chosen_logp": [-7, -2],
         "ref_rejected_logp": [-14, -4],
     }
     assert all(values.dtype == torch.float64 for values in batch.columns.values())
 
 
-def test_pairs_without_a_reference_value_are_left_out_and_counted():
-    found = pairs(6, without=(0, 3))
-    assert (len(found), found.n_without_reference) == (4, 2)
-    everything = np.arange(4)
-    assert found.example_ids(everything) == ["e1", "e2", "e4", "e5"]
-    batch = found.batch(everything, "cpu")
-    assert batch.columns["ref_chosen_logp"].tolist() == [-1, -2, -4, -5]
-    assert [s.prompt_ids[0] for s in batch.rejected] == [1, 2, 4, 5]
-    texts, ids = found.prompts(np.array([3, 0]))
+def test_only_the_answers_that_are_asked_for_have_their_tokens():
+    assert pairs(3).batch(np.array([0]), "cpu").answers == {}
+    assert list(pairs(3).batch(np.array([0]), "cpu", ("rejected",)).answers) == ["rejected"]
+
+
+def test_examples_without_a_value_are_left_out_and_counted_by_the_column_that_lacks_it():
+    scores = np.array([1.0, 2, NAN, NAN, 5, 6])
+    found = pairs(6, without=(0, 3), chosen_score=scores)
+    # Pairs 0 and 3 for their log-prob, 2 for its score; 3 lacks both and is counted once.
+    assert (len(found), found.left_out) == (3, {"ref_chosen_logp": 2, "chosen_score": 1})
+    everything = np.arange(3)
+    assert found.example_ids(everything) == ["e1", "e4", "e5"]
+    batch = found.batch(everything, "cpu", ("rejected",))
+    assert batch.rows == [1, 4, 5] and batch.columns["ref_chosen_logp"].tolist() == [-1, -4, -5]
+    assert [s.prompt_ids[0] for s in batch.answers["rejected"]] == [1, 4, 5]
+    texts, ids = found.prompts(np.array([2, 0]))
     assert texts == ["why 5?", "why 1?"] and [list(row) for row in ids] == [[5], [1, 1]]
 
 
-def test_columns_are_those_a_loss_may_read():
-    assert pairs(3).column_names == {
-        "chosen_logp",
-        "rejected_logp",
-        "ref_chosen_logp",
-        "ref_rejected_logp",
-        "n_chosen",
-        "n_rejected",
-    }
+def test_where_nothing_is_lacking_nothing_is_left_out():
+    assert (len(pairs(4)), pairs(4).left_out) == (4, {})
 
 
-def test_no_pairs_are_none():
-    found = pairs(0)
-    assert (len(found), found.n_without_reference) == (0, 0)
-    assert found.micro_batches(np.arange(0), 10) == []
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_no_examples_are_none(kind):
+    answers, optional = (("chosen", "rejected"), ()) if kind == "pairs" else (("completion",), ("kl",))
+    found = Examples(table([], kind), answers, optional, {f"ref_{answers[0]}_logp": np.empty(0)})
+    assert (len(found), found.left_out) == (0, {})
+    assert found.micro_batches(np.arange(0), 10) == found.micro_batches(np.arange(0), 10, 2) == []
+    assert found.batch(np.arange(0), "cpu", answers).rows == []
+
+
+def test_when_every_example_lacks_something_there_are_none():
+    found = pairs(3, without=(0, 1, 2))
+    assert (len(found), found.left_out) == (0, {"ref_chosen_logp": 3})
 
 
 def test_tokens_of_a_step_are_those_of_both_sequences():
     # Pair 0: (1 + 1) + (1 + 1) = 4; pair 7: (3 + 1) + (3 + 2) = 9
     assert pairs(10).n_tokens(np.array([0, 7])) == 13
+    assert pairs(10).n_answer_tokens("rejected", np.array([7, 0])).tolist() == [2, 1]
+    assert pairs(10, without=(0,)).n_tokens(np.array([6])) == 9  # of the seventh that is left
 
 
+def test_a_loss_of_chosen_answers_alone_counts_no_rejected_tokens():
+    # Also where an evaluation looks at both.
+    found = Examples(table(pair_rows(10), "pairs"), ("chosen", "rejected"), (), {}, learned=("chosen",))
+    assert found.n_tokens(np.array([0, 7])) == 2 + 4
+    assert list(found.batch(np.array([0]), "cpu", ("rejected",)).answers) == ["rejected"]
+
+
+# -- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_without_a_mismatched_answer_stays_and_has_none():
+    found = labels()
+    assert (len(found), found.left_out) == (4, {})
+    batch = found.batch(np.array([1, 0]), "cpu", ("completion", "kl"))
+    assert [s.completion_ids.tolist() for s in batch.answers["completion"]] == [[11, 11], [10]]
+    assert batch.answers["kl"][0] is None
+    assert batch.answers["kl"][1].prompt_ids.tolist() == [0, 0]
+    assert batch.answers["kl"][1].completion_ids.tolist() == [5, 5]
+    assert batch.columns["label"].tolist() == [0, 1] and batch.columns["ref_kl_logp"][0].isnan()
+
+
+def test_labels_may_lack_every_mismatched_answer():
+    found = labels(ref_kl_logp=np.full(4, NAN))
+    assert len(found) == 4
+    assert found.batch(np.arange(4), "cpu", ("kl",)).answers["kl"] == [None] * 4
+
+
+def test_a_mismatched_answer_without_a_reference_value_is_no_answer():
+    found = labels(ref_kl_logp=np.array([NAN, NAN, -3, -4]))
+    assert [each is None for each in found.batch(np.arange(4), "cpu", ("kl",)).answers["kl"]] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_label_lacking_its_own_value_is_left_out_also_of_the_others():
+    found = labels(ref_completion_logp=np.array([0, -1, NAN, -3]))
+    assert found.left_out == {"ref_completion_logp": 1}
+    assert found.batch(np.arange(3), "cpu").columns["ref_kl_logp"].tolist()[::2] == [-1, -4]
+
+
+def test_tokens_of_labels_are_those_of_their_own_answers():
+    # (2 + 1) + (2 + 2) + (2 + 3) + (2 + 4): mismatched answers are not learned from.
+    assert labels().n_tokens(np.arange(4)) == 18
+    assert labels().n_answer_tokens("kl", np.arange(4)).tolist() == [2, 0, 9, 1]
+
+
+def test_the_references_tokens_follow_the_examples(tmp_path):
+    rows = pair_rows(6)
+    cache, examples = cache_for(tmp_path, rows, without=(rows[1]["rejected_key"],)), table(rows, "pairs")
+    keys = [examples["chosen_key"], examples["rejected_key"]]
+    sums = cache.logps(keys, ["mine"])
+    columns = {
+        f"ref_{name}_logp": np.ma.filled(values, NAN) for name, values in zip(("chosen", "rejected"), sums, strict=True)
+    }
+    tokens = dict(zip(("chosen", "rejected"), token_logps(cache, keys, sums, ["mine"]), strict=True))
+    found = Examples(examples, ("chosen", "rejected"), (), columns, tokens)
+    assert found.left_out == {"ref_rejected_logp": 1}
+    batch = found.batch(np.array([4, 1]), "cpu", ("chosen", "rejected"))
+    # Without row 1, the fifth is row 5 and the second row 2.
+    assert batch.rows == [5, 2]
+    for name in ("chosen", "rejected"):
+        expected = [logps_of(rows[i]["prompt_ids"], rows[i][f"{name}_ids"]) for i in (5, 2)]
+        assert [floats(each) for each in batch.reference_tokens[name]] == expected
+        assert [sum(each) for each in expected] == batch.columns[f"ref_{name}_logp"].tolist()
+
+
+# -- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [None, 1, 7, 1000])
 @pytest.mark.parametrize("budget", [1, 20, 50, 10_000])
-def test_micro_batches_hold_every_pair_once_within_the_budget(budget):
+def test_micro_batches_hold_every_pair_once_within_the_budget(budget, most):
     found = pairs(40, without=(5,))
     indices = np.random.default_rng(0).permutation(len(found))[:30]
-    parts = found.micro_batches(indices, budget)
+    parts = found.micro_batches(indices, budget, most)
     assert sorted(np.concatenate(parts)) == sorted(indices)
     for part in parts:
-        batch = found.batch(part, "cpu")
-        longest = max(sequence.n_tokens for sequence in [*batch.chosen, *batch.rejected])
+        batch = found.batch(part, "cpu", ("chosen", "rejected"))
+        longest = max(sequence.n_tokens for answers in batch.answers.values() for sequence in answers)
         # Both answers of every pair, padded to the longest.
         assert len(part) == 1 or 2 * len(part) * longest <= budget
-    assert budget != 10_000 or len(parts) == 1
+        assert len(part) <= (most or 30)
+    if budget == 10_000:
+        assert len(parts) == {None: 1, 1: 30, 7: 5, 1000: 1}[most]
+
+
+def test_at_most_so_many_examples_are_those_that_follow_one_another():
+    # What statistics are taken over with train.scope micro must not depend on how long the examples are.
+    found, indices = pairs(40), np.random.default_rng(0).permutation(40)[:10]
+    parts = found.micro_batches(indices, 10_000, 4)
+    assert [sorted(part) for part in parts] == [sorted(indices[at : at + 4]) for at in (0, 4, 8)]
+
+
+def test_a_mismatched_answer_that_is_longer_counts_for_the_budget():
+    # Padded: 3, 4, 5 and 6 tokens of completions; 4, 2, 11 and 3 of mismatched answers.
+    parts = labels().micro_batches(np.arange(4), 12)
+    assert sorted(np.concatenate(parts)) == [0, 1, 2, 3]
+    assert [part.tolist() for part in parts if 2 in part] == [[2]]  # two of 11 would be 22
+    assert [sorted(part.tolist()) for part in labels().micro_batches(np.arange(4), 44)] == [[0, 1, 2, 3]]

@@ -13,7 +13,7 @@ from conftest import PREFCACHE, write_config, write_pairs
 from stages.cli import main
 
 
-@pytest.mark.parametrize("command", ["prepare", "preview", "formats", "score", "train", "sql"])
+@pytest.mark.parametrize("command", ["prepare", "preview", "formats", "losses", "score", "train", "sql"])
 def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command):
     text = prefcache(command, "--help").stdout
     assert f"prefcache {command} " in text and text.splitlines()[2].strip().endswith(".")
@@ -119,7 +119,94 @@ def test_a_missing_config_names_one_to_start_from(prefcache):
 
 def test_a_loss_that_does_not_exist_is_refused_before_anything_is_loaded(prefcache, config):
     done = prefcache("train", config, "--set", "train.loss=sigmod", code=2)
-    assert "The nearest is sigmoid" in done.stderr and "hinge, ipo, sigmoid" in done.stderr
+    assert "The nearest is sigmoid" in done.stderr and "`prefcache losses` lists them" in done.stderr
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_loss_is_listed_once_under_what_it_reads(prefcache):
+    from pipeline.losses import LOSSES
+
+    text = prefcache("losses").stdout
+    titles = ["Pairs\n", "Labelled answers\n", "Pairs, without a reference: no scores are needed\n"]
+    starts = [text.index(f"{title}\n") for title in titles]
+    assert starts == sorted(starts)
+    sections = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+    listed = [{line for line in section.splitlines() if line in LOSSES} for section in sections]
+    assert {"sigmoid", "ipo", "aot"} <= listed[0] and {"kto", "bco"} <= listed[1] and {"simpo", "sft"} <= listed[2]
+    assert sum(map(len, listed)) == len(LOSSES) == sum(text.splitlines().count(name) for name in LOSSES)
+    assert "beta=0.1, label_smoothing=0.0" in listed_with(text, "sigmoid")
+    assert "https://arxiv.org/abs/2305.18290" in listed_with(text, "sigmoid")
+    assert "`prefcache losses NAME`" in text
+
+
+def listed_with(text: str, name: str) -> str:
+    """What stands under a name in the list."""
+    return text.partition(f"\n{name}\n")[2].partition("\n\n")[0]
+
+
+def test_a_loss_is_shown_with_formula_columns_ranges_and_what_a_healthy_run_does(prefcache):
+    text = prefcache("losses", "kto").stdout
+    assert text.startswith("kto: Kahneman-Tversky optimisation") and "1 - s(beta (a - z))" in text
+    assert "Reads labels: completion_logp, ref_completion_logp, label, kl_logp, ref_kl_logp" in text
+    assert "Taken over the whole batch of a step, however many micro-batches and processes it has: kl" in text
+    assert "Hyperparameters: beta=0.1, desirable_weight=1.0, undesirable_weight=1.0" in text
+    assert "    beta: in (0, inf)" in text and "rewards/margins rises" in text
+    assert "distance: one of squared, backward, forward" in prefcache("losses", "rpo").stdout
+    assert "Taken over the whole batch" in prefcache("losses", "aot").stdout
+    plain = prefcache("losses", "sigmoid").stdout
+    assert "Taken over" not in plain and "Reads pairs: chosen_logp, rejected_logp" in plain
+
+
+def test_losses_without_hyperparameters_say_so(prefcache):
+    assert "Hyperparameters: no hyperparameters" in prefcache("losses", "sft").stdout
+
+
+def test_losses_as_json_are_what_the_registry_says(prefcache):
+    from pipeline.losses import LOSSES
+
+    every = json.loads(prefcache("losses", "--json").stdout)
+    assert [each["name"] for each in every] == list(LOSSES)
+    assert {each["kind"] for each in every} == {"pairs", "labels"}
+    (one,) = json.loads(prefcache("losses", "dpop", "--json").stdout)
+    assert one["hyperparameters"] == {"beta": 0.3, "penalty": 50.0} and one["ranges"]["penalty"] == "[0, inf)"
+    assert (one["reference"], one["over_batch"], one["statistics"]) == (True, False, [])
+    assert one["healthy"][0]["metric"] == "rewards/margins"
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_every_loss_can_be_shown(prefcache, how):
+    from pipeline.losses import LOSSES
+
+    for name in LOSSES:
+        assert name in prefcache("losses", name, *how).stdout
+
+
+def test_an_unknown_loss_is_refused_with_the_nearest_and_an_impossible_one_with_why(prefcache):
+    assert "The nearest is sigmoid" in prefcache("losses", "sigmod", code=2).stderr
+    assert "live reference" in prefcache("losses", "tdpo", code=2).stderr
+
+
+LOSS_MISTAKES = {
+    "train.loss=[sigmoid, kto]": "sigmoid read pairs, kto read labelled answers",
+    "train.loss=kto": "holds pairs, not labelled answers",
+    "train.loss=rpo": "Loss 'rpo' reads chosen_score, rejected_score",
+    "train.loss_args.tau=1": "loss 'sigmoid' has no 'tau'",
+    "train.loss_args.ipo.beta=1": "ipo is not among the losses of this run",
+    "train.density_ratio=true": "losses that read density_ratio (bco)",
+    "train.loss=tdpo": "live reference",
+}
+
+
+def test_a_loss_that_cannot_work_is_refused_before_anything_is_scored(prefcache, config):
+    prefcache("prepare", config)
+    for setting, found in LOSS_MISTAKES.items():
+        done = prefcache("train", config, "--set", setting, code=2)
+        assert found in done.stderr and done.stderr.count("\n") == 1
+
+
+# -- data and models -------------------------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_of_another_model_is_refused(prefcache, config, model, tmp_path):

@@ -35,8 +35,11 @@ def test_three_keys_are_enough(tmp_path):
     assert (c.prepare.kl_pairs, c.prepare.seed, c.prepare.max_quarantine) == (True, 0, 0.05)
     assert (c.prepare.template, c.prepare.max_length, c.prepare.held_out) == ("chat", 2048, 0.05)
     assert (c.score.engine, c.score.dtype, c.score.logps) == ("transformers", "auto", True)
-    assert (c.train.loss, c.train.beta, c.train.learning_rate, c.train.epochs) == ("sigmoid", 0.1, 1e-6, 1.0)
+    assert (c.train.loss, c.train.beta, c.train.learning_rate, c.train.epochs) == ("sigmoid", None, 1e-6, 1.0)
     assert (c.train.batch_size, c.train.warmup_ratio, c.train.seed, c.train.run) == (32, 0.1, 0, "trained")
+    assert (c.train.loss_args, c.train.reference_free, c.train.weighting, c.train.scope) == ({}, False, None, "batch")
+    assert (c.train.density_ratio, c.train.micro_batch_size, c.train.tokens) == (False, None, config.Tokens())
+    assert (c.train.tokens.weighs, c.train.tokens.of_reference) == (False, False)
 
 
 def test_every_stage_has_its_folder(tmp_path):
@@ -80,6 +83,7 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(tmp_path, key, hi
 def test_a_key_of_a_section_within_a_section_has_its_nearest(tmp_path):
     kinds = "train.kinds={preferred: a, rejected: b, rejectd: c}"
     assert "the nearest is train.kinds.rejected" in refusal(tmp_path, SMALLEST, kinds)
+    assert "the nearest is train.tokens.clamp" in refusal(tmp_path, SMALLEST, "train.tokens.clmp=[-1, 1]")
 
 
 def test_actors_of_ray_are_absent_unless_named(tmp_path):
@@ -176,6 +180,27 @@ def test_loss_args_keep_yes_and_no(tmp_path):
         ("train.run=..", "train.run"),
         ("train.run=prepared", "train.run"),
         ("train.kinds={preferred: '(', rejected: b}", "'(' is not a regular expression"),
+        ("train.scope=all", "train.scope: Input should be 'batch' or 'micro', found 'all'"),
+        ("train.weighting=wp", "train.weighting: Input should be 'wpo', found 'wp'"),
+        ("train.micro_batch_size=0", "train.micro_batch_size"),
+        ("train.density_ratio=often", "train.density_ratio"),
+        ("train.reference_free=3", "train.reference_free"),
+        ("train.tokens.ld_alpha=1.5", "train.tokens.ld_alpha"),
+        ("train.tokens.ld_alpha=-0.1", "train.tokens.ld_alpha"),
+        ("train.tokens.ld_alpha_of=reference", "train.tokens.ld_alpha_of: Input should be 'both' or 'policy'"),
+        ("train.tokens.decay=0", "train.tokens.decay"),
+        ("train.tokens.decay=1.1", "train.tokens.decay"),
+        ("train.tokens.sampo=4", "train.tokens.sampo"),
+        ("train.tokens.clamp=1.5", "train.tokens.clamp"),
+        ("train.tokens.clamp=[-.inf, 1]", "train.tokens.clamp"),
+        (
+            "train.tokens.clamp=[1.5, -1.5]",
+            "found [1.5, -1.5], expected a lower and an upper limit with 0 between them",
+        ),
+        # Nothing would ever be learned: where policy and reference agree, every token is beyond it.
+        ("train.tokens.clamp=[0.5, 1.5]", "found [0.5, 1.5], expected a lower and an upper limit with 0 between them"),
+        ("train.tokens.clamp=[0, 0]", "found [0.0, 0.0], expected a lower and an upper limit"),
+        ("train.tokens={sampo: true, ld_alpha: 0.5}", "sampo and ld_alpha both deal with the longer answer's tokens"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path, override, name):
@@ -192,6 +217,98 @@ def test_what_must_be_said_is_asked_for(tmp_path, key):
     kept = [line for line in SMALLEST.splitlines() if not line.startswith(key.partition(".")[0])]
     message = refusal(tmp_path, "\n".join(kept) + "\n")
     assert f"{key} is missing" in message and f"--set {key}=" in message
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def train(*overrides: str) -> config.Train:
+    return config.load(None, ["model=m", "out=o", "prepare.data=a", *overrides]).train
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("sigmoid", "sigmoid"),
+        ("{sigmoid: 0.8, sft: 0.2}", {"sigmoid": 0.8, "sft": 0.2}),
+        ("{sigmoid: 1e-1, sft: 0}", {"sigmoid": 0.1, "sft": 0.0}),  # which YAML 1.1 reads as text
+        ("[sigmoid, sft]", {"sigmoid": 1.0, "sft": 1.0}),
+    ],
+)
+def test_a_loss_is_a_name_or_several_with_their_weights(said, expected):
+    assert train(f"train.loss={said}").loss == expected
+
+
+def test_weights_can_be_set_one_by_one():
+    assert train("train.loss.sigmoid=0.8", "train.loss.sft=0.2").loss == {"sigmoid": 0.8, "sft": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("{}", "expected the name of a loss, a list of names, or names with their weights"),
+        ("[]", "names with their weights, found []"),
+        ("", "names with their weights, found None"),
+        ("true", "names with their weights, found True"),
+        ("[{sigmoid: 0.8}, {sft: 0.2}]", "names with their weights, found [{'sigmoid': 0.8}, {'sft': 0.2}]"),
+        ("[sigmoid, null]", "names with their weights"),
+        ("[sigmoid, sft, sigmoid]", "names sigmoid twice; say its weight, as in {sigmoid: 2}"),
+        ("{sigmoid: much}", "the weight of sigmoid is 'much'; expected a number that is not negative"),
+        ("{sigmoid: 1, sft: }", "the weight of sft is None"),
+        ("{sigmoid: true}", "the weight of sigmoid is True"),
+        ("{sigmoid: -1}", "the weight of sigmoid is -1; expected a number that is not negative"),
+        ("{sigmoid: .inf}", "the weight of sigmoid is inf"),
+        ("{sigmoid: .nan}", "the weight of sigmoid is nan"),
+    ],
+)
+def test_what_names_no_loss_is_refused_in_one_sentence(tmp_path, said, found):
+    message = refusal(tmp_path, SMALLEST, f"train.loss={said}")
+    assert found in message and message.count("train.loss") == 1  # not once for each type that it might have had
+
+
+def test_an_argument_of_one_loss_can_be_said_in_three_ways():
+    expected = {"label_smoothing": 0.1, "robust.label_smoothing": 0.2}
+    for said in (
+        ["train.loss_args={label_smoothing: 0.1, robust.label_smoothing: 0.2}"],
+        ["train.loss_args={label_smoothing: 0.1, robust: {label_smoothing: 0.2}}"],
+        ["train.loss_args.label_smoothing=0.1", "train.loss_args.robust.label_smoothing=0.2"],
+    ):
+        assert train(*said).loss_args == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("3", "train.loss_args"),
+        ("{tau: }", "train.loss_args: tau: expected a number, a word, true or false; found None"),
+        ("{tau: [1]}", "tau: expected a number, a word, true or false; found [1]"),
+        ("{discopop: {tau: {x: 1}}}", "discopop.tau: expected a number, a word, true or false; found {'x': 1}"),
+    ],
+)
+def test_an_argument_that_is_no_value_is_refused_in_one_sentence(tmp_path, said, found):
+    assert found in refusal(tmp_path, SMALLEST, f"train.loss_args={said}")
+
+
+def test_tokens_say_whether_they_weigh_and_whether_the_references_are_needed():
+    def of(**said):
+        return config.Tokens(**said).weighs, config.Tokens(**said).of_reference
+
+    assert of(ld_alpha=0.5) == (True, True) and of(ld_alpha=0.5, ld_alpha_of="policy") == (True, False)
+    assert of(sampo=True) == of(decay=0.9) == of(clamp=(-1, 1)) == (True, True)
+    assert of(ld_alpha=0.0) == (True, True)  # 0 is a weight, not nothing
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("train.tokens=3", "train.tokens: found 3, expected a mapping of ld_alpha, ld_alpha_of, sampo, decay, clamp"),
+        ("train.tokens=", "train.tokens: found None, expected a mapping of ld_alpha"),
+        ("train.kinds=3", "train.kinds: found 3, expected a mapping of preferred, rejected"),
+        ("score=3", "score: found 3, expected a mapping of engine, dtype"),
+    ],
+)
+def test_a_value_in_the_place_of_a_section_is_refused_with_the_sections_keys(tmp_path, override, found):
+    assert found in refusal(tmp_path, SMALLEST, override)
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
@@ -230,10 +347,16 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path):
 def test_the_resolved_config_reloads_to_itself(tmp_path):
     said = ["train.kinds={preferred: 'ü.*', rejected: 'no\\n'}", "train.loss_args={per_token: false}"]
     said += ["train.learning_rate=1e-6", "score.accept_numerics=[a, b]", "prepare.data=[a.jsonl, 'b: c.jsonl']"]
+    said += [
+        "train.loss={sft: 0.2, ipo: 1}",
+        "train.loss_args.ipo.beta=0.2",
+        "train.tokens={clamp: [-1.5, 1], decay: 0.9}",
+    ]
     c = load(tmp_path, SMALLEST, *said)
     again = load(tmp_path, config.to_yaml(c))
     assert again == c
     assert again.train.learning_rate == 1e-6 and again.train.kinds.preferred == "ü.*"
+    assert list(again.train.loss.items()) == [("sft", 0.2), ("ipo", 1.0)]  # in their order: the first has the beta
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------

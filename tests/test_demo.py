@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT, Clone
 
 from pipeline import config
+from pipeline.losses import LOSSES
+from pipeline.prepared import Prepared
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -43,6 +45,64 @@ def test_after_training_held_out_prompts_get_the_preferred_kind_of_answer(demo, 
     after = result(demo, run)["after"]
     assert share(after["kinds"], "preferred") >= 0.9
     assert after["evaluation"]["rewards/accuracies"] >= 0.95
+
+
+# -- every loss, from one cache --------------------------------------------------------------------------------------
+
+WALK_STEPS, WALK_BATCH, WALK_PAIRS = 30, 8, 300
+
+
+@pytest.fixture(scope="module")
+def walk(demo) -> Clone:
+    """300 of the demo's pairs with grades, prepared as pairs and as labels, scored into the demo's cache."""
+    lines = (demo.folder / "data/demo/pairs.jsonl").read_text(encoding="utf-8").splitlines()[:WALK_PAIRS]
+    rows = [json.loads(line) | {"chosen_score": 4 + i % 3, "rejected_score": i % 4} for i, line in enumerate(lines)]
+    (demo.folder / "runs/walk.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for kind in ("pairs", "labels"):
+        for stage in ("prepare", "score"):
+            scored = demo.run(f".venv/bin/prefcache {stage} {walk_settings(kind)}").stdout
+        # Mismatched answers are new sequences; all the others the demo has scored.
+        n = 2 * WALK_PAIRS
+        assert f"{n:,} already cached, {0 if kind == 'pairs' else n} scored now" in scored
+    return demo
+
+
+def walk_settings(kind: str) -> str:
+    settings = {
+        "model": "data/demo/reference",
+        "prepare.data": "runs/walk.jsonl",
+        "prepare.examples": kind,
+        "prepare.held_out": 0.2,
+        "out": f"runs/walk-{kind}",
+    }
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains_from_the_same_cache_and_moves_as_it_declares(walk, prefcache, monkeypatch, name):
+    monkeypatch.chdir(walk.folder)
+    kind = LOSSES[name].kind
+    epochs = WALK_STEPS / -(-len(Prepared(walk.folder / f"runs/walk-{kind}/prepared").table("train")) // WALK_BATCH)
+    training = {
+        "loss": name,
+        "run": name,
+        "epochs": epochs,
+        "batch_size": WALK_BATCH,
+        "learning_rate": 1e-4,
+        "samples": 0,
+    }
+    said = [word for key, value in training.items() for word in ("--set", f"train.{key}={value}")]
+    found = json.loads(prefcache("train", "--json", *walk_settings(kind).split(), *said).stdout)
+    assert found["steps"] == WALK_STEPS
+    before, after = (found[when]["evaluation"] for when in ("before", "after"))
+    declared = [sign for sign in LOSSES[name].healthy if sign.direction in ("rises", "falls")]
+    assert declared
+    for sign in declared:
+        moved = after[sign.metric] - before[sign.metric]
+        assert moved > 0 if sign.direction == "rises" else moved < 0, (sign.metric, before, after)
+
+
+# -- the README ------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_shows_what_was_measured(demo):
@@ -124,9 +184,9 @@ def test_every_file_that_the_readme_links_to_exists():
 
 def test_the_loss_in_the_readme_is_the_one_in_the_registry():
     (code,) = [text for language, text in BLOCKS if language == "python"]
-    source = (ROOT / "pipeline/losses.py").read_text(encoding="utf-8")
-    without_docstring = re.sub(r'    """.*?"""\n', "", source, flags=re.DOTALL)
-    assert code.strip() in without_docstring
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "pipeline/losses").glob("*.py")))
+    without_docstrings = re.sub(r'    """.*?"""\n', "", sources, flags=re.DOTALL)
+    assert code.strip() in without_docstrings
 
 
 def test_settings_that_make_could_not_follow_are_refused(clone):

@@ -5,7 +5,15 @@ import pytest
 import torch
 from models_for_tests import ARCHITECTURES, build, sequence
 
-from pipeline.logprobs import completion_logps, gather_logps, plain_logps, sums, use_float32_head
+from pipeline.logprobs import (
+    completion_logps,
+    completion_logps_and_squares,
+    gather_logps,
+    log_sum_squares,
+    plain_logps,
+    sums,
+    use_float32_head,
+)
 from pipeline.schema import Sequence
 
 torch.set_num_threads(1)
@@ -169,6 +177,43 @@ def test_sums_are_taken_in_float64():
     # 2**24 + 1 is no float32: adding 1.0 to 16777216.0 in float32 changes nothing.
     found = sums([torch.tensor([-16777216.0, -1.0]), torch.tensor([-0.5])])
     assert found.dtype == torch.float64 and found.tolist() == [-16777217.0, -0.5]
+
+
+# -- squares of probabilities ----------------------------------------------------------------------------------------
+
+
+def test_the_log_of_the_sum_of_squares_by_hand():
+    # Odds 1 : 2 : 5 of 8: 1/64 + 4/64 + 25/64 = 30/64. Any constant added to the logits leaves that. Even odds of 4: 4/16.
+    logits = torch.log(torch.tensor([[1.0, 2, 5], [3, 6, 15]]))
+    assert log_sum_squares(logits).tolist() == pytest.approx([np.log(30 / 64)] * 2, abs=1e-6)
+    assert log_sum_squares(torch.zeros(1, 4)).item() == pytest.approx(np.log(1 / 4), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_squares_lies_between_one_over_the_vocabulary_and_one_at_any_size_of_logit(dtype):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [-1e4, -1e4, -1e4], [3e4, 3e4, 0.0]]).to(dtype)
+    found = log_sum_squares(logits)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([0, np.log(1 / 3), np.log(1 / 3), np.log(1 / 2)], abs=4e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_squares_are_those_of_a_float64_softmax_and_come_with_the_same_log_probs(name):
+    model, exact = build(name), build(name).double()
+    with torch.no_grad():
+        logps, squares = completion_logps_and_squares(model, RAGGED)
+        alone = completion_logps(model, RAGGED)
+        assert all(torch.equal(one, other) for one, other in zip(logps, alone, strict=True))
+        for seq, squares_N in zip(RAGGED, squares, strict=True):
+            p_TV = exact(input_ids=whole(seq)).logits[0].softmax(-1)
+            expected_N = (p_TV[len(seq.prompt_ids) - 1 : -1] ** 2).sum(-1).log()
+            assert squares_N.shape == (len(seq.completion_ids),)
+            assert (squares_N - expected_N).abs().max() < 2e-5
+
+
+def test_gradients_flow_through_the_log_probs_and_not_through_the_squares(llama):
+    logps, squares = completion_logps_and_squares(llama, ONE_TOKEN)
+    assert all(each.requires_grad for each in logps) and not any(each.requires_grad for each in squares)
 
 
 # -- the head in float32 ---------------------------------------------------------------------------------------------

@@ -188,12 +188,6 @@ def test_slots_alternate_chosen_and_rejected(prepared):
         assert (chosen.key(), rejected.key()) == (expected["chosen_key"], expected["rejected_key"])
 
 
-def test_pairs_come_in_the_order_asked_for(prepared):
-    chosen, rejected = Sequences(prepared.table()).pairs([9, 0, 4])
-    assert [len(sequence.prompt_ids) for sequence in chosen] == [10, 1, 5]
-    assert [sequence.completion_ids[0] for sequence in rejected] == [209, 200, 204]
-
-
 # -- labels ----------------------------------------------------------------------------------------------------------
 
 

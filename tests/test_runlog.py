@@ -62,6 +62,12 @@ def test_every_visit_keeps_its_values(tmp_path):
         "rejected_logp": 0.0,
         "ref_chosen_logp": 0.0,
         "ref_rejected_logp": 0.0,
+        "completion_logp": None,
+        "ref_completion_logp": None,
+        "n_chosen": None,
+        "n_rejected": None,
+        "n_completion": None,
+        "label": None,
         "loss": 0.0,
     }
     assert second["chosen_logp"] == -1e300

@@ -383,7 +383,7 @@ def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, confi
     # Once nothing came out finite in float32 either, that is not tried any more.
     assert said == {f"failed: the log-prob of answer token 0 is nan{tried}" for tried in ("", ", also in float32")}
     assert all(row["logp_sum"] is None for row in rows_of(tmp_path).values())
-    assert "no pair to train on" in prefcache("train", *arguments, code=3).stderr
+    assert "no example to train on: none has ref_chosen_logp" in prefcache("train", *arguments, code=3).stderr
 
 
 def test_what_overflows_in_float16_is_computed_in_float32(prefcache, config, model, tmp_path):

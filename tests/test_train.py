@@ -203,7 +203,7 @@ def test_a_finished_run_is_kept_when_another_takes_its_place(prefcache, scored, 
     prefcache("train", scored)
     before = weights(tmp_path / "runs/tiny/trained")
     done = prefcache("train", scored, "--set", "train.beta=0.5")
-    assert "train.beta 0.1 (now 0.5)" in done.stderr and "trained-1" in done.stderr
+    assert "loss.sigmoid.beta 0.1 (now 0.5)" in done.stderr and "trained-1" in done.stderr
     assert weights(tmp_path / "runs/tiny/trained-1") == before
     rows = json.loads(prefcache("sql", "select distinct run from rewards order by run", "runs/tiny", "--json").stdout)
     assert [row["run"] for row in rows] == ["trained", "trained-1"]

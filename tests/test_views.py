@@ -79,6 +79,7 @@ def sources(folder: Path, runs: dict[str, float]) -> views.Sources:
                 "run": list(runs),
                 "loss": ["sigmoid"] * len(runs),
                 "beta": list(runs.values()),
+                "per_token": [False] * len(runs),
             }
         ),
     )
@@ -130,6 +131,109 @@ def test_the_name_of_a_run_does_not_change_what_is_read(tmp_path, run):
     assert found[0][:2] == (run, 2) and found[0][2:] == pytest.approx((0.6, 0.4))
 
 
+LABELS = [
+    {"example_id": name, "completion_logp": own, "ref_completion_logp": ref, "n_completion": n, "label": label}
+    for name, own, ref, n, label in (
+        ("good", -4.0, -6.0, 2, True),
+        ("dull", -6.0, -4.0, 2, True),
+        ("bad", -9.0, -4.0, 5, False),
+        ("liked", -1.0, -4.0, 3, False),
+        ("new", -4.0, -4.0, 1, True),
+        ("newbad", -4.0, -4.0, 1, False),
+    )
+]
+
+
+def one_run(folder: Path, rows: list[dict], schema: pa.Schema = STEPS, **facts) -> duckdb.DuckDBPyConnection:
+    """An experiment with one run, whose only part has these rows."""
+    rows = [{"step": 1, "epoch": 1.0, "split": "train", "loss": 0.5} | row for row in rows]
+    part = parquet(folder / "r" / "steps" / "to-00000001.parquet", rows, schema)
+    run = {"folder": f"{folder / 'r'}/", "run": "r", "loss": "kto", "beta": 0.5, "per_token": False} | facts
+    return views.connect(
+        dataclasses.replace(sources(folder, {}), visits=[part], runs=pa.Table.from_pylist([run], schema=views.RUNS))
+    )
+
+
+def test_rewards_of_labels_by_hand(tmp_path):
+    found = ask(
+        one_run(tmp_path, LABELS),
+        "select example_id, completion_reward, label, correct, chosen_reward, margin from rewards order by completion_reward, 1",
+    )
+    # 0.5 * (-4 + 6) = 1 of a desirable answer is right, -1 is wrong; of undesirable ones -2.5 is right and 1.5 wrong. As
+    # for pairs, a reward of 0 is right for neither.
+    assert found == [
+        ("bad", -2.5, False, True, None, None),
+        ("dull", -1.0, True, False, None, None),
+        ("new", 0.0, True, False, None, None),
+        ("newbad", 0.0, False, False, None, None),
+        ("good", 1.0, True, True, None, None),
+        ("liked", 1.5, False, False, None, None),
+    ]
+
+
+def test_steps_of_labels_have_their_log_probs(tmp_path):
+    found = ask(one_run(tmp_path, LABELS[:1]), "select completion_logp, ref_completion_logp, label, loss from steps")
+    assert found == [(-4.0, -6.0, True, 0.5)]
+
+
+def test_rewards_per_token_where_the_loss_has_them(tmp_path):
+    pair = visit(1, "e", -6.0, -4.0, None, None) | {"n_chosen": 3, "n_rejected": 1}
+    query = "select chosen_reward, rejected_reward, margin, correct from rewards"
+    # 0.5 * -6 / 3 = -1 and 0.5 * -4 / 1 = -2, with a reference of 0; summed, -3 and -2.
+    assert ask(one_run(tmp_path / "a", [pair], per_token=True), query) == [(-1, -2, 1, True)]
+    assert ask(one_run(tmp_path / "b", [pair]), query) == [(-3, -2, -1, False)]
+    labels = ask(one_run(tmp_path / "c", LABELS[:1], per_token=True), "select completion_reward from rewards")
+    assert labels == [(0.5,)]  # 0.5 * 2 / 2
+
+
+def test_a_run_without_a_reference_has_a_reference_of_zero(tmp_path):
+    con = one_run(tmp_path, [visit(1, "e", -3.0, -4.0, None, None)])
+    assert ask(con, "select ref_chosen_logp, chosen_reward, rejected_reward, margin from steps") == [
+        (None, -1.5, -2, 0.5)
+    ]
+
+
+def test_a_run_of_chosen_answers_alone_has_no_margin(tmp_path):
+    con = one_run(tmp_path, [visit(1, "e", -3.0, None, None, None)])
+    assert ask(con, "select chosen_reward, rejected_reward, margin, correct from rewards") == [(-1.5, None, None, None)]
+
+
+# What a run wrote before labels and lengths were there.
+OLD = pa.schema([STEPS.field(name) for name in visit(0, "", 0, 0, 0, 0)])
+
+
+def test_runs_of_an_earlier_version_are_read_with_what_they_have(tmp_path):
+    assert "label" not in OLD.names and "n_chosen" not in OLD.names
+    con = one_run(tmp_path, [visit(2, "e0", -3.0, -10.0, -5.0, -6.0)], OLD)
+    # 0.5 * (-3 + 5) = 1 and 0.5 * (-10 + 6) = -2
+    assert ask(con, "select chosen_reward, rejected_reward, margin, correct, label from rewards") == [
+        (1, -2, 3, True, None)
+    ]
+    described = {name: columns for name, _, columns in views.describe()}
+    assert views.ask(con, "select * from steps").columns == described["steps"]
+
+
+def test_old_and_new_runs_stand_side_by_side(tmp_path):
+    old = parquet(tmp_path / "old/steps/to-00000001.parquet", [visit(1, "e0", -3.0, -10.0, -5.0, -6.0)], OLD)
+    new = parquet(
+        tmp_path / "new/steps/to-00000001.parquet",
+        [{"step": 1, "epoch": 1.0, "split": "train", "loss": 0.5} | LABELS[0]],
+        STEPS,
+    )
+    runs = [
+        {"folder": f"{tmp_path / name}/", "run": name, "loss": "x", "beta": 0.5, "per_token": name == "new"}
+        for name in ("old", "new")
+    ]
+    for visits in ([old, new], [new, old]):
+        con = views.connect(
+            dataclasses.replace(
+                sources(tmp_path, {}), visits=visits, runs=pa.Table.from_pylist(runs, schema=views.RUNS)
+            )
+        )
+        found = ask(con, "select run, margin, completion_reward, label from rewards order by run")
+        assert found == [("new", None, 0.5, True), ("old", 3.0, None, None)]
+
+
 def test_examples_are_the_prepared_pairs(con):
     found = views.ask(con, "select * from examples order by line")
     first = dict(zip(found.columns, next(found.rows()), strict=True))
@@ -167,13 +271,13 @@ def test_reference_is_the_cache_and_joins_the_examples(con):
 
 
 def test_before_anything_is_scored_or_trained_the_views_are_empty():
-    texts, numbers = pa.array([], pa.string()), pa.array([], pa.float64())
+    texts = pa.array([], pa.string())
     empty = views.Sources(
         PREPARED["pairs"].empty_table(),
         [],
         pa.table({"folder": texts, "reference": texts}),
         [],
-        pa.table({"folder": texts, "run": texts, "loss": texts, "beta": numbers}),
+        views.RUNS.empty_table(),
     )
     con = views.connect(empty)
     assert [ask(con, f"select * from {name}") for name in views.names()] == [[]] * len(views.names())

@@ -16,6 +16,16 @@ from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.schema import CACHE, PREPARED, STEPS
 
 MEMORY_LIMIT = "4GB"
+# What is known of each run: the folder of its parts, and what makes rewards of log-probs.
+RUNS = pa.schema(
+    [
+        ("folder", pa.string()),
+        ("run", pa.string()),
+        ("loss", pa.string()),
+        ("beta", pa.float64()),
+        ("per_token", pa.bool_()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Sources:
     cached: Sequence[str]  # Parquet shards
     references: pa.Table  # path of the shard's folder, name of the reference
     visits: Sequence[str]  # Parquet parts in RUN/steps/
-    runs: pa.Table  # run, beta, ... of each run
+    runs: pa.Table  # of RUNS
 
     @property
     def files(self) -> list[str]:
@@ -112,9 +122,7 @@ def describe() -> Iterator[tuple[str, str, list[str]]]:
         [],
         pa.table({"folder": pa.array([], pa.string()), "reference": pa.array([], pa.string())}),
         [],
-        pa.table(
-            {"folder": pa.array([], pa.string()), "run": pa.array([], pa.string()), "beta": pa.array([], pa.float64())}
-        ),
+        RUNS.empty_table(),
     )
     con = connect(nothing)
     for name in names():

@@ -1,4 +1,4 @@
--- The latest rewards of each pair in each run, and whether the chosen answer is ahead.
+-- The latest rewards of each pair or label in each run, and whether they are right: the chosen answer ahead, or of the label's sign.
 with latest as (
     select * from steps
     qualify row_number() over (partition by run, example_id order by step desc) = 1
@@ -12,5 +12,7 @@ select
     chosen_reward,
     rejected_reward,
     margin,
-    margin > 0 as correct
+    coalesce(margin > 0, if(label, completion_reward, -completion_reward) > 0) as correct,
+    completion_reward,
+    label
 from latest

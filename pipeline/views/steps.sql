@@ -1,14 +1,17 @@
--- Every pair at every visit of every run: log-probs of policy and reference, rewards, margin and loss.
+-- Every pair or label at every visit of every run: log-probs of policy and reference, rewards, margin and loss.
 with named as (
-    select visits.*, runs_.run, runs_.beta
+    select visits.*, runs_.run, runs_.beta, runs_.per_token
     from visits join runs_ on starts_with(visits.filename, runs_.folder)
 ),
 
+-- A loss without a reference has a reference of 0. Some losses have rewards per token.
 rewarded as (
     select
         *,
-        beta * (chosen_logp - ref_chosen_logp) as chosen_reward,
-        beta * (rejected_logp - ref_rejected_logp) as rejected_reward
+        beta * (chosen_logp - coalesce(ref_chosen_logp, 0)) / if(per_token, n_chosen, 1) as chosen_reward,
+        beta * (rejected_logp - coalesce(ref_rejected_logp, 0)) / if(per_token, n_rejected, 1) as rejected_reward,
+        beta * (completion_logp - coalesce(ref_completion_logp, 0)) / if(per_token, n_completion, 1)
+            as completion_reward
     from named
 )
 
@@ -25,5 +28,9 @@ select
     chosen_reward,
     rejected_reward,
     chosen_reward - rejected_reward as margin,
+    completion_logp,
+    ref_completion_logp,
+    completion_reward,
+    label,
     loss
 from rewarded

@@ -1,6 +1,6 @@
 """How fast a reference is scored: beside TRL, length-sorted padded batches and vLLM, on the same pairs.
 
-    make bench-score            TRL and vLLM are measured if they are there: trl 1.16 importable (PYTHONPATH will do), make vllm
+    make bench-score            TRL is in the test environment; vLLM is measured if it is there (make vllm)
     python -m tests.bench.score --pairs 64 --rounds 5 --only ours trl-8
     python -m tests.bench.score --second-run
 

@@ -1,0 +1,242 @@
+"""What a loss is: one pure function whose signature declares what it reads.
+
+Positional parameters are columns and statistics, keyword-only ones hyperparameters. It returns one value per example;
+the mean over the optimizer step's examples is what is minimised.
+
+Columns, each of shape [B] (B examples), raw and summed over an answer's tokens:
+    chosen_logp, rejected_logp                   the policy's log-probs of a pair's answers
+    completion_logp                              of a label's answer
+    kl_logp                                      of a label's mismatched answer; it carries no gradient
+    ref_...                                      the reference's, from the cache
+    n_chosen, n_rejected, n_completion           answer tokens
+    chosen_score, rejected_score                 the data's own grades
+    label                                        1 for a desirable answer, 0 for an undesirable one
+    density_ratio                                how much likelier a prompt is among the desirable ones
+
+A statistic is a number (or one per example) that is taken over the whole global batch of an optimizer step before any
+gradient is; none flows through it. A loss through which gradients flow from one example to another says `over_batch`:
+it is computed on the whole global batch, and its gradient is the exact one. Neither depends on what memory allowed.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from pipeline.errors import UsageError, named
+
+Direction = Literal["rises", "falls", "may fall", "holds"]
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """What a metric does in a run that goes well."""
+
+    metric: str
+    direction: Direction
+    note: str
+    low: float | None = None  # outside of these something is wrong
+    high: float | None = None
+
+
+MARGIN_RISES = Healthy("rewards/margins", "rises", "the policy tells the answers apart better than the reference does")
+ACCURACY_RISES = Healthy(
+    "rewards/accuracies", "rises", "from about 0.5; at 1.0 within a few steps the pairs are too easy"
+)
+CHOSEN_MAY_FALL = Healthy(
+    "logps/chosen",
+    "may fall",
+    "normal: only the difference counts. Add a weight on sft where it falls as fast as rejected",
+)
+CHOSEN_RISES = Healthy("logps/chosen", "rises", "the chosen answers get likelier; falling means the other term rules")
+REJECTED_FALLS = Healthy("logps/rejected", "falls", "the rejected answers get rarer")
+OF_PAIRS = (MARGIN_RISES, ACCURACY_RISES, CHOSEN_MAY_FALL)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A function over the whole batch. A running one takes and gives the state that it carries from step to step."""
+
+    name: str
+    function: Callable[..., Any]
+    columns: tuple[str, ...]
+    hyperparameters: dict[str, Any]
+    running: bool
+
+
+@dataclass(frozen=True)
+class Loss:
+    name: str
+    function: Callable[..., torch.Tensor]
+    reads: tuple[str, ...]  # columns and statistics, in the order of the parameters
+    hyperparameters: dict[str, Any]
+    formula: str
+    when: str
+    healthy: tuple[Healthy, ...]
+    ranges: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    over_batch: bool = False
+    per_token: bool = False  # its rewards are per token
+    plain: bool = False  # it reads plain sums of log-probs, whatever weighs tokens for others
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return tuple(STATISTICS[name] for name in self.reads if name in STATISTICS)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the data, the cache and the policy have to give, for its statistics too."""
+        own = [name for name in self.reads if name not in STATISTICS]
+        return tuple(dict.fromkeys([*own, *(name for each in self.statistics for name in each.columns)]))
+
+    @property
+    def kind(self) -> str:
+        """pairs or labels: what it is trained on."""
+        return "labels" if "completion_logp" in self.columns else "pairs"
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def reads_reference(self) -> bool:
+        return any(name.startswith("ref_") for name in self.columns)
+
+    @property
+    def papers(self) -> list[str]:
+        return re.findall(r"https://\S+?(?=[,.;:)]*(?:\s|$))", inspect.getdoc(self.function) or "")
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "reference": self.reads_reference,
+            "columns": list(self.columns),
+            "statistics": [each.name for each in self.statistics],
+            "over_batch": self.over_batch,
+            "hyperparameters": self.hyperparameters,
+            "ranges": self.ranges,
+            "formula": self.formula,
+            "when": self.when,
+            "papers": self.papers,
+            "healthy": [vars(each) for each in self.healthy],
+            "text": inspect.getdoc(self.function),
+        }
+
+
+LOSSES: dict[str, Loss] = {}
+STATISTICS: dict[str, Statistic] = {}
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Where a hyperparameter makes sense, unless its loss says otherwise: an interval, or names.
+RANGES: dict[str, str | tuple[str, ...]] = {
+    "beta": "(0, inf)",
+    "label_smoothing": "[0, 1]",
+    "f_divergence": DIVERGENCES,
+    "f_alpha": "(-inf, inf)",
+}
+
+# What people ask for and no cache of log-probs can give.
+UNAVAILABLE = {
+    "tdpo": "TDPO compares the whole distributions of policy and reference at every token; the cache holds the log-probs of "
+    "the tokens that were taken, and nothing else. It needs a trainer with a live reference. Its nearest kin here is "
+    "sigmoid, with train.tokens.clamp for a limit on each token's ratio.",
+}
+
+
+def loss(
+    formula: str,
+    *,
+    when: str,
+    healthy: tuple[Healthy, ...] = OF_PAIRS,
+    ranges: Mapping[str, str | tuple[str, ...]] | None = None,
+    over_batch: bool = False,
+    per_token: bool = False,
+    plain: bool = False,
+) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Registers the function below it under its name."""
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        reads, hyperparameters = _declared(function)
+        assert function.__name__ not in LOSSES
+        LOSSES[function.__name__] = Loss(
+            name=function.__name__,
+            function=function,
+            reads=reads,
+            hyperparameters=hyperparameters,
+            formula=formula,
+            when=when,
+            healthy=healthy,
+            ranges={name: kind for name, kind in (RANGES | dict(ranges or {})).items() if name in hyperparameters},
+            over_batch=over_batch,
+            per_token=per_token,
+            plain=plain,
+        )
+        return function
+
+    return register
+
+
+def statistic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a function over the whole batch; losses read it as a column of its name.
+
+    Keyword-only `running` and `learning` make it one with a memory: it is given what it returned beside its value at the
+    step before (None at first, numbers by name afterwards), and whether this is a step or only an evaluation, which must
+    not move it. It returns (value, memory).
+    """
+    columns, hyperparameters = _declared(function)
+    running = "running" in hyperparameters
+    for name in ("running", "learning"):
+        hyperparameters.pop(name, None)
+    STATISTICS[function.__name__] = Statistic(function.__name__, function, columns, hyperparameters, running)
+    return function
+
+
+def _declared(function: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    parameters = inspect.signature(function).parameters.values()
+    return (
+        tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
+        {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY},
+    )
+
+
+def get_loss(name: str) -> Loss:
+    if name.lower() in UNAVAILABLE:
+        raise UsageError(f"train.loss: {UNAVAILABLE[name.lower()]}")
+    return named(LOSSES, name, "train.loss", "`prefcache losses` lists them.")
+
+
+def hyperparameters(chosen: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a loss: its defaults under what the config gives; each must be of its kind and range."""
+    values = dict(chosen.hyperparameters)
+    for name, value in given.items():
+        values[name] = _checked(chosen, name, value)
+    return values
+
+
+def _checked(chosen: Loss, name: str, value: Any) -> Any:
+    where = "train.beta" if name == "beta" else f"train.loss_args.{name}"
+    kind = type(chosen.hyperparameters[name])
+    try:
+        if isinstance(value, bool) is not (kind is bool):
+            raise ValueError
+        value = kind(value)  # YAML 1.1 reads 1e-2 as text
+    except (TypeError, ValueError):
+        raise UsageError(f"{where}: found {value!r}, expected a {kind.__name__} for loss {chosen.name!r}.") from None
+    allowed = chosen.ranges.get(name)
+    if isinstance(allowed, tuple) and value not in allowed:
+        raise UsageError(f"{where}: found {value!r}; loss {chosen.name!r} takes one of {', '.join(allowed)}.")
+    if isinstance(allowed, str) and not _within(float(value), allowed):
+        raise UsageError(f"{where}: found {value}; loss {chosen.name!r} takes values in {allowed}.")
+    return value
+
+
+def _within(value: float, interval: str) -> bool:
+    """Whether it lies in an interval as mathematicians write it: [0, 0.5)."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and math.isfinite(value)

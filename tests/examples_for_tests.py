@@ -1,0 +1,110 @@
+"""Prepared folders of pairs and labels, caches that hold their answers, and objectives, all small enough to add up by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import artifact
+from pipeline.cache import Cache
+from pipeline.config import Train
+from pipeline.objective import Objective
+from pipeline.prepared import Prepared
+from pipeline.schema import CACHE, PREPARED, QUARANTINE, sequence_key
+
+REFERENCE = {"model_id": "a" * 32, "weights": {}, "config": {}}
+MINE, OTHER = "mine", "other"
+
+
+def objective(**train: Any) -> Objective:
+    return Objective(Train(**train))
+
+
+def pair(i: int, prompt: list[int], chosen: list[int], rejected: list[int], **more: Any) -> dict[str, Any]:
+    return _row(i, prompt, {"chosen": chosen, "rejected": rejected}) | more
+
+
+def label(
+    i: int, prompt: list[int], completion: list[int], is_good: bool, kl: list[int] | None = None, **more: Any
+) -> dict[str, Any]:
+    return _row(i, prompt, {"completion": completion, "kl": kl}) | {"label": is_good} | more
+
+
+def _row(i: int, prompt: list[int], answers: dict[str, list[int] | None]) -> dict[str, Any]:
+    row = {
+        "example_id": f"e{i}",
+        "split": "train",
+        "prompt": f"why {i}?",
+        "prompt_ids": prompt,
+        "n_prompt": len(prompt),
+    }
+    for name, ids in answers.items():
+        key = None if ids is None else sequence_key(prompt, ids)
+        row |= {f"{name}_ids": ids, f"{name}_key": key, f"n_{name}": ids and len(ids)}
+    return row
+
+
+def table(rows: list[dict[str, Any]], kind: str) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=PREPARED[kind])
+
+
+def prepared(folder: Path, rows: list[dict[str, Any]]) -> Prepared:
+    """A finished preparation with a shard for each split that has rows."""
+    kind = "labels" if "label" in rows[0] else "pairs"
+    shards = []
+    for split in ("train", "held_out"):
+        if part := [row for row in rows if row["split"] == split]:
+            data = artifact.arrow_stream(table(part, kind))
+            shards.append(artifact.commit_file(folder / f"{split}.arrow", data, split=split, rows=len(part)))
+    quarantine = artifact.commit_file(folder / "quarantine.parquet", artifact.parquet(QUARANTINE.empty_table()))
+    artifact.commit_manifest(folder, {"inputs": {}, "kind": kind, "shards": shards, "quarantine": quarantine})
+    return Prepared(folder)
+
+
+def logps_of(prompt: list[int], completion: list[int]) -> list[float]:
+    """What these tests take for the reference: token n of an answer has minus its id times n, in eighths. Exact in float32."""
+    return [-token * n / 8 for n, token in enumerate(completion, 1)]
+
+
+def scored(prompt: list[int], completion: list[int], **row: Any) -> dict[str, Any]:
+    logps = logps_of(prompt, completion)
+    return {
+        "key": sequence_key(prompt, completion),
+        "n_prompt": len(prompt),
+        "n_completion": len(completion),
+        "logp_sum": sum(logps),
+        "logps": logps,
+        "numerics_id": MINE,
+        "status": "ok",
+    } | row
+
+
+def failed(prompt: list[int], completion: list[int], **row: Any) -> dict[str, Any]:
+    return scored(prompt, completion, logp_sum=None, logps=None, status="failed: a log-prob is not finite", **row)
+
+
+def cache_of(folder: Path, *chunks: list[dict[str, Any]]) -> Cache:
+    """A cache to which these chunks were committed, each of one numerics_id."""
+    cache = Cache.create(folder, "tiny", REFERENCE)
+    for chunk in chunks:
+        numerics_id = chunk[0]["numerics_id"]
+        cache.commit(pa.Table.from_pylist(chunk, schema=CACHE), {"engine": numerics_id}, numerics_id, None)
+    return Cache(cache.folder, REFERENCE["model_id"])
+
+
+def answers(rows: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of every sequence of these examples."""
+    names = ("completion", "kl") if "label" in rows[0] else ("chosen", "rejected")
+    return [(row["prompt_ids"], row[f"{name}_ids"]) for row in rows for name in names if row[f"{name}_ids"] is not None]
+
+
+def cache_for(folder: Path, rows: list[dict[str, Any]], without: tuple[bytes, ...] = ()) -> Cache:
+    """All answers of these examples, scored; those whose keys are in `without` failed."""
+    sequences = {sequence_key(*each): each for each in answers(rows)}
+    chunk = [failed(*each) if key in without else scored(*each) for key, each in sequences.items()]
+    return cache_of(folder, chunk)
+
+
+def floats(values: Any) -> list[float]:
+    return [float(value) for value in np.asarray(values)]

@@ -1,0 +1,126 @@
+"""What a visit says in numbers, by hand, under TRL's names."""
+
+import numpy as np
+import pytest
+from examples_for_tests import objective
+
+from pipeline.metrics import log_ratio, of_visit, preference_accuracy
+
+NAN = float("nan")
+
+
+def visit(**columns):
+    return {name: np.array(values, np.float64) for name, values in columns.items()}
+
+
+# Log-ratios: chosen 1, 2, -1; rejected -1, 4, -1.
+PAIRS = visit(
+    chosen_logp=[-4, -6, -9],
+    ref_chosen_logp=[-5, -8, -8],
+    rejected_logp=[-7, -2, -9],
+    ref_rejected_logp=[-6, -6, -8],
+    n_chosen=[2, 4, 2],
+    n_rejected=[1, 2, 4],
+    loss=[0.25, 0.5, 0.75],
+)
+# Log-ratios 1 and 2 of desirable answers, 1, -2 and 0 of undesirable ones.
+LABELS = visit(
+    completion_logp=[-4, -6, -9, -8, -3],
+    ref_completion_logp=[-5, -8, -10, -6, -3],
+    n_completion=[2, 4, 1, 2, 3],
+    label=[1, 1, 0, 0, 0],
+    loss=[1, 2, 3, 4, 5],
+)
+
+
+def chosen(of, *rows):
+    return {name: values[list(rows)] for name, values in of.items()}
+
+
+def test_metrics_of_pairs_by_hand():
+    # Rewards 0.5 times the log-ratios: chosen 0.5, 1, -0.5; rejected -0.5, 2, -0.5. Margins 1, -1, 0: one of three is won.
+    assert of_visit(PAIRS, objective(loss="sigmoid", beta=0.5)) == pytest.approx(
+        {
+            "loss": 0.5,
+            "rewards/chosen": 1 / 3,
+            "rewards/rejected": 1 / 3,
+            "rewards/accuracies": 1 / 3,
+            "rewards/margins": 0,
+            "logps/chosen": -19 / 3,
+            "logps/rejected": -6,
+        }
+    )
+
+
+def test_rewards_per_token_where_the_formula_has_them():
+    # simpo, beta 2, no reference: 2 * -4/2, -6/4, -9/2 and 2 * -7/1, -2/2, -9/4
+    without = {name: values for name, values in PAIRS.items() if not name.startswith("ref_")}
+    found = of_visit(without, objective(loss="simpo"))
+    assert found["rewards/chosen"] == pytest.approx((-4 - 3 - 9) / 3)
+    assert found["rewards/rejected"] == pytest.approx((-14 - 2 - 4.5) / 3)
+    assert found["rewards/accuracies"] == pytest.approx(1 / 3) and found["logps/chosen"] == pytest.approx(-19 / 3)
+
+
+def test_without_a_reference_rewards_are_log_probs_times_beta():
+    found = of_visit(
+        PAIRS | visit(ref_chosen_logp=[0] * 3, ref_rejected_logp=[0] * 3),
+        objective(loss="sigmoid", reference_free=True, beta=0.5),
+    )
+    assert (found["rewards/chosen"], found["rewards/rejected"]) == pytest.approx((-19 / 6, -3))
+    left_out = {name: values for name, values in PAIRS.items() if not name.startswith("ref_")}
+    assert of_visit(left_out, objective(loss="cpo", beta=0.5)) == found
+
+
+def test_metrics_of_labels_by_hand():
+    # Rewards 0.5, 1 and 0.5, -1, 0. Of 2 * 3 combinations the desirable one is higher in 2 (0.5 is no higher than 0.5) and 3.
+    assert of_visit(LABELS, objective(loss="kto", beta=0.5)) == pytest.approx(
+        {
+            "loss": 3,
+            "rewards/chosen": 0.75,
+            "rewards/rejected": -0.5 / 3,
+            "rewards/margins": 0.75 + 0.5 / 3,
+            "rewards/accuracies": 5 / 6,
+            "logps/chosen": -5,
+            "logps/rejected": -20 / 3,
+        }
+    )
+
+
+def test_a_batch_without_one_of_the_kinds_says_nothing_about_it():
+    good, bad = (of_visit(chosen(LABELS, *rows), objective(loss="kto", beta=0.5)) for rows in ((0, 1), (2, 3, 4)))
+    assert good == {"loss": 1.5, "rewards/chosen": 0.75, "logps/chosen": -5}
+    assert bad == pytest.approx({"loss": 4, "rewards/rejected": -0.5 / 3, "logps/rejected": -20 / 3})
+
+
+def test_a_single_example_has_metrics():
+    found = of_visit(chosen(PAIRS, 0), objective(loss="sigmoid", beta=0.5))
+    assert (found["rewards/margins"], found["rewards/accuracies"]) == (1, 1)
+    assert of_visit(chosen(LABELS, 3), objective(loss="bco", beta=0.5))["rewards/rejected"] == -1
+
+
+def test_each_term_of_several_has_its_mean_loss():
+    found = of_visit(
+        PAIRS | visit(**{"loss/sigmoid": [1, 2, 3], "loss/sft": [0, 0, 3]}), objective(loss=["sigmoid", "sft"])
+    )
+    assert (found["loss/sigmoid"], found["loss/sft"], found["loss"]) == (2, 1, 0.5)
+
+
+def test_a_step_that_sees_chosen_answers_alone_says_nothing_about_rewards():
+    only = visit(chosen_logp=[-4, -6], n_chosen=[2, 4], loss=[1, 2])
+    assert of_visit(only, objective(loss="sft")) == {"loss": 1.5, "logps/chosen": -5}
+
+
+def test_what_is_not_finite_is_left_out():
+    found = of_visit(PAIRS | visit(loss=[0.25, NAN, 0.75]), objective(loss="sigmoid"))
+    assert "loss" not in found and np.isfinite(found["rewards/margins"])
+
+
+def test_how_often_the_policy_itself_finds_the_chosen_answer_likelier():
+    # -4 > -7, but not -6 > -2, nor -9 > -9.
+    assert preference_accuracy(PAIRS) == pytest.approx(1 / 3)
+    assert preference_accuracy(LABELS) is None
+
+
+def test_a_log_ratio_is_policy_minus_reference_or_minus_nothing():
+    assert log_ratio(PAIRS, "rejected").tolist() == [-1, 4, -1]
+    assert log_ratio({"chosen_logp": np.array([-2.0])}, "chosen").tolist() == [-2]
