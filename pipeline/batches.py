@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.packing import token_budget_batches
+from pipeline.packing import balanced, token_budget_batches
 from pipeline.prepared import IdLists
 from pipeline.schema import Sequence as TokenSequence
 from pipeline.token_logps import TokenLogps
@@ -62,10 +62,17 @@ class Examples:
         self._example_id, self._prompt = table["example_id"], table["prompt"]
         self._n_answer = {name: table[f"n_{name}"].fill_null(0).to_numpy() for name in self._answer_ids}
         lengths = {name: table["n_prompt"].to_numpy() + n.astype(np.int64) for name, n in self._n_answer.items()}
-        shared = np.stack([lengths[name] for name in answers])
-        # Padded: what shares a forward pass is as long as the longest of it.
-        padded = [len(answers) * shared.max(0), *(lengths[name] for name in optional)]
-        self._size = np.maximum.reduce(padded)
+        # Tokens of the forward that an example's answers share, by the way they do (forward.py). The last token of an answer
+        # is no input. Optional answers have a forward of their own.
+        of_answers = np.stack([lengths[name] for name in answers])
+        n_prompt = table["n_prompt"].to_numpy().astype(np.int64)
+        together = {
+            "padded": len(answers) * of_answers.max(0),
+            "packed": (of_answers - 1).sum(0),
+            "shared": (of_answers - 1).sum(0) - (len(answers) - 1) * n_prompt,
+        }
+        apart = [lengths[name] for name in optional]
+        self._sizes = {way: np.maximum.reduce([sizes, *apart]) for way, sizes in together.items()}
         self._n_tokens = np.sum([lengths[name] for name in learned or answers], axis=0)
 
     def __len__(self) -> int:
@@ -93,14 +100,23 @@ class Examples:
             return None
         return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row])
 
-    def micro_batches(self, indices: np.ndarray, budget: int, most: int | None = None) -> list[np.ndarray]:
-        """`indices` in parts of at most `most` examples, none of whose padded forwards has more than `budget` tokens."""
+    def micro_batches(
+        self, indices: np.ndarray, budget: int, most: int | None = None, way: str = "padded"
+    ) -> list[np.ndarray]:
+        """`indices` in parts of at most `most` examples, none of whose forwards has more than `budget` tokens."""
         parts = np.split(indices, range(most, len(indices), most)) if most else [indices]
-        return [
-            part[chosen]
-            for part in parts
-            for chosen in token_budget_batches(self._size[self._rows[part]].tolist(), budget)
-        ]
+        cut = token_budget_batches if way == "padded" else balanced
+        return [part[chosen] for part in parts for chosen in cut(self._sizes[way][self._rows[part]].tolist(), budget)]
+
+    def longest(self, n: int) -> list[TokenSequence]:
+        """Sequences of the longest example and of others from all over the data, `n` examples in all."""
+        if not len(self):
+            return []
+        by_size = np.argsort(-self._sizes["padded"][self._rows], kind="stable")
+        chosen = dict.fromkeys([int(by_size[0]), *map(int, np.linspace(0, len(self) - 1, n - 1))])
+        rows = [int(self._rows[i]) for i in chosen]
+        found = (self._sequence(name, row) for row in rows for name in self._answer_ids)
+        return [sequence for sequence in found if sequence is not None]
 
     def n_answer_tokens(self, answer: str, indices: np.ndarray) -> np.ndarray:
         n: np.ndarray = self._n_answer[answer][self._rows[indices]]

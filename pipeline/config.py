@@ -305,8 +305,10 @@ class Train(Section):
     """Times that every pair is seen."""
     batch_size: Count = 32
     """Pairs per optimizer step, over all processes."""
-    tokens_per_micro_batch: Count = 16_384
-    """Most tokens of one forward and backward, padding included. Affects memory, never the result."""
+    tokens_per_micro_batch: Count | None = None
+    """Most tokens of one forward and backward. Unless said, 16,384 on a GPU and 2,048 on a CPU. Affects memory, never the result."""
+    rows: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How sequences share a forward pass, as score.rows. auto: the first that is right for the model."""
     micro_batch_size: Count | None = None
     """Most examples of one forward and backward."""
     warmup_ratio: Fraction = 0.1

@@ -10,11 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.schema import Sequence
 
@@ -38,19 +39,26 @@ def log_sum_squares(logits_NV: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(2 * logits_NV.float(), -1) - 2 * torch.logsumexp(logits_NV.float(), -1)
 
 
-def completion_logps(model: Any, sequences: SequenceOf[Sequence]) -> list[torch.Tensor]:
-    """Log-prob of each completion token of each sequence, in one forward."""
-    logits_NV, target_N, counts = _completion_logits(model, sequences)
-    return list(torch.split(gather_logps(logits_NV, target_N), counts))
+class Logps(NamedTuple):
+    """Of some sequences, per completion token."""
+
+    logps: list[torch.Tensor]
+    squares: list[torch.Tensor]  # log_sum_squares of the token's distribution, without gradient; empty unless asked for
 
 
-def completion_logps_and_squares(
-    model: Any, sequences: SequenceOf[Sequence]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The same, and of each token's distribution log_sum_squares, without gradients."""
+def completion_logps(model: Any, sequences: SequenceOf[Sequence], *, squares: bool = False) -> Logps:
+    """Log-prob of each completion token of each sequence, in one padded forward."""
     logits_NV, target_N, counts = _completion_logits(model, sequences)
-    logps = torch.split(gather_logps(logits_NV, target_N), counts)
-    return list(logps), list(torch.split(log_sum_squares(logits_NV.detach()), counts))
+    return _split(_of_logits(logits_NV, target_N, squares), counts)
+
+
+def _of_logits(logits_NV: torch.Tensor, target_N: torch.Tensor, squares: bool) -> tuple[torch.Tensor, ...]:
+    logps_N = gather_logps(logits_NV, target_N)
+    return (logps_N, log_sum_squares(logits_NV.detach())) if squares else (logps_N,)
+
+
+def _split(found: tuple[torch.Tensor, ...], counts: list[int]) -> Logps:
+    return Logps(*(list(torch.split(values_N, counts)) for values_N in found), *([[]] if len(found) == 1 else []))
 
 
 def _completion_logits(model: Any, sequences: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -121,9 +129,13 @@ def lay_out(groups: SequenceOf[SequenceOf[Sequence]]) -> Row:
     )
 
 
-def row_logps(model: Any, row: Row, segments: Any) -> list[torch.Tensor]:
+def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False) -> Logps:
     """Log-prob of each completion token of each sequence of a row. `segments` says to the model's attention what
-    `row.trunks` and `row.branches` say here; see attention.py."""
+    `row.trunks` and `row.branches` say here; see attention.py.
+
+    The head computes some positions at a time. Where gradients are wanted it computes them once more in the backward pass, so
+    that the logits of all tokens over the whole vocabulary, by far the largest tensor there would be, never exist.
+    """
     device = next(model.parameters()).device
     hidden_1TD = model.get_decoder()(
         input_ids=torch.from_numpy(row.input_T).to(device).unsqueeze(0),
@@ -133,13 +145,17 @@ def row_logps(model: Any, row: Row, segments: Any) -> list[torch.Tensor]:
     ).last_hidden_state
     hidden_ND = hidden_1TD[0, torch.from_numpy(row.source_N).to(device)]
     target_N = torch.from_numpy(row.target_N).to(device)
+
+    def head(hidden_ND: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with _only_the_head(model) as logits:
+            return _of_logits(logits(hidden_ND), target_N, squares)
+
     n = _head_positions(model)
-    with _only_the_head(model) as logits:
-        chunks = [
-            gather_logps(logits(part_ND), part_N)
-            for part_ND, part_N in zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True)
-        ]
-    return list(torch.split(torch.cat(chunks), row.counts))
+    chunks = [
+        checkpoint(head, *part, use_reentrant=False) if torch.is_grad_enabled() else head(*part)
+        for part in zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True)
+    ]
+    return _split(tuple(map(torch.cat, zip(*chunks, strict=True))), row.counts)
 
 
 def _head_positions(model: Any) -> int:

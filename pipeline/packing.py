@@ -23,6 +23,26 @@ def token_budget_batches(lengths: SequenceOf[int], budget: int) -> list[list[int
     return batches
 
 
+def balanced(sizes: SequenceOf[int], budget: int) -> list[list[int]]:
+    """Indices into `sizes` in as few parts of at most `budget` as need be, all of about the same size.
+
+    A size above the budget gets a part to itself.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    n = max(1, -(-sum(sizes) // budget))
+    while True:
+        parts: list[list[int]] = [[] for _ in range(n)]
+        filled = [0] * n
+        for i in order:
+            least = filled.index(min(filled))
+            parts[least].append(i)
+            filled[least] += sizes[i]
+        parts = [part for part in parts if part]
+        if len(parts) < n or all(len(part) == 1 or sum(sizes[i] for i in part) <= budget for part in parts):
+            return parts
+        n += 1
+
+
 def by_prompt(sequences: SequenceOf[Sequence]) -> list[list[int]]:
     """Indices of the sequences that have the same prompt."""
     groups: dict[bytes, list[int]] = {}

@@ -22,16 +22,19 @@ from pipeline import identity
 from pipeline.batches import Batch, Examples
 from pipeline.config import Train
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.logprobs import completion_logps, completion_logps_and_squares, sums, use_float32_head
+from pipeline.forward import Forward, flat
+from pipeline.logprobs import Logps, sums, use_float32_head
 from pipeline.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Memory, Objective, part_of
 from pipeline.packing import token_budget_batches
 from pipeline.schema import STEPS
+from pipeline.schema import Sequence as TokenSequence
 from pipeline.token_sums import Seed, answer_sums, wpo_weights
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 _WEIGHTS = "weights.safetensors"
+_GENERATED_AT_ONCE = 16_384  # tokens; a token's step through the model costs the same for many prompts as for one
 # What a visit of examples leaves behind, in their order: plain log-probs under the names of schema.STEPS, `loss`, and
 # `loss/TERM` where there are several.
 Visit = dict[str, np.ndarray]
@@ -64,22 +67,49 @@ def accelerator(train: Train) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
 
 
+class _Logps(torch.nn.Module):
+    """The policy's log-probs as one forward, which is what accelerate's wrappers go around."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.model, self._forward = forward.model, forward
+
+    def forward(self, groups: list[list[TokenSequence]], *, squares: bool = False) -> Logps:
+        return self._forward.logps(groups, squares=squares)
+
+
 class Policy:
-    def __init__(self, start: Path, template: str | None, train: Train, accelerator: Accelerator) -> None:
+    def __init__(
+        self, start: Path, template: str | None, train: Train, accelerator: Accelerator, like: Sequence[TokenSequence]
+    ) -> None:
+        """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them."""
         torch.manual_seed(train.seed)
         self.train, self.accelerator = train, accelerator
         self.tokenizer = AutoTokenizer.from_pretrained(start)
         if template is not None:
             self.tokenizer.chat_template = template
         self._limit = identity.longest_sequence(start)
-        model = _load(start)
+        kernel = identity.attention_kernel(start, "sdpa")
+        model = _load(start, kernel).to(accelerator.device)
         use_float32_head(model)
+        self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
+        with accelerator.autocast():
+            self.forward.choose(like)
         optimizer = torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.learning_rate)
-        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._module, self._optimizer = accelerator.prepare(_Logps(self.forward), optimizer)
 
     @property
     def precision(self) -> str:
         return "bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32"
+
+    @property
+    def _model(self) -> Any:
+        return self.forward.model
+
+    @property
+    def _budget(self) -> int:
+        on_gpu = self.accelerator.device.type == "cuda"
+        return self.train.tokens_per_micro_batch or (16_384 if on_gpu else 2_048)
 
     # -- log-probs ---------------------------------------------------------------------------------------------------
 
@@ -132,7 +162,7 @@ class Policy:
         seen: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
         logged, after = (whole.logged, whole.memory) if whole else ({}, memory)
         for i, part in enumerate(parts):
-            with self.accelerator.no_sync(self._model) if i < len(parts) - 1 else contextlib.nullcontext():
+            with self.accelerator.no_sync(self._module) if i < len(parts) - 1 else contextlib.nullcontext():
                 answers = objective.answers if whole else (*objective.answers, *objective.without_gradient)
                 columns = self._columns(examples, part, objective, answers, epoch)
                 positions = torch.tensor([at[int(index)] for index in part])
@@ -231,23 +261,23 @@ class Policy:
         self, batch: Batch, names: list[str], has: list[int], *, also_squares: bool
     ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
         """By answer, the log-probs of each example's tokens; and what else the head is asked for, see logprobs.py."""
-        # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
-        model = self._model if torch.is_grad_enabled() else self.accelerator.unwrap_model(self._model)
         sequences = [sequence for name in names for i in has if (sequence := batch.answers[name][i]) is not None]
+        groups = self.forward.groups(sequences)
+        # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
+        module = self._module if torch.is_grad_enabled() else self.forward.logps
         with self.accelerator.autocast():
-            logps, squares = (
-                completion_logps_and_squares(model, sequences)
-                if also_squares
-                else (completion_logps(model, sequences), [])
-            )
-        n = len(has)
-        return (
-            {name: logps[k * n : (k + 1) * n] for k, name in enumerate(names)},
-            {name: squares[k * n : (k + 1) * n] for k, name in enumerate(names)},
-        )
+            found = module([[sequences[i] for i in group] for group in groups], squares=also_squares)
+        back = np.argsort(flat(groups))
+        by_answer = [{} if not lists else self._by_answer([lists[i] for i in back], names, len(has)) for lists in found]
+        return by_answer[0], by_answer[1]
+
+    def _by_answer(self, lists: list[torch.Tensor], names: list[str], n: int) -> dict[str, list[torch.Tensor]]:
+        return {name: lists[k * n : (k + 1) * n] for k, name in enumerate(names)}
 
     def _parts(self, examples: Examples, indices: np.ndarray) -> list[np.ndarray]:
-        return examples.micro_batches(indices, self.train.tokens_per_micro_batch, self.train.micro_batch_size)
+        return examples.micro_batches(
+            indices, self._budget, self.train.micro_batch_size, way=self.forward.way or "padded"
+        )
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -273,15 +303,18 @@ class Policy:
         """Greedy answers to tokenized prompts."""
         answers: dict[int, str] = {}
         room = self.train.sample_tokens
-        for part in token_budget_batches([len(ids) + room for ids in prompts], self.train.tokens_per_micro_batch):
-            answers.update(zip(part, self._answer([prompts[i] for i in part]), strict=True))
+        with self.forward.plainly():
+            for part in token_budget_batches(
+                [len(ids) + room for ids in prompts], max(self._budget, _GENERATED_AT_ONCE)
+            ):
+                answers.update(zip(part, self._answer([prompts[i] for i in part]), strict=True))
         return [answers[i] for i in range(len(prompts))]
 
     def _answer(self, prompts: list[np.ndarray]) -> list[str]:
         room = min(self.train.sample_tokens, self._limit - max(len(ids) for ids in prompts))
         if room <= 0:
             return [""] * len(prompts)
-        model = self.accelerator.unwrap_model(self._model)
+        model = self._model
         longest = max(len(ids) for ids in prompts)
         pad = (
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id or 0
@@ -303,8 +336,8 @@ class Policy:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def save_model(self, folder: Path) -> None:
-        model = self.accelerator.unwrap_model(self._model)
-        model.save_pretrained(folder)
+        with self.forward.plainly():
+            self._model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -313,10 +346,10 @@ class Policy:
 
     def save_weights(self, folder: Path) -> None:
         """The weights as they lie in memory: save_pretrained rearranges those of some models."""
-        safetensors.torch.save_model(self.accelerator.unwrap_model(self._model), str(folder / _WEIGHTS))
+        safetensors.torch.save_model(self._model, str(folder / _WEIGHTS))
 
     def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
-        safetensors.torch.load_model(self.accelerator.unwrap_model(self._model), folder / _WEIGHTS)
+        safetensors.torch.load_model(self._model, folder / _WEIGHTS)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in optimizer.items():
             i, name = key.split(".", 1)
@@ -333,12 +366,12 @@ def learning_rate(step: int, n_steps: int, train: Train) -> float:
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, kernel: str) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation=identity.attention_kernel(folder, "sdpa"),
+            attn_implementation=kernel,
             use_safetensors=True,
         )
     except (torch.OutOfMemoryError, MemoryError):

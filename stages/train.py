@@ -31,10 +31,12 @@ PREFERENCE = "preference_accuracy"
 # Mean deviation per token between the policy at its start and the cached reference that is still rounding.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32
+TRIED = 12  # examples on which the ways to share a forward are tried
 # Keys that change neither the order of the data nor, but for rounding, the outcome of a step.
 _HARMLESS = {
     "run",
     "tokens_per_micro_batch",
+    "rows",
     "checkpoint_every",
     "keep_checkpoints",
     "eval_every",
@@ -90,7 +92,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
     examples = _examples(config, objective, prepared, scored, cache, progress)
-    policy = Policy(start, prepared.manifest["template"], config.train, devices)
+    policy = Policy(start, prepared.manifest["template"], config.train, devices, examples[TRAIN].longest(TRIED))
     session = Session(config, inputs, examples, objective, policy, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored)
@@ -260,6 +262,9 @@ def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
         return artifact.unseal(path, f"Delete {s.config.run} and train again.")
     s.progress.say(
         f"train: {len(s.examples[TRAIN]):,} {s.objective.kind}, {s.n_steps} steps of {s.config.train.batch_size}, loss {s.objective.name}"
+    )
+    s.progress.say(
+        f"train: rows {s.policy.forward.way}" + (f"; {s.policy.forward.why}" if s.policy.forward.why else "")
     )
     start = _start_metrics(s, scored)
     evaluation = _evaluate(s, 0, 0.0, {})

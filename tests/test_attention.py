@@ -30,7 +30,7 @@ def segments(row) -> attention.Segments:
 
 def packed(model, groups=GROUPS) -> list[torch.Tensor]:
     row = lay_out(groups)
-    return row_logps(model, row, segments(row))
+    return row_logps(model, row, segments(row)).logps
 
 
 # -- the layout, by hand ---------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_one_call_over_the_row_is_the_same(name, monkeypatch):
     attention.use_segments(model)
     row = lay_out(GROUPS)
     with torch.no_grad():
-        expected = row_logps(model, row, segments(row))
+        expected = row_logps(model, row, segments(row)).logps
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
 
         def one_call(module, query, key, value, mask, *, segments, scaling=None, sliding_window=None, **_):
@@ -162,7 +162,7 @@ def test_one_call_over_the_row_is_the_same(name, monkeypatch):
 
         attention.AttentionInterface.register(attention.NAME, one_call)
         try:
-            found = row_logps(model, row, segments(row))
+            found = row_logps(model, row, segments(row)).logps
         finally:
             attention.AttentionInterface.register(attention.NAME, attention.attend)
     for one, other in zip(found, expected, strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models_for_tests import build, sequence
 
+from pipeline import forward
 from pipeline.config import Score
 from pipeline.engines import transformers as engine_file
 from pipeline.engines.loading import load_frozen
@@ -79,14 +80,14 @@ def test_where_it_is_not_the_engine_pads_and_says_why(tmp_path, name, reason):
 def test_a_model_whose_rows_come_out_wrong_falls_back(tmp_path, monkeypatch):
     # Positions that do not restart are what a model that ignores them would compute: wrong for a second answer, and
     # silently so. Without shared prompts a relative position stays what it is.
-    real = engine_file.lay_out
+    real = forward.lay_out
 
     def shifted(groups):
         row = real(groups)
         row.position_T[:] = np.arange(len(row.position_T))
         return row
 
-    monkeypatch.setattr(engine_file, "lay_out", shifted)
+    monkeypatch.setattr(forward, "lay_out", shifted)
     reference = saved(tmp_path, "llama")
     engine = engine_file.load(reference, Score())
     assert largest(engine.score(SEQUENCES), plain(reference)) < 1e-4
@@ -99,7 +100,7 @@ def test_a_shared_prompt_is_computed_once(tmp_path):
     engine = engine_file.load(saved(tmp_path, "llama"), Score())
     engine.score(SEQUENCES)
     seen = []
-    engine._model.get_decoder().register_forward_pre_hook(
+    engine._forward.model.get_decoder().register_forward_pre_hook(
         lambda module, _, inputs: seen.append(inputs.get("input_ids")), with_kwargs=True
     )
     engine.score(SEQUENCES)
@@ -120,12 +121,12 @@ def test_the_longest_comes_first(tmp_path):
 
 def out_of_memory(engine, limit: int):
     """A device on which no forward of more than `limit` tokens fits."""
-    real = engine_file.row_logps
+    real = forward.row_logps
 
-    def compute(model, row, segments):
+    def compute(model, row, segments, **options):
         if len(row.input_T) > limit:
             raise torch.OutOfMemoryError("no room")
-        return real(model, row, segments)
+        return real(model, row, segments, **options)
 
     return compute
 
@@ -134,7 +135,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path, monkeypatch):
     reference = saved(tmp_path, "llama")
     engine = engine_file.load(reference, Score(rows="shared"))
     engine.score(SEQUENCES[:2])
-    monkeypatch.setattr(engine_file, "row_logps", out_of_memory(engine, 100))
+    monkeypatch.setattr(forward, "row_logps", out_of_memory(engine, 100))
     assert largest(engine.score(SEQUENCES), plain(reference)) < 2e-5
     assert engine._budget <= 100
 
@@ -142,7 +143,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path, monkeypatch):
 def test_a_sequence_that_never_fits_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     engine = engine_file.load(saved(tmp_path, "llama"), Score(rows="shared"))
     engine.score(SEQUENCES[:2])
-    monkeypatch.setattr(engine_file, "row_logps", out_of_memory(engine, 5))
+    monkeypatch.setattr(forward, "row_logps", out_of_memory(engine, 5))
     with pytest.raises(ResourceError, match=r"prepare\.max_length"):
         engine.score(SEQUENCES)
 

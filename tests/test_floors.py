@@ -52,6 +52,7 @@ FLOORS = [
         "pipeline.formats.public",
         "pipeline.formats.registry",
         "pipeline.density",
+        "pipeline.forward",
         "pipeline.objective",
         "pipeline.prepared",
         "pipeline.rowfiles",

@@ -7,7 +7,6 @@ from models_for_tests import ARCHITECTURES, build, sequence
 
 from pipeline.logprobs import (
     completion_logps,
-    completion_logps_and_squares,
     gather_logps,
     log_sum_squares,
     plain_logps,
@@ -41,7 +40,7 @@ def test_log_probs_are_those_of_a_float64_softmax(name, batch):
     model = build(name)
     exact = build(name).double()
     with torch.no_grad():
-        found = completion_logps(model, batch)
+        found = completion_logps(model, batch).logps
         for seq, logps_N in zip(batch, found, strict=True):
             logits_TV = exact(input_ids=whole(seq)).logits[0]
             assert logits_TV.dtype == torch.float64
@@ -61,7 +60,7 @@ def test_one_sequence_has_the_loss_that_transformers_reports(name):
         labels[:, : len(seq.prompt_ids)] = -100
         with torch.no_grad():
             loss = model(input_ids=whole(seq), labels=labels).loss
-            (logps_N,) = completion_logps(model, [seq])
+            (logps_N,) = completion_logps(model, [seq]).logps
         # Transformers' loss is the mean of -log p over the labelled tokens.
         assert -logps_N.mean().item() == pytest.approx(loss.item(), abs=1e-5)
 
@@ -76,7 +75,7 @@ def test_a_padded_batch_has_the_loss_that_transformers_reports(llama):
         labels_BT[row, len(seq.prompt_ids) : seq.n_tokens] = torch.from_numpy(seq.completion_ids)
     with torch.no_grad():
         loss = llama(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss
-        logps = completion_logps(llama, RAGGED)
+        logps = completion_logps(llama, RAGGED).logps
     n_tokens = sum(len(seq.completion_ids) for seq in RAGGED)  # 5 + 1 + 4 + 2 + 17 + 1 = 30
     assert n_tokens == 30
     assert -sums(logps).sum().item() / 30 == pytest.approx(loss.item(), abs=1e-5)
@@ -89,7 +88,7 @@ def test_a_padded_batch_has_the_loss_that_transformers_reports(llama):
 def test_a_batch_gives_what_each_sequence_gives_alone(name):
     model = build(name)
     with torch.no_grad():
-        together = completion_logps(model, RAGGED)
+        together = completion_logps(model, RAGGED).logps
         alone = [plain_logps(model, seq) for seq in RAGGED]
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
@@ -101,7 +100,7 @@ def test_a_batch_gives_what_each_sequence_gives_alone(name):
 def test_the_sliding_window_is_in_force(name):
     wide = {"sliding_window": 100}
     with torch.no_grad():
-        (narrow_N,), (wide_N,) = (completion_logps(build(name, **more), [sequence(40, 2)]) for more in ({}, wide))
+        (narrow_N,), (wide_N,) = (completion_logps(build(name, **more), [sequence(40, 2)]).logps for more in ({}, wide))
     assert (narrow_N - wide_N).abs().max() > 1e-3
 
 
@@ -109,7 +108,7 @@ def test_the_sliding_window_is_in_force(name):
 def test_a_batch_has_the_gradient_of_its_sequences_alone(name):
     gradients = []
     for compute in (
-        lambda model: completion_logps(model, RAGGED),
+        lambda model: completion_logps(model, RAGGED).logps,
         lambda model: [plain_logps(model, seq) for seq in RAGGED],
     ):
         model = build(name)
@@ -124,7 +123,7 @@ def test_a_batch_has_the_gradient_of_its_sequences_alone(name):
 
 def test_the_order_of_a_batch_is_kept(llama):
     with torch.no_grad():
-        forwards, backwards = completion_logps(llama, RAGGED), completion_logps(llama, RAGGED[::-1])
+        forwards, backwards = completion_logps(llama, RAGGED).logps, completion_logps(llama, RAGGED[::-1]).logps
     for one, other in zip(forwards, backwards[::-1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -134,7 +133,7 @@ def test_tokens_after_the_answer_cannot_matter(llama):
     long = sequence(5, 20)
     short = Sequence(long.prompt_ids, long.completion_ids[:4])
     with torch.no_grad():
-        long_N, short_N = completion_logps(llama, [long, short])
+        long_N, short_N = completion_logps(llama, [long, short]).logps
     torch.testing.assert_close(long_N[:4], short_N, rtol=0, atol=1e-6)
 
 
@@ -142,7 +141,7 @@ def test_ids_may_be_views_of_a_read_only_map(llama):
     ids = np.arange(2, 10, dtype=np.int32)
     ids.flags.writeable = False
     with torch.no_grad():
-        (found,) = completion_logps(llama, [Sequence(ids[:3], ids[3:])])
+        (found,) = completion_logps(llama, [Sequence(ids[:3], ids[3:])]).logps
     assert found.shape == (5,) and torch.isfinite(found).all()
 
 
@@ -201,8 +200,8 @@ def test_the_sum_of_squares_lies_between_one_over_the_vocabulary_and_one_at_any_
 def test_squares_are_those_of_a_float64_softmax_and_come_with_the_same_log_probs(name):
     model, exact = build(name), build(name).double()
     with torch.no_grad():
-        logps, squares = completion_logps_and_squares(model, RAGGED)
-        alone = completion_logps(model, RAGGED)
+        logps, squares = completion_logps(model, RAGGED, squares=True)
+        alone = completion_logps(model, RAGGED).logps
         assert all(torch.equal(one, other) for one, other in zip(logps, alone, strict=True))
         for seq, squares_N in zip(RAGGED, squares, strict=True):
             p_TV = exact(input_ids=whole(seq)).logits[0].softmax(-1)
@@ -212,7 +211,7 @@ def test_squares_are_those_of_a_float64_softmax_and_come_with_the_same_log_probs
 
 
 def test_gradients_flow_through_the_log_probs_and_not_through_the_squares(llama):
-    logps, squares = completion_logps_and_squares(llama, ONE_TOKEN)
+    logps, squares = completion_logps(llama, ONE_TOKEN, squares=True)
     assert all(each.requires_grad for each in logps) and not any(each.requires_grad for each in squares)
 
 
@@ -223,9 +222,9 @@ def test_gradients_flow_through_the_log_probs_and_not_through_the_squares(llama)
 def test_the_float32_head_changes_nothing_in_a_float32_model(name):
     model = build(name)
     with torch.no_grad():
-        before = completion_logps(model, RAGGED)
+        before = completion_logps(model, RAGGED).logps
         use_float32_head(model)
-        after = completion_logps(model, RAGGED)
+        after = completion_logps(model, RAGGED).logps
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
@@ -272,5 +271,5 @@ def test_the_float32_head_keeps_its_bias():
 def test_gradients_flow_through_the_float32_head():
     model = build("llama")
     use_float32_head(model)
-    sums(completion_logps(model, [sequence(3, 3)])).sum().backward()
+    sums(completion_logps(model, [sequence(3, 3)]).logps).sum().backward()
     assert model.lm_head.weight.grad.abs().max() > 0

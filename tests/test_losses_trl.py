@@ -25,7 +25,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from pipeline.config import Train
-from pipeline.logprobs import completion_logps, completion_logps_and_squares, sums
+from pipeline.logprobs import completion_logps, sums
 from pipeline.losses import LOSSES
 from pipeline.losses.registry import DIVERGENCES
 from pipeline.objective import PLAIN, WEIGHT, Objective
@@ -225,9 +225,9 @@ def lengths(answers: list[Sequence]) -> torch.Tensor:
 def of_pairs(policy: Any, reference: Any, chosen: list[Sequence], rejected: list[Sequence]) -> Columns:
     columns = {"n_chosen": lengths(chosen), "n_rejected": lengths(rejected)}
     for name, answers in {"chosen": chosen, "rejected": rejected}.items():
-        columns[f"{name}_logp"] = sums(completion_logps(policy, answers))
+        columns[f"{name}_logp"] = sums(completion_logps(policy, answers).logps)
         if reference is not None:
-            columns[f"ref_{name}_logp"] = sums(completion_logps(reference, answers)).detach()
+            columns[f"ref_{name}_logp"] = sums(completion_logps(reference, answers).logps).detach()
     return columns
 
 
@@ -235,8 +235,8 @@ def of_labels(policy: Any, reference: Any, batch: Any) -> Columns:
     columns = {"label": batch["label"].double()}
     for name, prefix in {"completion": "", "kl": "KL_"}.items():
         answers = sequences(batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"])
-        columns[f"{name}_logp"] = sums(completion_logps(policy, answers))
-        columns[f"ref_{name}_logp"] = sums(completion_logps(reference, answers)).detach()
+        columns[f"{name}_logp"] = sums(completion_logps(policy, answers).logps)
+        columns[f"ref_{name}_logp"] = sums(completion_logps(reference, answers).logps).detach()
     return columns | {"kl_logp": columns["kl_logp"].detach()}
 
 
@@ -527,9 +527,9 @@ def test_a_combined_step_of_dpo_is_trls(train, dpo, set_up_combined, policy, ref
     set_up_combined(train)
     theirs = dpo.compute_loss(dpo.model, dpo.batch)
     both = sequences(dpo.batch["input_ids"], dpo.batch["completion_mask"])
-    logps, squares = completion_logps_and_squares(policy, both)
+    logps, squares = completion_logps(policy, both, squares=True)
     with torch.no_grad():
-        ref_logps = completion_logps(reference, both)
+        ref_logps = completion_logps(reference, both).logps
     ours, columns = objective_of(train, logps, ref_logps, squares)
     assert_same_step(theirs, dpo.model, ours, policy, columns)
 

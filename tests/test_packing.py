@@ -2,10 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 from models_for_tests import sequence
 
-from pipeline.packing import by_prompt, n_in_row, packed_rows, token_budget_batches
+from pipeline.packing import balanced, by_prompt, n_in_row, packed_rows, token_budget_batches
 from pipeline.schema import Sequence
 
 
@@ -81,3 +82,28 @@ def test_rows_hold_every_sequence_once_within_the_budget(seed):
     for row in rows:
         n_tokens = sum(n_in_row(sequences, group) for group in row)
         assert n_tokens <= budget or [len(group) for group in row] == [1]
+
+
+# -- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 7, 20, 64, 1000])
+def test_balanced_parts_hold_everything_once_within_the_budget(budget):
+    sizes = [int(n) for n in np.random.default_rng(0).integers(1, 20, 50)]
+    parts = balanced(sizes, budget)
+    assert sorted(i for part in parts for i in part) == list(range(50))
+    assert all(len(part) == 1 or sum(sizes[i] for i in part) <= budget for part in parts)
+
+
+def test_balanced_parts_are_of_one_size():
+    # 9 + 5 + 4 + 3 + 3 = 24 tokens in rows of 12: 9 + 3 and 5 + 4 + 3, not 9, 5 + 4 + 3 and 3.
+    assert sorted(
+        sorted(9 if i == 0 else [5, 4, 3, 3][i - 1] for i in part) for part in balanced([9, 5, 4, 3, 3], 12)
+    ) == [
+        [3, 4, 5],
+        [3, 9],
+    ]
+
+
+def test_nothing_makes_no_parts():
+    assert balanced([], 10) == []

@@ -6,7 +6,7 @@ import torch
 from models_for_tests import build, sequence
 
 from pipeline.config import Tokens
-from pipeline.logprobs import completion_logps_and_squares
+from pipeline.logprobs import completion_logps
 from pipeline.token_sums import Seed, answer_sums, wpo_weights
 
 torch.set_num_threads(1)
@@ -207,7 +207,7 @@ def test_wpo_weights_are_those_of_the_models_own_distributions():
     model = build("llama")
     answers = {"chosen": [sequence(3, 5), sequence(4, 1)], "rejected": [sequence(3, 2, 1), sequence(4, 6, 1)]}
     flat = [*answers["chosen"], *answers["rejected"]]
-    logps, squares = completion_logps_and_squares(model, flat)
+    logps, squares = completion_logps(model, flat, squares=True)
     found = wpo_weights({"chosen": logps[:2], "rejected": logps[2:]}, {"chosen": squares[:2], "rejected": squares[2:]})
     assert logps[0].requires_grad and not found.requires_grad
     exact = build("llama").double()
