@@ -20,6 +20,7 @@ from pipeline.errors import INTERRUPTED, PrefcacheError, ResourceError, UsageErr
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.sweep import Combination
 
 # PyTorch reads this when it loads. Threads that spin while they wait slow a busy machine several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -399,21 +400,46 @@ def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, a
 
 
 @main.command()
+@click.option(
+    "--sweep", metavar="SETTINGS", help="Train every combination, as in 'train.loss=sigmoid,ipo train.beta=0.05,0.1'."
+)
 @stage
-def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, sweep: str | None) -> None:
     """Train the policy against the cached log-probs.
 
     \b
         prefcache train data/demo/config.yaml
         prefcache train data/demo/config.yaml --set train.loss=ipo --set train.run=ipo
+        prefcache train data/demo/config.yaml --sweep "train.loss=sigmoid,ipo train.beta=0.05,0.1"
 
-    The trained model is in OUT/RUN/model. Interrupted, the same command goes on from the last checkpoint.
+    The trained model is in OUT/RUN/model. Interrupted, the same command goes on from the last checkpoint. A sweep trains one run after another, each in a folder that is named by its settings, and compares them by the held-out examples.
     """
-    with _loaded(config, overrides, quiet) as (settings, progress):
-        from stages import train
+    if sweep is None:
+        _train(config, overrides, quiet, as_json, [])
+        return
+    from pipeline.sweep import combinations
 
-        if (result := train.run(settings, progress)) is not None:
-            _print(result, as_json, "trained")
+    _train(config, overrides, quiet, as_json, combinations(sweep))
+
+
+def _train(
+    config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, sweep: "list[Combination]"
+) -> None:
+    """One run, or those of a sweep. All settings are checked before the first of them trains."""
+    from pipeline import config as configuration
+    from stages import train
+
+    runs = [(*overrides, *each.overrides) for each in sweep] or [overrides]
+    if sweep:
+        for each in runs:
+            train.check(configuration.load(config, each))
+    results = []
+    for each in runs:
+        with _loaded(config, each, quiet) as (settings, progress):
+            results.append(train.run(settings, progress))
+    # Only the process that wrote has a result.
+    if results[0] is not None:
+        _print({"runs": results} if sweep else results[0], as_json, "swept" if sweep else "trained")
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -251,6 +252,39 @@ def trained(result: dict[str, Any]) -> None:
     for sample in result["samples"][:3]:
         console.print(_sample(sample))
     console.print(f"model: {result['run']}/model")
+
+
+_COMPARED = (
+    ("reward accuracy", "rewards/accuracies", "{:.1%}"),
+    ("reward margin", "rewards/margins", "{:.3f}"),
+    ("prefers chosen", "preference_accuracy", "{:.1%}"),
+    ("loss", "loss", "{:.4f}"),
+)
+
+
+def swept(result: dict[str, Any]) -> None:
+    """The best of each column stands out; losses compare only where the loss is the same."""
+    runs = result["runs"]
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column(f"{runs[0]['held_out']:,} held-out {runs[0]['kind']}")
+    for title, _, _ in _COMPARED:
+        table.add_column(title, justify="right")
+    best = {
+        name: max((run["after"]["evaluation"].get(name, float("-inf")) for run in runs), default=None)
+        for _, name, _ in _COMPARED[:3]
+    }
+    for run in runs:
+        found = run["after"]["evaluation"]
+        cells = [
+            Text(
+                form.format(found[name]) if name in found else "-",
+                style="bold" if found.get(name) == best.get(name) else "",
+            )
+            for _, name, form in _COMPARED
+        ]
+        table.add_row(Text(printable(Path(run["run"]).name)), *cells)
+    _console().print(table)
+    print(f"models: {Path(runs[0]['run']).parent}/RUN/model")
 
 
 def _held_out(result: dict[str, Any]) -> Table:

@@ -73,6 +73,11 @@ class Session:
         return batches.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs)
 
 
+def check(config: Config) -> None:
+    """What can be refused without reading more than the config and the data's manifest."""
+    columns.refuse_missing(Objective(config.train), Prepared(config.prepared))
+
+
 def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     """The result, on the process that wrote it; None on the others."""
     objective = Objective(config.train)

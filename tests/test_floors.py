@@ -35,6 +35,7 @@ FLOORS = [
         "pipeline.pool",
         "pipeline.progress",
     },
+    {"pipeline.forward"},
     {
         "pipeline.cache",
         "pipeline.checkpoints",
@@ -52,9 +53,9 @@ FLOORS = [
         "pipeline.formats.public",
         "pipeline.formats.registry",
         "pipeline.density",
-        "pipeline.forward",
         "pipeline.objective",
         "pipeline.prepared",
+        "pipeline.sweep",
         "pipeline.rowfiles",
         "pipeline.runlog",
         "pipeline.sources",
