@@ -1,15 +1,17 @@
 """What a training step reads: examples with their reference log-probs, in the sampler's order."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.objective import GIVEN_WEIGHT
 from pipeline.packing import balanced, token_budget_batches
 from pipeline.prepared import IdLists
 from pipeline.schema import Sequence as TokenSequence
+from pipeline.selection import Choice
 from pipeline.token_logps import TokenLogps
 
 Columns = Mapping[str, np.ndarray]
@@ -36,9 +38,10 @@ class Examples:
         columns: Columns,
         tokens: Mapping[str, TokenLogps] | None = None,
         learned: Sequence[str] | None = None,
+        choose: Callable[[np.ndarray], Choice] = Choice,
     ) -> None:
         """`columns` are what the data and the cache give, nan where they give nothing; `optional` answers may be missing.
-        `learned` are those of the answers that a step computes, if not all."""
+        `learned` are those of the answers that a step computes, if not all. `choose` is asked which of the rows are taken."""
         complete = np.ones(len(table), bool)
         self.left_out: dict[str, int] = {}  # column -> examples that lack it, and nothing before it
         for name, values in columns.items():
@@ -47,7 +50,11 @@ class Examples:
                 if lacking.any():
                     self.left_out[name] = int(lacking.sum())
                 complete &= ~np.isnan(values)
-        self._rows = np.flatnonzero(complete)
+        choice = choose(np.flatnonzero(complete))
+        self._rows, self.ranks, self.said = choice.rows, choice.ranks, choice.said
+        if choice.weight is not None:
+            columns = {**columns, GIVEN_WEIGHT: np.full(len(table), np.nan)}
+            columns[GIVEN_WEIGHT][choice.rows] = choice.weight
         self._prompt_ids = IdLists(table["prompt_ids"])
         self._answer_ids = {name: IdLists(table[f"{name}_ids"]) for name in (*answers, *optional)}
         # Without the reference's log-prob, nothing could be learned from the policy's.
@@ -143,12 +150,13 @@ def n_steps(n_examples: int, batch_size: int, epochs: float) -> int:
 
 
 def steps(
-    n_examples: int, batch_size: int, epochs: float, seed: int, after: int
+    n_examples: int, batch_size: int, epochs: float, seed: int, after: int, ranks: Sequence[np.ndarray] = ()
 ) -> Iterator[tuple[int, float, np.ndarray]]:
     """(step from 1, epoch reached, examples of the step), from the step after `after` on.
 
     The order depends on the seed, the epoch and the number of examples alone, so a resumed run, another number of
-    processes and a run with a live reference all see the same batches.
+    processes and a run with a live reference all see the same batches. `ranks`, of each epoch or one for all, are what it is
+    sorted by; of equal ones it stays the order.
     """
     per_epoch = -(-n_examples // batch_size)
     shuffled = None
@@ -156,4 +164,6 @@ def steps(
         epoch, i = divmod(step, per_epoch)
         if shuffled != epoch:
             order, shuffled = np.random.default_rng([seed, epoch]).permutation(n_examples), epoch
+            if ranks:
+                order = order[np.argsort(ranks[min(epoch, len(ranks) - 1)][order], kind="stable")]
         yield step + 1, (step + 1) / per_epoch, order[i * batch_size : (i + 1) * batch_size]

@@ -15,6 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.objective import WITHOUT_GRADIENT, Objective, losses_for
 from pipeline.prepared import IdLists, Prepared
 from pipeline.schema import ANSWERS, HELD_OUT, TRAIN
+from pipeline.selection import Choice, Selection
 from pipeline.token_logps import TokenLogps, token_logps
 
 _KL = "Prepare again with prepare.kl_pairs: true; where all answers are the same, there is none that does not belong."
@@ -66,30 +67,57 @@ def _has_values(column: pa.ChunkedArray) -> bool:
 
 
 def examples(
-    objective: Objective, prepared: Prepared, cache: Cache | None, accepted: Sequence[str], *, density_ratio: bool
+    objective: Objective,
+    prepared: Prepared,
+    cache: Cache | None,
+    accepted: Sequence[str],
+    *,
+    density_ratio: bool,
+    selection: Selection | None = None,
 ) -> dict[str, Examples]:
-    """Of each split, the examples that have all that the objective reads."""
+    """Of each split, the examples that have all that the objective reads; of the training split, those that are chosen."""
     tables = {split: prepared.table(split) for split in (TRAIN, HELD_OUT)}
     columns = {split: _of_data(objective, table) for split, table in tables.items()}
     if "density_ratio" in objective.columns:
         for split, ratios in _density_ratios(tables, density_ratio).items():
             columns[split]["density_ratio"] = ratios
     tokens: dict[str, dict[str, TokenLogps]] = {split: {} for split in tables}
-    if objective.reference_answers:
+    reference: dict[str, np.ndarray] = {}  # of the training split, for the selection
+    wanted = [(split, answer) for split in tables for answer in objective.reference_answers]
+    chosen_by = selection.reference_answers if selection else ()
+    also = [(TRAIN, answer) for answer in chosen_by if answer not in objective.reference_answers]
+    if wanted or also:
         assert cache is not None
         # All at once: the cache is read a single time.
-        wanted = [(split, answer) for split in tables for answer in objective.reference_answers]
-        keys = [tables[split][f"{answer}_key"] for split, answer in wanted]
+        keys = [tables[split][f"{answer}_key"] for split, answer in wanted + also]
         sums = cache.logps(keys, accepted)
-        for (split, answer), values in zip(wanted, sums, strict=True):
-            columns[split][f"ref_{answer}_logp"] = np.ma.filled(values, np.nan)
+        for (split, answer), values in zip(wanted + also, sums, strict=True):
+            into = columns[split] if (split, answer) in wanted else reference
+            into[f"ref_{answer}_logp"] = np.ma.filled(values, np.nan)
         if objective.reads_tokens:
+            keys, sums = keys[: len(wanted)], sums[: len(wanted)]
             for (split, answer), lists in zip(wanted, token_logps(cache, keys, sums, accepted), strict=True):
                 tokens[split][answer] = lists
     optional = objective.without_gradient
     answers = [name for name in objective.visited if name not in optional]
+
+    def choose(rows: np.ndarray) -> Choice:
+        if not selection:
+            return Choice(rows)
+        # Where the reference is taken to be 0, what chooses still sees it as it is.
+        of_loss = columns[TRAIN] if objective.reference_answers else {}
+        return selection.choose(tables[TRAIN], of_loss | reference, rows)
+
     return {
-        split: Examples(table, answers, optional, columns[split], tokens[split], objective.answers)
+        split: Examples(
+            table,
+            answers,
+            optional,
+            columns[split],
+            tokens[split],
+            objective.answers,
+            choose if split == TRAIN else Choice,
+        )
         for split, table in tables.items()
     }
 

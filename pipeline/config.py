@@ -282,6 +282,17 @@ def _as_arguments(value: Any) -> Any:
     return flat
 
 
+def _as_expression(value: Any) -> Any:
+    # YAML reads a condition that is only true as a truth value.
+    value = str(value).lower() if isinstance(value, bool) else value
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("expected a SQL expression; leave the key out where there is none")
+    return value
+
+
+Expression = Annotated[str, BeforeValidator(_as_expression)]
+
+
 class Train(Section):
     loss: Annotated[str | dict[str, float], BeforeValidator(_as_weights)] = "sigmoid"
     """A name that `prefcache losses` lists, or several with their weights: {sigmoid: 0.8, sft: 0.2}."""
@@ -297,6 +308,12 @@ class Train(Section):
     """wpo: weigh each example by how likely the policy would be to write its answers (WPO)."""
     density_ratio: bool = False
     """For bco: weigh undesirable answers by how much likelier their prompts are among the desirable ones."""
+    where: Expression | None = None
+    """SQL: train on the training examples for which it is true, such as margin < 5 and n_chosen < 200. Evaluation keeps all."""
+    weight: Expression | None = None
+    """SQL: how much each counts, beside the average, such as if(source = 'a.jsonl', 2, 1). 0: it is not visited."""
+    order_by: Expression | None = None
+    """SQL: the order of each epoch, such as n_chosen, score_gap desc. Equal ones are shuffled. `epoch` is a column, 1 at first."""
     scope: Literal["batch", "micro"] = "batch"
     """What a loss's statistics are taken over: the whole batch of a step, or each micro-batch, as other trainers do."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6

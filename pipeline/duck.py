@@ -19,6 +19,12 @@ def connect() -> duckdb.DuckDBPyConnection:
     return con
 
 
+def lock(con: duckdb.DuckDBPyConnection) -> None:
+    """From here on, nothing is read but what it was given: no other file, no network, no extension, no other setting."""
+    for setting in ("enable_external_access = false", "lock_configuration = true"):
+        con.execute(f"set {setting}")
+
+
 def define(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], schema: pa.Schema) -> None:
     """The view `name` over Parquet files of this schema, perhaps none, with the column filename beside the stored ones."""
     if not files:

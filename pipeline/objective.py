@@ -21,7 +21,8 @@ Columns = Mapping[str, torch.Tensor]
 Memory = dict[str, dict[str, float]]
 # A policy's log-probs of these answers say how far it has moved, and teach it nothing.
 WITHOUT_GRADIENT = ("kl",)
-WEIGHT = "weight"
+WEIGHT = "weight"  # train.weighting's, from the policy
+GIVEN_WEIGHT = "given_weight"  # train.weight's, from the data
 PLAIN = "plain/"  # before the name of a column: without what train.tokens makes of it
 
 
@@ -143,8 +144,8 @@ class Objective:
         for term in self.terms:
             given = [_given(term, name, columns, statistics) for name in term.loss.reads]
             part = term.loss.function(*given, **term.arguments)
-            if WEIGHT in columns:
-                part = part * columns[WEIGHT]
+            for weight in (WEIGHT, GIVEN_WEIGHT):
+                part = part * columns[weight] if weight in columns else part
             parts[term.loss.name] = part
             total = term.weight * part if total is None else total + term.weight * part
         assert total is not None
@@ -233,9 +234,10 @@ def _one_kind(losses: list[Loss]) -> str:
 
 def _refuse_what_does_not_combine(losses: list[Loss], train: Train) -> None:
     tokens = train.tokens
-    if train.weighting and (coupled := [loss.name for loss in losses if loss.over_batch]):
+    weighed = f"train.weighting {train.weighting}" if train.weighting else train.weight and "train.weight"
+    if weighed and (coupled := [loss.name for loss in losses if loss.over_batch]):
         raise UsageError(
-            f"train.weighting {train.weighting} has no meaning for {', '.join(coupled)}: there, examples are not weighed one by "
+            f"{weighed} has no meaning for {', '.join(coupled)}: there, examples are not weighed one by "
             "one. Leave it out, or take another loss."
         )
     reads_both = {"chosen_logp", "rejected_logp"} <= {name for loss in losses for name in loss.columns}

@@ -25,6 +25,7 @@ from pipeline.prepared import Prepared
 from pipeline.progress import Progress
 from pipeline.runlog import PROVENANCE, RunLog
 from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
+from pipeline.selection import Selection
 
 BEFORE = "before.json"
 PREFERENCE = "preference_accuracy"
@@ -83,7 +84,9 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     objective = Objective(config.train)
     prepared = Prepared(config.prepared)
     columns.refuse_missing(objective, prepared)
-    scored, cache = _scored(config, prepared) if objective.reference_answers else (None, None)
+    selection = Selection(config.train, prepared.kind)
+    reads_scores = objective.reference_answers or selection.reference_answers
+    scored, cache = _scored(config, prepared, objective, selection) if reads_scores else (None, None)
     start = _start(config)
     inputs = _inputs(config, objective, prepared, scored, start)
     devices = accelerator(config.train)
@@ -96,11 +99,11 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         artifact.touch_manifest(config.run)
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
-    examples = _examples(config, objective, prepared, scored, cache, progress)
+    examples = _examples(config, objective, prepared, scored, cache, selection, progress)
     policy = Policy(start, prepared.manifest["template"], config.train, devices, examples[TRAIN].longest(TRIED))
     session = Session(config, inputs, examples, objective, policy, RunLog(config.run), progress)
     _write_provenance(session)
-    before = _before(session, scored)
+    before = _before(session, scored if objective.reference_answers else None)
     state = _go_back(session)
     seconds, after = _train(session, state)
     return _finish(session, before, after, seconds)
@@ -122,11 +125,14 @@ def _start(config: Config) -> Path:
     return reference.folder
 
 
-def _scored(config: Config, prepared: Prepared) -> tuple[dict[str, Any], Cache]:
+def _scored(
+    config: Config, prepared: Prepared, objective: Objective, selection: Selection
+) -> tuple[dict[str, Any], Cache]:
     found = open_scored(config.scored, every_byte=False)
     if found is None:
+        reader = "" if objective.reference_answers else f"{selection.reader}, which scoring gives: "
         raise UsageError(
-            f"{config.prepared} has not been scored: there is no {config.scored}. Score first (make score)."
+            f"{reader}{config.prepared} has not been scored: there is no {config.scored}. Score first (make score)."
         )
     scored, cache = found
     if scored["inputs"]["prepared"] != prepared.id:
@@ -202,7 +208,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
         if isinstance(was, dict) and isinstance(now, dict):
             lines += _changed(was, now, f"{prefix}{key}.")
         elif was != now:
-            shown = (f"{value[:8]}" if isinstance(value, str) else f"{value}" for value in (was, now))
+            shown = (re.sub(r"^([0-9a-f]{8})[0-9a-f]{8,}$", r"\1", f"{value}") for value in (was, now))
             lines.append("{} {} (now {})".format(f"{prefix}{key}", *shown))
     return lines
 
@@ -213,15 +219,16 @@ def _examples(
     prepared: Prepared,
     scored: dict[str, Any] | None,
     cache: Cache | None,
+    selection: Selection,
     progress: Progress,
 ) -> dict[str, Examples]:
-    density_ratio = config.train.density_ratio
+    said: dict[str, Any] = {"density_ratio": config.train.density_ratio, "selection": selection}
     if scored is None:
-        found = columns.examples(objective, prepared, None, [], density_ratio=density_ratio)
+        found = columns.examples(objective, prepared, None, [], **said)
     else:
         with vouched_for(config.scored):
             accepted = scored["accepted_numerics"]
-            found = columns.examples(objective, prepared, cache, accepted, density_ratio=density_ratio)
+            found = columns.examples(objective, prepared, cache, accepted, **said)
     for split, examples in found.items():
         for column, n in examples.left_out.items():
             why = (
@@ -230,6 +237,8 @@ def _examples(
                 else f"they have no {column}"
             )
             progress.warn(f"{n:,} {split} examples are left out: {why}")
+    for line in found[TRAIN].said:
+        progress.say(line)
     if not len(found[TRAIN]):
         lacking = ", ".join(found[TRAIN].left_out)
         remedy = f"none has {lacking}; see the warnings above" if lacking else "lower prepare.held_out, or add data"
@@ -337,7 +346,7 @@ def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
     began, evaluation = time.monotonic(), None
     with s.progress.count("train", s.n_steps - state["step"], "steps") as counter:
         for step, epoch, indices in batches.steps(
-            len(examples), train.batch_size, train.epochs, train.seed, state["step"]
+            len(examples), train.batch_size, train.epochs, train.seed, state["step"], examples.ranks
         ):
             rate = learning_rate(step, s.n_steps, train)
             visit, logged, memory = s.policy.update(examples, indices, s.objective, memory, rate, math.ceil(epoch))

@@ -87,6 +87,13 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert order(0, 0) == order(0, 0)
 
 
+def test_ranks_sort_and_leave_equal_ones_in_the_order_of_the_shuffle():
+    ranks = (np.array([2, 1, 2, 1, 1]), np.zeros(5, int))
+    sorted_, plain = ([indices.tolist() for _, _, indices in steps(5, 5, 3, 4, 0, each)] for each in (ranks, ()))
+    assert sorted_[0] == [i for rank in (1, 2) for i in plain[0] if ranks[0][i] == rank]
+    assert sorted_[1:] == plain[1:]  # of the second epoch; and of those after the last
+
+
 def test_more_epochs_do_not_change_the_first():
     one, two = (list(steps(10, 4, epochs, 0, 0)) for epochs in (1, 2))
     assert [indices.tolist() for *_, indices in one] == [indices.tolist() for *_, indices in two[:3]]

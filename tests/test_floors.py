@@ -69,7 +69,7 @@ FLOORS = [
         "pipeline.views",
     },
     # What is done with a cache as a whole, or with single tokens of it.
-    {"pipeline.upkeep", "pipeline.shorten", "pipeline.token_logps"},
+    {"pipeline.upkeep", "pipeline.shorten", "pipeline.token_logps", "pipeline.selection"},
     # Training: examples with what the cache knows of them, then what is made of those.
     {"pipeline.batches"},
     {"pipeline.columns", "pipeline.policy"},

@@ -72,6 +72,13 @@ def test_the_weight_of_an_example_weighs_every_term():
     assert total.tolist() == pytest.approx([0.5 * softplus(-1) + 0.25, 3 * softplus(2) + 0.75], rel=1e-12)
 
 
+def test_a_given_weight_multiplies_that_of_wpo():
+    weights = {"weight": t(0.5, 3), "given_weight": t(4, 1)}
+    total, parts = values(objective(loss=["sigmoid", "sft"], beta=0.5), PAIRS | weights)
+    assert parts["sft"].tolist() == [1, 0.75]
+    assert total.tolist() == pytest.approx([2 * softplus(-1) + 1, 3 * softplus(2) + 0.75], rel=1e-12)
+
+
 def test_gradients_of_a_sum_are_the_weighted_sum_of_gradients():
     columns = {name: values.clone().requires_grad_() for name, values in PAIRS.items()}
     values(objective(loss={"sigmoid": 0.8, "sft": 0.25}, beta=0.5), columns)[0].sum().backward()

@@ -73,8 +73,7 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
         _create_views(con)
     except duckdb.IOException as error:
         raise _translated(error, sources.files) from None
-    for lock in ("enable_external_access = false", "lock_configuration = true"):
-        con.execute(f"set {lock}")
+    duck.lock(con)
     return con
 
 
