@@ -85,6 +85,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def missing_kind(self) -> str | None:
+        """The kind of labels of which there is none; None where there are both, or pairs."""
+        if "label" not in self._columns or not len(self):
+            return None
+        label = self._columns["label"][self._rows]
+        return "undesirable" if label.all() else None if label.any() else "desirable"
+
     def batch(self, indices: np.ndarray, device: torch.device | str, answers: Sequence[str] = ()) -> Batch:
         """Some examples with their columns, and the tokens of these answers."""
         rows = self._rows[indices].tolist()

@@ -260,6 +260,8 @@ def _weight(name: str, weight: Any) -> float:
         number = math.nan if isinstance(weight, bool) else float(weight)  # YAML 1.1 reads 1e-1 as text
     except (TypeError, ValueError):
         number = math.nan
+    if weight is None and ":" in name:
+        raise ValueError(f"found {name}; YAML wants a space after the colon, as in {{sigmoid: 0.8, sft: 0.2}}")
     if not 0 <= number < math.inf:
         raise ValueError(f"the weight of {name} is {weight!r}; expected a number that is not negative")
     return number

@@ -67,20 +67,34 @@ class Objective:
         return " + ".join(f"{term.weight:g} {term.loss.name}" for term in self.terms)
 
     @property
+    def _rewarding(self) -> Term:
+        """The term whose rewards are the run's: the first that has a beta."""
+        return next((term for term in self.terms if "beta" in term.arguments), self.terms[0])
+
+    @property
     def beta(self) -> float:
-        """The scale of rewards: the first term's that has one."""
-        found = (term.arguments["beta"] for term in self.terms if "beta" in term.arguments)
-        return float(next(found, self._train.beta or 1.0))
+        """The scale of rewards."""
+        return float(self._rewarding.arguments.get("beta", self._train.beta or 1.0))
 
     @property
     def per_token(self) -> bool:
-        """Whether rewards are per token: as the first term has them."""
-        return self.terms[0].loss.per_token
+        """Whether rewards are per token."""
+        return self._rewarding.loss.per_token
 
     @property
     def described(self) -> dict[str, dict[str, Any]]:
         """Each term's weight and hyperparameters, defaults and all."""
         return {term.loss.name: {"weight": term.weight, **term.arguments} for term in self.terms}
+
+    @property
+    def said(self) -> str:
+        """What the config sets otherwise than a loss itself would, for a reader: a beta may have been meant for another loss."""
+        return ", ".join(
+            f"{term.loss.name}'s {name} {value} (its own: {own})"
+            for term in self.terms
+            for name, own in term.loss.hyperparameters.items()
+            if (value := term.arguments[name]) != own
+        )
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -113,7 +127,10 @@ class Objective:
         """Answers whose log-probs are needed of the whole batch before the gradient of any example is known."""
         if self.over_batch:
             return _answers(self.columns)
-        return _answers(name for term in self.terms for statistic in term.loss.statistics for name in statistic.columns)
+        read = _answers(name for term in self.terms for statistic in term.loss.statistics for name in statistic.columns)
+        # How tokens and examples are weighed may depend on both of a pair's answers.
+        moving = self.answers if set(read) & set(self.answers) else ()
+        return (*moving, *(name for name in read if name in WITHOUT_GRADIENT))
 
     @property
     def without_gradient(self) -> tuple[str, ...]:
@@ -144,6 +161,11 @@ class Objective:
         for term in self.terms:
             given = [_given(term, name, columns, statistics) for name in term.loss.reads]
             part = term.loss.function(*given, **term.arguments)
+            if part.shape != (n := (len(next(iter(columns.values()))),)):
+                raise UsageError(
+                    f"Loss {term.loss.name!r} gave values of shape {tuple(part.shape)} for {n[0]:,} examples. It has to return "
+                    "one for each of them; their mean is taken later."
+                )
             for weight in (WEIGHT, GIVEN_WEIGHT):
                 part = part * columns[weight] if weight in columns else part
             parts[term.loss.name] = part
@@ -234,6 +256,11 @@ def _one_kind(losses: list[Loss]) -> str:
 
 def _refuse_what_does_not_combine(losses: list[Loss], train: Train) -> None:
     tokens = train.tokens
+    if isinstance(train.loss, dict) and not any(train.loss.values()):
+        raise UsageError(
+            f"train.loss: every weight is 0 ({', '.join(train.loss)}), so there is nothing to learn. Leave it out, or give one a "
+            "weight."
+        )
     weighed = f"train.weighting {train.weighting}" if train.weighting else train.weight and "train.weight"
     if weighed and (coupled := [loss.name for loss in losses if loss.over_batch]):
         raise UsageError(
@@ -253,6 +280,11 @@ def _refuse_what_does_not_combine(losses: list[Loss], train: Train) -> None:
             "compares answers."
         )
     reads_reference = any(name.startswith("ref_") for loss in losses for name in loss.columns)
+    if train.reference_free and not reads_reference:
+        raise UsageError(
+            f"train.reference_free takes the reference's log-probs to be 0, and {', '.join(loss.name for loss in losses)} "
+            "reads none anyway. Leave it out."
+        )
     if tokens.clamp is not None and (train.reference_free or not reads_reference):
         raise UsageError(
             "train.tokens.clamp limits each token's ratio to the reference, and this run reads none. Leave it out, or take a "

@@ -5,6 +5,7 @@ There is no reference model here and no way to load one. Shapes: B examples.
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,9 +276,9 @@ class Policy:
         return {name: lists[k * n : (k + 1) * n] for k, name in enumerate(names)}
 
     def _parts(self, examples: Examples, indices: np.ndarray) -> list[np.ndarray]:
-        return examples.micro_batches(
-            indices, self._budget, self.train.micro_batch_size, way=self.forward.way or "padded"
-        )
+        # Where a micro-batch is what a loss is taken over, the room that its tokens take must not cut it.
+        budget = sys.maxsize if self.train.scope == "micro" else self._budget
+        return examples.micro_batches(indices, budget, self.train.micro_batch_size, way=self.forward.way or "padded")
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]

@@ -1,6 +1,6 @@
 """The reference's log-prob of every answer token, for what weighs tokens one by one.
 
-Only losses and modifiers that ask for them pay for these: they are read from the cache into one flat array.
+Only what asks for them, which is train.tokens, pays for these: they are read from the cache into one flat array.
 """
 
 import itertools
@@ -66,7 +66,8 @@ def _read(
             raise IntegrityError(f"{cache.folder} has lost rows since it was opened. Score again (make score).")
         raise UsageError(
             f"{cache.folder / without} has no values of single tokens: it was scored with score.logps: false, or imported as "
-            "sums. Score again into another cache (cache=FOLDER) with score.logps: true, or take a loss that reads sums."
+            "sums, and train.tokens weighs single ones. Leave that out, or score again into another cache (--set cache=FOLDER --set "
+            "score.logps=true), and train with the same settings."
         )
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(n_K)])
     values = np.empty(starts[-1], np.float32)

@@ -107,24 +107,27 @@ _LOSSES = {
     ("pairs", True): "Pairs",
     ("labels", True): "Labelled answers",
     ("pairs", False): "Pairs, without a reference: no scores are needed",
+    ("labels", False): "Labelled answers, without a reference: no scores are needed",
 }
 
 
 def losses(found: Iterable[Any]) -> None:
     listed = [each.describe() for each in found]
     for (kind, reference), title in _LOSSES.items():
-        print(f"{title}\n")
-        for each in listed:
-            if (each["kind"], each["reference"]) == (kind, reference):
-                print(f"{each['name']}\n    {each['when']}\n    {_hyperparameters(each)}. {each['papers'][0]}\n")
+        those = [each for each in listed if (each["kind"], each["reference"]) == (kind, reference)]
+        if those:
+            print(f"{title}\n")
+        for each in those:
+            print(f"{each['name']}\n    {each['when']}")
+            print(f"    {' '.join([_hyperparameters(each) + '.', *each['papers'][:1]])}\n")
     print("`prefcache losses NAME` shows what one reads, its formula, and what a healthy run looks like.")
 
 
 def loss(chosen: Any) -> None:
     each = chosen.describe()
     summary, _, text = each["text"].partition("\n")
-    print(f"{each['name']}: {summary}\n\n    {each['formula']}\n")
-    print(f"{text.strip()}\n\nWhen: {each['when']}\n")
+    print(f"{each['name']}: {summary}".removesuffix(": ") + f"\n\n    {each['formula']}\n")
+    print(f"{text.strip()}\n\nWhen: {each['when']}\n".lstrip("\n"))
     print(f"Reads {each['kind']}: {', '.join(each['columns'])}")
     if each["statistics"] or each["over_batch"]:
         which = f": {', '.join(each['statistics'])}" if each["statistics"] else ""

@@ -239,6 +239,11 @@ def _examples(
             progress.warn(f"{n:,} {split} examples are left out: {why}")
     for line in found[TRAIN].said:
         progress.say(line)
+    if missing := found[TRAIN].missing_kind:
+        progress.warn(
+            f"none of the {len(found[TRAIN]):,} labels to train on is {missing}: nothing holds the policy against the other kind, and "
+            "there are no margins and no accuracies"
+        )
     if not len(found[TRAIN]):
         lacking = ", ".join(found[TRAIN].left_out)
         remedy = f"none has {lacking}; see the warnings above" if lacking else "lower prepare.held_out, or add data"
@@ -277,6 +282,8 @@ def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
     s.progress.say(
         f"train: {len(s.examples[TRAIN]):,} {s.objective.kind}, {s.n_steps} steps of {s.config.train.batch_size}, loss {s.objective.name}"
     )
+    if s.objective.said:
+        s.progress.say(f"train: {s.objective.said}")
     s.progress.say(
         f"train: rows {s.policy.forward.way}" + (f"; {s.policy.forward.why}" if s.policy.forward.why else "")
     )
@@ -299,7 +306,7 @@ def _start_metrics(s: Session, scored: dict[str, Any] | None) -> dict[str, float
     visit, logged = s.policy.evaluate(examples, sample, s.objective, {})
     found = {**metrics.of_visit(visit, s.objective), **logged}
     if scored is None:
-        s.progress.say("train: this loss reads no reference, so there is nothing to check the start against")
+        s.progress.say("train: no reference is read, so there is nothing to check the start against")
         return found
     if s.inputs["policy"] != s.inputs["reference"]:
         s.progress.say("train: policy and reference are different weights, so the margin need not start at 0")
@@ -307,6 +314,7 @@ def _start_metrics(s: Session, scored: dict[str, Any] | None) -> dict[str, float
     gaps = [
         np.abs(metrics.log_ratio(visit, answer)) / examples.n_answer_tokens(answer, sample)
         for answer in s.objective.answers
+        if answer in s.objective.reference_answers
     ]
     worst, dtypes = float(np.max(gaps)), [record["dtype"] for record in scored["numerics"].values()]
     tolerance = max(START_TOLERANCE[name] for name in [s.policy.precision, *dtypes])
@@ -316,6 +324,11 @@ def _start_metrics(s: Session, scored: dict[str, Any] | None) -> dict[str, float
             f"{tolerance} is rounding. The policy computes in {s.policy.precision}; the cache was scored with "
             f"{'; '.join(str(record) for record in scored['numerics'].values())}. Set train.precision "
             f"to the cache's, or delete {scored['cache']} and score again in this environment (make score)."
+        )
+    if "loss" not in found:
+        raise UsageError(
+            f"Loss {s.objective.name!r} has no finite value where policy and reference agree, which is where training starts. "
+            "Take another, or mend it."
         )
     margin = found.get("rewards/margins", 0.0)
     s.progress.say(

@@ -127,6 +127,13 @@ def test_scope_micro_takes_each_micro_batch_for_the_batch(prefcache, monkeypatch
     assert all(torch.equal(whole[key], one[key]) for key in whole)
 
 
+def test_scope_micro_takes_micro_batches_of_its_size_whatever_room_they_take(prefcache, monkeypatch, experiment, model):
+    micro = ["train.scope=micro", "train.micro_batch_size=4"]
+    wide = train(prefcache, monkeypatch, experiment, "kto_pair", "wide", *micro)
+    narrow = train(prefcache, monkeypatch, experiment, "kto_pair", "narrow", *micro, "train.tokens_per_micro_batch=1")
+    assert apart(narrow, wide, load_file(model / "model.safetensors")) < 3e-4
+
+
 def test_scope_micro_without_a_size_is_refused(prefcache, monkeypatch, experiment):
     monkeypatch.chdir(experiment)
     refused = prefcache(*arguments("kto", "sizeless", "train.scope=micro"), code=2)

@@ -180,6 +180,10 @@ def test_loss_args_keep_yes_and_no(tmp_path):
         ("train.run=..", "train.run"),
         ("train.run=prepared", "train.run"),
         ("train.kinds={preferred: '(', rejected: b}", "'(' is not a regular expression"),
+        (
+            "train.loss={sigmoid:0.8,sft:0.2}",
+            "found sigmoid:0.8; YAML wants a space after the colon, as in {sigmoid: 0.8",
+        ),
         ("train.scope=all", "train.scope: Input should be 'batch' or 'micro', found 'all'"),
         ("train.weighting=wp", "train.weighting: Input should be 'wpo', found 'wp'"),
         ("train.micro_batch_size=0", "train.micro_batch_size"),

@@ -68,6 +68,13 @@ def test_a_loss_names_its_paper_and_says_when_and_what_to_expect(name):
     assert {each.direction for each in loss.healthy} & {"rises", "falls"}
 
 
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.reads_reference])
+def test_what_a_loss_without_a_reference_expects_is_not_beside_one(name):
+    # Where nothing is taken off, the first margin is the model's own, and half of them being right is no rule.
+    for each in LOSSES[name].healthy:
+        assert "the reference" not in each.note and "from about 0.5" not in each.note
+
+
 @of_every_loss
 def test_a_losss_defaults_are_within_its_ranges(name):
     assert hyperparameters(LOSSES[name], LOSSES[name].hyperparameters) == LOSSES[name].hyperparameters

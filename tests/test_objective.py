@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from examples_for_tests import objective
 from losses_for_tests import LOGPS, columns_of, random_columns, t
 
+from pipeline import config
 from pipeline.config import Train
 from pipeline.errors import UsageError
 from pipeline.losses import LOSSES
@@ -171,6 +173,25 @@ def test_rewards_are_per_token_where_the_first_losss_formula_has_them():
     ]
 
 
+@pytest.mark.parametrize("loss", [["sft", "simpo"], ["slic", "simpo"]])
+def test_scale_and_unit_of_rewards_are_the_same_terms(loss):
+    # sft and slic have no beta; simpo's 2 is of log-probs per token.
+    assert (objective(loss=loss).beta, objective(loss=loss).per_token) == (2.0, True)
+
+
+def test_a_beta_that_is_not_the_losss_own_is_said():
+    assert objective(loss="simpo", beta=0.1).said == "simpo's beta 0.1 (its own: 2.0)"
+    mixed = objective(loss=["sigmoid", "simpo"], beta=0.1, loss_args={"gamma": 1, "sigmoid.label_smoothing": 0.2})
+    assert mixed.said == "sigmoid's label_smoothing 0.2 (its own: 0.0), simpo's beta 0.1 (its own: 2.0)"
+    assert objective(loss="sigmoid", beta=0.1).said == objective(loss="simpo").said == ""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_demos_config_leaves_every_loss_its_own_beta(name):
+    demo = config.load(ROOT / "data/demo/config.yaml", [f"train.loss={name}"])
+    assert Objective(demo.train).said == ""
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +259,11 @@ def test_a_wrong_argument_is_refused_with_those_there_are(train, found):
         # What would change nothing is a mistake too.
         ({"loss": "kto", "density_ratio": True}, "losses that read density_ratio (bco), and kto does not"),
         ({"loss": ["sigmoid", "sft"], "density_ratio": True}, "and sigmoid, sft does not. Leave it out"),
+        ({"loss": ["simpo", "sft"], "reference_free": True}, "simpo, sft reads none anyway. Leave it out"),
+        (
+            {"loss": {"sigmoid": 0, "sft": 0.0}},
+            "every weight is 0 (sigmoid, sft), so there is nothing to learn. Leave it out",
+        ),
     ],
 )
 def test_what_does_not_combine_is_refused_with_what_to_do(train, found):
@@ -256,6 +282,8 @@ def test_what_does_not_combine_is_refused_with_what_to_do(train, found):
         {"loss": ["sft", "sigmoid"], "tokens": {"sampo": True}},
         {"loss": ["simpo", "sigmoid"], "tokens": {"clamp": (-1, 1)}},
         {"loss": ["kto", "bco"], "density_ratio": True},
+        {"loss": {"sigmoid": 0, "sft": 1}},  # measured, and not learned
+        {"loss": ["simpo", "sigmoid"], "reference_free": True},
     ],
 )
 def test_what_does_combine_is_taken(train):

@@ -389,6 +389,36 @@ def test_without_held_out_pairs_it_trains_and_says_nothing_about_them(prefcache,
     assert "held-out pairs" not in done.stdout and "model:" in done.stdout
 
 
+@pytest.mark.parametrize(("label", "missing"), [(True, "undesirable"), (False, "desirable")])
+def test_labels_of_one_kind_are_trained_on_with_a_warning(prefcache, model, tmp_path, label, missing):
+    rows = [{"prompt": f"{i}: why?", "completion": f"the cat {i}", "label": label} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(tmp_path, model, loss="kto")
+    for stage in ("prepare", "score", "train"):
+        done = prefcache(stage, config, "--set", "prepare.held_out=0")
+    assert f"none of the 4 labels to train on is {missing}" in done.stderr
+
+
+def test_both_kinds_of_labels_or_pairs_need_no_warning(prefcache, scored, config):
+    assert "to train on is" not in prefcache("train", scored).stderr
+    for stage in ("prepare", "score", "train"):
+        done = prefcache(
+            stage, config, "--set", "prepare.examples=labels", "--set", "out=labels", "--set", "train.loss=bco"
+        )
+    assert "to train on is" not in done.stderr
+
+
+def test_single_tokens_that_were_not_kept_are_scored_into_another_cache_as_the_message_says(prefcache, config):
+    weighed = ["--set", "train.tokens.ld_alpha=0.5"]
+    prefcache("prepare", config)
+    prefcache("score", config, "--set", "score.logps=false")
+    refused = prefcache("train", config, *weighed, code=2).stderr
+    remedy = refused.partition("another cache (")[2].partition(")")[0].replace("FOLDER", "other").split()
+    assert remedy[0] == "--set"
+    prefcache("score", config, *remedy)
+    prefcache("train", config, *remedy, *weighed)
+
+
 def test_the_chat_template_it_was_trained_with_is_saved_with_the_model(prefcache, config, tmp_path):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     (tmp_path / "mine.jinja").write_text(template)

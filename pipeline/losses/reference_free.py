@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.losses.pairs import bent, soft_labels, squared
-from pipeline.losses.registry import ACCURACY_RISES, CHOSEN_RISES, MARGIN_RISES, Healthy, loss
+from pipeline.losses.registry import CHOSEN_RISES, Healthy, loss
 
 _SURE = -1e-6  # a log-prob per token above it has no odds in float32
 
+_MARGIN_RISES = Healthy("rewards/margins", "rises", "from the model's own preference, which may lie below 0")
+_ACCURACY_RISES = Healthy(
+    "rewards/accuracies", "rises", "from how often the model prefers the chosen answer anyway, often not 0.5"
+)
 _SEPARATION = Healthy("rewards/margins", "rises", "log-probs per token times beta: beyond gamma the pair is won")
 _CHOSEN_HELD = Healthy(
     "logps/chosen", "may fall", "some is normal; nothing holds it but the margin, so stop where answers get worse"
@@ -21,7 +25,7 @@ _CHOSEN_HELD = Healthy(
 @loss(
     "-log s(beta (p_w / |y_w| - p_l / |y_l|) - gamma)",
     when="No reference at hand, answers of different lengths. Sensitive to the learning rate: try 3e-7 to 1e-6 first.",
-    healthy=(_SEPARATION, ACCURACY_RISES, _CHOSEN_HELD),
+    healthy=(_SEPARATION, _ACCURACY_RISES, _CHOSEN_HELD),
     ranges={"gamma": "[0, inf)"},
     per_token=True,
 )
@@ -38,7 +42,7 @@ def simpo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma=1
 @loss(
     "-log s(r_w - r_l - gamma), r = beta (1 - exp(-alpha p / |y|)) / alpha",
     when="simpo whose policy drifts: alpha bends the reward so that likely answers are pushed less (above 0) or more.",
-    healthy=(_SEPARATION, ACCURACY_RISES, _CHOSEN_HELD),
+    healthy=(_SEPARATION, _ACCURACY_RISES, _CHOSEN_HELD),
     ranges={"gamma": "[0, inf)", "alpha": "(-inf, inf)"},
     per_token=True,
 )
@@ -55,7 +59,7 @@ def alphapo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma
 @loss(
     "-log s(beta (p_w - p_l)) - nll sum(p_w) / sum(|y_w|)",
     when="Translation and other tasks with one right answer; its likelihood is trained beside the preference.",
-    healthy=(MARGIN_RISES, ACCURACY_RISES, CHOSEN_RISES),
+    healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
 )
 def cpo(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, label_smoothing=0.0, nll=1.0):
@@ -71,7 +75,7 @@ def cpo(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, label_smoothing=
 @loss(
     "max(0, 1 - beta (p_w - p_l)) - nll sum(p_w) / sum(|y_w|)",
     when="cpo where pairs that are won shall stop mattering.",
-    healthy=(MARGIN_RISES, ACCURACY_RISES, CHOSEN_RISES),
+    healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
 )
 def cpo_hinge(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, nll=1.0):
@@ -85,7 +89,7 @@ def cpo_hinge(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, nll=1.0):
 @loss(
     "(p_w / |y_w| - p_l / |y_l| - 1 / (2 beta))^2 - nll sum(p_w) / sum(|y_w|)",
     when="cpo with a margin to reach instead of one to push.",
-    healthy=(MARGIN_RISES, ACCURACY_RISES, CHOSEN_RISES),
+    healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
     per_token=True,
 )
@@ -103,7 +107,7 @@ def cpo_ipo(chosen_logp, rejected_logp, n_chosen, n_rejected, mean_n_chosen, *, 
     when="Straight from a base model: instruction and preference in one run, at a higher learning rate than DPO's.",
     healthy=(
         CHOSEN_RISES,
-        ACCURACY_RISES,
+        _ACCURACY_RISES,
         Healthy(
             "rewards/margins", "rises", "the odds term; where it stays at 0 and the likelihood rises alone, raise beta"
         ),
@@ -130,7 +134,7 @@ def _log_of_rest(logp_B):
 @loss(
     "max(0, delta - p_w + p_l) - nll p_w",
     when="A plain margin between log-probs, held by the chosen answers' likelihood.",
-    healthy=(MARGIN_RISES, ACCURACY_RISES, CHOSEN_RISES),
+    healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"delta": "[0, inf)", "nll": "[0, inf)"},
 )
 def slic(chosen_logp, rejected_logp, *, delta=1.0, nll=0.1):

@@ -18,6 +18,7 @@ gradient is; none flows through it. A loss through which gradients flow from one
 it is computed on the whole global batch, and its gradient is the exact one. Neither depends on what memory allowed.
 """
 
+import difflib
 import inspect
 import math
 import re
@@ -30,6 +31,13 @@ import torch
 from pipeline.errors import UsageError, named
 
 Direction = Literal["rises", "falls", "may fall", "holds"]
+
+COLUMNS = (
+    *("chosen_logp", "rejected_logp", "completion_logp", "kl_logp"),
+    *("ref_chosen_logp", "ref_rejected_logp", "ref_completion_logp", "ref_kl_logp"),
+    *("n_chosen", "n_rejected", "n_completion"),
+    *("chosen_score", "rejected_score", "label", "density_ratio"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class Loss:
             "when": self.when,
             "papers": self.papers,
             "healthy": [vars(each) for each in self.healthy],
-            "text": inspect.getdoc(self.function),
+            "text": inspect.getdoc(self.function) or "",
         }
 
 
@@ -206,7 +214,16 @@ def _declared(function: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, 
 def get_loss(name: str) -> Loss:
     if name.lower() in UNAVAILABLE:
         raise UsageError(f"train.loss: {UNAVAILABLE[name.lower()]}")
-    return named(LOSSES, name, "train.loss", "`prefcache losses` lists them.")
+    found = named(LOSSES, name, "train.loss", "`prefcache losses` lists them.")
+    for column in found.columns:
+        if column not in COLUMNS:
+            near = difflib.get_close_matches(column, [*COLUMNS, *STATISTICS], n=1)
+            hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(COLUMNS)}"
+            raise UsageError(
+                f"Loss {name!r} has the parameter {column}, which is neither a column nor a statistic; {hint}. "
+                "Hyperparameters are keyword-only: they stand after a `*`."
+            )
+    return found
 
 
 def hyperparameters(chosen: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +240,7 @@ def _checked(chosen: Loss, name: str, value: Any) -> Any:
     try:
         if isinstance(value, bool) is not (kind is bool):
             raise ValueError
-        value = kind(value)  # YAML 1.1 reads 1e-2 as text
+        value = _number(value) if kind is int else kind(value)  # YAML 1.1 reads 1e-2 as text
     except (TypeError, ValueError):
         raise UsageError(f"{where}: found {value!r}, expected a {kind.__name__} for loss {chosen.name!r}.") from None
     allowed = chosen.ranges.get(name)
@@ -232,6 +249,12 @@ def _checked(chosen: Loss, name: str, value: Any) -> Any:
     if isinstance(allowed, str) and not _within(float(value), allowed):
         raise UsageError(f"{where}: found {value}; loss {chosen.name!r} takes values in {allowed}.")
     return value
+
+
+def _number(value: Any) -> int | float:
+    """A default of 1 does not say that a fraction makes no sense."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def _within(value: float, interval: str) -> bool:
