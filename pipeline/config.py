@@ -271,6 +271,10 @@ def _expected_losses(value: Any) -> NoReturn:
     raise ValueError("expected the name of a loss, a list of names, or names with their weights")
 
 
+def _as_word(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 reads off as false
+
+
 def _as_arguments(value: Any) -> Any:
     """`{loss: {key: value}}`, which is what --set train.loss_args.loss.key=value makes, as `{loss.key: value}`."""
     if not isinstance(value, dict):
@@ -346,6 +350,8 @@ class Train(Section):
     """Of the arithmetic; weights stay float32. auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    alerts: Annotated[Literal["off", "warn", "strict"], BeforeValidator(_as_word)] = "warn"
+    """What is done where metrics say that something goes wrong. strict: the run stops there, with exit code 7 and a checkpoint."""
     eval_every: Count | None = None
     """Steps between evaluations on the held-out pairs. Always evaluated: before the first step and after the last."""
     checkpoint_every: Count = 200

@@ -43,6 +43,12 @@ class ResourceError(PrefcacheError):
     exit_code = 6
 
 
+class AlertError(PrefcacheError):
+    """A run raised an alert, and train.alerts is strict."""
+
+    exit_code = 7
+
+
 INTERRUPTED = 130
 
 

@@ -12,6 +12,7 @@ from pipeline.policy import Visit
 def of_visit(visit: Visit, objective: Objective) -> dict[str, float]:
     found = _of_labels(visit, objective) if "completion_logp" in visit else _of_pairs(visit, objective)
     losses = {name: visit[name].mean() for name in visit if name == "loss" or name.startswith("loss/")}
+    found |= _of_reference(visit, objective)
     return {name: float(value) for name, value in (losses | found).items() if np.isfinite(value)}
 
 
@@ -24,6 +25,23 @@ def log_ratio(visit: Visit, answer: str) -> np.ndarray:
     logp = visit[f"{answer}_logp"]
     found: np.ndarray = logp - visit.get(f"ref_{answer}_logp", np.zeros_like(logp))
     return found
+
+
+def _of_reference(visit: Visit, objective: Objective) -> dict[str, np.floating]:
+    """How far the answers' log-probs have moved from the reference's, in nats per token.
+
+    An estimate of the KL divergence only where the policy would write these answers: they are the data's, not its own.
+    """
+    found: dict[str, np.floating] = {}
+    if not objective.reference_answers:
+        return found
+    if "completion_logp" in visit:
+        ratio, n, is_good = log_ratio(visit, "completion"), visit["n_completion"], visit["label"] > 0
+        kinds = {"chosen": (ratio[is_good], n[is_good]), "rejected": (ratio[~is_good], n[~is_good])}
+    else:
+        names = [name for name in ("chosen", "rejected") if f"ref_{name}_logp" in visit and f"{name}_logp" in visit]
+        kinds = {name: (log_ratio(visit, name), visit[f"n_{name}"]) for name in names}
+    return {f"log_ratios/{name}": ratio.sum() / n.sum() for name, (ratio, n) in kinds.items() if len(n)}
 
 
 def _rewards(visit: Visit, answer: str, objective: Objective) -> np.ndarray:

@@ -5,17 +5,18 @@ There is no reference model here and no way to load one. Shapes: B examples.
 
 import contextlib
 import math
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -34,12 +35,21 @@ from pipeline.token_sums import Seed, answer_sums, wpo_weights
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+T = TypeVar("T")
 _WEIGHTS = "weights.safetensors"
 _GENERATED_AT_ONCE = 16_384  # tokens; a token's step through the model costs the same for many prompts as for one
 # What a visit of examples leaves behind, in their order: plain log-probs under the names of schema.STEPS, `loss`, and
 # `loss/TERM` where there are several.
 Visit = dict[str, np.ndarray]
 Logged = dict[str, float]
+
+
+class NotFinite(IntegrityError):
+    """A step that was not taken, for its loss or its gradient is not finite."""
+
+    def __init__(self, metric: str, value: float, visit: Visit) -> None:
+        super().__init__(f"{metric} is {value}; the step was not taken.")
+        self.metric, self.value, self.visit = metric, value, visit
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,18 @@ class Policy:
         on_gpu = self.accelerator.device.type == "cuda"
         return self.train.tokens_per_micro_batch or (16_384 if on_gpu else 2_048)
 
+    @property
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU's where there is one, else of this process's."""
+        if self.accelerator.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.accelerator.device))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def agreed(self, value: T) -> T:
+        """What the main process says, on every process."""
+        return cast(T, broadcast_object_list([value])[0]) if self.accelerator.num_processes > 1 else value
+
     # -- log-probs ---------------------------------------------------------------------------------------------------
 
     def evaluate(
@@ -135,11 +157,9 @@ class Policy:
         """One optimizer step on these examples; returns what was seen before it, numbers to log and what to remember."""
         step = self._step(examples, indices, objective, memory, epoch)
         grad_norm = float(self.accelerator.clip_grad_norm_(self._model.parameters(), self.train.max_grad_norm))
-        if not math.isfinite(grad_norm):
-            raise IntegrityError(
-                f"The gradient's norm is {grad_norm}; the step was not taken. Lower train.learning_rate, or look at the "
-                f"examples {', '.join(examples.example_ids(indices)[:5])}, ... of this step."
-            )
+        for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
+            if not math.isfinite(value):
+                raise NotFinite(metric, value, step.visit)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -358,9 +378,13 @@ class Policy:
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
 
+def warmup_steps(n_steps: int, train: Train) -> int:
+    return min(math.ceil(train.warmup_ratio * n_steps), n_steps - 1)
+
+
 def learning_rate(step: int, n_steps: int, train: Train) -> float:
     """Linear warm-up, then a cosine to zero. `step` counts from 1; the first has the rate after no warm-up step."""
-    done, warmup = step - 1, min(math.ceil(train.warmup_ratio * n_steps), n_steps - 1)
+    done, warmup = step - 1, warmup_steps(n_steps, train)
     if done < warmup:
         return train.learning_rate * done / warmup
     progress = (done - warmup) / max(1, n_steps - warmup)

@@ -1,19 +1,25 @@
-"""What a run leaves for SQL: metrics and every pair's log-probs, as Parquet parts.
+"""What a run leaves for SQL: metrics, alerts and every pair's log-probs, as Parquet parts.
 
 A part covers the steps up to the flush that wrote it. Every checkpoint flushes first, so going back to a checkpoint
 means deleting the parts after it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import artifact
-from pipeline.schema import METRICS, STEPS
+from pipeline.schema import EVENTS, METRICS, STEPS, THROUGHPUT
 
 PROVENANCE = "provenance.json"  # what a run was made from, beside its tables
-_TABLES = {"metrics": METRICS, "steps": STEPS}
+PARTS = {
+    "steps": "parts",
+    "events": "events",
+}  # tables whose parts a finished run's manifest vouches for, under these keys
+_TABLES = {"metrics": METRICS, "steps": STEPS, "events": EVENTS, "throughput": THROUGHPUT}
 
 
 class RunLog:
@@ -25,6 +31,12 @@ class RunLog:
         """What METRICS has, and what this run's loss measures beside it."""
         more = [pa.field(name, pa.float64()) for name in row if name not in METRICS.names]
         self._pending["metrics"].append(pa.Table.from_pylist([row], schema=pa.schema([*METRICS, *more])))
+
+    def event(self, row: dict[str, Any]) -> None:
+        self._pending["events"].append(pa.Table.from_pylist([row], schema=EVENTS))
+
+    def throughput(self, row: dict[str, Any]) -> None:
+        self._pending["throughput"].append(pa.Table.from_pylist([row], schema=THROUGHPUT))
 
     def visit(self, step: int, epoch: float, split: str, example_ids: list[str], visit: dict[str, Any]) -> None:
         n = len(example_ids)
@@ -43,6 +55,11 @@ class RunLog:
                 table = pa.concat_tables(tables, promote_options="default")
                 artifact.commit_bytes(self._folder / name / f"to-{step:08}.parquet", artifact.parquet(table))
                 tables.clear()
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """Those on disk of a table, in their order."""
+        for part in sorted((self._folder / name).glob("to-*.parquet")):
+            yield from pq.read_table(part).to_pylist()
 
     def go_back(self, step: int) -> None:
         """Forget what came after a step."""

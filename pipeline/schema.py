@@ -195,6 +195,32 @@ METRICS = pa.schema(
     + [(f"eval_{name}", pa.float64()) for name in BATCH_METRICS]
 )
 
+# What went wrong along a run, one row per alert (alerts.py).
+EVENTS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("kind", pa.string()),
+        ("severity", pa.string()),  # note, warning or error
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("seen", pa.string()),
+        ("why", pa.string()),
+        ("try", pa.string()),
+    ]
+)
+
+# How fast each step was, and the most memory that the process had taken by then. Apart from METRICS, which are the same numbers
+# each time that a run is made.
+THROUGHPUT = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("seconds", pa.float64()),
+        ("examples_per_second", pa.float64()),
+        ("tokens_per_second", pa.float64()),
+        ("peak_memory_bytes", pa.int64()),  # of the GPU's where there is one
+    ]
+)
+
 SAMPLES = pa.schema(
     [
         ("example_id", pa.string()),

@@ -88,7 +88,7 @@ def main() -> None:
 
     The stages meet only on disk. Each is safe to interrupt and does nothing that is already done.
 
-    Exit codes: 0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 130 interrupted.
+    Exit codes: 0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 7 alerts of a strict run, 130 interrupted.
     """
 
 
@@ -457,7 +457,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, as_json: bool, 
         prefcache sql "select run, avg(margin), avg(correct::int) from rewards group by run"
         prefcache sql "select * from examples where n_chosen > 2 * n_rejected" runs/demo
 
-    The views are examples, reference, steps and rewards; --views describes them. FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
+    The views are examples, reference, steps, rewards, alerts and throughput; --views describes them. FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
     """
     from stages import inspect, tables
 

@@ -9,7 +9,7 @@ from pipeline import artifact, views
 from pipeline.cache import open_scored
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.prepared import Prepared
-from pipeline.runlog import PROVENANCE
+from pipeline.runlog import PARTS, PROVENANCE
 
 describe = views.describe
 
@@ -35,8 +35,11 @@ def _experiment(folder: str | None) -> Path:
 
 def _sources(folder: Path) -> views.Sources:
     shards, references = _reference(folder)
-    visits, runs = _runs(folder)
-    return views.Sources(Prepared(folder / "prepared").table(), shards, references, visits, runs)
+    parts, runs = _runs(folder)
+    prepared = Prepared(folder / "prepared").table()
+    return views.Sources(
+        prepared, shards, references, parts["steps"], runs, events=parts["events"], throughput=parts["throughput"]
+    )
 
 
 def _reference(folder: Path) -> tuple[list[str], pa.Table]:
@@ -50,14 +53,15 @@ def _reference(folder: Path) -> tuple[list[str], pa.Table]:
     return cache.shards, pa.Table.from_pylist([row], schema=schema)
 
 
-def _runs(folder: Path) -> tuple[list[str], pa.Table]:
-    """Every run in the folder, finished or not, and the parts it has written."""
-    parts: list[str] = []
+def _runs(folder: Path) -> tuple[dict[str, list[str]], pa.Table]:
+    """Every run in the folder, finished or not, and the parts of its tables."""
+    parts: dict[str, list[str]] = {"steps": [], "events": [], "throughput": []}
     rows: list[dict[str, Any]] = []
     for record in sorted(folder.glob(f"*/{PROVENANCE}")):
         facts = artifact.unseal(record, f"Move {record.parent} away.")
         _refuse_damage(record.parent)
-        parts += sorted(str(part) for part in (record.parent / "steps").glob("to-*.parquet"))
+        for name, found in parts.items():
+            found += sorted(str(part) for part in (record.parent / name).glob("to-*.parquet"))
         of_run = {name: facts.get(name, False) for name in ("loss", "beta", "per_token")}
         rows.append({"folder": f"{record.parent}/", "run": record.parent.name, **of_run})
     return parts, pa.Table.from_pylist(rows, schema=views.RUNS)
@@ -65,8 +69,9 @@ def _runs(folder: Path) -> tuple[list[str], pa.Table]:
 
 def _refuse_damage(run: Path) -> None:
     manifest = artifact.read_manifest(run)
-    for entry in manifest["parts"] if manifest else []:
-        if reason := artifact.damage(run / "steps", entry):
+    vouched = [(table, entry) for table, key in PARTS.items() for entry in (manifest or {}).get(key, [])]
+    for table, entry in vouched:
+        if reason := artifact.damage(run / table, entry):
             raise IntegrityError(
-                f"{run / 'steps' / entry['file']} {reason}. Delete {run} and train it again, or move it away."
+                f"{run / table / entry['file']} {reason}. Delete {run} and train it again, or move it away."
             )

@@ -296,8 +296,7 @@ def _held_out(result: dict[str, Any]) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     before, after = result["before"], result["after"]
-    if before["kinds"]:
-        n = sum(before["kinds"].values())
+    if before["kinds"] and (n := sum(before["kinds"].values())):
         for kind in before["kinds"]:
             shares = (f"{counted['kinds'][kind] / n:.1%}" for counted in (before, after))
             table.add_row(f"greedy answers of {kind if kind == 'neither' else 'the ' + kind} kind (of {n:,})", *shares)

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,21 +14,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import artifact, batches, checkpoints, columns, identity, metrics
+from pipeline import alerts, artifact, batches, checkpoints, columns, identity, metrics
 from pipeline import config as configuration
 from pipeline.batches import Examples
 from pipeline.cache import Cache, identify, open_scored, vouched_for
 from pipeline.config import Config, Kinds, Train
-from pipeline.errors import DataError, IdentityError, IntegrityError, UsageError
+from pipeline.errors import AlertError, DataError, IdentityError, IntegrityError, UsageError
 from pipeline.objective import Memory, Objective
-from pipeline.policy import Policy, accelerator, learning_rate
+from pipeline.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
 from pipeline.prepared import Prepared
 from pipeline.progress import Progress
-from pipeline.runlog import PROVENANCE, RunLog
+from pipeline.runlog import PARTS, PROVENANCE, RunLog
 from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
 from pipeline.selection import Selection
 
 BEFORE = "before.json"
+NOT_FINITE = "not-finite"  # the batches of steps that were not taken
 PREFERENCE = "preference_accuracy"
 # Mean deviation per token between the policy at its start and the cached reference that is still rounding.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
@@ -41,6 +43,7 @@ _HARMLESS = {
     "checkpoint_every",
     "keep_checkpoints",
     "eval_every",
+    "alerts",
     "kinds",
     "device",
 }
@@ -95,6 +98,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         _make_room(config.run, inputs, progress)
     devices.wait_for_everyone()
     if (finished := _finished(config.run, progress)) is not None:
+        _stop_if_strict(config, RunLog(config.run).rows("events"))
         progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
         artifact.touch_manifest(config.run)
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
@@ -168,9 +172,9 @@ def _finished(run: Path, progress: Progress) -> dict[str, Any] | None:
     """The manifest of a run that is whole. A model that is not is made again from the last checkpoint."""
     if (manifest := artifact.read_manifest(run)) is None:
         return None
-    for entry in manifest["parts"]:
-        if reason := artifact.damage(run / "steps", entry):
-            raise IntegrityError(f"{run / 'steps' / entry['file']} {reason}. Delete {run} and train again.")
+    for table, entry in ((table, entry) for table, key in PARTS.items() for entry in manifest.get(key, [])):
+        if reason := artifact.damage(run / table, entry):
+            raise IntegrityError(f"{run / table / entry['file']} {reason}. Delete {run} and train again.")
     for entry in manifest["model"]:
         if reason := artifact.damage(run / "model", entry):
             progress.warn(f"{run / 'model' / entry['file']} {reason}; the model is made again from the last checkpoint")
@@ -344,6 +348,7 @@ def _go_back(s: Session) -> dict[str, Any]:
     step = found[1]["step"] if found else 0
     if s.main:
         s.log.go_back(step)
+    s.policy.accelerator.wait_for_everyone()
     if not found:
         return {"step": 0, "num_tokens": 0, "memory": {}}
     folder, state = found
@@ -357,12 +362,13 @@ def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
     train, examples = s.config.train, s.examples[TRAIN]
     n_tokens, memory = state["num_tokens"], state["memory"]
     began, evaluation = time.monotonic(), None
+    watch = _watch(s)
     with s.progress.count("train", s.n_steps - state["step"], "steps") as counter:
         for step, epoch, indices in batches.steps(
             len(examples), train.batch_size, train.epochs, train.seed, state["step"], examples.ranks
         ):
             rate = learning_rate(step, s.n_steps, train)
-            visit, logged, memory = s.policy.update(examples, indices, s.objective, memory, rate, math.ceil(epoch))
+            visit, logged, memory = _update(s, step, indices, memory, rate, math.ceil(epoch))
             n_tokens += examples.n_tokens(indices)
             found = metrics.of_visit(visit, s.objective)
             row = {"step": step, "epoch": epoch, **found, **logged, "learning_rate": rate}
@@ -372,8 +378,10 @@ def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
                 row |= _eval_row(evaluation)
             s.log.metrics({**row, "num_tokens": n_tokens})
             s.log.visit(step, epoch, TRAIN, examples.example_ids(indices), visit)
-            if last or step % train.checkpoint_every == 0:
+            stops = _alert(s, watch, row)
+            if last or stops or step % train.checkpoint_every == 0:
                 _checkpoint(s, step, {"num_tokens": n_tokens, "memory": memory})
+            _stop_if_strict(s.config, stops)
             accuracy = f"  accuracy {found['rewards/accuracies']:.2f}" if "rewards/accuracies" in found else ""
             counter.add(1, f"loss {found['loss']:.4f}{accuracy}")
     seconds = time.monotonic() - began
@@ -381,6 +389,28 @@ def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
     if evaluation is None:
         evaluation = _evaluate(s, s.n_steps, train.epochs, memory, log=False)
     return seconds, evaluation
+
+
+def _update(
+    s: Session, step: int, indices: np.ndarray, memory: Memory, rate: float, epoch: int
+) -> tuple[Visit, dict[str, float], Memory]:
+    """A step, and how fast it was. Of one that cannot be taken the batch is kept."""
+    examples, began = s.examples[TRAIN], time.monotonic()
+    try:
+        found = s.policy.update(examples, indices, s.objective, memory, rate, epoch)
+    except NotFinite as error:
+        raise _not_taken(s, step, indices, error) from None
+    seconds = time.monotonic() - began
+    s.log.throughput(
+        {
+            "step": step,
+            "seconds": seconds,
+            "examples_per_second": len(indices) / seconds,
+            "tokens_per_second": examples.n_tokens(indices) / seconds,
+            "peak_memory_bytes": s.policy.peak_memory,
+        }
+    )
+    return found
 
 
 def _checkpoint(s: Session, step: int, state: dict[str, Any]) -> None:
@@ -406,6 +436,7 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
         s.config.run / "samples.parquet", artifact.parquet(pa.Table.from_pylist(samples, schema=SAMPLES))
     )
     kinds = s.config.train.kinds
+    raised = Counter(event["kind"] for event in s.log.rows("events"))
     summary = {
         "steps": s.n_steps,
         "kind": s.objective.kind,
@@ -419,13 +450,84 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
         "after": {"evaluation": after, "kinds": _count_kinds(answers, kinds)},
         "samples": sorted(samples, key=_how_unchanged)[:5],
         "model": [artifact.describe(file) for file in sorted((s.config.run / "model").iterdir())],
-        "parts": [artifact.describe(part) for part in sorted((s.config.run / "steps").glob("to-*.parquet"))],
+        "alerts": dict(sorted(raised.items())),
+        **{
+            key: [artifact.describe(part) for part in sorted((s.config.run / table).glob("to-*.parquet"))]
+            for table, key in PARTS.items()
+        },
     }
+    _say_how_many(s, raised)
     started = s.config.train.model
     weights = sorted(identity.find_model(started).glob("*.safetensors")) if started else []
     artifact.commit_make_inputs(s.config.run, weights)
     artifact.commit_manifest(s.config.run, summary)
     return {**summary, "run": str(s.config.run), "changed": True}
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def _watch(s: Session) -> alerts.Watch | None:
+    """As far as the run has come: what it says next depends on the rows on disk, whoever computed those."""
+    train = s.config.train
+    if train.alerts == "off":
+        return None
+    _stop_if_strict(s.config, s.log.rows("events"))
+    healthy = [sign for term in s.objective.terms if term.weight for sign in term.loss.healthy]
+    watch = alerts.Watch(healthy, n_steps=s.n_steps, batch_size=train.batch_size, warmup=warmup_steps(s.n_steps, train))
+    for row in s.log.rows("metrics"):
+        watch.feed(row)
+    return watch
+
+
+def _alert(s: Session, watch: alerts.Watch | None, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Say and write what a step's row raises; returns what ends a strict run."""
+    found = watch.feed(row) if watch else []
+    for alert in found:
+        s.log.event(alert.row)
+        if s.main:
+            s.progress.warn(alert.line)
+    stops = [row for row in (alert.row for alert in found) if _ends(s.config, row)]
+    # With train.scope micro a process may see numbers of its own; all of them have to stop, or none.
+    return s.policy.agreed(stops) if s.config.train.alerts == "strict" else stops
+
+
+def _ends(config: Config, event: dict[str, Any]) -> bool:
+    return config.train.alerts == "strict" and event["severity"] != alerts.NOTE
+
+
+def _stop_if_strict(config: Config, events: Iterable[dict[str, Any]]) -> None:
+    if found := next((event for event in events if _ends(config, event)), None):
+        raise AlertError(
+            f"{config.run} raised an alert at step {found['step']}, {found['kind']}: {found['seen']}. Try: {found['try']}. "
+            "train.alerts is strict, so the run ends here; what it computed is kept. Set train.alerts=warn to go on with it."
+        )
+
+
+def _not_taken(s: Session, step: int, indices: np.ndarray, error: NotFinite) -> IntegrityError:
+    """Keep the batch of a step that is not finite, and write what happened."""
+    examples, file = s.examples[TRAIN], f"{NOT_FINITE}/step-{step:08}.parquet"
+    ids, prompts = examples.example_ids(indices), examples.prompts(indices)[1]
+    if s.main:
+        known = {name: values.numpy() for name, values in examples.batch(indices, "cpu").columns.items()}
+        columns = {"example_id": ids, "n_prompt": [len(prompt) for prompt in prompts], **known, **error.visit}
+        artifact.commit_bytes(s.config.run / file, artifact.parquet(pa.table(columns)))
+        s.log.event(alerts.not_finite(step, error.metric, error.value, file).row)
+        s.log.flush(step)
+    return IntegrityError(
+        f"Step {step}: {error} Its batch, {len(ids)} {s.objective.kind} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}), "
+        f"is in {s.config.run / file}. Lower train.learning_rate, or look at these examples."
+    )
+
+
+def _say_how_many(s: Session, raised: Counter[str]) -> None:
+    if raised:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(raised.items()))
+        s.progress.warn(
+            f'{raised.total()} alerts: {kinds}. All of them: prefcache sql "select * from alerts" {s.config.out}'
+        )
+    elif s.config.train.alerts != "off":
+        s.progress.say("train: no alerts")
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------

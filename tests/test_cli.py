@@ -22,8 +22,9 @@ def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command)
 def test_every_command_is_in_the_help(prefcache):
     text = prefcache("--help").stdout
     assert all(f"  {name} " in text for name in main.commands)
-    assert "0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 130 interrupted" in " ".join(
-        text.split()
+    assert (
+        "0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 7 alerts of a strict run, 130 interrupted"
+        in " ".join(text.split())
     )
 
 

@@ -37,6 +37,7 @@ FLOORS = [
     },
     {"pipeline.forward"},
     {
+        "pipeline.alerts",
         "pipeline.cache",
         "pipeline.checkpoints",
         "pipeline.engines",

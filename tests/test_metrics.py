@@ -48,6 +48,8 @@ def test_metrics_of_pairs_by_hand():
             "rewards/margins": 0,
             "logps/chosen": -19 / 3,
             "logps/rejected": -6,
+            "log_ratios/chosen": 2 / 8,  # per token: 1 + 2 - 1 over 2 + 4 + 2, and -1 + 4 - 1 over 1 + 2 + 4
+            "log_ratios/rejected": 2 / 7,
         }
     )
 
@@ -82,14 +84,18 @@ def test_metrics_of_labels_by_hand():
             "rewards/accuracies": 5 / 6,
             "logps/chosen": -5,
             "logps/rejected": -20 / 3,
+            "log_ratios/chosen": 3 / 6,  # 1 + 2 over 2 + 4, and 1 - 2 + 0 over 1 + 2 + 3
+            "log_ratios/rejected": -1 / 6,
         }
     )
 
 
 def test_a_batch_without_one_of_the_kinds_says_nothing_about_it():
     good, bad = (of_visit(chosen(LABELS, *rows), objective(loss="kto", beta=0.5)) for rows in ((0, 1), (2, 3, 4)))
-    assert good == {"loss": 1.5, "rewards/chosen": 0.75, "logps/chosen": -5}
-    assert bad == pytest.approx({"loss": 4, "rewards/rejected": -0.5 / 3, "logps/rejected": -20 / 3})
+    assert good == {"loss": 1.5, "rewards/chosen": 0.75, "logps/chosen": -5, "log_ratios/chosen": 0.5}
+    assert bad == pytest.approx(
+        {"loss": 4, "rewards/rejected": -0.5 / 3, "logps/rejected": -20 / 3, "log_ratios/rejected": -1 / 6}
+    )
 
 
 def test_a_single_example_has_metrics():

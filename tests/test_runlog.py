@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.runlog import RunLog
-from pipeline.schema import METRICS, STEPS
+from pipeline.schema import EVENTS, METRICS, STEPS
 
 
 def visit(n: int) -> dict[str, list[float]]:
@@ -88,6 +88,25 @@ def test_going_back_forgets_what_came_after(tmp_path):
     RunLog(tmp_path).go_back(6)
     for table in ("metrics", "steps"):
         assert sorted({row["step"] for row in read(tmp_path, table)}) == [1, 2, 3, 4, 5, 6]
+
+
+def test_alerts_and_throughput_are_tables_like_the_others(tmp_path):
+    log = RunLog(tmp_path)
+    log.event({"step": 1, "kind": "kl", "value": 7.5, "try": "less"})
+    log.flush(1)
+    log.event({"step": 2, "kind": "kl", "value": float("nan")})
+    log.throughput({"step": 2, "seconds": 0.25})
+    log.flush(2)
+    assert [row["step"] for row in RunLog(tmp_path).rows("events")] == [1, 2]
+    assert next(log.rows("events")) == dict.fromkeys(EVENTS.names) | {
+        "step": 1,
+        "kind": "kl",
+        "value": 7.5,
+        "try": "less",
+    }
+    assert [row["seconds"] for row in log.rows("throughput")] == [0.25] and list(log.rows("metrics")) == []
+    RunLog(tmp_path).go_back(1)
+    assert [row["step"] for row in log.rows("events")] == [1] and list(log.rows("throughput")) == []
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):

@@ -134,14 +134,12 @@ def test_every_column_of_the_view_is_there_with_its_values(kind):
     known = {name for each in PREPARED for name in column_names(each)}
     assert {name for name in known if not name.startswith("ref_")} - computed == viewed
     names = sorted(viewed & {*column_names(kind)})
-    for name in names:
-        values = con.execute(f"select {name}::varchar from examples order by example_id").fetchall()
-        for row, (value,) in enumerate(values):
-            said = "null" if value is None else "'" + value + "'"
-            found = Selection(Train(where=f"({name})::varchar is not distinct from {said}"), kind).choose(
-                data, {}, np.arange(len(data))
-            )
-            assert row in found.rows, name
+    listed = ", ".join(f"{name}::varchar" for name in names)
+    for row, values in enumerate(con.execute(f"select {listed} from examples order by example_id").fetchall()):
+        said = ["null" if value is None else f"'{value}'" for value in values]
+        same = (f"{name}::varchar is not distinct from {value}" for name, value in zip(names, said, strict=True))
+        found = Selection(Train(where=" and ".join(same)), kind).choose(data, {}, np.arange(len(data)))
+        assert found.rows.tolist() == [row]
 
 
 def test_a_mistyped_column_is_named_with_the_nearest():

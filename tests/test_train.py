@@ -467,3 +467,9 @@ def test_a_lost_part_of_a_finished_run_is_named(prefcache, scored, tmp_path):
     next((tmp_path / "runs/tiny/trained/steps").iterdir()).unlink()
     for command in (["train", scored], ["sql", "select 1", "runs/tiny"]):
         assert "is missing. Delete runs/tiny/trained" in prefcache(*command, code=4).stderr
+
+
+def test_kinds_of_answers_without_any_samples_are_left_out_of_the_table(prefcache, scored):
+    settings = ["--set", "train.samples=0", "--set", "train.kinds={preferred: the .*, rejected: a .*}"]
+    done = prefcache("train", scored, *settings)
+    assert "reward accuracy" in done.stdout and "greedy" not in done.stdout

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import artifact, views
 from pipeline.errors import UsageError
-from pipeline.schema import CACHE, PREPARED, STEPS
+from pipeline.schema import CACHE, EVENTS, PREPARED, STEPS, THROUGHPUT
 
 KEYS = [bytes([i]) * 16 for i in range(4)]
 # Two pairs; their answers have the keys 0, 1 and 2, 3.
@@ -171,6 +171,15 @@ def test_rewards_of_labels_by_hand(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("reference", [0.0, None])  # train.reference_free, and a loss that reads none
+def test_without_a_reference_a_labels_reward_does_not_say_whether_it_is_right(tmp_path, reference):
+    rows = [{**row, "ref_completion_logp": reference} for row in LABELS[:2]]
+    found = ask(one_run(tmp_path, rows), "select completion_reward < 0, correct from rewards")
+    assert found == [(True, None)] * 2
+    pair = {"example_id": "p", "chosen_logp": -2.0, "rejected_logp": -5.0}
+    assert ask(one_run(tmp_path / "pair", [pair]), "select margin, correct from rewards") == [(1.5, True)]
+
+
 def test_steps_of_labels_have_their_log_probs(tmp_path):
     found = ask(one_run(tmp_path, LABELS[:1]), "select completion_logp, ref_completion_logp, label, loss from steps")
     assert found == [(-4.0, -6.0, True, 0.5)]
@@ -270,6 +279,23 @@ def test_reference_is_the_cache_and_joins_the_examples(con):
     ]
 
 
+def test_alerts_and_throughput_are_those_of_every_run_by_hand(tmp_path):
+    alert = {"step": 30, "kind": "kl", "severity": "warning", "metric": "kl", "value": 120.0}
+    alert |= {"seen": "kl is 120", "why": "it drifts", "try": "a larger train.beta"}
+    timed = {"step": 2, "seconds": 0.5, "examples_per_second": 16.0, "tokens_per_second": 400.0, "peak_memory_bytes": 9}
+    made = sources(tmp_path, {"trained": 0.1, "trained-1": 0.5})
+    con = views.connect(
+        dataclasses.replace(
+            made,
+            events=[parquet(tmp_path / "trained-1/events/to-00000040.parquet", [alert], EVENTS)],
+            throughput=[parquet(tmp_path / "trained/throughput/to-00000002.parquet", [timed], THROUGHPUT)],
+        )
+    )
+    (found,) = ask(con, "select run, step, kind, severity, metric, value, seen, why, try from alerts")
+    assert found == ("trained-1", *alert.values())
+    assert ask(con, "select * from throughput") == [("trained", *timed.values())]
+
+
 def test_before_anything_is_scored_or_trained_the_views_are_empty():
     texts = pa.array([], pa.string())
     empty = views.Sources(
@@ -285,7 +311,7 @@ def test_before_anything_is_scored_or_trained_the_views_are_empty():
 
 def test_every_view_has_a_line_of_help_and_its_columns(con):
     described = {name: (purpose, columns) for name, purpose, columns in views.describe()}
-    assert list(described) == ["examples", "reference", "rewards", "steps"]
+    assert list(described) == ["alerts", "examples", "reference", "rewards", "steps", "throughput"]
     for name, (purpose, columns) in described.items():
         assert purpose.endswith(".") and len(purpose) > 20
         assert columns == views.ask(con, f"select * from {name}").columns
@@ -473,7 +499,7 @@ def test_a_time_with_a_zone_is_answered_or_refused_in_words(con, query):
 
 
 def test_a_mistyped_view_is_named_with_those_there_are(con):
-    with pytest.raises(UsageError, match=r"(?s)reward.*Views: examples, reference, rewards, steps"):
+    with pytest.raises(UsageError, match=r"(?s)reward.*Views: alerts, examples, reference, rewards, steps, throughput"):
         ask(con, "select * from reward")
     with pytest.raises(UsageError, match="margn"):
         ask(con, "select margn from rewards")

@@ -49,7 +49,7 @@ def kto(
 ):
     """Kahneman-Tversky optimisation: gains and losses against a reference point.
 
-    Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, Eq. 8. z is estimated over the whole step, TRL's over each
+    Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306. z is estimated over the whole step, TRL's over each
     micro-batch and as a mean of the processes' means. Weights times counts should lie within 1:1 and 4:3.
     """
     beyond_B = completion_logp - ref_completion_logp - kl

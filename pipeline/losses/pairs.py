@@ -401,7 +401,7 @@ def kto_pair(
 ):
     """KTO on pairs: each answer against the mean log-ratio z of the batch's other kind.
 
-    Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, Eq. 8. TRL had it until 0.8, as the mean over both answers; there
+    Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306. TRL had it until 0.8, as the mean over both answers; there
     gradients flowed through z, here, as the paper says, they do not.
     """
     chosen_B, rejected_B = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline import duck
 from pipeline.errors import IntegrityError, ResourceError, UsageError
-from pipeline.schema import CACHE, PREPARED, STEPS
+from pipeline.schema import CACHE, EVENTS, PREPARED, STEPS, THROUGHPUT
 
 MEMORY_LIMIT = "4GB"
 # What is known of each run: the folder of its parts, and what makes rewards of log-probs.
@@ -37,10 +37,12 @@ class Sources:
     references: pa.Table  # path of the shard's folder, name of the reference
     visits: Sequence[str]  # Parquet parts in RUN/steps/
     runs: pa.Table  # of RUNS
+    events: Sequence[str] = ()  # in RUN/events/
+    throughput: Sequence[str] = ()
 
     @property
     def files(self) -> list[str]:
-        return [*self.cached, *self.visits]
+        return [*self.cached, *self.visits, *self.events, *self.throughput]
 
 
 class Result:
@@ -70,6 +72,8 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
     try:
         duck.define(con, "cached", sources.cached, CACHE)
         duck.define(con, "visits", sources.visits, STEPS)
+        duck.define(con, "events", sources.events, EVENTS)
+        duck.define(con, "timed", sources.throughput, THROUGHPUT)
         _create_views(con)
     except duckdb.IOException as error:
         raise _translated(error, sources.files) from None
