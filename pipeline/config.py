@@ -299,6 +299,40 @@ def _as_expression(value: Any) -> Any:
 Expression = Annotated[str, BeforeValidator(_as_expression)]
 
 
+class Lora(Section):
+    """An adapter is trained, and the model's own weights stay as they are. Where the policy starts from a model that has an
+    adapter already, that one is trained further, in its own shape."""
+
+    r: Count = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """What the adapter adds is multiplied by alpha / r."""
+    target_modules: Strings = ("all-linear",)
+    """Names of the layers that get one, such as q_proj. all-linear: every linear layer but the head."""
+    dora: bool = False
+    """Direction and length of a weight's columns are learned apart (DoRA)."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Of the adapter's input. Only 0 is taken, with the reason."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's own weights, which are not trained. The adapter is float32 always."""
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> "Lora":
+        if self.dropout:
+            raise ValueError(
+                "dropout is not done: the policy would differ from its reference before it learnt anything, and micro-batches "
+                "would change a step's result. Leave it out"
+            )
+        return self
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What is said of an adapter that is yet to be made, by key of this section."""
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set - {"dropout", "base_dtype"})}
+
+
 class Train(Section):
     loss: Annotated[str | dict[str, float], BeforeValidator(_as_weights)] = "sigmoid"
     """A name that `prefcache losses` lists, or several with their weights: {sigmoid: 0.8, sft: 0.2}."""
@@ -338,6 +372,10 @@ class Train(Section):
     """Share of the steps in which the learning rate rises; after it, a cosine to zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's."""
+    lora: Lora | None = None
+    """Train an adapter (LoRA, DoRA) instead of all weights; {} has it with the defaults."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0
@@ -345,9 +383,9 @@ class Train(Section):
     run: Annotated[str, Field(pattern=r"^[\w.=+-]+$")] = "trained"
     """Name of the run: its folder in `out`."""
     model: str | None = None
-    """What the policy starts from. Unless said, the reference."""
+    """What the policy starts from, a model or a PEFT adapter of one. Unless said, the reference."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the arithmetic; weights stay float32. auto: bf16 on a GPU, float32 on a CPU."""
+    """Of the arithmetic; what is trained stays float32. auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     alerts: Annotated[Literal["off", "warn", "strict"], BeforeValidator(_as_word)] = "warn"

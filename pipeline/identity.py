@@ -53,6 +53,8 @@ _VOLATILE_IN_ADAPTERS = {
 }
 # What is made of the weights, so that another recipe under the same name would be another reference.
 _QUANTIZED = {"4bit": "bitsandbytes nf4", "8bit": "bitsandbytes int8, weights only"}
+# Where the hub's client keeps a model: models--org--name/snapshots/commit.
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -82,7 +84,7 @@ class Reference:
 def find_reference(config: Config) -> Reference:
     """The reference that a config names: a model, or an adapter with its base; perhaps to be quantised."""
     folder, adapter = _folder_of(config.model, config.revision), None
-    if _is_adapter(folder):
+    if is_adapter(folder):
         if config.adapter is not None:
             raise UsageError(f"model {config.model} is an adapter already; a reference has one. Leave adapter out.")
         folder, adapter = _base_of(folder), folder
@@ -99,11 +101,28 @@ def find_reference(config: Config) -> Reference:
     return Reference(folder, adapter, quantization)
 
 
-def find_model(name: str) -> Path:
-    """The folder of a whole model: `name` itself, or the hub's snapshot of it."""
-    folder = _folder_of(name)
-    _check_model_folder(folder)
-    return folder
+def find_start(config: Config) -> Reference:
+    """What the policy starts from: train.model as it is, or the reference with all that belongs to it."""
+    if config.train.model is None:
+        return find_reference(config)
+    score = config.score.model_copy(update={"quantization": None})
+    named = {"model": config.train.model, "revision": None, "adapter": None, "score": score}
+    return find_reference(config.model_copy(update=named))
+
+
+def find_adapter(folder: Path) -> Reference:
+    """An adapter's folder, with the base that its config names."""
+    _check_adapter_folder(folder)
+    base = _base_of(folder)
+    _check_model_folder(base)
+    return Reference(base, folder)
+
+
+def found_again_as(folder: Path) -> tuple[str, str | None]:
+    """A name and a revision by which this model is found from anywhere: the hub's, or its whole path."""
+    if snapshot := _SNAPSHOT.search(folder.as_posix()):
+        return snapshot[1].replace("--", "/", 1), snapshot[2]
+    return str(folder.resolve()), None
 
 
 def _folder_of(name: str, revision: str | None = None) -> Path:
@@ -157,14 +176,14 @@ def _base_of(adapter: Path) -> Path:
         ) from None
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
     return (folder / _ADAPTER_CONFIG).exists()
 
 
 def _check_model_folder(folder: Path) -> None:
-    if _is_adapter(folder):
+    if is_adapter(folder):
         raise UsageError(
-            f"{folder} is an adapter; a whole model is needed here. Merge it into its base model and name the result."
+            f"{folder} is an adapter; a whole model is needed here. Merge it (prefcache merge) and name the result."
         )
     if not (folder / "config.json").exists():
         raise UsageError(
@@ -177,7 +196,7 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def _check_adapter_folder(folder: Path) -> None:
-    if not _is_adapter(folder):
+    if not is_adapter(folder):
         raise UsageError(f"{folder} is no adapter: it has no {_ADAPTER_CONFIG}. Expected one as PEFT saves it.")
     if not (folder / _ADAPTER_WEIGHTS).exists():
         found = "weights only as pickle, which is never read" if any(folder.glob("*.bin")) else "no weights"
@@ -274,6 +293,12 @@ def longest_sequence(folder: Path) -> int:
                 rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
             )
     return min((int(limit) for limit in limits if limit), default=sys.maxsize)
+
+
+def saved_dtype(folder: Path) -> str:
+    """What the weights were saved in, as the config says."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(saved.get("dtype") or saved.get("torch_dtype") or "float32")
 
 
 def attention_kernel(folder: Path, wanted: str) -> str:

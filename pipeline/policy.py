@@ -17,14 +17,15 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from pipeline import identity
+from pipeline import identity, trainable
 from pipeline.batches import Batch, Examples
 from pipeline.config import Train
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.forward import Forward, flat
+from pipeline.identity import Reference
 from pipeline.logprobs import Logps, sums, use_float32_head
 from pipeline.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Memory, Objective, part_of
 from pipeline.packing import token_budget_batches
@@ -91,27 +92,39 @@ class _Logps(torch.nn.Module):
 
 class Policy:
     def __init__(
-        self, start: Path, template: str | None, train: Train, accelerator: Accelerator, like: Sequence[TokenSequence]
+        self,
+        start: Reference,
+        template: str | None,
+        train: Train,
+        accelerator: Accelerator,
+        like: Sequence[TokenSequence],
     ) -> None:
         """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them."""
         torch.manual_seed(train.seed)
         self.train, self.accelerator = train, accelerator
-        self.tokenizer = AutoTokenizer.from_pretrained(start)
+        self.tokenizer = AutoTokenizer.from_pretrained(start.tokenizer)
         if template is not None:
             self.tokenizer.chat_template = template
-        self._limit = identity.longest_sequence(start)
-        kernel = identity.attention_kernel(start, "sdpa")
-        model = _load(start, kernel).to(accelerator.device)
-        use_float32_head(model)
+        self._limit = identity.longest_sequence(start.folder)
+        kernel = identity.attention_kernel(start.folder, "sdpa")
+        self._trained = trainable.load(start, train, kernel, accelerator.device)
+        self.notes, model = self._trained.notes, self._trained.model
+        use_float32_head(model, frozen=train.lora is not None)
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
         with accelerator.autocast():
             self.forward.choose(like)
-        optimizer = torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.learning_rate)
+        groups = _parameter_groups(list(self._trained.parameters().values()), train.weight_decay)
+        # On a GPU all parameters in one kernel.
+        fused = accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=fused)
         self._module, self._optimizer = accelerator.prepare(_Logps(self.forward), optimizer)
 
     @property
     def precision(self) -> str:
-        return "bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32"
+        bf16 = self.accelerator.mixed_precision == "bf16" or (
+            self.train.lora and self.train.lora.base_dtype == "bfloat16"
+        )
+        return "bfloat16" if bf16 else "float32"
 
     @property
     def _model(self) -> Any:
@@ -156,7 +169,9 @@ class Policy:
     ) -> tuple[Visit, Logged, Memory]:
         """One optimizer step on these examples; returns what was seen before it, numbers to log and what to remember."""
         step = self._step(examples, indices, objective, memory, epoch)
-        grad_norm = float(self.accelerator.clip_grad_norm_(self._model.parameters(), self.train.max_grad_norm))
+        grad_norm = float(
+            self.accelerator.clip_grad_norm_(self._trained.parameters().values(), self.train.max_grad_norm)
+        )
         for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 raise NotFinite(metric, value, step.visit)
@@ -358,7 +373,7 @@ class Policy:
 
     def save_model(self, folder: Path) -> None:
         with self.forward.plainly():
-            self._model.save_pretrained(folder)
+            self._trained.save(folder)
         self.tokenizer.save_pretrained(folder)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -366,11 +381,15 @@ class Policy:
         return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
 
     def save_weights(self, folder: Path) -> None:
-        """The weights as they lie in memory: save_pretrained rearranges those of some models."""
-        safetensors.torch.save_model(self._model, str(folder / _WEIGHTS))
+        """What is trained, as it lies in memory: save_pretrained rearranges the weights of some models."""
+        values = {name: each.detach().contiguous() for name, each in self._trained.parameters().items()}
+        safetensors.torch.save_file(values, folder / _WEIGHTS)
 
     def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
-        safetensors.torch.load_model(self._model, folder / _WEIGHTS)
+        values, parameters = safetensors.torch.load_file(folder / _WEIGHTS), self._trained.parameters()
+        assert values.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            parameter.data.copy_(values[name])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in optimizer.items():
             i, name = key.split(".", 1)
@@ -391,37 +410,8 @@ def learning_rate(step: int, n_steps: int, train: Train) -> float:
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _load(folder: Path, kernel: str) -> Any:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation=kernel,
-            use_safetensors=True,
-        )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # Transformers raises many kinds for a folder that is not right.
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"{folder} does not load as a causal language model ({type(error).__name__}: {reason})."
-        ) from None
-    _mend_generation_config(model.generation_config)
-    # In eval mode there is no dropout, which would make policy and reference differ at the start; gradients still flow.
-    return model.eval()
-
-
-def _mend_generation_config(config: Any) -> None:
-    """Some models are published with a temperature but without do_sample, and then refuse to be saved."""
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-
-
-def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Norms and biases do not decay."""
-    parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

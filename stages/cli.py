@@ -443,6 +443,32 @@ def _train(
 
 
 @main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--output", metavar="FOLDER", help="Where the model goes.  [default: RUN/merged]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of its weights.  [default: what the adapter's model was saved in]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json: bool) -> None:
+    """Add a trained adapter to its model's own weights.
+
+    \b
+        prefcache merge runs/demo/lora
+        prefcache merge runs/demo/lora --output runs/kind --dtype float32
+
+    RUN is the folder of a run with train.lora, or of any adapter as PEFT saves it. What comes out is a whole model, which needs no PEFT. Its log-probs are compared with those of the adapter beside its model, and nothing is written where they differ by more than rounding.
+    """
+    from pipeline.progress import Progress
+    from stages import merge
+
+    result = merge.run(Path(run), Path(output) if output else None, dtype, Progress(quiet))
+    _print(result, as_json, "merged")
+
+
+@main.command()
 @click.argument("query", required=False)
 @click.argument("folder", required=False)
 @click.option("--views", "list_views", is_flag=True, help="Describe the views and their columns.")

@@ -290,6 +290,17 @@ def swept(result: dict[str, Any]) -> None:
     print(f"models: {Path(runs[0]['run']).parent}/RUN/model")
 
 
+def merged(result: dict[str, Any]) -> None:
+    console = _console()
+    facts = (
+        f"{result['output']}: {result['adapter']} merged into {result['base']}, as {result['dtype']}",
+        f"{result['compared']} answers' log-probs changed by {result['mean']:.2g} nats a token on average, {result['largest']:.2g} at most",
+        f"the adapter itself had changed them by {result['effect']:.2g} on average",
+    )
+    for fact in facts:
+        console.print(fact, soft_wrap=True)
+
+
 def _held_out(result: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column(f"{result['held_out']:,} held-out {result['kind']}")

@@ -46,6 +46,7 @@ _HARMLESS = {
     "alerts",
     "kinds",
     "device",
+    "gradient_checkpointing",
 }
 
 
@@ -59,6 +60,7 @@ class Session:
     """What every part of a run needs."""
 
     config: Config
+    start: identity.Reference
     inputs: dict[str, Any]
     examples: dict[str, Examples]
     objective: Objective
@@ -105,7 +107,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
 
     examples = _examples(config, objective, prepared, scored, cache, selection, progress)
     policy = Policy(start, prepared.manifest["template"], config.train, devices, examples[TRAIN].longest(TRIED))
-    session = Session(config, inputs, examples, objective, policy, RunLog(config.run), progress)
+    session = Session(config, start, inputs, examples, objective, policy, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored if objective.reference_answers else None)
     state = _go_back(session)
@@ -116,17 +118,17 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
 # -- before any model is loaded --------------------------------------------------------------------------------------
 
 
-def _start(config: Config) -> Path:
-    """The folder that the policy starts from: a whole model."""
-    if config.train.model is not None:
-        return identity.find_model(config.train.model)
-    reference = identity.find_reference(config)
-    if found := "an adapter" if reference.adapter else reference.quantization and "quantised weights":
+def _start(config: Config) -> identity.Reference:
+    """What the policy starts from: a whole model, or one whose own weights stay as they are."""
+    start = identity.find_start(config)
+    found = "an adapter" if start.adapter else start.quantization and "quantised weights"
+    if found and config.train.lora is None:
         raise UsageError(
-            f"The policy would start from the reference, which has {found}; training starts from a whole model. Name one "
-            "(train.model), or merge the reference, save it and set model to the result."
+            f"The policy would start from {start.adapter or start.folder}, which has {found}; training all weights starts from "
+            "a whole model. Train an adapter (train.lora={}: one that exists is trained further), name a whole model "
+            "(train.model), or merge the adapter (prefcache merge) and set model to the result."
         )
-    return reference.folder
+    return start
 
 
 def _scored(
@@ -154,13 +156,13 @@ def _scored(
 
 
 def _inputs(
-    config: Config, objective: Objective, prepared: Prepared, scored: dict[str, Any] | None, start: Path
+    config: Config, objective: Objective, prepared: Prepared, scored: dict[str, Any] | None, start: identity.Reference
 ) -> dict[str, Any]:
     return {
         "prepared": prepared.id,
         "reference": scored["reference"]["model_id"] if scored else None,
         "numerics": scored["accepted_numerics"] if scored else None,
-        "policy": identify(identity.Reference(start), Path(config.cache))["model_id"],
+        "policy": identify(start, Path(config.cache))["model_id"],
         # As it is computed: a default that is said is no other run.
         "loss": objective.described,
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
@@ -261,7 +263,7 @@ def _examples(
 def _write_provenance(s: Session) -> None:
     if not s.main or (s.config.run / PROVENANCE).exists():
         return
-    packages = ("prefcache", "torch", "transformers", "accelerate")
+    packages = ["prefcache", "torch", "transformers", "accelerate", *(["peft"] if s.config.train.lora else [])]
     facts = {
         "inputs": s.inputs,
         "model": s.config.train.model or s.config.model,
@@ -271,6 +273,7 @@ def _write_provenance(s: Session) -> None:
         "per_token": s.objective.per_token,
         "versions": {name: version(name) for name in packages},
         "precision": s.policy.precision,
+        "quantization": s.start.quantization,
         "device": str(s.policy.accelerator.device),
         "processes": s.policy.accelerator.num_processes,
     }
@@ -291,6 +294,8 @@ def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
     s.progress.say(
         f"train: rows {s.policy.forward.way}" + (f"; {s.policy.forward.why}" if s.policy.forward.why else "")
     )
+    for note in s.policy.notes:
+        s.progress.say(f"train: {note}")
     start = _start_metrics(s, scored)
     evaluation = _evaluate(s, 0, 0.0, {})
     before = {"start": start, "evaluation": evaluation, "answers": _answers(s)}
@@ -336,7 +341,7 @@ def _start_metrics(s: Session, scored: dict[str, Any] | None) -> dict[str, float
         )
     margin = found.get("rewards/margins", 0.0)
     s.progress.say(
-        f"train: start checked on {len(sample)} {s.objective.kind}: margin {margin:.6f}, "
+        f"train: start checked on {len(sample)} {s.objective.kind}: margin {round(margin, 6) + 0.0:.6f}, "
         f"{s.objective.name} loss {found['loss']:.6f}"
     )
     return found
@@ -457,8 +462,7 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
         },
     }
     _say_how_many(s, raised)
-    started = s.config.train.model
-    weights = sorted(identity.find_model(started).glob("*.safetensors")) if started else []
+    weights = s.start.weight_files if s.config.train.model else []
     artifact.commit_make_inputs(s.config.run, weights)
     artifact.commit_manifest(s.config.run, summary)
     return {**summary, "run": str(s.config.run), "changed": True}

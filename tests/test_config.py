@@ -39,6 +39,7 @@ def test_three_keys_are_enough(tmp_path):
     assert (c.train.batch_size, c.train.warmup_ratio, c.train.seed, c.train.run) == (32, 0.1, 0, "trained")
     assert (c.train.loss_args, c.train.reference_free, c.train.weighting, c.train.scope) == ({}, False, None, "batch")
     assert (c.train.density_ratio, c.train.micro_batch_size, c.train.tokens) == (False, None, config.Tokens())
+    assert (c.train.lora, c.train.gradient_checkpointing) == (None, False)
     assert (c.train.tokens.weighs, c.train.tokens.of_reference) == (False, False)
 
 

@@ -35,7 +35,8 @@ FLOORS = [
         "pipeline.pool",
         "pipeline.progress",
     },
-    {"pipeline.forward"},
+    # A model in memory, and its forward.
+    {"pipeline.forward", "pipeline.weights"},
     {
         "pipeline.alerts",
         "pipeline.cache",
@@ -67,6 +68,7 @@ FLOORS = [
         "pipeline.sources.text",
         "pipeline.templating",
         "pipeline.token_sums",
+        "pipeline.trainable",
         "pipeline.views",
     },
     # What is done with a cache as a whole, or with single tokens of it.
@@ -83,6 +85,7 @@ FLOORS = [
         "stages.adopt",
         "stages.export",
         "stages.inspect",
+        "stages.merge",
         "stages.parity",
         "stages.prepare",
         "stages.preview",

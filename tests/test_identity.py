@@ -160,15 +160,23 @@ def test_weights_replaced_within_the_same_time_and_size_are_hashed_again(copy):
     assert identity.model_identity(Reference(copy), memo)["model_id"] != first["model_id"]
 
 
-# -- find_model ------------------------------------------------------------------------------------------------------
+# -- a model's folder ------------------------------------------------------------------------------------------------
+
+
+def find_start(name: str) -> Path:
+    """The folder that a policy starts from."""
+    sections = {"prepare": {"data": "pairs.jsonl"}, "train": {"model": name}}
+    return identity.find_start(Config.model_validate({"model": "another", "out": "runs/x", **sections})).folder
 
 
 def test_a_folder_with_a_model_is_found(model):
-    assert identity.find_model(str(model)) == model
+    assert find_start(str(model)) == model
 
 
 def break_adapter(folder):
-    (folder / "adapter_config.json").write_text("{}")
+    """A base that is an adapter itself."""
+    adapter = {"base_model_name_or_path": str(folder), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
 
 
 def break_config(folder):
@@ -195,25 +203,27 @@ def break_pickle(folder):
 def test_a_folder_that_is_no_whole_model_is_refused(copy, breaks, found):
     breaks(copy)
     with pytest.raises(UsageError, match=found):
-        identity.find_model(str(copy))
+        find_start(str(copy))
 
 
 def test_a_file_is_no_model(model):
     with pytest.raises(UsageError, match="is a file; expected a folder"):
-        identity.find_model(str(model / "config.json"))
+        find_start(str(model / "config.json"))
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "../x/y z", "org/name@main"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name):
     with pytest.raises(UsageError, match=r"expected a folder with config\.json, or a hub id such as org/name"):
-        identity.find_model(name)
+        find_start(name)
 
 
 def offline(hub: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """find_model in a process whose hub is a folder of this test's, without a network."""
+    """find_reference in a process whose hub is a folder of this test's, without a network."""
     code = (
-        "import sys; from pipeline.errors import UsageError; from pipeline.identity import find_model\n"
-        "try: print(find_model(sys.argv[1]))\n"
+        "import sys; from pipeline.config import Config; from pipeline.errors import UsageError\n"
+        "from pipeline.identity import find_reference\n"
+        "config = Config(model=sys.argv[1], out='runs/x', prepare={'data': 'pairs.jsonl'})\n"
+        "try: print(find_reference(config).folder)\n"
         "except UsageError as error: print(error); sys.exit(2)\n"
     )
     return in_a_process(hub, code, name)

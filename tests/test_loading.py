@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline.engines import loading
+from pipeline import weights
 from pipeline.engines.loading import load_frozen, plain_scores
 from pipeline.errors import UsageError
 from pipeline.identity import Reference
@@ -121,9 +121,9 @@ def test_a_folder_that_does_not_load_is_refused_in_words(model, tmp_path):
 
 def test_quantisation_without_bitsandbytes_is_refused_in_words(model, monkeypatch):
     def absent(name):
-        raise loading.PackageNotFoundError(name)
+        raise weights.PackageNotFoundError(name)
 
-    monkeypatch.setattr(loading, "version", absent)
+    monkeypatch.setattr(weights, "version", absent)
     with pytest.raises(UsageError, match=r"needs bitsandbytes. Install it \(pip install 'prefcache\[quantized\]'\)"):
         load_frozen(Reference(model, None, "4bit"), "float32", "sdpa", "cpu")
 

@@ -461,11 +461,8 @@ def test_a_policy_is_trained_against_a_reference_with_an_adapter(world):
     adapter()(world)
     world.prepare()
     world.score()
-    assert "starts from a whole model" in world.prefcache("train", *world.arguments(), code=2).stderr
-    assert (
-        "is an adapter; a whole model"
-        in world.prefcache("train", *world.arguments(**{"train.model": "adapter"}), code=2).stderr
-    )
+    for start in ({}, {"train.model": "adapter"}):
+        assert "starts from a whole model" in world.prefcache("train", *world.arguments(**start), code=2).stderr
     run = {"train.model": "model", "train.samples": 0, "train.batch_size": 4}
     result = json.loads(world.prefcache("train", *world.arguments(**run), "--json").stdout)
     joined = world.joined()

@@ -3,7 +3,6 @@
 A new engine is one file here with the functions of EngineModule, and a line in ENGINES.
 """
 
-import json
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config import Score
-from pipeline.identity import Reference
+from pipeline.identity import Reference, saved_dtype
 from pipeline.schema import Sequence
 
 ENGINES = {
@@ -57,5 +56,4 @@ def dtype_of(model: Path, score: Score, device: str) -> str:
     """What the weights are in: as said, else as they were saved on a GPU and float32 on a CPU."""
     if score.dtype != "auto":
         return score.dtype
-    saved = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return str(saved.get("dtype") or saved.get("torch_dtype") or "float32") if device == "cuda" else "float32"
+    return saved_dtype(model) if device == "cuda" else "float32"

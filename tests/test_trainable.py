@@ -1,0 +1,255 @@
+"""An adapter trains as PEFT trains it, from a margin of 0, with less memory; recomputed layers give the same gradients."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
+from transformers import AutoModelForCausalLM
+
+from pipeline import trainable
+from pipeline.config import Train
+from pipeline.errors import UsageError
+from pipeline.forward import Forward
+from pipeline.identity import Reference
+from pipeline.logprobs import use_float32_head
+from pipeline.schema import Sequence
+
+CPU = torch.device("cpu")
+# Two prompts with two answers each.
+PAIRS = [sequence(7, n, seed=k) for k in (0, 1) for n in (5, 3)]
+PAIRS = [Sequence(PAIRS[i - i % 2].prompt_ids, each.completion_ids) for i, each in enumerate(PAIRS)]
+
+
+def loaded(folder: Path, adapter: Path | None = None, **train) -> trainable.Trainable:
+    return trainable.load(Reference(folder, adapter), Train.model_validate(train), "sdpa", CPU)
+
+
+def forward(model, way: str = "shared") -> Forward:
+    use_float32_head(model)
+    found = Forward(model, "sdpa", way, "float32", "train.rows")
+    found.choose(PAIRS)
+    assert found.way == way
+    return found
+
+
+def loss(by: Forward) -> torch.Tensor:
+    return torch.cat(by.logps([PAIRS[:2], PAIRS[2:]]).logps).sum()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "lora": {"r": 4, "alpha": 8},
+    "dora": {"r": 4, "dora": True},
+    "rslora": {"r": 4, "rslora": True, "target_modules": ["q_proj", "down_proj"]},
+}
+
+
+def away_from_nothing(parameters) -> None:
+    """A new adapter does nothing, and half of its gradients are 0."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_through_packed_rows_are_those_of_plain_peft(model, kind):
+    ours, said = loaded(model, lora=KINDS[kind]), KINDS[kind]
+    away_from_nothing(ours.parameters().values())
+    loss(forward(ours.model)).backward()
+
+    config = peft.LoraConfig(
+        r=said["r"],
+        lora_alpha=said.get("alpha", 32),
+        target_modules=said.get("target_modules", "all-linear"),
+        use_dora="dora" in said,
+        use_rslora="rslora" in said,
+        task_type="CAUSAL_LM",
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(0)  # train.seed
+    theirs = peft.get_peft_model(theirs, config).eval()
+    trained = [each for each in theirs.parameters() if each.requires_grad]
+    away_from_nothing(trained)
+    logps = []
+    for each in PAIRS:
+        ids = torch.from_numpy(np.concatenate([each.prompt_ids, each.completion_ids]).astype(np.int64))
+        all_logps = theirs(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])
+        logps.append(all_logps[len(each.prompt_ids) - 1 :].sum())
+    torch.stack(logps).sum().backward()
+
+    found, expected = gradients(ours.model), gradients(theirs.get_base_model())
+    n_layers = 2 * (2 if "target_modules" in said else 7)
+    assert found.keys() == expected.keys() and len(found) == n_layers * (3 if kind == "dora" else 2)
+    for name in found:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_bit_by_bit(model, kind):
+    with torch.no_grad():
+        plain, adapted = (loss(forward(loaded(model, **more).model)) for more in ({}, {"lora": KINDS[kind]}))
+    assert torch.equal(plain, adapted)
+
+
+def test_the_base_may_be_bfloat16_and_what_is_trained_is_float32(model):
+    ours = loaded(model, lora={"base_dtype": "bfloat16"})
+    trained = set(ours.parameters())
+    assert {each.dtype for each in ours.parameters().values()} == {torch.float32}
+    assert {p.dtype for n, p in ours.model.named_parameters() if n not in trained} == {torch.bfloat16}
+
+
+def n_bytes(tensors) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def test_an_adapter_takes_less_memory_for_gradients_and_optimizer(model):
+    found = []
+    for more in ({}, {"lora": {"r": 2}}):
+        ours = loaded(model, **more)
+        parameters = list(ours.parameters().values())
+        optimizer = torch.optim.AdamW(parameters)
+        loss(forward(ours.model)).backward()
+        optimizer.step()
+        kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        grads = [each.grad for each in ours.model.parameters() if each.grad is not None]
+        assert n_bytes(grads) == n_bytes(parameters) and n_bytes(kept) == 2 * n_bytes(parameters)
+        found.append(n_bytes(grads) + n_bytes(kept))
+    # Of a layer with I inputs and O outputs r (I + O) are trained. Each layer: four of attention (key and value of half
+    # the width), three of the MLP; two layers; 12 bytes a parameter.
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
+    assert found[1] == 12 * 2 * 2 * sum(i + o for i, o in shapes)
+    assert found[0] > 5 * found[1]
+
+
+def test_names_of_no_layer_and_of_the_head_are_refused(model):
+    with pytest.raises(UsageError, match=r"no linear layer 'k_prj'. It has down_proj, .*q_proj, up_proj, v_proj"):
+        loaded(model, lora={"target_modules": ["q_proj", "k_prj"]})
+    with pytest.raises(UsageError, match=r"lm_head is the head, which .* takes no adapter"):
+        loaded(model, lora={"target_modules": ["lm_head"]})
+
+
+def test_an_adapter_on_quantised_weights_wants_a_gpu(model):
+    with pytest.raises(UsageError, match=r"score.quantization=4bit: .* on a GPU only"):
+        trainable.load(Reference(model, None, "4bit"), Train.model_validate({"lora": {}}), "sdpa", CPU)
+
+
+def test_dropout_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="dropout is not done: the policy would differ from its reference"):
+        Train.model_validate({"lora": {"dropout": 0.05}})
+
+
+# -- an adapter that exists ------------------------------------------------------------------------------------------
+
+
+def sft(model: Path, folder: Path, **settings) -> Path:
+    """An adapter far from doing nothing."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | settings)
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    away_from_nothing(each for each in made.parameters() if each.requires_grad)
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_exists_is_trained_further_as_it_is(model, tmp_path):
+    ours = loaded(model, sft(model, tmp_path / "sft"), lora={})
+    assert len(ours.parameters()) == 8 and all("lora_" in name for name in ours.parameters())
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "sft").eval().get_base_model()
+    with torch.no_grad():
+        assert torch.equal(loss(forward(ours.model)), loss(forward(theirs)))
+    before = (tmp_path / "sft/adapter_model.safetensors").read_bytes()
+    away_from_nothing(ours.parameters().values())
+    ours.save(tmp_path / "trained")
+    assert (tmp_path / "sft/adapter_model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "trained/adapter_config.json").read_text())["r"] == 4
+
+
+def test_another_shape_than_the_adapters_own_is_refused(model, tmp_path):
+    with pytest.raises(UsageError, match=r"train.lora.r=8: the policy starts from .*, which has 4, and trains that"):
+        loaded(model, sft(model, tmp_path / "sft"), lora={"r": 8})
+    loaded(model, tmp_path / "sft", lora={"r": 4, "target_modules": ["up_proj", "q_proj"]})
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of tied embeddings
+def test_an_adapter_of_the_head_is_refused(model, tmp_path, settings):
+    with pytest.raises(UsageError, match=r"adapts the head, .* Merge it"):
+        loaded(model, sft(model, tmp_path / "sft", **settings), lora={})
+
+
+# -- recomputed layers -----------------------------------------------------------------------------------------------
+
+
+def one_backward(model, way: str) -> tuple[float, dict[str, torch.Tensor], int]:
+    """The loss, the gradients, and the bytes kept for the backward pass, each storage once."""
+    by, kept = forward(model, way), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(by)
+    # What is there anyway is no cost.
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    n = sum(size for at, (_, size) in kept.items() if at not in weights)
+    value.backward()
+    return value.item(), gradients(model), n
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *UNSHARABLE])
+def test_recomputed_layers_give_the_same_gradients_and_keep_less(name):
+    # Dropout in the config is where training mode, in which Transformers recomputes, would show.
+    dropout = {"attention_dropout": 0.3} | ({"resid_pdrop": 0.3} if name == "gpt2" else {})
+    dropout |= {"dropout": 0.3} if name == "opt" else {}
+    way = "padded" if name in UNSHARABLE else "shared"
+    plain, recomputed = (build(name, **dropout) for _ in range(2))
+    assert trainable.recompute_layers(recomputed) is None
+    (value, grads, kept), (value2, grads2, kept2) = (one_backward(each, way) for each in (plain, recomputed))
+    assert value == value2 and kept2 < kept
+    assert grads.keys() == grads2.keys() and all(torch.equal(grads[key], grads2[key]) for key in grads)
+
+
+def test_recomputed_layers_train_an_adapter_too(model):
+    found = []
+    for more in ({}, {"gradient_checkpointing": True}):
+        ours = loaded(model, lora={"r": 4}, **more)
+        away_from_nothing(ours.parameters().values())
+        found.append(one_backward(ours.model, "shared"))
+    (value, grads, kept), (value2, grads2, kept2) = found
+    assert value == value2 and kept2 < kept and all(torch.equal(grads[key], grads2[key]) for key in grads)
+
+
+def test_a_model_without_such_layers_says_so():
+    assert trainable.recompute_layers(torch.nn.Linear(2, 2)) == "Transformers recomputes no layer of Linear"
+
+
+# -- what adapter_config.json says -----------------------------------------------------------------------------------
+
+
+def test_the_adapter_finds_its_base_from_anywhere(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    loaded(Path("base"), lora={}).save(tmp_path / "made")
+    monkeypatch.chdir("/")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert found.get_base_model().name_or_path == str(tmp_path / "base")
+    snapshot = shutil.copytree(model, tmp_path / "hub/models--org--tiny/snapshots" / ("0" * 40))
+    loaded(snapshot, lora={}).save(tmp_path / "of_hub")
+    settings = json.loads((tmp_path / "of_hub/adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/tiny", "0" * 40)
