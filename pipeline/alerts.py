@@ -24,7 +24,7 @@ _CLEAR = 5.0  # standard errors, of a change that is called one
 _PLAUSIBLE = 2.0  # standard errors, of a change that keeps an alert from being raised
 _FAR = 5.0  # nats per token from the reference
 _COLLAPSED = 1.0  # nats per token that the chosen answers have lost: each token is e times less likely
-_KNOWN = 0.03  # share of a loss: where noise is larger, nobody can say that it is flat
+_FLAT = 0.02  # share of a loss that it must have lost at most, noise allowed for; and of what it shall raise
 _MOVED = 0.05  # nats per token, or this share of a log-prob
 _SMALL_GRADIENT, _LARGE_GRADIENT, _HUGE_GRADIENT = 0.01, 10.0, 100.0
 _USUAL_LOSS = math.log(2)  # sigmoid's at its start, for which these are known
@@ -141,10 +141,12 @@ class Watch:
         said = [sign.direction for sign in self.healthy if sign.metric == metric]
         return next((each for each in said if each != "may fall"), said[0] if said else None)
 
-    def rises(self, metric: str) -> bool:
-        """Whether it plausibly does."""
-        found = self.now(metric)
-        return found is not None and found[1].above(found[0].start, _PLAUSIBLE)
+    def rises(self, metric: str, share: float = 0.0) -> bool:
+        """Whether it plausibly does, and by more than this share of where it started, or of 1."""
+        if (found := self.now(metric)) is None:
+            return False
+        start, now = found[0].start, found[1]
+        return now.above(start, _PLAUSIBLE) and now.mean - start.mean > share * max(1.0, abs(start.mean))
 
     def has_had_time(self, step: int) -> bool:
         """Whether what starts badly should be better by now."""
@@ -222,12 +224,13 @@ def _loss_flat(watch: Watch, step: int) -> Iterator[Alert]:
     if (found := watch.now("loss")) is None or watch.loss_rises or watch.identical is not None:
         return
     series, now = found
-    fell = series.start.above(now, _PLAUSIBLE) or series.start.mean - now.mean > 0.01 * abs(series.start.mean)
-    moves = any(watch.rises(sign.metric) for sign in watch.healthy if sign.direction == "rises")
-    accuracy = watch.now("rewards/accuracies")
-    won = accuracy is not None and accuracy[1].mean > 0.95
-    known = now.apart(series.start) <= _KNOWN * abs(series.start.mean)
-    if known and not (fell or moves or won):
+    # Accuracy says little here: the smallest margins decide it.
+    raised = {s.metric for s in watch.healthy if s.direction == "rises"} - {"rewards/accuracies"}
+    moves = any(watch.rises(metric, _FLAT) for metric in raised)
+    accuracy, margins = watch.now("rewards/accuracies"), watch.now("rewards/margins")
+    won = accuracy and margins and accuracy[1].mean > 0.95 and margins[1].mean > _FLAT
+    most = series.start.mean - now.mean + _PLAUSIBLE * now.apart(series.start)
+    if most < _FLAT * abs(series.start.mean) and not (moves or won):
         yield Alert(
             step,
             "loss_flat",

@@ -93,7 +93,10 @@ TROUBLE = {
 
 @pytest.mark.parametrize("kind", TROUBLE)
 def test_each_trouble_raises_its_alert_and_no_other(kind):
-    rows = series(noise=0.0 if kind in ("rewards_identical", "gradient_small") else 1.0, **TROUBLE[kind])
+    rows = series(
+        noise=0.1 if kind == "loss_flat" else 0.0 if kind in ("rewards_identical", "gradient_small") else 1.0,
+        **TROUBLE[kind],
+    )
     found = raised(rows)
     assert {alert.kind for alert in found} == {kind}
     first = found[0]
@@ -101,6 +104,12 @@ def test_each_trouble_raises_its_alert_and_no_other(kind):
     # What was seen, why it matters, what to try: sentences for a person, with the number in it.
     assert first.metric in rows[0] and f"{first.value:.4g}" in first.seen and "over 10 steps" in first.seen
     assert len(first.why) > 20 and len(first.remedy) > 20 and set(first.row) == set(EVENTS.names)
+
+
+def test_a_loss_that_falls_by_next_to_nothing_is_flat():
+    """A learning rate a thousand times too small: margins are right, and tiny."""
+    tiny = {"loss": line(0.69315, 0.69310), "rewards/margins": line(0, 1e-4), "rewards/accuracies": lambda step: 1.0}
+    assert kinds(series(noise=0.0, **tiny)) == {"loss_flat"}
 
 
 @pytest.mark.parametrize("seed", range(20))
