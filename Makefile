@@ -55,7 +55,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score help always
+.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score bench-train help always
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -132,6 +132,8 @@ bench-cache: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.cache
 bench-score: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.score
+bench-train: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.train
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

@@ -7,6 +7,7 @@ model computes the same this way is for its caller to check: see engines/transfo
 Shapes: H heads, T positions of the row, Q queries and K keys of one call, D width of a head.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -128,13 +129,10 @@ def attend(
     if query.is_cuda and not special and query.dtype in (torch.float16, torch.bfloat16):
         out_THD = _in_one_call(query[0], key[0], value[0], segments, scaling, sliding_window)
         return out_THD.unsqueeze(0), None
-    # As the model reads it next: each call's result is copied once.
-    out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-    for queries, spans in segments.calls:
-        q_HQD = query[0, :, queries]
-        k_HKD, v_HKD = (_at(x[0], spans) for x in (key, value))
-        plain = len(spans) == 1 and not special
-        mask_QK = _mask(q_HQD.shape[1], k_HKD.shape[1], sliding_window, query.device, always=not plain)
+    found: list[torch.Tensor] = []
+    for q_HQD, k_HKD, v_HKD in _of_each_call(query[0], key[0], value[0], segments):
+        n_q, n_k = q_HQD.shape[1], k_HKD.shape[1]
+        mask_QK = _mask(n_q, n_k, sliding_window, query.device, always=special or n_q < n_k)
         if special:
             found_HQD = _spelt_out(q_HQD, k_HKD, v_HKD, mask_QK, scaling, softcap, s_aux)
         else:
@@ -147,13 +145,29 @@ def attend(
                 scale=scaling,
                 enable_gqa=True,
             )[0]
-        out_THD[queries] = found_HQD.transpose(0, 1)
-    return out_THD.unsqueeze(0), None
+        found.append(found_HQD.transpose(0, 1))
+    # As the model reads it next: each call's result is copied once.
+    return torch.cat(found).unsqueeze(0), None
 
 
-def _at(x_HTD: torch.Tensor, spans: tuple[slice, ...]) -> torch.Tensor:
-    parts = [x_HTD[:, span] for span in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _of_each_call(
+    q_HTD: torch.Tensor, k_HTD: torch.Tensor, v_HTD: torch.Tensor, segments: Segments
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values of each call. They are split off the row all at once: the gradient of a slice of the row
+    would be as large as the row, and there would be one for every call."""
+    calls = segments.calls
+    lengths = [_length(queries) for queries, _ in calls]
+    q, k, v = (torch.split(x_HTD, lengths, 1) for x_HTD in (q_HTD, k_HTD, v_HTD))
+    trunk = 0  # the call in which the prompt is that this branch sees
+    for i, (_, spans) in enumerate(calls):
+        if len(spans) == 1:
+            trunk = i
+            yield q[i], k[i], v[i]
+        else:
+            assert spans[0].start == calls[trunk][0].start
+            n = _length(spans[0])
+            keys, values = (torch.cat([x[trunk][:, :n], x[i]], 1) for x in (k, v))
+            yield q[i], keys, values
 
 
 def _mask(n_q: int, n_k: int, window: int | None, device: torch.device, *, always: bool) -> torch.Tensor | None:

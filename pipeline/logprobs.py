@@ -134,7 +134,8 @@ def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False) -> 
     `row.trunks` and `row.branches` say here; see attention.py.
 
     The head computes some positions at a time. Where gradients are wanted it computes them once more in the backward pass, so
-    that the logits of all tokens over the whole vocabulary, by far the largest tensor there would be, never exist.
+    that the logits of all tokens over the whole vocabulary, by far the largest tensor there would be, never exist. The last
+    of them are kept: the backward pass begins with those, and would make them again at once.
     """
     device = next(model.parameters()).device
     hidden_1TD = model.get_decoder()(
@@ -151,10 +152,10 @@ def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False) -> 
             return _of_logits(logits(hidden_ND), target_N, squares)
 
     n = _head_positions(model)
-    chunks = [
-        checkpoint(head, *part, use_reentrant=False) if torch.is_grad_enabled() else head(*part)
-        for part in zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True)
-    ]
+    parts = list(zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True))
+    again = torch.is_grad_enabled()
+    chunks = [checkpoint(head, *part, use_reentrant=False) if again else head(*part) for part in parts[:-1]]
+    chunks.append(head(*parts[-1]))
     return _split(tuple(map(torch.cat, zip(*chunks, strict=True))), row.counts)
 
 

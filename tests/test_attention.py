@@ -1,4 +1,4 @@
-"""A packed row gives what the plain forward gives, on every architecture that it is used for, and so do its gradients."""
+"""A packed row gives what the plain forward gives, on every architecture that it is used for. Its gradients: test_forward.py."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
 
 from pipeline import attention
-from pipeline.logprobs import lay_out, plain_logps, row_logps, sums
+from pipeline.logprobs import lay_out, plain_logps, row_logps
 from pipeline.schema import Sequence
 
 torch.set_num_threads(1)
@@ -73,23 +73,6 @@ def test_a_row_gives_what_each_sequence_gives_alone(name):
     assert torch.cat(alone).std() > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "mixtral", "gpt-oss"])
-def test_a_row_has_the_gradient_of_its_sequences_alone(name):
-    gradients = []
-    for in_rows in (True, False):
-        model = build(name)
-        if in_rows:
-            attention.use_segments(model)
-        logps = packed(model) if in_rows else [plain_logps(model, each) for each in FLAT]
-        # Different weights, so that a gradient of one sequence cannot stand in for another's.
-        (sums(logps) * torch.arange(1.0, len(FLAT) + 1)).sum().backward()
-        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    for key, gradient in gradients[0].items():
-        scale = gradients[1][key].abs().max().item()
-        torch.testing.assert_close(gradient, gradients[1][key], rtol=0, atol=1e-5 * max(scale, 1.0), msg=key)
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "mistral"])
 def test_what_else_is_in_the_row_does_not_change_a_bit(name):
     model = build(name)
@@ -100,21 +83,6 @@ def test_what_else_is_in_the_row_does_not_change_a_bit(name):
     # Matrix products may be cut otherwise in a longer row; nothing of another group may come in.
     torch.testing.assert_close(together[0], alone, rtol=0, atol=3e-6)
     torch.testing.assert_close(other[0], alone, rtol=0, atol=3e-6)
-
-
-def test_the_head_in_chunks_is_the_head_at_once(monkeypatch):
-    from pipeline import logprobs
-
-    model = build("gemma2")
-    attention.use_segments(model)
-    with torch.no_grad():
-        whole = packed(model)
-        monkeypatch.setattr(logprobs, "_head_positions", lambda model: 3)
-        for one, other in zip(packed(model), whole, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-        model.set_attn_implementation("eager")
-        # The decoder is back in its place.
-        assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 4, 60)
 
 
 @pytest.mark.parametrize("name", UNSHARABLE)

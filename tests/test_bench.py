@@ -60,6 +60,40 @@ def test_bench_score_times_a_second_run_that_computes_nothing():
     assert "Imported: neither torch nor transformers" in printed
 
 
+def test_bench_train_counts_what_a_step_computes(tmp_path: Path):
+    options = "--small --pairs 8 --rounds 1 --threads 1 --regime chat --only ours ours-1 trl-2x4-precomputed --json"
+    printed = bench("tests.bench.train", *options.split(), str(tmp_path / "found.json"))
+    assert re.search(r"ours is times TRL's best precomputed, trl-2x4-precomputed: \d+\.\d\d, wanted 1.5", printed)
+    found = json.loads((tmp_path / "found.json").read_text())["chat"]["contenders"]
+
+    # The forward as scoring has it, and twice that again for the gradients of its inputs and its weights; of attention's two
+    # products, two gradients each, and the scores once more. Two chunks of the head are not needed: 500 words are few.
+    flops = 0
+    hidden, intermediate, layers, vocabulary = 32, 64, 2, 500
+    for pair in corpus.token_pairs(8, vocabulary):
+        p, c, r = map(len, pair)
+        n, n_head = p + (c - 1) + (r - 1), c + r
+        scores = (p + c - 1) ** 2 + (r - 1) * (p + r - 1)  # queries times keys
+        flops += 3 * 2 * n * layers * (4 * hidden**2 + 3 * hidden * intermediate) + 3 * 2 * n_head * hidden * vocabulary
+        flops += (4 + 10) * layers * hidden * scores
+    assert found["ours"]["flops_per_pair"] == found["ours-1"]["flops_per_pair"] == flops / 8
+    assert found["trl-2x4-precomputed"]["flops_per_pair"] > 2 * flops / 8
+    assert max(each["deviation"] for each in found.values()) < 1e-6
+    assert 0 < found["ours"]["loaded_mib"] <= found["ours"]["peak_mib"]
+
+
+def test_bench_train_compares_the_loader():
+    printed = bench("tests.bench.train", "--small", "--loader")
+    assert re.search(r"Examples\.batch [\d,]+, datasets\[i\] [\d,]+, datasets\[list\] [\d,]+", printed)
+
+
+@pytest.mark.parametrize("regime", corpus.REGIMES)
+def test_token_pairs_have_the_means_of_their_regime(regime):
+    pairs = corpus.token_pairs(32, 500, regime=regime)
+    means = [sum(map(len, part)) / 32 for part in zip(*pairs, strict=True)]
+    assert means == pytest.approx(corpus.REGIMES[regime], abs=0.5)
+
+
 def test_token_pairs_have_the_lengths_of_real_ones():
     pairs = corpus.token_pairs(64, 500)
     means = [sum(map(len, part)) / 64 for part in zip(*pairs, strict=True)]

@@ -11,7 +11,7 @@ from pipeline import forward
 from pipeline.config import Score
 from pipeline.engines import transformers as engine_file
 from pipeline.engines.loading import load_frozen
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import ResourceError
 from pipeline.identity import Reference
 from pipeline.logprobs import plain_logps
 from pipeline.packing import n_in_row
@@ -75,40 +75,6 @@ def test_where_it_is_not_the_engine_pads_and_says_why(tmp_path, name, reason):
     engine = engine_file.load(reference, Score(attention=attention))
     assert largest(engine.score(SEQUENCES), plain(reference, attention=attention)) < 5e-5
     assert engine.facts["rows"] == "padded" and reason in engine.facts["why"]
-
-
-def test_a_model_whose_rows_come_out_wrong_falls_back(tmp_path, monkeypatch):
-    # Positions that do not restart are what a model that ignores them would compute: wrong for a second answer, and
-    # silently so. Without shared prompts a relative position stays what it is.
-    real = forward.lay_out
-
-    def shifted(groups):
-        row = real(groups)
-        row.position_T[:] = np.arange(len(row.position_T))
-        return row
-
-    monkeypatch.setattr(forward, "lay_out", shifted)
-    reference = saved(tmp_path, "llama")
-    engine = engine_file.load(reference, Score())
-    assert largest(engine.score(SEQUENCES), plain(reference)) < 1e-4
-    assert engine.facts["rows"] == "packed" and "not shared: off by up to" in engine.facts["why"]
-    with pytest.raises(UsageError, match=r"score\.rows=shared is not right for this model"):
-        engine_file.load(reference, Score(rows="shared")).score(SEQUENCES)
-
-
-def test_a_shared_prompt_is_computed_once(tmp_path):
-    engine = engine_file.load(saved(tmp_path, "llama"), Score())
-    engine.score(SEQUENCES)
-    seen = []
-    engine._forward.model.get_decoder().register_forward_pre_hook(
-        lambda module, _, inputs: seen.append(inputs.get("input_ids")), with_kwargs=True
-    )
-    engine.score(SEQUENCES)
-    prompts = {each.prompt_ids.tobytes(): len(each.prompt_ids) for each in SEQUENCES}
-    # Each prompt once, each answer without its last token, and no padding at all.
-    assert sum(ids.numel() for ids in seen if ids is not None) == sum(prompts.values()) + sum(
-        len(s.completion_ids) - 1 for s in SEQUENCES
-    )
 
 
 def test_the_longest_comes_first(tmp_path):

@@ -59,19 +59,21 @@ class TokenPair(NamedTuple):
     rejected: np.ndarray
 
 
-# Of tokens: the mean lengths of real chat pairs, and no more than 2,000 in all.
-_MEAN_TOKENS = {"prompt": (124, 1500), "chosen": (41, 400), "rejected": (51, 400)}
+# Of tokens: the mean lengths of prompt, chosen and rejected answer in three kinds of real pairs, by what is long in them.
+REGIMES = {"chat": (124, 41, 51), "prompts": (331, 37, 36), "answers": (42, 75, 68)}
+_MOST_TOKENS = (1500, 400, 400)  # no more than 2,000 in all
 # Of their logarithms. Real pairs in a padded batch of eight make 3.9 times the tokens that matter; so do these.
 _SPREAD = 0.85
 
 
-def token_pairs(n: int, vocabulary: int, seed: int = 0) -> list[TokenPair]:
+def token_pairs(n: int, vocabulary: int, seed: int = 0, regime: str = "chat") -> list[TokenPair]:
     """Pairs of random ids with lengths as real ones have.
 
     The lengths are the quantiles of their distribution in a random order, so that few pairs have its means as well.
     """
     rng = np.random.default_rng(seed)
-    lengths = [rng.permutation(_quantiles(n, mean, most)) for mean, most in _MEAN_TOKENS.values()]
+    limits = zip(REGIMES[regime], _MOST_TOKENS, strict=True)
+    lengths = [rng.permutation(_quantiles(n, mean, most)) for mean, most in limits]
     return [
         TokenPair(*(rng.integers(vocabulary, size=length, dtype=np.int32) for length in of_pair))
         for of_pair in zip(*lengths, strict=True)

@@ -46,22 +46,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench import corpus
+from tests.bench import contest, corpus
+from tests.bench.contest import LLAMA, ROOT, SMALL, Process
 from tests.bench.corpus import TokenPair
 
-ROOT = Path(__file__).parents[2]
-# 35.4 million weights: 19.0 in the layers, 16.4 in the embeddings, which are the head as well, as in most small models.
-LLAMA = {
-    "vocab_size": 32_000,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
-SMALL = LLAMA | {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
 DEFAULT = ("ours", "trl-1", "trl-8", "trl-32", "sorted-1024", "sorted-4096", "vllm")
 SAMPLE = 16  # pairs that are compared with the plain forward
 TOLERANCE = 1e-3  # nats a token
@@ -86,7 +74,7 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options.folder, options.pairs)
         return
-    os.environ.update(_same_for_all(options.threads))
+    os.environ.update(contest.same_for_all(options.threads))
     with tempfile.TemporaryDirectory() as name:
         found: dict[str, Any] = {}
         if not options.second_run:
@@ -97,29 +85,18 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _same_for_all(threads: int) -> dict[str, str]:
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        # Who waits for a turn must not keep a core busy.
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-
-
 # -- the comparison --------------------------------------------------------------------------------------------------
 
 
 def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     shape = SMALL if options.small else LLAMA
-    _write_llama(folder / "model", shape)
+    contest.write_llama(folder / "model", shape)
     pairs = corpus.token_pairs(options.pairs, shape["vocab_size"])
     facts = _say_what(pairs, shape, options)
     with contextlib.ExitStack() as stack:
         running = {
-            name: stack.enter_context(_Process(name, folder, options.pairs)) for name in _to_measure(options.only)
+            name: stack.enter_context(Process("tests.bench.score", name, folder, "--pairs", options.pairs))
+            for name in _to_measure(options.only)
         }
         found = {name: process.ask("load") for name, process in running.items()}
         for name, process in running.items():
@@ -129,7 +106,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         plain = _plain(folder / "model", _sample(pairs))
         for name in running:
             found[name]["deviation"] = _deviation(found[name].pop("logps"), plain, _sample(pairs))
-        for seconds in _rounds(running, options.rounds):
+        for seconds in contest.rounds(running, options.rounds):
             for name in running:
                 found[name].setdefault("seconds", []).append(seconds[name])
         for name, process in running.items():
@@ -142,7 +119,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _to_measure(only: list[str] | None) -> list[str]:
-    names, there = [], {"trl": _has_trl(), "vllm": _has_vllm()}
+    names, there = [], {"trl": contest.has_trl(), "vllm": _has_vllm()}
     for name in only or DEFAULT:
         kind = name.partition("-")[0]
         if kind not in KINDS or not re.fullmatch(KINDS[kind][0], name):
@@ -158,35 +135,10 @@ def _to_measure(only: list[str] | None) -> list[str]:
     return names
 
 
-def _has_trl() -> bool:
-    return importlib.util.find_spec("trl") is not None
-
-
 def _has_vllm() -> bool:
     from pipeline.config import Score
 
     return importlib.util.find_spec("pipeline.engines.vllm") is not None and (ROOT / Score().vllm.python).exists()
-
-
-def _rounds(running: dict[str, "_Process"], n_rounds: int) -> Iterator[dict[str, float]]:
-    """Each time another one begins."""
-    names = list(running)
-    for i in range(n_rounds):
-        first = i * max(1, len(names) // n_rounds) % len(names)
-        seconds = {name: running[name].ask("round")["seconds"] for name in names[first:] + names[:first]}
-        print(f"  round {i + 1}: " + ", ".join(f"{name} {seconds[name]:.2f} s" for name in names), flush=True)
-        yield seconds
-
-
-def _write_llama(folder: Path, shape: dict[str, Any]) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    # Wide enough that a token's log-prob depends visibly on all tokens before it.
-    LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.05)).save_pretrained(folder)
 
 
 def _sample(pairs: list[TokenPair]) -> list[TokenPair]:
@@ -304,71 +256,35 @@ def _say_targets(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 # -- a contender's process -------------------------------------------------------------------------------------------
 
 
-class _Process:
-    """A contender in a process of its own: asked one thing at a time, and silent in between."""
-
-    def __init__(self, name: str, folder: Path, n_pairs: int) -> None:
-        self._name, self._log = name, folder / f"{name}.log"
-        command = [sys.executable, "-m", "tests.bench.score", "--serve", name, "--folder", folder, "--pairs", n_pairs]
-        with open(self._log, "wb") as log:
-            self._running = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-
-    def __enter__(self) -> "_Process":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._running.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self._running.stdin.close()
-        try:
-            self._running.wait(30)
-        except subprocess.TimeoutExpired:
-            self._running.kill()
-            self._running.wait()
-
-    def ask(self, what: str) -> dict[str, Any]:
-        assert self._running.stdin and self._running.stdout
-        with contextlib.suppress(BrokenPipeError):
-            print(what, file=self._running.stdin, flush=True)
-        if not (line := self._running.stdout.readline()):
-            raise SystemExit(f"{self._name} ended at '{what}':\n{self._log.read_text(errors='replace')[-3000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 def serve(name: str, folder: Path, n_pairs: int) -> None:
-    # Libraries print; answers go where nobody else writes.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     shape = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
     pairs = corpus.token_pairs(n_pairs, shape["vocab_size"])
-    asked = (line.strip() for line in sys.stdin)
-    assert next(asked) == "load"
-    contender = KINDS[name.partition("-")[0]][1](name, folder / "model")
-    contender.score([max(pairs, key=_longer)])
-    answer: dict[str, Any] = {"loaded_mib": _resident("VmRSS")}
-    while True:
-        print(json.dumps(answer), file=answers, flush=True)
-        match next(asked, None):
-            case "count":
-                answer = _count(contender, pairs, shape)
-                # From now on: what loading and counting took does not count.
-                _forget_peaks()
-            case "round":
-                began = time.perf_counter()
-                contender.score(pairs)
-                answer = {"seconds": time.perf_counter() - began}
-            case "memory":
-                answer = {"peak_mib": _resident("VmHWM")}
-            case _:
-                break
-    contender.close()
+    running: list[Contender] = []
+
+    def load() -> dict[str, Any]:
+        running.append(KINDS[name.partition("-")[0]][1](name, folder / "model"))
+        running[0].score([max(pairs, key=_longer)])
+        return {"loaded_mib": contest.resident("VmRSS")}
+
+    def count() -> dict[str, Any]:
+        found = _count(running[0], pairs, shape)
+        # From now on: what loading and counting took does not count.
+        contest.forget_peaks()
+        return found
+
+    def in_turn() -> dict[str, Any]:
+        began = time.perf_counter()
+        running[0].score(pairs)
+        return {"seconds": time.perf_counter() - began}
+
+    contest.serve(
+        {"load": load, "count": count, "round": in_turn, "memory": lambda: {"peak_mib": contest.resident("VmHWM")}}
+    )
+    running[0].close()
 
 
 def _count(contender: "Contender", pairs: list[TokenPair], shape: dict[str, Any]) -> dict[str, Any]:
-    work = Work(shape["hidden_size"], shape["vocab_size"])
+    work = contest.Work(shape["hidden_size"], shape["vocab_size"])
     with work.counter:
         scored = contender.score(pairs)
     flops: int | None = work.counter.get_total_flops()
@@ -384,67 +300,6 @@ def _count(contender: "Contender", pairs: list[TokenPair], shape: dict[str, Any]
         "head_positions_per_pair": head_positions / len(pairs),
         "logps": [np.atleast_1d(each).astype(float).tolist() for each in sample],
     }
-
-
-class Work:
-    """What is computed between `with work.counter` and its end, from the shapes of torch's operations."""
-
-    def __init__(self, hidden: int, vocabulary: int) -> None:
-        import torch
-        from torch.utils import flop_counter
-
-        self.positions = self.head_positions = 0
-        aten = torch.ops.aten
-
-        def embedding(weight: SequenceOf[int], ids: SequenceOf[int], *_: Any, **__: Any) -> int:
-            self.positions += math.prod(ids)
-            return 0
-
-        def mm(left: SequenceOf[int], right: SequenceOf[int], *_: Any, **__: Any) -> int:
-            if tuple(right) == (hidden, vocabulary):
-                self.head_positions += left[0]
-            return 2 * left[0] * left[1] * right[1]
-
-        def attention(query: SequenceOf[int], key: SequenceOf[int], value: SequenceOf[int], *_: Any, **__: Any) -> int:
-            return int(flop_counter.sdpa_flop_count(query, key, value))
-
-        self.counter = flop_counter.FlopCounterMode(
-            display=False,
-            custom_mapping={
-                aten.embedding: embedding,
-                aten.mm: mm,
-                aten._scaled_dot_product_flash_attention_for_cpu: attention,
-            },
-        )
-
-
-def _resident(what: str) -> float:
-    """MiB of this process and all below it: now (VmRSS), or at most (VmHWM)."""
-    total = 0
-    for process in _processes():
-        with contextlib.suppress(OSError):
-            found = re.search(rf"{what}:\s+(\d+) kB", (process / "status").read_text())
-            total += int(found[1]) if found else 0
-    return total / 1024
-
-
-def _forget_peaks() -> None:
-    for process in _processes():
-        # As proc(5) has it. Where that is not allowed, the peak is since the start.
-        with contextlib.suppress(OSError):
-            (process / "clear_refs").write_text("5")
-
-
-def _processes() -> list[Path]:
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # A program's name stands in brackets, and may have any characters.
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [os.getpid()]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return [Path(f"/proc/{pid}") for pid in found]
 
 
 # -- the contenders --------------------------------------------------------------------------------------------------
