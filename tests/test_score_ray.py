@@ -140,6 +140,7 @@ def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, 
     out, said = scorer.communicate(timeout=120)
     assert scorer.returncode == 0, said
     assert json.loads(out)["scored"] == 2 * N_PAIRS  # and nothing of Ray's on stdout
+    said = but_for_waiting(said)
     assert said.count("warning: ") == 1 and "an actor of Ray died at a chunk" in said
     assert all(line.startswith(("score: ", "warning: ")) for line in said.splitlines()), said
     assert said.count("of the plain float32 forward") == 1  # each compares, one says so
@@ -177,8 +178,14 @@ def test_an_error_in_an_actor_is_one_line_and_its_own_exit_code(prefcache, prepa
         assert signal.getsignal(signal.SIGTERM) == on_sigterm  # Ray would end the process without a word
         done = prefcache("score", prepared, "--set", "model=broken", "--quiet", *with_actors(1), code=2)
         assert ray.is_initialized()  # a Ray that was there stays there
-    assert done.stderr.startswith("error: broken does not load as a causal language model")
-    assert done.stderr.count("\n") == 1 and not done.stdout
+    said = but_for_waiting(done.stderr)
+    assert said.startswith("error: broken does not load as a causal language model")
+    assert said.count("\n") == 1 and not done.stdout
+
+
+def but_for_waiting(said: str) -> str:
+    """On a busy machine an actor takes longer to begin than goes without a word."""
+    return "".join(line for line in said.splitlines(keepends=True) if "Ray has not begun an actor" not in line)
 
 
 def test_a_chunk_at_which_every_actor_dies_ends_the_command(pool):
