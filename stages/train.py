@@ -1,8 +1,6 @@
 """train: the policy alone, against the cached log-probs of its reference."""
 
 import math
-import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -14,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import alerts, artifact, batches, checkpoints, columns, identity, metrics
+from pipeline import alerts, artifact, batches, checkpoints, columns, identity, metrics, runfolder, samples
 from pipeline import config as configuration
 from pipeline.batches import Examples
 from pipeline.cache import Cache, identify, open_scored, vouched_for
-from pipeline.config import Config, Kinds, Train
+from pipeline.config import Config, Train
 from pipeline.errors import AlertError, DataError, IdentityError, IntegrityError, UsageError
 from pipeline.objective import Memory, Objective
 from pipeline.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
@@ -97,9 +95,9 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     devices = accelerator(config.train)
     progress = progress if devices.is_main_process else Progress(quiet=True)
     if devices.is_main_process:
-        _make_room(config.run, inputs, progress)
+        runfolder.make_room(config.run, inputs, progress)
     devices.wait_for_everyone()
-    if (finished := _finished(config.run, progress)) is not None:
+    if (finished := runfolder.finished(config.run, progress)) is not None:
         _stop_if_strict(config, RunLog(config.run).rows("events"))
         progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
         artifact.touch_manifest(config.run)
@@ -168,55 +166,6 @@ def _inputs(
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
         "train": config.train.model_dump(mode="json", exclude=_harmless(config.train)),
     }
-
-
-def _finished(run: Path, progress: Progress) -> dict[str, Any] | None:
-    """The manifest of a run that is whole. A model that is not is made again from the last checkpoint."""
-    if (manifest := artifact.read_manifest(run)) is None:
-        return None
-    for table, entry in ((table, entry) for table, key in PARTS.items() for entry in manifest.get(key, [])):
-        if reason := artifact.damage(run / table, entry):
-            raise IntegrityError(f"{run / table / entry['file']} {reason}. Delete {run} and train again.")
-    for entry in manifest["model"]:
-        if reason := artifact.damage(run / "model", entry):
-            progress.warn(f"{run / 'model' / entry['file']} {reason}; the model is made again from the last checkpoint")
-            artifact.retract_manifest(run)
-            return None
-    return manifest
-
-
-def _make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None:
-    """Leave a run of these inputs where it is; keep a finished run of others under another name; refuse the rest."""
-    record = folder / PROVENANCE
-    if not record.exists():
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no run. Name another with --set train.run=NAME.")
-        return
-    artifact.remove_leftovers(folder)
-    changed = _changed(artifact.unseal(record, f"Move {folder} away, or name another run.")["inputs"], inputs)
-    if not changed:
-        return
-    if not (folder / artifact.MANIFEST).exists():
-        raise UsageError(
-            f"{folder} holds an unfinished run with {'; '.join(changed)}. Set that back to go on with it, name another "
-            f"run (--set train.run=NAME), or delete {folder}."
-        )
-    aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
-    os.replace(folder, aside)
-    progress.say(f"train: {folder} held a finished run with {'; '.join(changed)}; it is now {aside}")
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`train.beta 0.1 (now 0.2)` for every key that differs."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            lines += _changed(was, now, f"{prefix}{key}.")
-        elif was != now:
-            shown = (re.sub(r"^([0-9a-f]{8})[0-9a-f]{8,}$", r"\1", f"{value}") for value in (was, now))
-            lines.append("{} {} (now {})".format(f"{prefix}{key}", *shown))
-    return lines
 
 
 def _examples(
@@ -436,9 +385,9 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
     with artifact.commit_folder(s.config.run / "model") as folder:
         s.policy.save_model(folder)
     answers = _answers(s)
-    samples = _samples(s, before["answers"], answers)
+    answered = _samples(s, before["answers"], answers)
     artifact.commit_bytes(
-        s.config.run / "samples.parquet", artifact.parquet(pa.Table.from_pylist(samples, schema=SAMPLES))
+        s.config.run / "samples.parquet", artifact.parquet(pa.Table.from_pylist(answered, schema=SAMPLES))
     )
     kinds = s.config.train.kinds
     raised = Counter(event["kind"] for event in s.log.rows("events"))
@@ -450,10 +399,10 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
         "loss": s.objective.name,
         "seconds": round(seconds, 3),
         "start": before["start"],
-        "changed_answers": sum(sample["before"] != sample["after"] for sample in samples),
-        "before": {"evaluation": before["evaluation"], "kinds": _count_kinds(before["answers"], kinds)},
-        "after": {"evaluation": after, "kinds": _count_kinds(answers, kinds)},
-        "samples": sorted(samples, key=_how_unchanged)[:5],
+        "changed_answers": sum(sample["before"] != sample["after"] for sample in answered),
+        "before": {"evaluation": before["evaluation"], "kinds": samples.count_kinds(before["answers"], kinds)},
+        "after": {"evaluation": after, "kinds": samples.count_kinds(answers, kinds)},
+        "samples": sorted(answered, key=samples.how_unchanged)[:5],
         "model": [artifact.describe(file) for file in sorted((s.config.run / "model").iterdir())],
         "alerts": dict(sorted(raised.items())),
         **{
@@ -571,37 +520,4 @@ def _samples(s: Session, before: list[str], after: list[str]) -> list[dict[str, 
     if not len(indices):
         return []
     prompts, _ = examples.prompts(indices)
-    kinds = s.config.train.kinds
-    rows = zip(examples.example_ids(indices), prompts, before, after, strict=True)
-    return [
-        {
-            "example_id": example_id,
-            "prompt": prompt,
-            "before": old,
-            "after": new,
-            "before_kind": _kind(old, kinds),
-            "after_kind": _kind(new, kinds),
-        }
-        for example_id, prompt, old, new in rows
-    ]
-
-
-def _how_unchanged(sample: dict[str, Any]) -> tuple[bool, bool]:
-    """Sorts first the answers that became another kind, then those that only became others."""
-    return sample["before_kind"] == sample["after_kind"], sample["before"] == sample["after"]
-
-
-def _kind(answer: str, kinds: Kinds | None) -> str | None:
-    if kinds is None:
-        return None
-    for name, pattern in (("preferred", kinds.preferred), ("rejected", kinds.rejected)):
-        if re.fullmatch(pattern, answer, re.DOTALL):
-            return name
-    return "neither"
-
-
-def _count_kinds(answers: list[str], kinds: Kinds | None) -> dict[str, int] | None:
-    if kinds is None:
-        return None
-    counted = Counter(_kind(answer, kinds) for answer in answers)
-    return {name: counted[name] for name in ("preferred", "rejected", "neither")}
+    return samples.rows(examples.example_ids(indices), prompts, before, after, s.config.train.kinds)

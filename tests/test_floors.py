@@ -60,6 +60,7 @@ FLOORS = [
         "pipeline.sweep",
         "pipeline.rowfiles",
         "pipeline.runlog",
+        "pipeline.samples",
         "pipeline.sources",
         "pipeline.sources.chunk",
         "pipeline.sources.kinds",
@@ -71,6 +72,7 @@ FLOORS = [
         "pipeline.trainable",
         "pipeline.views",
     },
+    {"pipeline.runfolder"},
     # What is done with a cache as a whole, or with single tokens of it.
     {"pipeline.upkeep", "pipeline.shorten", "pipeline.token_logps", "pipeline.selection"},
     # Training: examples with what the cache knows of them, then what is made of those.
