@@ -440,13 +440,17 @@ class Config(Section):
 
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """The configuration in `path` (none: empty) with `key=value` overrides on top."""
-    tree = _read_yaml(Path(path)) if path else {}
+    tree = read_yaml(Path(path)) if path else {}
     for override in overrides:
         _set(tree, override)
+    return validated(tree, f"{path}: " if path else "")
+
+
+def validated(tree: dict[str, Any], where: str = "") -> Config:
+    """A tree as a configuration, or UsageError that begins with `where`."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        where = f"{path}: " if path else ""
         raise UsageError(where + "; ".join(_explain(problem) for problem in error.errors())) from None
 
 
@@ -454,7 +458,7 @@ def to_yaml(config: Config) -> str:
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

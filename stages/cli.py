@@ -468,6 +468,35 @@ def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json:
     _print(result, as_json, "merged")
 
 
+@main.command("from-trl")
+@click.argument("file", metavar="FILE")
+@click.option("--output", metavar="CONFIG", help="Where the config goes.  [default: stdout]")
+def from_trl(file: str, output: str | None) -> None:
+    """Turn a YAML file of TRL's DPO or KTO settings into a config.
+
+    \b
+        prefcache from-trl dpo.yaml --output my.yaml
+        prefcache prepare my.yaml
+
+    What each of its keys became is said on stderr, and which have no meaning here, and why. What TRL's defaults decide is written down. The config serves all stages, since the reference is run in one of its own.
+    """
+    import yaml
+
+    from pipeline import artifact, config, from_trl
+    from pipeline.progress import printable
+
+    found = from_trl.convert(config.read_yaml(Path(file)))
+    from_trl.check(found)
+    for title, entries in (("", found.became), ("has no meaning here: ", found.ignored), ("DIFFERS: ", found.cannot)):
+        for theirs, ours in entries.items():
+            click.echo(printable(f"{theirs}: {title}{ours}"), err=True)
+    text = yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        artifact.commit_bytes(Path(output), text.encode())
+
+
 @main.command()
 @click.argument("query", required=False)
 @click.argument("folder", required=False)

@@ -72,7 +72,7 @@ FLOORS = [
         "pipeline.trainable",
         "pipeline.views",
     },
-    {"pipeline.runfolder"},
+    {"pipeline.from_trl", "pipeline.runfolder"},
     # What is done with a cache as a whole, or with single tokens of it.
     {"pipeline.upkeep", "pipeline.shorten", "pipeline.token_logps", "pipeline.selection"},
     # Training: examples with what the cache knows of them, then what is made of those.

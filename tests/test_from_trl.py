@@ -1,0 +1,142 @@
+"""A file of TRL's settings becomes a config that trains the same, and every key of it is accounted for."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.from_trl import check, convert
+
+DPO = {
+    "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
+    "dataset_name": "trl-lib/ultrafeedback_binarized",
+    "output_dir": "runs/dpo",
+    "loss_type": ["sigmoid", "bco_pair", "sft"],
+    "loss_weights": [0.8, 0.2, 1.0],
+    "beta": 0.05,
+    "learning_rate": 5e-7,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "max_length": 2048,
+    "bf16": True,
+    "use_peft": True,
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "eval_steps": 50,
+    "logging_steps": 25,
+    "dataloader_num_workers": 4,
+    "precompute_ref_log_probs": True,
+    "sync_ref_model": True,
+    "no_such_key": 1,
+}
+
+
+def test_every_key_of_a_file_is_accounted_for():
+    found = convert(DPO)
+    assert found.config == {
+        "prepare": {
+            "data": [{"path": "trl-lib/ultrafeedback_binarized"}],
+            "max_length": 2048,
+            "too_long": "keep_start",
+        },
+        "train": {
+            "loss": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0},
+            "batch_size": 16,  # 2 x 8
+            "eval_every": 50,
+            "precision": "bf16",
+            "lora": {"r": 32, "alpha": 16},
+            "beta": 0.05,
+            "learning_rate": 5e-7,
+            "epochs": 1,
+            "warmup_ratio": 0.0,
+            "seed": 42,  # TRL's own
+        },
+        "model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "out": "runs/dpo",
+    }
+    assert set(found.ignored) == {"lora_dropout", "logging_steps", "dataloader_num_workers", "precompute_ref_log_probs"}
+    assert found.cannot == {"sync_ref_model": "a reference that moves is not built", "no_such_key": "not known here"}
+    assert set(DPO) <= set(found.became) | set(found.ignored) | set(found.cannot)
+    check(found)
+
+
+def test_what_trl_would_do_without_being_told_is_written_down():
+    train = convert({"model_name_or_path": "m", "dataset_name": "d"}).config["train"]
+    # DPOConfig's and TrainingArguments' defaults, where ours differ or may.
+    assert (train["loss"], train["beta"], train["epochs"], train["batch_size"]) == ("sigmoid", 0.1, 3, 8)
+
+
+def test_our_table_of_defaults_is_trls():
+    from trl import DPOConfig
+
+    from pipeline.from_trl import _DEFAULTS
+
+    theirs = {f.name: f for f in dataclasses.fields(DPOConfig)}
+    for name, ours in _DEFAULTS.items():
+        # Newer versions of Transformers say a ratio as warmup_steps below 1.
+        default = theirs["warmup_steps" if name == "warmup_ratio" and name not in theirs else name]
+        value = default.default_factory() if default.default is dataclasses.MISSING else default.default
+        assert value in (ours, [ours]), name
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(0.05, 0.05), (0, 0.0), (100, 0.0)])
+def test_a_warm_up_below_one_is_a_share(steps, ratio):
+    found = convert({"warmup_steps": steps})
+    assert found.config["train"]["warmup_ratio"] == ratio
+    assert ("warmup_steps" in found.cannot) == (steps == 100)
+
+
+def test_kto_is_trained_on_labels_with_its_weights():
+    found = convert({"loss_type": "kto", "desirable_weight": 1.5, "label_smoothing": 0.1})
+    assert found.config["prepare"]["examples"] == "labels"
+    assert found.config["train"]["loss_args"] == {"desirable_weight": 1.5}
+    assert "label_smoothing" in found.ignored  # kto does not read it, in TRL either
+    check(found)
+
+
+def test_options_of_a_loss_come_along_where_it_reads_them():
+    found = convert(
+        {
+            "loss_type": "exo_pair",
+            "label_smoothing": 1e-3,
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.3,
+            "ld_alpha": 0.5,
+            "use_weighting": True,
+        }
+    )
+    train = found.config["train"]
+    assert train["loss_args"] == {"label_smoothing": 1e-3, "f_divergence": "alpha_divergence", "f_alpha": 0.3}
+    assert train["tokens"] == {"ld_alpha": 0.5} and train["weighting"] == "wpo"
+    check(found)
+
+
+def test_a_mixture_of_data_sets_is_several_sources():
+    found = convert({"datasets": [{"path": "a", "name": "b", "split": "test"}, {"path": "c"}]})
+    assert found.config["prepare"]["data"] == [{"hub": "a", "name": "b", "split": "test"}, {"path": "c"}]
+    check(found)
+
+
+def test_a_loss_that_there_is_not_is_refused():
+    with pytest.raises(UsageError, match=r"no loss 'sigmoidal'\. The nearest is sigmoid"):
+        check(convert({"loss_type": "sigmoidal"}))
+    with pytest.raises(UsageError, match="loss_weights has 1 values for 2 losses"):
+        convert({"loss_type": ["sigmoid", "sft"], "loss_weights": [1]})
+
+
+def test_the_config_trains(prefcache, config, model, tmp_path):
+    """As a user has it: TRL's file in, one command, and our three stages."""
+    theirs = {"model_name_or_path": str(model), "dataset_name": "pairs.jsonl", "output_dir": "runs/theirs"}
+    theirs |= {"loss_type": "ipo", "num_train_epochs": 1, "learning_rate": 1e-3, "report_to": "wandb"}
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(theirs))
+    done = prefcache("from-trl", "dpo.yaml", "--output", "mine.yaml")
+    assert "loss_type: train.loss: ipo" in done.stderr and "report_to: has no meaning here" in done.stderr
+    assert yaml.safe_load(prefcache("from-trl", "dpo.yaml").stdout) == yaml.safe_load(
+        (tmp_path / "mine.yaml").read_text()
+    )
+    for stage in ("prepare", "score", "train"):
+        done = prefcache(stage, "mine.yaml", "--set", "prepare.held_out=0.2")
+    assert "loss ipo" in done.stdout
