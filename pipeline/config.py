@@ -228,6 +228,8 @@ class Tokens(Section):
             raise ValueError(
                 f"clamp: found {list(self.clamp)}, expected a lower and an upper limit with 0 between them"
             )
+        if self.ld_alpha_of == "policy" and self.ld_alpha is None:
+            raise ValueError("ld_alpha_of says whose tokens ld_alpha weighs, and there is no ld_alpha; say it too")
         if self.sampo and self.ld_alpha is not None:
             raise ValueError("sampo and ld_alpha both deal with the longer answer's tokens; take one of them")
         return self

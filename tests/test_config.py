@@ -192,6 +192,7 @@ def test_loss_args_keep_yes_and_no(tmp_path):
         ("train.reference_free=3", "train.reference_free"),
         ("train.tokens.ld_alpha=1.5", "train.tokens.ld_alpha"),
         ("train.tokens.ld_alpha=-0.1", "train.tokens.ld_alpha"),
+        ("train.tokens.ld_alpha_of=policy", "there is no ld_alpha; say it too"),
         ("train.tokens.ld_alpha_of=reference", "train.tokens.ld_alpha_of: Input should be 'both' or 'policy'"),
         ("train.tokens.decay=0", "train.tokens.decay"),
         ("train.tokens.decay=1.1", "train.tokens.decay"),

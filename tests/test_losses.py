@@ -223,3 +223,10 @@ def test_every_number_of_a_loss_has_to_be_finite(name):
             for value in (float("nan"), float("inf"), "much", True, [1.0]):
                 with pytest.raises(UsageError, match=f"train.*{key}: found .*{name}"):
                     hyperparameters(loss, {key: value})
+
+
+def test_f_alpha_without_its_divergence_is_refused():
+    with pytest.raises(UsageError, match=r"f_alpha is of alpha_divergence, and loss 'sigmoid' has reverse_kl"):
+        hyperparameters(get_loss("sigmoid"), {"f_alpha": 0.3})
+    given = {"f_alpha": 0.3, "f_divergence": "alpha_divergence"}
+    assert hyperparameters(get_loss("sigmoid"), given)["f_alpha"] == 0.3

@@ -231,6 +231,12 @@ def hyperparameters(chosen: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(chosen.hyperparameters)
     for name, value in given.items():
         values[name] = _checked(chosen, name, value)
+    differs = values.get("f_alpha") != chosen.hyperparameters.get("f_alpha")
+    if differs and values["f_divergence"] != "alpha_divergence":
+        raise UsageError(
+            f"train.loss_args.f_alpha is of alpha_divergence, and loss {chosen.name!r} has {values['f_divergence']}. Set "
+            "train.loss_args.f_divergence to alpha_divergence, or leave f_alpha out."
+        )
     return values
 
 
