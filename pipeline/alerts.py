@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from pipeline.losses.registry import Healthy
+from pipeline.schema import BATCH_METRICS
 
 NOTE, WARNING, ERROR = "note", "warning", "error"  # a note does not end a strict run
 _STEPS, _EXAMPLES = 10, 128  # a window has at least these
@@ -182,18 +183,7 @@ class Watch:
 # -- indicators: each looks at a watch after a step and says what is wrong --------------------------------------------
 
 Indicator = Callable[[Watch, int], Iterator[Alert]]
-_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "log_ratios/chosen",
-    "log_ratios/rejected",
-    "grad_norm",
-)
+_METRICS = (*BATCH_METRICS, "log_ratios/chosen", "log_ratios/rejected", "grad_norm")
 _INDICATORS: list[Indicator] = []
 
 
