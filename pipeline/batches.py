@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.objective import GIVEN_WEIGHT
-from pipeline.packing import balanced, token_budget_batches
+from pipeline.packing import balanced, shares, token_budget_batches
 from pipeline.prepared import IdLists
 from pipeline.schema import Sequence as TokenSequence
 from pipeline.selection import Choice
@@ -122,6 +122,11 @@ class Examples:
         parts = np.split(indices, range(most, len(indices), most)) if most else [indices]
         cut = token_budget_batches if way == "padded" else balanced
         return [part[chosen] for part in parts for chosen in cut(self._sizes[way][self._rows[part]].tolist(), budget)]
+
+    def shares(self, indices: np.ndarray, n: int, way: str) -> list[np.ndarray]:
+        """`indices` for `n` processes, each about as many tokens of forwards, so that none waits long for the others."""
+        sizes = self._sizes[way][self._rows[indices]].tolist()
+        return [indices[sorted(part)] if part else indices[:0] for part in shares(sizes, n)]
 
     def longest(self, n: int) -> list[TokenSequence]:
         """Sequences of the longest example and of others from all over the data, `n` examples in all."""

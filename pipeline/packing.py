@@ -28,19 +28,23 @@ def balanced(sizes: SequenceOf[int], budget: int) -> list[list[int]]:
 
     A size above the budget gets a part to itself.
     """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     n = max(1, -(-sum(sizes) // budget))
     while True:
-        parts: list[list[int]] = [[] for _ in range(n)]
-        filled = [0] * n
-        for i in order:
-            least = filled.index(min(filled))
-            parts[least].append(i)
-            filled[least] += sizes[i]
-        parts = [part for part in parts if part]
+        parts = [part for part in shares(sizes, n) if part]
         if len(parts) < n or all(len(part) == 1 or sum(sizes[i] for i in part) <= budget for part in parts):
             return parts
         n += 1
+
+
+def shares(sizes: SequenceOf[int], n: int) -> list[list[int]]:
+    """Indices into `sizes` in `n` parts of about the same size, some of them empty where there are too few."""
+    parts: list[list[int]] = [[] for _ in range(n)]
+    filled = [0] * n
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = filled.index(min(filled))
+        parts[least].append(i)
+        filled[least] += sizes[i]
+    return parts
 
 
 def by_prompt(sequences: SequenceOf[Sequence]) -> list[list[int]]:

@@ -190,7 +190,7 @@ class Policy:
         that pass also gives each example's share: the slope of the batch's loss at its log-probs, which the second pass
         carries on into the model. So the result is that of one forward over everything.
         """
-        mine = self._share(indices)
+        mine = self._share(examples, indices)
         # A process without examples of its own still has to take part in the reduction of gradients.
         parts = self._parts(examples, mine if len(mine) else indices[:1])
         whole = self._whole_batch(examples, indices, objective, memory, epoch, n_parts=len(parts))
@@ -251,7 +251,7 @@ class Policy:
         """The columns of examples with the log-probs of some answers, without gradients, the same on every process."""
         parts = []
         with torch.no_grad():
-            for part in self._parts(examples, self._share(indices)) if answers else []:
+            for part in self._parts(examples, self._share(examples, indices)) if answers else []:
                 parts.append((part, self._columns(examples, part, objective, answers, epoch)))
         device = self.accelerator.device
         return examples.batch(indices, device).columns | (self._gather(indices, parts) if answers else {})
@@ -315,8 +315,10 @@ class Policy:
         budget = sys.maxsize if self.train.scope == "micro" else self._budget
         return examples.micro_batches(indices, budget, self.train.micro_batch_size, way=self.forward.way or "padded")
 
-    def _share(self, indices: np.ndarray) -> np.ndarray:
-        return indices[self.accelerator.process_index :: self.accelerator.num_processes]
+    def _share(self, examples: Examples, indices: np.ndarray) -> np.ndarray:
+        of_all = examples.shares(indices, self.accelerator.num_processes, self.forward.way or "padded")
+        mine: np.ndarray = of_all[self.accelerator.process_index]
+        return mine
 
     def _gather(
         self, indices: np.ndarray, parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]]

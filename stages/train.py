@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import alerts, artifact, batches, checkpoints, columns, identity, metrics, runfolder, samples
+from pipeline import alerts, artifact, batches, checkpoints, columns, identity, metrics, modelcard, runfolder, samples
 from pipeline import config as configuration
 from pipeline.batches import Examples
 from pipeline.cache import Cache, identify, open_scored, vouched_for
@@ -384,6 +384,7 @@ def _finish(s: Session, before: dict[str, Any], after: dict[str, float], seconds
 def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], seconds: float) -> dict[str, Any]:
     with artifact.commit_folder(s.config.run / "model") as folder:
         s.policy.save_model(folder)
+        (folder / "README.md").write_text(_card(s, before["evaluation"], after), encoding="utf-8")
     answers = _answers(s)
     answered = _samples(s, before["answers"], answers)
     artifact.commit_bytes(
@@ -415,6 +416,12 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
     artifact.commit_make_inputs(s.config.run, weights)
     artifact.commit_manifest(s.config.run, summary)
     return {**summary, "run": str(s.config.run), "changed": True}
+
+
+def _card(s: Session, before: dict[str, float], after: dict[str, float]) -> str:
+    facts = artifact.unseal(s.config.run / PROVENANCE, f"Delete {s.config.run} and train again.")
+    counts = {"examples": len(s.examples[TRAIN]), "held_out": len(s.examples[HELD_OUT]), "steps": s.n_steps}
+    return modelcard.text({**facts, "kind": s.objective.kind}, counts, before, after)
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------

@@ -263,3 +263,18 @@ def test_a_mismatched_answer_that_is_longer_counts_for_the_budget():
     assert sorted(np.concatenate(parts)) == [0, 1, 2, 3]
     assert [part.tolist() for part in parts if 2 in part] == [[2]]  # two of 11 would be 22
     assert [sorted(part.tolist()) for part in labels().micro_batches(np.arange(4), 44)] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_processes_share_a_step_by_tokens(n):
+    found, indices = pairs(40), np.random.default_rng(1).permutation(40)[:20]
+    parts = found.shares(indices, n, "packed")
+    assert sorted(np.concatenate(parts)) == sorted(indices) and len(parts) == n
+    # Packed: what both answers' sequences have, but for their last tokens.
+    tokens = [found.n_tokens(part) - 2 * len(part) for part in parts]
+    assert max(tokens) - min(tokens) <= max(found.n_tokens(indices[i : i + 1]) - 2 for i in range(20))
+    assert n > 1 or parts[0].tolist() == indices.tolist()
+
+
+def test_a_process_may_have_no_example():
+    assert [len(part) for part in pairs(3).shares(np.array([1, 2]), 4, "shared")] == [1, 1, 0, 0]

@@ -25,6 +25,7 @@ FLOORS = [
         "pipeline.keys",
         "pipeline.logprobs",
         "pipeline.losses",
+        "pipeline.modelcard",
         "pipeline.losses.labels",
         "pipeline.losses.noise",
         "pipeline.losses.pairs",

@@ -1,0 +1,53 @@
+"""A model's card has what the run was made from, and the same run gives the same card."""
+
+import yaml
+
+from pipeline import modelcard
+
+FACTS = {
+    "model": "org/tiny | <b>",
+    "kind": "pairs",
+    "loss": "0.8 sigmoid + 0.2 sft",
+    "loss_arguments": {"sigmoid": {"weight": 0.8, "beta": 0.1}, "sft": {"weight": 0.2}},
+    "inputs": {"prepared": "p123", "policy": "m456", "reference": "m456", "numerics": ["n789"]},
+    "versions": {"torch": "2.13.0"},
+    "precision": "float32",
+}
+COUNTS = {"examples": 2656, "held_out": 296, "steps": 83}
+
+
+def test_a_card_says_what_the_run_was_made_from():
+    card = modelcard.text(FACTS, COUNTS, {"loss": 0.6931}, {"loss": 0.5, "rewards/accuracies": 1.0})
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head == {
+        "base_model": "org/tiny | <b>",
+        "library_name": "transformers",
+        "tags": ["prefcache", "sigmoid", "sft"],
+    }
+    for line in (
+        "| prepared data | p123 |",
+        "| reference | m456 |",
+        "| numerics of its log-probs | n789 |",
+        "| sigmoid's beta | 0.1 |",
+        "| torch | 2.13.0 |",
+        "## On 296 held-out pairs",
+        "| reward accuracy |  | 1.0000 |",
+        "| loss | 0.6931 | 0.5000 |",
+    ):
+        assert line in card.splitlines(), line
+    assert "# org/tiny \\| &lt;b>, trained on preferences" in card
+
+
+def test_without_a_reference_and_held_out_examples_it_says_so():
+    facts = FACTS | {"inputs": FACTS["inputs"] | {"reference": None, "numerics": None}}
+    card = modelcard.text(facts, COUNTS, {}, {})
+    assert "| reference | none was read |" in card and "held-out" not in card
+
+
+def test_a_trained_model_has_its_card(prefcache, config, tmp_path):
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config)
+    run = tmp_path / "runs/tiny/trained"
+    card = (run / "model/README.md").read_text()
+    assert "trained on preferences" in card and "held-out pairs" in card
+    assert (run / "config.yaml").exists()  # as it says
