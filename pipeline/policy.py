@@ -284,7 +284,11 @@ class Policy:
             }
             at = Seed(seed.seed, seed.epoch, [batch.rows[i] for i in has])
             found = answer_sums(logps, reference, self.train.tokens, at)
-            found |= {f"{PLAIN}{name}_logp": sums(lists) for name, lists in logps.items()}
+            # Where nothing weighs tokens, what a loss reads are the plain sums: they are not added up twice.
+            plain = (
+                {f"{name}_logp": sums(lists) for name, lists in logps.items()} if self.train.tokens.weighs else found
+            )
+            found |= {f"{PLAIN}{name}_logp": plain[f"{name}_logp"] for name in logps}
             if weighed:
                 found[WEIGHT] = wpo_weights({name: logps[name] for name in weighed}, squares)
         if len(has) == n:
