@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, identity, records
-from pipeline.cache import Cache, identify
+from pipeline import identity
 from pipeline.config import Config
 from pipeline.errors import DataError, IntegrityError, UsageError
-from pipeline.keys import KeyIndex, keys_of
-from pipeline.prepared import Prepared, Sequences, sequence_table
+from pipeline.preparing import records
+from pipeline.preparing.records import Outcomes
 from pipeline.progress import Progress
-from pipeline.records import Outcomes
 from pipeline.schema import CACHE, OK, Sequence
-from pipeline.scoring import TOLERANCE
+from pipeline.scoring.scorer import TOLERANCE
+from pipeline.stored import artifact
+from pipeline.stored.cache import Cache, identify
+from pipeline.stored.keys import KeyIndex, keys_of
+from pipeline.stored.prepared import Prepared, Sequences, sequence_table
 
 # Largest deviation of a sequence's mean per token from the plain float32 forward that is still rounding, as where
 # training starts. A single token may be as far off as where an engine is checked.
@@ -210,7 +212,7 @@ def _checked(
     n = min(config.score.parity_sample, len(values))
     if not n:
         return None
-    from pipeline.engines.loading import plain_scores
+    from pipeline.scoring.engines.loading import plain_scores
 
     # Keys are hashes: the smallest are a random sample.
     plain = plain_scores(reference, [values.sequence(i) for i in range(n)])

@@ -20,7 +20,7 @@ from pipeline.errors import INTERRUPTED, PrefcacheError, ResourceError, UsageErr
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.sweep import Combination
+    from pipeline.training.sweep import Combination
 
 # PyTorch reads this when it loads. Threads that spin while they wait slow a busy machine several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -159,7 +159,7 @@ def formats(name: str | None, as_json: bool) -> None:
 
     With format `auto` the first one whose columns fit is taken. Columns in brackets are used where they are there.
     """
-    from pipeline.formats import FORMATS, get_format
+    from pipeline.preparing.formats import FORMATS, get_format
     from stages import tables
 
     found = [get_format(name)] if name else list(FORMATS.values())
@@ -181,7 +181,7 @@ def losses(name: str | None, as_json: bool) -> None:
 
     With NAME: its formula, its paper, and what its metrics do in a healthy run. All of them train from one cache.
     """
-    from pipeline.losses import LOSSES, get_loss
+    from pipeline.training.losses import LOSSES, get_loss
     from stages import tables
 
     found = [get_loss(name)] if name else list(LOSSES.values())
@@ -417,7 +417,7 @@ def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: 
     if sweep is None:
         _train(config, overrides, quiet, as_json, [])
         return
-    from pipeline.sweep import combinations
+    from pipeline.training.sweep import combinations
 
     _train(config, overrides, quiet, as_json, combinations(sweep))
 
@@ -482,8 +482,10 @@ def from_trl(file: str, output: str | None) -> None:
     """
     import yaml
 
-    from pipeline import artifact, config, from_trl
+    from pipeline import config
     from pipeline.progress import printable
+    from pipeline.stored import artifact
+    from pipeline.training import from_trl
 
     found = from_trl.convert(config.read_yaml(Path(file)))
     from_trl.check(found)

@@ -15,15 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import artifact, claims, duck, pool, records, rowfiles
-from pipeline.cache import Cache, open_scored, refuse_other_reference, vouched_for
+from pipeline import pool
 from pipeline.config import Config
 from pipeline.errors import IdentityError, UsageError
-from pipeline.formats import get_format
-from pipeline.prepared import Prepared
+from pipeline.preparing import records
+from pipeline.preparing.formats import get_format
+from pipeline.preparing.records import Batch, Outcome, Outcomes
 from pipeline.progress import Progress
-from pipeline.records import Batch, Outcome, Outcomes
 from pipeline.schema import CACHE, OK
+from pipeline.stored import artifact, claims, duck, rowfiles
+from pipeline.stored.cache import Cache, open_scored, refuse_other_reference, vouched_for
+from pipeline.stored.prepared import Prepared
 
 STATUS = "prefcache_status"
 # Under TRL's names, which its collators read.

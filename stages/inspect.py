@@ -5,11 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import artifact, views
-from pipeline.cache import open_scored
+from pipeline import views
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.prepared import Prepared
-from pipeline.runlog import PARTS, PROVENANCE
+from pipeline.stored import artifact
+from pipeline.stored.cache import open_scored
+from pipeline.stored.prepared import Prepared
+from pipeline.training.runlog import PARTS, PROVENANCE
 
 describe = views.describe
 

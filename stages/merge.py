@@ -10,15 +10,17 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from pipeline import artifact, identity, weights
+from pipeline import identity
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.forward import ROUNDING
 from pipeline.identity import Reference
-from pipeline.logprobs import plain_logps
-from pipeline.prepared import Prepared
+from pipeline.model import weights
+from pipeline.model.forward import ROUNDING
+from pipeline.model.logprobs import plain_logps
 from pipeline.progress import Progress
-from pipeline.runlog import PROVENANCE
 from pipeline.schema import ANSWERS, Sequence
+from pipeline.stored import artifact
+from pipeline.stored.prepared import Prepared
+from pipeline.training.runlog import PROVENANCE
 
 SAMPLE = 8  # examples whose log-probs are compared
 # Of the adapter's own effect on a token, in the mean, so much may be lost before it is worth a warning.

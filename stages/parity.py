@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import encoder, identity
+from pipeline import identity
 from pipeline.config import Config, Score
-from pipeline.engines import ENGINES, engine_module
 from pipeline.errors import UsageError, named
-from pipeline.prepared import Prepared, Sequences, answers_of
+from pipeline.preparing import encoder
 from pipeline.progress import Progress
 from pipeline.schema import Sequence
+from pipeline.scoring.engines import ENGINES, engine_module
+from pipeline.stored.prepared import Prepared, Sequences, answers_of
 
 PLAIN = "plain"
 _WORST = 5
@@ -98,7 +99,7 @@ def _scores(
     config: Config, reference: identity.Reference, side: Side, sequences: list[Sequence], progress: Progress
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     if side.engine is None:
-        from pipeline.engines.loading import plain_scores
+        from pipeline.scoring.engines.loading import plain_scores
 
         progress.say(f"parity: {len(sequences)} sequences by the plain forward")
         return plain_scores(reference, sequences), {"engine": PLAIN, "dtype": "float32"}

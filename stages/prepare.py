@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact, assembly, identity, parts, pool, prepared
+from pipeline import identity, pool
 from pipeline.config import Config, Prepare
 from pipeline.errors import DataError
+from pipeline.preparing import assembly, parts
+from pipeline.preparing.recipe import Recipe, make_recipe
+from pipeline.preparing.sources import Chunk, Opened, open_source
 from pipeline.progress import Progress
-from pipeline.recipe import Recipe, make_recipe
 from pipeline.schema import HELD_OUT, PREPARED_VERSION, TRAIN
-from pipeline.sources import Chunk, Opened, open_source
+from pipeline.stored import artifact, prepared
 
 REFUSED_FILE = "quarantine-refused.parquet"
 # What is decided in the assembly, so that parts stay good when it changes.

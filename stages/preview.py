@@ -8,14 +8,14 @@ from typing import Any
 
 from pipeline import identity
 from pipeline.config import Config
-from pipeline.encoder import Encoder, Tokens
-from pipeline.example import Example, Unusable, plain_text
-from pipeline.lengths import Fitted
-from pipeline.parts import Maker, Quarantine
+from pipeline.preparing.encoder import Encoder, Tokens
+from pipeline.preparing.example import Example, Unusable, plain_text
+from pipeline.preparing.lengths import Fitted
+from pipeline.preparing.parts import Maker, Quarantine
+from pipeline.preparing.recipe import make_recipe
+from pipeline.preparing.sources import Line, open_source
 from pipeline.progress import Progress
-from pipeline.recipe import make_recipe
 from pipeline.schema import ANSWERS
-from pipeline.sources import Line, open_source
 
 
 def run(config: Config, progress: Progress, n: int) -> dict[str, Any]:

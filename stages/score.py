@@ -9,14 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import actors, artifact, claims, identity, pool, shorten
-from pipeline.cache import REFERENCE_FILE, Cache, Plan, identify
+from pipeline import identity, pool
 from pipeline.config import Config, Score
-from pipeline.engines import PACKAGES, engine_module
 from pipeline.errors import IdentityError, IntegrityError, UsageError
-from pipeline.prepared import Prepared, Sequences, answers_of, sequence_table
 from pipeline.progress import Progress
-from pipeline.scoring import Scorer, sample_slots
+from pipeline.scoring import actors
+from pipeline.scoring.engines import PACKAGES, engine_module
+from pipeline.scoring.scorer import Scorer, sample_slots
+from pipeline.stored import artifact, claims, shorten
+from pipeline.stored.cache import REFERENCE_FILE, Cache, Plan, identify
+from pipeline.stored.prepared import Prepared, Sequences, answers_of, sequence_table
 
 
 def run(config: Config, progress: Progress, dry_run: bool = False) -> dict[str, Any]:

@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import alerts, artifact, batches, checkpoints, columns, identity, metrics, modelcard, runfolder, samples
 from pipeline import config as configuration
-from pipeline.batches import Examples
-from pipeline.cache import Cache, identify, open_scored, vouched_for
+from pipeline import identity
 from pipeline.config import Config, Train
 from pipeline.errors import AlertError, DataError, IdentityError, IntegrityError, UsageError
-from pipeline.objective import Memory, Objective
-from pipeline.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
-from pipeline.prepared import Prepared
 from pipeline.progress import Progress
-from pipeline.runlog import PARTS, PROVENANCE, RunLog
 from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
-from pipeline.selection import Selection
+from pipeline.stored import artifact
+from pipeline.stored.cache import Cache, identify, open_scored, vouched_for
+from pipeline.stored.prepared import Prepared
+from pipeline.training import alerts, batches, checkpoints, columns, metrics, modelcard, runfolder, samples
+from pipeline.training.batches import Examples
+from pipeline.training.objective import Memory, Objective
+from pipeline.training.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
+from pipeline.training.runlog import PARTS, PROVENANCE, RunLog
+from pipeline.training.selection import Selection
 
 BEFORE = "before.json"
 NOT_FINITE = "not-finite"  # the batches of steps that were not taken

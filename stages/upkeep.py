@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from pipeline import upkeep
 from pipeline.errors import IntegrityError
 from pipeline.progress import Progress
-from pipeline.upkeep import TARGET_MIB
+from pipeline.stored import upkeep
+from pipeline.stored.upkeep import TARGET_MIB
 
 
 def verify(paths: list[str], progress: Progress) -> dict[str, Any]:

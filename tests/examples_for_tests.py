@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import artifact
-from pipeline.cache import Cache
 from pipeline.config import Train
-from pipeline.objective import Objective
-from pipeline.prepared import Prepared
 from pipeline.schema import CACHE, PREPARED, QUARANTINE, sequence_key
+from pipeline.stored import artifact
+from pipeline.stored.cache import Cache
+from pipeline.stored.prepared import Prepared
+from pipeline.training.objective import Objective
 
 REFERENCE = {"model_id": "a" * 32, "weights": {}, "config": {}}
 MINE, OTHER = "mine", "other"

@@ -12,10 +12,10 @@ from conftest import write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.alerts import ERROR, NOTE, WARNING, Alert, Watch, not_finite
-from pipeline.losses import LOSSES
-from pipeline.runlog import RunLog
 from pipeline.schema import EVENTS
+from pipeline.training.alerts import ERROR, NOTE, WARNING, Alert, Watch, not_finite
+from pipeline.training.losses import LOSSES
+from pipeline.training.runlog import RunLog
 
 STEPS, WARMUP, BATCH = 200, 20, 32
 

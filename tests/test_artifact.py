@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import artifact
 from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.schema import CACHE
+from pipeline.stored import artifact
 
 
 def names(folder: Path) -> list[str]:
@@ -108,7 +108,7 @@ def test_a_full_disk_is_a_resource_error_and_keeps_what_was_there(tmp_path, writ
     # A limit on the size of files fails a write as a full disk does.
     done = python(
         "import resource, signal, sys; from pathlib import Path\n"
-        "from pipeline.artifact import commit_bytes; from pipeline.errors import ResourceError\n"
+        "from pipeline.stored.artifact import commit_bytes; from pipeline.errors import ResourceError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "path = Path(sys.argv[1])\n"
         f"try: {write}\n"
@@ -123,7 +123,7 @@ def test_a_full_disk_is_a_resource_error_and_keeps_what_was_there(tmp_path, writ
 def test_a_full_disk_while_a_folder_fills_is_a_resource_error(tmp_path):
     done = python(
         "import resource, signal, sys; from pathlib import Path\n"
-        "from pipeline.artifact import commit_folder; from pipeline.errors import ResourceError\n"
+        "from pipeline.stored.artifact import commit_folder; from pipeline.errors import ResourceError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
         "  with commit_folder(Path(sys.argv[1])) as folder: (folder / 'big').write_bytes(b'x' * 9000)\n"

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import artifact, assembly, parts
 from pipeline.config import Prepare
 from pipeline.errors import DataError
+from pipeline.preparing import assembly, parts
 from pipeline.schema import PREPARED, QUARANTINE, sequence_key
+from pipeline.stored import artifact
 
 N = 400
 

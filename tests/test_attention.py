@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
 
-from pipeline import attention
-from pipeline.logprobs import lay_out, plain_logps, row_logps
+from pipeline.model import attention
+from pipeline.model.logprobs import lay_out, plain_logps, row_logps
 from pipeline.schema import Sequence
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, pair, write_config
 from safetensors.torch import load_file
 
-from pipeline.losses import LOSSES
+from pipeline.training.losses import LOSSES
 
 COUPLED = [name for name, loss in LOSSES.items() if loss.statistics or loss.over_batch]
 # sft beside another loss, whose parts come from one pass.
@@ -144,7 +144,7 @@ def test_a_killed_run_of_bco_remembers_its_delta(prefcache, monkeypatch, experim
     """The mean of all rewards so far is in the checkpoint: a run cut at step 5 and one that was not are the same."""
     import pyarrow.parquet as pq
 
-    from pipeline import runlog
+    from pipeline.training import runlog
 
     every = "train.checkpoint_every=5"
     whole = train(prefcache, monkeypatch, experiment, "bco", "uncut", every)

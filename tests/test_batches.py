@@ -5,8 +5,8 @@ import pytest
 import torch
 from examples_for_tests import cache_for, floats, label, logps_of, pair, table
 
-from pipeline.batches import Examples, n_steps, steps
-from pipeline.token_logps import token_logps
+from pipeline.training.batches import Examples, n_steps, steps
+from pipeline.training.token_logps import token_logps
 
 NAN = float("nan")
 

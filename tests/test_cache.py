@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import artifact
-from pipeline import cache as cache_module
-from pipeline.cache import identify
 from pipeline.errors import IdentityError, IntegrityError
 from pipeline.identity import Reference
-from pipeline.prepared import Sequences, sequence_table
 from pipeline.schema import CACHE, PREPARED, sequence_key
+from pipeline.stored import artifact
+from pipeline.stored import cache as cache_module
+from pipeline.stored.cache import identify
+from pipeline.stored.prepared import Sequences, sequence_table
 
 MODEL = "a" * 32
 REFERENCE = {"model_id": MODEL, "weights": {}, "config": {}}

@@ -15,10 +15,10 @@ import pytest
 from conftest import ROOT
 from tokenizers_for_tests import DATE, GEMMA_CHAT, QWEN3_CHAT, TEMPLATES, build
 
-from pipeline import chat_template
-from pipeline.chat_template import ChatTemplate, TemplateLimit, read_template
 from pipeline.errors import UsageError
-from pipeline.example import Unusable
+from pipeline.preparing import chat_template
+from pipeline.preparing.chat_template import ChatTemplate, TemplateLimit, read_template
+from pipeline.preparing.example import Unusable
 
 USER = {"role": "user", "content": "  why <b>red</b> & \"green\"?\n'日本' "}
 SYSTEM = {"role": "system", "content": "be brief\n"}

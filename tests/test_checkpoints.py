@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from pipeline.artifact import MANIFEST
-from pipeline.checkpoints import newest, optimizer, save
+from pipeline.stored.artifact import MANIFEST
+from pipeline.training.checkpoints import newest, optimizer, save
 
 
 def save_model(value: float):
@@ -152,7 +152,7 @@ def test_a_full_disk_is_a_resource_error_and_keeps_the_checkpoint_before(tmp_pat
     # A limit on the size of files fails a write as a full disk does.
     code = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from pipeline.checkpoints import save; from pipeline.errors import ResourceError\n"
+        "from pipeline.training.checkpoints import save; from pipeline.errors import ResourceError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: save(Path(sys.argv[1]), 10, lambda folder: None, {'a': torch.zeros(5000)}, {}, 1)\n"
         "except ResourceError as error: sys.exit(error.exit_code)\n"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import claims
-from pipeline.claims import claimed, path_of, remove_free
+from pipeline.stored import claims
+from pipeline.stored.claims import claimed, path_of, remove_free
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from pipeline.claims import claimed\n"
+    "import sys, time; from pathlib import Path; from pipeline.stored.claims import claimed\n"
     "with claimed(Path(sys.argv[1]), wait=False) as mine:\n"
     "    print(mine, flush=True); time.sleep(float(sys.argv[2]))\n"
 )
@@ -61,7 +61,7 @@ def test_who_waited_for_one_that_finished_has_a_claim_that_others_see(tmp_path):
 
 def test_only_one_of_many_that_race_has_it_at_a_time(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from pipeline.claims import claimed\n"
+        "import os, sys; from pathlib import Path; from pipeline.stored.claims import claimed\n"
         "folder = Path(sys.argv[1])\n"
         "for _ in range(100):\n"
         "    with claimed(folder / '.a.claim', wait=True):\n"

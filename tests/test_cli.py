@@ -127,7 +127,7 @@ def test_a_loss_that_does_not_exist_is_refused_before_anything_is_loaded(prefcac
 
 
 def test_every_loss_is_listed_once_under_what_it_reads(prefcache):
-    from pipeline.losses import LOSSES
+    from pipeline.training.losses import LOSSES
 
     text = prefcache("losses").stdout
     titles = ["Pairs\n", "Labelled answers\n", "Pairs, without a reference: no scores are needed\n"]
@@ -165,7 +165,7 @@ def test_losses_without_hyperparameters_say_so(prefcache):
 
 
 def test_losses_as_json_are_what_the_registry_says(prefcache):
-    from pipeline.losses import LOSSES
+    from pipeline.training.losses import LOSSES
 
     every = json.loads(prefcache("losses", "--json").stdout)
     assert [each["name"] for each in every] == list(LOSSES)
@@ -178,7 +178,7 @@ def test_losses_as_json_are_what_the_registry_says(prefcache):
 
 @pytest.mark.parametrize("how", [[], ["--json"]])
 def test_every_loss_can_be_shown(prefcache, how):
-    from pipeline.losses import LOSSES
+    from pipeline.training.losses import LOSSES
 
     for name in LOSSES:
         assert name in prefcache("losses", name, *how).stdout

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from examples_for_tests import MINE, cache_for, floats, label, logps_of, objective, pair, prepared
 
-from pipeline import columns
-from pipeline.density import density_ratios
 from pipeline.errors import UsageError
+from pipeline.training import columns
+from pipeline.training.density import density_ratios
 
 SCORES = {"chosen_score": 3.0, "rejected_score": 1.0}
 PAIRS = [

@@ -15,9 +15,9 @@ from conftest import PREFCACHE
 from test_cache import BUDGET, MINE, PAIRS, create, expected, reopen, scored
 from test_score import rows_of
 
-from pipeline import artifact
-from pipeline.prepared import Sequences
-from pipeline.upkeep import gc, verify
+from pipeline.stored import artifact
+from pipeline.stored.prepared import Sequences
+from pipeline.stored.upkeep import gc, verify
 
 FEW = PAIRS.slice(0, 5)
 STEPS = {artifact: ["_write_synced"], os: ["fsync", "link", "replace", "unlink"]}

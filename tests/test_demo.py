@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, Clone
 
 from pipeline import config
-from pipeline.losses import LOSSES
-from pipeline.prepared import Prepared
+from pipeline.stored.prepared import Prepared
+from pipeline.training.losses import LOSSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -184,7 +184,9 @@ def test_every_file_that_the_readme_links_to_exists():
 
 def test_the_loss_in_the_readme_is_the_one_in_the_registry():
     (code,) = [text for language, text in BLOCKS if language == "python"]
-    sources = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "pipeline/losses").glob("*.py")))
+    sources = "\n".join(
+        file.read_text(encoding="utf-8") for file in sorted((ROOT / "pipeline/training/losses").glob("*.py"))
+    )
     without_docstrings = re.sub(r'    """.*?"""\n', "", sources, flags=re.DOTALL)
     assert code.strip() in without_docstrings
 

@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from tokenizers_for_tests import FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, facts, saved
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pipeline import encoder
-from pipeline.encoder import Encoder, Text, Tokens
 from pipeline.errors import UsageError
+from pipeline.preparing import encoder
+from pipeline.preparing.encoder import Encoder, Text, Tokens
 
 FRAGMENTS = [
     "the cat", " the", "assistant\n", "\n", "\n\n", " ", "  ", "\t", "x", "ab", "1234", "don't", "日本", "é", "e\u0301", "🙂", "\u2581",
@@ -304,7 +304,7 @@ def test_a_worker_needs_neither_transformers_nor_torch(tmp_path):
     path = tmp_path / "facts"
     path.write_bytes(pickle.dumps(facts("byte-level")))
     code = (
-        "import pickle, sys; from pipeline.encoder import Encoder, Text; "
+        "import pickle, sys; from pipeline.preparing.encoder import Encoder, Text; "
         f"facts = pickle.loads(open({str(path)!r}, 'rb').read()); "
         "print(Encoder(facts).encode([Text('the', (' cat',))])[0].exact, "
         "[name for name in ('transformers', 'torch') if name in sys.modules])"

@@ -20,13 +20,13 @@ import torch
 from conftest import build_model
 
 from pipeline.config import Score
-from pipeline.engines import server
-from pipeline.engines.loading import plain_scores
 from pipeline.errors import IntegrityError, UsageError
 from pipeline.identity import Reference
 from pipeline.progress import Progress
 from pipeline.schema import Sequence
-from pipeline.scoring import Scorer
+from pipeline.scoring.engines import server
+from pipeline.scoring.engines.loading import plain_scores
+from pipeline.scoring.scorer import Scorer
 
 ROUNDING = 1e-4  # float32, of log-probs that reach -20
 

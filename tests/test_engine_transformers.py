@@ -7,15 +7,15 @@ import pytest
 import torch
 from models_for_tests import build, sequence
 
-from pipeline import forward
 from pipeline.config import Score
-from pipeline.engines import transformers as engine_file
-from pipeline.engines.loading import load_frozen
 from pipeline.errors import ResourceError
 from pipeline.identity import Reference
-from pipeline.logprobs import plain_logps
-from pipeline.packing import n_in_row
+from pipeline.model import forward
+from pipeline.model.logprobs import plain_logps
+from pipeline.model.packing import n_in_row
 from pipeline.schema import Sequence
+from pipeline.scoring.engines import transformers as engine_file
+from pipeline.scoring.engines.loading import load_frozen
 
 torch.set_num_threads(1)
 

@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT, build_model
 
 from pipeline.config import Score
-from pipeline.engines import vllm
-from pipeline.engines.loading import plain_scores
 from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.identity import Reference
 from pipeline.schema import Sequence
+from pipeline.scoring.engines import vllm
+from pipeline.scoring.engines.loading import plain_scores
 
 KV_BLOCK = 128  # tokens, on a CPU
 LONGEST = 512  # tokens, as the model has it
@@ -208,7 +208,7 @@ def test_closing_leaves_no_process(vllm_python):
 
 def test_a_killed_scorer_leaves_no_process(vllm_python):
     script = (
-        "import sys, time; from pipeline.engines.vllm import Worker; worker = Worker(sys.argv[1], {}); "
+        "import sys, time; from pipeline.scoring.engines.vllm import Worker; worker = Worker(sys.argv[1], {}); "
         "print(worker.pid, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", script, vllm_python]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.example import Label, Message, Pair, Ranked, Ranking, Turns, Unusable
-from pipeline.examples import check, expand
+from pipeline.preparing.example import Label, Message, Pair, Ranked, Ranking, Turns, Unusable
+from pipeline.preparing.examples import check, expand
 
 TOOLS = [{"name": "look"}]
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.example import Label, Pair, Ranking, Unusable, plain_text
-from pipeline.formats import FORMATS, fields, frameworks, get_format, ours, public, recognise
-from pipeline.formats.registry import Format
+from pipeline.preparing.example import Label, Pair, Ranking, Unusable, plain_text
+from pipeline.preparing.formats import FORMATS, fields, frameworks, get_format, ours, public, recognise
+from pipeline.preparing.formats.registry import Format
 
 USER, SYSTEM = {"role": "user", "content": "why?"}, {"role": "system", "content": "be kind"}
 GOOD = {"prompt": "why?", "chosen": "because", "rejected": "no"}

@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.example import Label, Pair, Ranked, Ranking, Unusable
-from pipeline.examples import expand
-from pipeline.formats import FORMATS, get_format
+from pipeline.preparing.example import Label, Pair, Ranked, Ranking, Unusable
+from pipeline.preparing.examples import expand
+from pipeline.preparing.formats import FORMATS, get_format
 
 
 def read(name: str, record: dict, **options):

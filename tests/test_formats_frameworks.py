@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.example import Label, Pair, Ranked, Ranking, Unusable
-from pipeline.formats import get_format, recognise
+from pipeline.preparing.example import Label, Pair, Ranked, Ranking, Unusable
+from pipeline.preparing.formats import get_format, recognise
 
 SYSTEM = {"role": "system", "content": "be kind"}
 TOOLS = [{"name": "look", "parameters": {}}]

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.example import Pair, Ranked, Ranking, Unusable
-from pipeline.examples import expand
-from pipeline.formats import get_format, recognise
+from pipeline.preparing.example import Pair, Ranked, Ranking, Unusable
+from pipeline.preparing.examples import expand
+from pipeline.preparing.formats import get_format, recognise
 
 
 def read(name: str, record: dict, **options: Any) -> Any:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import attention, forward, logprobs
 from pipeline.errors import UsageError
-from pipeline.forward import Forward, flat
-from pipeline.logprobs import log_sum_squares, plain_logps, sums
+from pipeline.model import attention, forward, logprobs
+from pipeline.model.forward import Forward, flat
+from pipeline.model.logprobs import log_sum_squares, plain_logps, sums
 from pipeline.schema import Sequence
 
 torch.set_num_threads(1)

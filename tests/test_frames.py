@@ -7,12 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, DATE, SPECIALS, TEMPLATES, chunk_of, facts, recipe
 
-from pipeline import chat_template, frames
-from pipeline.chat_template import ChatTemplate
-from pipeline.example import Pair, Unusable
-from pipeline.frames import Frame, Guard, Inspected, Opaque, Slot
-from pipeline.parts import Maker
-from pipeline.templating import FrameMismatch, Templater
+from pipeline.preparing import chat_template, frames
+from pipeline.preparing.chat_template import ChatTemplate
+from pipeline.preparing.example import Pair, Unusable
+from pipeline.preparing.frames import Frame, Guard, Inspected, Opaque, Slot
+from pipeline.preparing.parts import Maker
+from pipeline.preparing.templating import FrameMismatch, Templater
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 SHAPES = [

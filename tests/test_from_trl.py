@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UsageError
-from pipeline.from_trl import check, convert
+from pipeline.training.from_trl import check, convert
 
 DPO = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -72,7 +72,7 @@ def test_what_trl_would_do_without_being_told_is_written_down():
 def test_our_table_of_defaults_is_trls():
     from trl import DPOConfig
 
-    from pipeline.from_trl import _DEFAULTS
+    from pipeline.training.from_trl import _DEFAULTS
 
     theirs = {f.name: f for f in dataclasses.fields(DPOConfig)}
     for name, ours in _DEFAULTS.items():

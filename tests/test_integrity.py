@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_cache import BUDGET, MINE, MODEL, PAIRS, Cache, create, expected, fill, keys_of, reopen
 
-from pipeline import cache as cache_module
 from pipeline.errors import IntegrityError
-from pipeline.upkeep import verify
+from pipeline.stored import cache as cache_module
+from pipeline.stored.upkeep import verify
 
 RIGHT = {f"ref_{side}_logp": expected(PAIRS, side) for side in ("chosen", "rejected")}
 

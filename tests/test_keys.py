@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.keys import KeyIndex, concat, keys_of
+from pipeline.stored.keys import KeyIndex, concat, keys_of
 
 
 def column(keys: list[bytes | None], chunks: int = 1) -> pa.ChunkedArray:

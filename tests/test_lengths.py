@@ -7,13 +7,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, DATE, GEMMA_CHAT, chunk_of, facts, recipe
 
-from pipeline.chat_template import ChatTemplate
 from pipeline.config import Prepare
-from pipeline.encoder import Encoder, Tokens
-from pipeline.example import Example, Label, Pair, Unusable
-from pipeline.lengths import Fitted, fit
-from pipeline.parts import Maker
-from pipeline.templating import Templater
+from pipeline.preparing.chat_template import ChatTemplate
+from pipeline.preparing.encoder import Encoder, Tokens
+from pipeline.preparing.example import Example, Label, Pair, Unusable
+from pipeline.preparing.lengths import Fitted, fit
+from pipeline.preparing.parts import Maker
+from pipeline.preparing.templating import Templater
 
 PAIR = Pair(prompt="p", chosen="c", rejected="r")
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline import weights
-from pipeline.engines.loading import load_frozen, plain_scores
 from pipeline.errors import UsageError
 from pipeline.identity import Reference
+from pipeline.model import weights
 from pipeline.schema import Sequence
+from pipeline.scoring.engines.loading import load_frozen, plain_scores
 
 IDS = torch.arange(5, 45).unsqueeze(0)
 LAYERS = ["q_proj", "v_proj", "up_proj", "down_proj"]

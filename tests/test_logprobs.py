@@ -5,7 +5,7 @@ import pytest
 import torch
 from models_for_tests import ARCHITECTURES, build, sequence
 
-from pipeline.logprobs import (
+from pipeline.model.logprobs import (
     completion_logps,
     gather_logps,
     log_sum_squares,

@@ -17,8 +17,8 @@ from losses_for_tests import (
 
 from pipeline import config
 from pipeline.errors import UsageError
-from pipeline.losses import LOSSES, STATISTICS, get_loss, hyperparameters
-from pipeline.losses.registry import DIVERGENCES
+from pipeline.training.losses import LOSSES, STATISTICS, get_loss, hyperparameters
+from pipeline.training.losses.registry import DIVERGENCES
 
 of_every_loss = pytest.mark.parametrize("name", LOSSES)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from losses_for_tests import call, random_columns, statistics, t
 
-from pipeline.losses import STATISTICS
-from pipeline.losses.labels import apo_zero_unpaired, bco, delta, kl, kto
+from pipeline.training.losses import STATISTICS
+from pipeline.training.losses.labels import apo_zero_unpaired, bco, delta, kl, kto
 
 COLUMNS = ("completion_logp", "ref_completion_logp", "label", "density_ratio")
 

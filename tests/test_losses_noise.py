@@ -18,7 +18,7 @@ from losses_for_tests import (
     t,
 )
 
-from pipeline.losses import LOSSES
+from pipeline.training.losses import LOSSES
 
 NOISE = ("beta_dpo", "dr_dpo", "chi_po")
 

@@ -11,9 +11,9 @@ from losses_for_tests import random_columns
 
 from pipeline.config import Train
 from pipeline.errors import UsageError
-from pipeline.losses import LOSSES, STATISTICS, get_loss, hyperparameters
-from pipeline.losses.registry import loss, statistic
-from pipeline.objective import Objective
+from pipeline.training.losses import LOSSES, STATISTICS, get_loss, hyperparameters
+from pipeline.training.losses.registry import loss, statistic
+from pipeline.training.objective import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def add(function, **said):
 
 def add_the_readmes() -> None:
     """The README's own, letter by letter but for its name, beneath what the file that it goes into has imported."""
-    from pipeline.losses import pairs
+    from pipeline.training.losses import pairs
 
     section = (ROOT / "README.md").read_text().partition("## Add a loss")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]

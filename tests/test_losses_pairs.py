@@ -6,8 +6,8 @@ import pytest
 import torch
 from losses_for_tests import LENGTHS, LOGPS, call, columns_of, gradients, random_columns, statistics, t
 
-from pipeline.losses import LOSSES
-from pipeline.losses.pairs import aot, discopop, exo_pair, hinge, ipo, sft, sigmoid, sppo_hard
+from pipeline.training.losses import LOSSES
+from pipeline.training.losses.pairs import aot, discopop, exo_pair, hinge, ipo, sft, sigmoid, sppo_hard
 
 ZERO = t(0.0)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from losses_for_tests import LENGTHS, LOGPS, call, gradients, random_columns, t
 
-from pipeline.losses import LOSSES, reference_free
-from pipeline.losses.reference_free import alphapo, cpo, orpo, simpo, slic
+from pipeline.training.losses import LOSSES, reference_free
+from pipeline.training.losses.reference_free import alphapo, cpo, orpo, simpo, slic
 
 NAMES = [name for name, loss in LOSSES.items() if loss.function.__module__ == reference_free.__name__]
 ONES = torch.ones(30).double()

@@ -19,7 +19,7 @@ from losses_for_tests import (
     t,
 )
 
-from pipeline.losses import LOSSES
+from pipeline.training.losses import LOSSES
 
 TARGETS = ("dpop", "rpo", "odpo", "r_dpo", "cal_dpo", "alpha_dpo")
 FORMS = [

@@ -25,12 +25,12 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from pipeline.config import Train
-from pipeline.logprobs import completion_logps, sums
-from pipeline.losses import LOSSES
-from pipeline.losses.registry import DIVERGENCES
-from pipeline.objective import PLAIN, WEIGHT, Objective
+from pipeline.model.logprobs import completion_logps, sums
 from pipeline.schema import Sequence
-from pipeline.token_sums import Seed, answer_sums, wpo_weights
+from pipeline.training.losses import LOSSES
+from pipeline.training.losses.registry import DIVERGENCES
+from pipeline.training.objective import PLAIN, WEIGHT, Objective
+from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
 
 Columns = dict[str, torch.Tensor]
 

@@ -24,8 +24,8 @@ import yaml
 from conftest import WORDS, Done, build_model, pair
 from transformers import AutoModelForCausalLM
 
-from pipeline import artifact
-from pipeline.prepared import Prepared
+from pipeline.stored import artifact
+from pipeline.stored.prepared import Prepared
 
 N_PAIRS = 10
 LAYERS = ["q_proj", "v_proj", "down_proj"]

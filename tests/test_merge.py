@@ -15,7 +15,7 @@ from test_train import launch
 from test_trainable import sft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.prepared import Prepared
+from pipeline.stored.prepared import Prepared
 from stages import merge
 
 LORA = ["--set", "train.lora.r=4", "--set", "train.samples=0", "--set", "train.epochs=1"]

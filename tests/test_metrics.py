@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from examples_for_tests import objective
 
-from pipeline.metrics import log_ratio, of_visit, preference_accuracy
+from pipeline.training.metrics import log_ratio, of_visit, preference_accuracy
 
 NAN = float("nan")
 

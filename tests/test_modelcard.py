@@ -2,7 +2,7 @@
 
 import yaml
 
-from pipeline import modelcard
+from pipeline.training import modelcard
 
 FACTS = {
     "model": "org/tiny | <b>",

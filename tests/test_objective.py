@@ -11,8 +11,8 @@ from losses_for_tests import LOGPS, columns_of, random_columns, t
 from pipeline import config
 from pipeline.config import Train
 from pipeline.errors import UsageError
-from pipeline.losses import LOSSES
-from pipeline.objective import Objective, losses_for, part_of
+from pipeline.training.losses import LOSSES
+from pipeline.training.objective import Objective, losses_for, part_of
 
 
 def refusal(**train) -> str:

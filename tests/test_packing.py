@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from models_for_tests import sequence
 
-from pipeline.packing import balanced, by_prompt, n_in_row, packed_rows, token_budget_batches
+from pipeline.model.packing import balanced, by_prompt, n_in_row, packed_rows, token_budget_batches
 from pipeline.schema import Sequence
 
 

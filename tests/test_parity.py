@@ -10,7 +10,7 @@ from conftest import write_config, write_pairs
 from test_export import write_labels
 from transformers import AutoModelForCausalLM
 
-from pipeline.prepared import Prepared, Sequences
+from pipeline.stored.prepared import Prepared, Sequences
 from stages import parity
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from conftest import pair
 
-from pipeline import artifact, parts
 from pipeline.config import Prepare
-from pipeline.example import Unusable
-from pipeline.parts import Made, Maker, Quarantine
+from pipeline.preparing import parts
+from pipeline.preparing.example import Unusable
+from pipeline.preparing.parts import Made, Maker, Quarantine
+from pipeline.preparing.recipe import make_recipe
+from pipeline.preparing.sources import Chunk, Line, open_source
 from pipeline.progress import Progress
-from pipeline.recipe import make_recipe
 from pipeline.schema import sequence_key
-from pipeline.sources import Chunk, Line, open_source
+from pipeline.stored import artifact
 
 CHAT = [
     {"role": "system", "content": "be brief"},

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import PREFCACHE, pair, write_config, write_pairs
 
-from pipeline.prepared import Prepared
 from pipeline.schema import sequence_key
+from pipeline.stored.prepared import Prepared
 
 
 def lines(path: Path, *records) -> Path:
@@ -701,7 +701,7 @@ def test_an_answer_cut_to_the_rows_own_is_no_mismatched_one(prefcache, model, tm
 
 def test_a_record_that_is_too_much_for_the_template_is_one_bad_record(prefcache, model, tmp_path, monkeypatch):
     # Twice a text of 40,000 characters is over the limit, which is set to 60,000 here; three records are not.
-    monkeypatch.setattr("pipeline.chat_template.CHARACTERS", 60_000)
+    monkeypatch.setattr("pipeline.preparing.chat_template.CHARACTERS", 60_000)
     (tmp_path / "twice.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -714,7 +714,7 @@ def test_a_record_that_is_too_much_for_the_template_is_one_bad_record(prefcache,
 
 
 def test_a_template_that_is_too_much_for_every_record_ends_the_stage(prefcache, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.chat_template.CHARACTERS", 60_000)
+    monkeypatch.setattr("pipeline.preparing.chat_template.CHARACTERS", 60_000)
     (tmp_path / "much.jinja").write_text(
         "{% for m in messages %}{{ m.content }}{% if m.content != 'x' %}{{ 'a' * 50000 }}"
         "{{ 'a' * 50000 }}{% endif %}{% endfor %}"

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import DATE, FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, chunk_of, facts, recipe, saved
 
-from pipeline.encoder import Encoder
-from pipeline.parts import Made, Maker
+from pipeline.preparing.encoder import Encoder
+from pipeline.preparing.parts import Made, Maker
 from pipeline.schema import sequence_key
 
 LIMIT = 72

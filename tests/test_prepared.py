@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import artifact
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.prepared import IdLists, Prepared, Sequences, answers_of, is_current, sequence_table
 from pipeline.schema import PREPARED, QUARANTINE, sequence_key
+from pipeline.stored import artifact
+from pipeline.stored.prepared import IdLists, Prepared, Sequences, answers_of, is_current, sequence_table
 
 
 def row(i: int, split: str = "train") -> dict:

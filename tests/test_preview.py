@@ -10,7 +10,7 @@ def shown(prefcache, *arguments):
 
 
 def test_ids_are_those_that_prepare_writes(prefcache, config, tmp_path):
-    from pipeline.prepared import Prepared
+    from pipeline.stored.prepared import Prepared
 
     previewed = shown(prefcache, config, "-n", 5)["examples"]
     assert not (tmp_path / "runs").exists()
@@ -83,7 +83,7 @@ def test_ids_are_printed_when_asked_for(prefcache, config):
 
 
 def test_formats_lists_every_format_with_its_columns(prefcache):
-    from pipeline.formats import FORMATS
+    from pipeline.preparing.formats import FORMATS
 
     listed = prefcache("formats").stdout
     for each in FORMATS.values():

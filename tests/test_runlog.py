@@ -3,8 +3,8 @@
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.runlog import RunLog
 from pipeline.schema import EVENTS, METRICS, STEPS
+from pipeline.training.runlog import RunLog
 
 
 def visit(n: int) -> dict[str, list[float]]:

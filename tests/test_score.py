@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import PREFCACHE, write_config, write_pairs
 
-from pipeline import artifact
 from pipeline.errors import UsageError
-from pipeline.prepared import Prepared
+from pipeline.stored import artifact
+from pipeline.stored.prepared import Prepared
 
 
 def cache_folder(root: Path) -> Path:
@@ -136,7 +136,7 @@ def test_a_cache_that_may_only_be_read_serves_what_it_holds(prefcache, config, t
         return real(path, *data, **how)
 
     monkeypatch.setattr(artifact, "commit_bytes", commit_bytes)
-    monkeypatch.setattr("pipeline.cache.os.access", lambda *_: False)
+    monkeypatch.setattr("pipeline.stored.cache.os.access", lambda *_: False)
     assert "nothing to do" in prefcache("score", config).stderr
     shutil.rmtree(tmp_path / "runs/tiny/scored")
     assert json.loads(prefcache("score", config, "--json").stdout)["cached_before"] == 120
@@ -304,7 +304,7 @@ def test_other_weights_get_a_cache_of_their_own(prefcache, config, other_model, 
 
 
 def test_weights_that_change_while_they_score_leave_no_row(prefcache, config, model, tmp_path, monkeypatch):
-    from pipeline.engines.transformers import TransformersEngine
+    from pipeline.scoring.engines.transformers import TransformersEngine
 
     edited, real, n = shutil.copytree(model, tmp_path / "edited"), TransformersEngine.score, 0
 

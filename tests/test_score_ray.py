@@ -19,14 +19,14 @@ import pytest
 from conftest import PREFCACHE, Done, write_pairs
 from test_score import fingerprint, rows_of
 
-from pipeline import actors
-from pipeline.cache import Cache
 from pipeline.config import Ray, Score
-from pipeline.engines.transformers import numerics
 from pipeline.errors import IdentityError, ResourceError, UsageError
 from pipeline.identity import Reference
-from pipeline.prepared import Prepared
 from pipeline.progress import Progress
+from pipeline.scoring import actors
+from pipeline.scoring.engines.transformers import numerics
+from pipeline.stored.cache import Cache
+from pipeline.stored.prepared import Prepared
 
 N_PAIRS = 150
 SMALL_CHUNKS = ["--set", "score.tokens_per_shard=200"]

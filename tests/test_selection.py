@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 from examples_for_tests import MINE, cache_for, label, objective, pair, prepared, table
 
-from pipeline import columns, views
-from pipeline.batches import steps
+from pipeline import views
 from pipeline.config import Train
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.schema import PREPARED
-from pipeline.selection import Selection, column_names
+from pipeline.training import columns
+from pipeline.training.batches import steps
+from pipeline.training.selection import Selection, column_names
 from pipeline.views import Sources
 
 # Margins of the reference: 2, 5, -1, none, 0.
@@ -375,7 +376,7 @@ def test_an_order_cannot_leave_its_bracket(order_by):
 
 def test_even_what_would_pass_for_an_expression_meets_a_locked_database(monkeypatch):
     """The second lock, without the first: as `prefcache sql`, no file is read."""
-    from pipeline.selection import _Expression
+    from pipeline.training.selection import _Expression
 
     monkeypatch.setattr(_Expression, "_checked_names", lambda self, con: [])
     for where in ("exists(from read_text('/etc/passwd'))", "exists(from '/etc/passwd')", "exists(from pa)"):
@@ -391,7 +392,7 @@ def test_an_error_while_it_is_computed_is_the_users():
 
 
 def test_more_memory_than_there_is_for_it_is_an_error_in_words(monkeypatch):
-    monkeypatch.setattr("pipeline.selection.MEMORY_LIMIT", "50MB")
+    monkeypatch.setattr("pipeline.training.selection.MEMORY_LIMIT", "50MB")
     with pytest.raises(ResourceError, match="needs more than 50MB of memory"):
         choose(EVERY_OF_MANY, PAIRS * 4000, reference={}, where="row_number() over (order by repeat(prompt, 1000)) > 4")
 

@@ -14,10 +14,10 @@ from conftest import WORDS, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import shorten
-from pipeline.cache import Cache
-from pipeline.prepared import Prepared, Sequences, sequence_table
 from pipeline.schema import CACHE, PREPARED, Sequence, sequence_key
+from pipeline.stored import shorten
+from pipeline.stored.cache import Cache
+from pipeline.stored.prepared import Prepared, Sequences, sequence_table
 
 REFERENCE = {"model_id": "a" * 32, "weights": {}, "config": {}}
 MINE, OTHER = "mine", "other"

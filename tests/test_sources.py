@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import artifact
 from pipeline.config import Source
 from pipeline.errors import DataError, UsageError
-from pipeline.sources import CHUNK_BYTES, CHUNK_RECORDS, Limits, Line, Opened, kinds, open_source, text
+from pipeline.preparing.sources import CHUNK_BYTES, CHUNK_RECORDS, Limits, Line, Opened, kinds, open_source, text
+from pipeline.stored import artifact
 
 ROWS = [
     {"prompt": f'{i}: why, "so"?\nAnd ü {"é" * (i % 7)}', "chosen": "one\u2028two\u0085three, four", "rejected": "true"}

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_config, write_pairs
 
 from pipeline.errors import UsageError
-from pipeline.sweep import combinations
+from pipeline.training.sweep import combinations
 
 
 def test_a_sweep_is_every_combination_in_the_order_written():

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from tokenizers_for_tests import CHATML, DATE, GEMMA_CHAT, QWEN3_CHAT, R1_CHAT, TEMPLATES, build
 
-from pipeline.chat_template import ChatTemplate
-from pipeline.encoder import Text
-from pipeline.example import Label, Message, Pair, Turns, Unusable
-from pipeline.templating import Templater, shorter_prompts
+from pipeline.preparing.chat_template import ChatTemplate
+from pipeline.preparing.encoder import Text
+from pipeline.preparing.example import Label, Message, Pair, Turns, Unusable
+from pipeline.preparing.templating import Templater, shorter_prompts
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": "why red green?"}
@@ -350,7 +350,7 @@ def test_checking_a_frame_counts_nothing_twice():
 
 
 def test_the_most_shapes_are_kept_and_all_are_right(monkeypatch):
-    monkeypatch.setattr("pipeline.templating._MOST_SHAPES", 2)
+    monkeypatch.setattr("pipeline.preparing.templating._MOST_SHAPES", 2)
     made = templater(CHATML)
     for n in range(1, 6):
         prompt = [USER, REPLY] * n + [USER]

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 from examples_for_tests import MINE, OTHER, cache_for, cache_of, failed, floats, label, logps_of, pair, scored, table
 
-from pipeline import upkeep
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.token_logps import token_logps
+from pipeline.stored import upkeep
+from pipeline.training.token_logps import token_logps
 
 ROWS = [pair(0, [1], [2, 3, 4], [5]), pair(1, [1, 1], [6], [7, 8]), pair(2, [1], [5], [9, 9, 9, 9])]
 PAIRS = table(ROWS, "pairs")

@@ -6,8 +6,8 @@ import torch
 from models_for_tests import build, sequence
 
 from pipeline.config import Tokens
-from pipeline.logprobs import completion_logps
-from pipeline.token_sums import Seed, answer_sums, wpo_weights
+from pipeline.model.logprobs import completion_logps
+from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import PREFCACHE, build_model, write_config, write_pairs
 
-from pipeline.prepared import Prepared
+from pipeline.stored.prepared import Prepared
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_labels_are_refused_before_any_model_is_loaded(prefcache, config, tmp_pa
 
 def test_a_cache_that_does_not_hold_what_the_policy_computes_is_refused(prefcache, scored, tmp_path):
     """Values changed behind the record's back, with checksums to match: only recomputing them can tell."""
-    from pipeline import artifact
     from pipeline.schema import CACHE
+    from pipeline.stored import artifact
 
     for record_file in (tmp_path / "cache").glob("*/[0-9a-f]*.json"):
         if record_file.name == "reference.json":

@@ -10,7 +10,7 @@ from conftest import pair, write_config, write_pairs
 from safetensors.torch import load_file
 from test_train import batches_of, launch, metrics, table, weights
 
-from pipeline.prepared import Prepared
+from pipeline.stored.prepared import Prepared
 
 SOON = ["--set", "train.epochs=1", "--set", "train.samples=0"]
 WHERE = "train.where=margin > -45 and n_prompt < 21"

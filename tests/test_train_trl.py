@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from pipeline.prepared import Prepared
+from pipeline.stored.prepared import Prepared
 
 N_STEPS, BATCH, RATE = 200, 8, 1e-4
 

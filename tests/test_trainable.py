@@ -11,12 +11,12 @@ import torch
 from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
 from transformers import AutoModelForCausalLM
 
-from pipeline import trainable
 from pipeline.config import Train
 from pipeline.errors import UsageError
-from pipeline.forward import Forward
 from pipeline.identity import Reference
-from pipeline.logprobs import use_float32_head
+from pipeline.model import trainable
+from pipeline.model.forward import Forward
+from pipeline.model.logprobs import use_float32_head
 from pipeline.schema import Sequence
 
 CPU = torch.device("cpu")

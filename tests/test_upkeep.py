@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_cache import BUDGET, MINE, OTHER, PAIRS, Cache, create, expected, fill, flip, keys_of, reopen, scored
 
-from pipeline import artifact, upkeep
 from pipeline.errors import UsageError
 from pipeline.schema import CACHE
-from pipeline.upkeep import OLD_SECONDS, gc, verify
+from pipeline.stored import artifact, upkeep
+from pipeline.stored.upkeep import OLD_SECONDS, gc, verify
 
 LARGE = 1 << 27
 
@@ -251,7 +251,7 @@ def test_a_scorer_that_planned_before_gc_knows_what_was_merged(tmp_path):
 def test_gc_beside_a_scorer_and_a_reader_loses_nothing(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "import test_cache as t; from pipeline.upkeep import gc\n"
+        "import test_cache as t; from pipeline.stored.upkeep import gc\n"
         "folder = t.create(Path(sys.argv[2])).folder\n"
         "for _ in range(40): gc(folder, 1 << 27)\n"
     )
@@ -375,7 +375,8 @@ def test_verify_and_gc_as_commands(prefcache, config, tmp_path):
 
 
 def test_what_gc_merges_under_a_query_or_an_export_is_read_again(prefcache, config, tmp_path, monkeypatch):
-    from pipeline import duck, views
+    from pipeline import views
+    from pipeline.stored import duck
 
     prefcache("prepare", config)
     prefcache("score", config)

@@ -8,9 +8,10 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from pipeline import artifact, views
+from pipeline import views
 from pipeline.errors import UsageError
 from pipeline.schema import CACHE, EVENTS, PREPARED, STEPS, THROUGHPUT
+from pipeline.stored import artifact
 
 KEYS = [bytes([i]) * 16 for i in range(4)]
 # Two pairs; their answers have the keys 0, 1 and 2, 3.

@@ -11,12 +11,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import encoder
 from pipeline.config import Prepare
-from pipeline.encoder import TokenizerFacts
-from pipeline.recipe import Reading, Recipe
-from pipeline.sources import Chunk
-from pipeline.sources.text import read_lines
+from pipeline.preparing import encoder
+from pipeline.preparing.encoder import TokenizerFacts
+from pipeline.preparing.recipe import Reading, Recipe
+from pipeline.preparing.sources import Chunk
+from pipeline.preparing.sources.text import read_lines
 
 DATE = datetime.date(2025, 1, 1)
 CORPUS = [

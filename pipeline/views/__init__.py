@@ -11,9 +11,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from pipeline import duck
 from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.schema import CACHE, EVENTS, PREPARED, STEPS, THROUGHPUT
+from pipeline.stored import duck
 
 MEMORY_LIMIT = "4GB"
 # What is known of each run: the folder of its parts, and what makes rewards of log-probs.

@@ -91,7 +91,7 @@ def _run(part: str, folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path, n_rows: int, shard_rows: int) -> None:
-    from pipeline.cache import Cache
+    from pipeline.stored.cache import Cache
 
     reference = {"model_id": MODEL, "weights": {}, "config": {}}
     cache = Cache.create(folder / "cache", "bench", reference)
@@ -149,10 +149,10 @@ def _peak_mib() -> float:
 
 
 def _open(folder: Path, steps: dict[str, float]) -> tuple[Any, pa.Table]:
-    from pipeline import artifact
+    from pipeline.stored import artifact
 
     began = time.perf_counter()
-    from pipeline.cache import Cache
+    from pipeline.stored.cache import Cache
 
     steps["import"] = time.perf_counter() - began
     (found,) = (path for path in (folder / "cache").iterdir() if path.is_dir())

@@ -103,9 +103,11 @@ def ours(folder: Path) -> dict[str, Any]:
     """From the file to the manifest. Importing and loading the tokenizer through Transformers is not counted, as nowhere."""
     import shutil
 
-    from pipeline import config, prepared, recipe
-    from pipeline.encoder import load
+    from pipeline import config
+    from pipeline.preparing import recipe
+    from pipeline.preparing.encoder import load
     from pipeline.progress import Progress
+    from pipeline.stored import prepared
     from stages import prepare
 
     shutil.rmtree(folder / "out", ignore_errors=True)

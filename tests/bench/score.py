@@ -138,7 +138,9 @@ def _to_measure(only: list[str] | None) -> list[str]:
 def _has_vllm() -> bool:
     from pipeline.config import Score
 
-    return importlib.util.find_spec("pipeline.engines.vllm") is not None and (ROOT / Score().vllm.python).exists()
+    return (
+        importlib.util.find_spec("pipeline.scoring.engines.vllm") is not None and (ROOT / Score().vllm.python).exists()
+    )
 
 
 def _sample(pairs: list[TokenPair]) -> list[TokenPair]:
@@ -152,8 +154,8 @@ def _longer(pair: TokenPair) -> int:
 
 
 def _plain(model: Path, pairs: list[TokenPair]) -> list[np.ndarray]:
-    from pipeline.engines.loading import plain_scores
     from pipeline.identity import Reference
+    from pipeline.scoring.engines.loading import plain_scores
 
     return plain_scores(Reference(model), _sequences(pairs))
 
@@ -322,8 +324,8 @@ def _sequences(pairs: list[TokenPair]) -> list[Any]:
 
 def ours(name: str, model: Path) -> Contender:
     from pipeline.config import Score
-    from pipeline.engines import engine_module
     from pipeline.identity import Reference
+    from pipeline.scoring.engines import engine_module
 
     engine = engine_module("transformers").load(Reference(model), Score())
     return Contender(lambda pairs: engine.score(_sequences(pairs)), engine.close)
@@ -331,8 +333,8 @@ def ours(name: str, model: Path) -> Contender:
 
 def vllm(name: str, model: Path) -> Contender:
     from pipeline.config import Score
-    from pipeline.engines import engine_module
     from pipeline.identity import Reference
+    from pipeline.scoring.engines import engine_module
 
     score = Score.model_validate(
         {"engine": "vllm", "dtype": "float32", "vllm": {"prefix_caching": name == "vllm-prefix"}}

@@ -168,7 +168,7 @@ def _write_losses(folder: Path, n_pairs: int, regime: str) -> None:
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
-    from pipeline.logprobs import plain_logps, sums
+    from pipeline.model.logprobs import plain_logps, sums
 
     logging.disable_progress_bar()
     shape = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
@@ -307,13 +307,13 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     import torch
     from transformers import LlamaForCausalLM
 
-    from pipeline.batches import Examples
     from pipeline.config import Train
-    from pipeline.forward import Forward, flat
     from pipeline.identity import Reference
-    from pipeline.logprobs import sums, use_float32_head
-    from pipeline.objective import Objective
-    from pipeline.policy import Policy, accelerator
+    from pipeline.model.forward import Forward, flat
+    from pipeline.model.logprobs import sums, use_float32_head
+    from pipeline.training.batches import Examples
+    from pipeline.training.objective import Objective
+    from pipeline.training.policy import Policy, accelerator
 
     rows = {"ours-packed": "packed", "ours-padded": "padded"}.get(name, "auto")
     train = Train(batch_size=STEP, learning_rate=RATE, rows=rows, micro_batch_size=1 if name == "ours-1" else None)
@@ -444,8 +444,8 @@ def loader(folder: Path, n: int) -> dict[str, float]:
     file: token ids as arrays against lists of numbers."""
     import datasets
 
-    from pipeline import artifact
-    from pipeline.batches import Examples
+    from pipeline.stored import artifact
+    from pipeline.training.batches import Examples
 
     table = _table(corpus.token_pairs(n, 32_000))
     (folder / "pairs.arrow").write_bytes(artifact.arrow_stream(table))

@@ -1,0 +1,1 @@
+"""From the user's files to token ids: sources are read, formats recognised, templates applied, lengths fitted."""

@@ -1,0 +1,131 @@
+"""The prepared folder, as scoring and training read it: Arrow shards, the quarantine, and the manifest of both.
+
+Shards are in the stream format, so `datasets.Dataset.from_file` memory-maps them. A new preparation writes shards of
+other names and then switches the manifest, so a reader sees the old set or the new one, never a mixture.
+"""
+
+import bisect
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import IntegrityError, UsageError
+from pipeline.schema import ANSWERS, HELD_OUT, PREPARED, TRAIN, Sequence
+from pipeline.stored import artifact
+
+QUARANTINE_FILE = "quarantine.parquet"
+
+
+class Prepared:
+    """A finished preparation, verified and memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = artifact.read_manifest(folder)
+        if manifest is None:
+            raise UsageError(f"{folder} holds no finished preparation. Prepare first (make prepare).")
+        for entry in manifest["shards"]:
+            if reason := artifact.damage(folder, entry):
+                raise IntegrityError(
+                    f"{folder / entry['file']} {reason}. Delete {folder} and prepare again (make prepare)."
+                )
+        self.manifest = manifest
+        self.kind: str = manifest["kind"]
+        self.id: str = artifact.checksum(folder / artifact.MANIFEST)
+
+    def table(self, split: str | None = None) -> pa.Table:
+        """The examples of one split, or of all: first training, then held out."""
+        order = [s for name in (TRAIN, HELD_OUT) for s in self.manifest["shards"] if s["split"] == name]
+        tables = [
+            artifact.open_arrow_stream(self.folder / shard["file"])
+            for shard in order
+            if split in (None, shard["split"])
+        ]
+        return pa.concat_tables(tables) if tables else PREPARED[self.kind].empty_table()
+
+
+def is_current(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether the folder holds, undamaged, what these inputs give."""
+    try:
+        manifest = Prepared(folder).manifest
+        return manifest["inputs"] == inputs and not artifact.damage(folder, manifest["quarantine"])
+    except (UsageError, IntegrityError):
+        return False
+
+
+class IdLists:
+    """A column of id lists as numpy views of the memory map: no copy, no Python list."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._parts = [(part.offsets.to_numpy(), part.values.to_numpy()) for part in column.chunks if len(part)]
+        self._ends = list(accumulate(len(offsets) - 1 for offsets, _ in self._parts))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        part = bisect.bisect_right(self._ends, row)
+        offsets, values = self._parts[part]
+        at = row - (self._ends[part - 1] if part else 0)
+        ids: np.ndarray = values[offsets[at] : offsets[at + 1]]
+        return ids
+
+
+def answers_of(examples: pa.Table) -> tuple[str, str]:
+    """What the two answers of an example are called: chosen and rejected, or completion and kl."""
+    return next(names for names in ANSWERS.values() if f"{names[0]}_ids" in examples.column_names)
+
+
+def sequence_table(examples: pa.Table) -> pa.Table:
+    """What a scorer has to know of every sequence: its key, its slot in Sequences, its tokens and its answer's, and a
+    number that sequences with the same prompt share."""
+    row, prompt, parts = np.arange(len(examples), dtype=np.int64), _list_hashes(examples["prompt_ids"]), []
+    for side, name in enumerate(answers_of(examples)):
+        n_completion = examples[f"n_{name}"]
+        n = pc.add(examples["n_prompt"], n_completion)
+        key = examples[f"{name}_key"]
+        part = pa.table({"key": key, "slot": 2 * row + side, "prompt": prompt, "n": n, "n_completion": n_completion})
+        # A label that has no mismatched answer.
+        parts.append(part.filter(pc.is_valid(part["key"])) if part["key"].null_count else part)
+    return pa.concat_tables(parts)
+
+
+def _list_hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """A number for each list, equal for equal lists. Good for putting like beside like, not for telling them apart."""
+    found = [np.empty(0, np.uint64)]
+    for part in column.chunks:
+        offsets, values = part.offsets.to_numpy(), part.values.to_numpy()
+        for start in range(0, len(part), 65_536):
+            at = offsets[start : start + 65_537].astype(np.int64)
+            ids = values[at[0] : at[-1]].astype(np.uint64) + np.uint64(1)
+            lengths = np.diff(at)
+            position = np.arange(len(ids)) - np.repeat(at[:-1] - at[0], lengths)
+            mixed = ids * _powers(int(lengths.max(initial=0)))[position]
+            found.append(_sums(mixed ^ (mixed >> np.uint64(29)), at - at[0]))
+    return np.concatenate(found)
+
+
+def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Of each list, modulo 2**64; 0 for an empty one."""
+    until = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
+    sums: np.ndarray = until[offsets[1:]] - until[offsets[:-1]]
+    return sums
+
+
+def _powers(n: int) -> np.ndarray:
+    """Of an odd number, which modulo 2**64 repeat only after 2**62."""
+    return np.cumprod(np.full(n, 0x9E3779B97F4A7C15, dtype=np.uint64), dtype=np.uint64)
+
+
+class Sequences:
+    """The sequences of a table of examples. Slot 2*row is a row's first answer (chosen), 2*row + 1 its second."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._prompt = IdLists(table["prompt_ids"])
+        first, second = answers_of(table)
+        self._answers = IdLists(table[f"{first}_ids"]), IdLists(table[f"{second}_ids"])
+
+    def __getitem__(self, slot: int) -> Sequence:
+        row, side = divmod(int(slot), 2)
+        return Sequence(self._prompt[row], self._answers[side][row])

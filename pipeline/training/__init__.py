@@ -1,0 +1,1 @@
+"""The policy alone, against cached columns. Nothing here can load a reference."""

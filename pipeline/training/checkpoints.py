@@ -1,0 +1,61 @@
+"""Checkpoints: complete or not there. Safetensors and JSON only; a manifest of checksums vouches for all files."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import IntegrityError
+from pipeline.stored import artifact
+
+_OPTIMIZER = "optimizer.safetensors"
+
+
+def save(
+    run: Path,
+    step: int,
+    save_weights: Callable[[Path], None],
+    optimizer: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> None:
+    folder = run / "checkpoints" / f"step-{step:08}"
+    with artifact.commit_folder(folder) as temporary:
+        save_weights(temporary)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer.items()}, temporary / _OPTIMIZER)
+        files = [artifact.describe(file) for file in sorted(temporary.iterdir())]
+        artifact.commit_manifest(temporary, {"step": step, **state, "files": files})
+    # A later one was passed over as damaged, and is no reason to drop this one.
+    for old in [old for old in _newest_first(run) if old.name <= folder.name][keep:]:
+        shutil.rmtree(old)
+
+
+def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole; a damaged one is named and passed over."""
+    for folder in _newest_first(run):
+        try:
+            return folder, _verified(folder)
+        except IntegrityError as error:
+            warn(f"{error} Going back to the checkpoint before it.")
+    return None
+
+
+def optimizer(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / _OPTIMIZER))
+
+
+def _newest_first(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    manifest = artifact.read_manifest(folder)
+    if manifest is None:
+        raise IntegrityError(f"{folder} has no manifest.")
+    for entry in manifest["files"]:
+        if reason := artifact.damage(folder, entry):
+            raise IntegrityError(f"{folder / entry['file']} {reason}.")
+    return manifest

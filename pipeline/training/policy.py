@@ -1,0 +1,446 @@
+"""The model being trained, on accelerate: log-probs of examples, the update, greedy answers.
+
+There is no reference model here and no way to load one. Shapes: B examples.
+"""
+
+import contextlib
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from pipeline import identity
+from pipeline.config import Train
+from pipeline.errors import IntegrityError, UsageError
+from pipeline.identity import Reference
+from pipeline.model import trainable
+from pipeline.model.forward import Forward, flat
+from pipeline.model.logprobs import Logps, sums, use_float32_head
+from pipeline.model.packing import token_budget_batches
+from pipeline.schema import STEPS
+from pipeline.schema import Sequence as TokenSequence
+from pipeline.training.batches import Batch, Examples
+from pipeline.training.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Memory, Objective, part_of
+from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+T = TypeVar("T")
+_WEIGHTS = "weights.safetensors"
+_GENERATED_AT_ONCE = 16_384  # tokens; a token's step through the model costs the same for many prompts as for one
+# What a visit of examples leaves behind, in their order: plain log-probs under the names of schema.STEPS, `loss`, and
+# `loss/TERM` where there are several.
+Visit = dict[str, np.ndarray]
+Logged = dict[str, float]
+
+
+class NotFinite(IntegrityError):
+    """A step that was not taken, for its loss or its gradient is not finite."""
+
+    def __init__(self, metric: str, value: float, visit: Visit) -> None:
+        super().__init__(f"{metric} is {value}; the step was not taken.")
+        self.metric, self.value, self.visit = metric, value, visit
+
+
+@dataclass(frozen=True)
+class _Step:
+    visit: Visit
+    logged: Logged
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is known of the whole batch before the pass with gradients. Shape of slopes and values: [B]."""
+
+    statistics: dict[str, torch.Tensor]
+    logged: Logged
+    memory: Memory
+    slopes: dict[str, torch.Tensor]  # of the summed loss at each log-prob, where examples depend on one another
+    values: dict[str, torch.Tensor]
+
+
+def accelerator(train: Train) -> Accelerator:
+    cpu = train.device == "cpu" or not torch.cuda.is_available()
+    if train.device == "cuda" and cpu:
+        raise UsageError("train.device is cuda, but PyTorch sees no GPU. Set it to auto or cpu.")
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and not cpu)
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+class _Logps(torch.nn.Module):
+    """The policy's log-probs as one forward, which is what accelerate's wrappers go around."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.model, self._forward = forward.model, forward
+
+    def forward(self, groups: list[list[TokenSequence]], *, squares: bool = False) -> Logps:
+        return self._forward.logps(groups, squares=squares)
+
+
+class Policy:
+    def __init__(
+        self,
+        start: Reference,
+        template: str | None,
+        train: Train,
+        accelerator: Accelerator,
+        like: Sequence[TokenSequence],
+    ) -> None:
+        """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them."""
+        torch.manual_seed(train.seed)
+        self.train, self.accelerator = train, accelerator
+        self.tokenizer = AutoTokenizer.from_pretrained(start.tokenizer)
+        if template is not None:
+            self.tokenizer.chat_template = template
+        self._limit = identity.longest_sequence(start.folder)
+        kernel = identity.attention_kernel(start.folder, "sdpa")
+        self._trained = trainable.load(start, train, kernel, accelerator.device)
+        self.notes, model = self._trained.notes, self._trained.model
+        use_float32_head(model, frozen=train.lora is not None)
+        self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
+        with accelerator.autocast():
+            self.forward.choose(like)
+        groups = _parameter_groups(list(self._trained.parameters().values()), train.weight_decay)
+        # On a GPU all parameters in one kernel.
+        fused = accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=fused)
+        self._module, self._optimizer = accelerator.prepare(_Logps(self.forward), optimizer)
+
+    @property
+    def precision(self) -> str:
+        bf16 = self.accelerator.mixed_precision == "bf16" or (
+            self.train.lora and self.train.lora.base_dtype == "bfloat16"
+        )
+        return "bfloat16" if bf16 else "float32"
+
+    @property
+    def _model(self) -> Any:
+        return self.forward.model
+
+    @property
+    def _budget(self) -> int:
+        on_gpu = self.accelerator.device.type == "cuda"
+        return self.train.tokens_per_micro_batch or (16_384 if on_gpu else 2_048)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU's where there is one, else of this process's."""
+        if self.accelerator.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.accelerator.device))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def agreed(self, value: T) -> T:
+        """What the main process says, on every process."""
+        return cast(T, broadcast_object_list([value])[0]) if self.accelerator.num_processes > 1 else value
+
+    # -- log-probs ---------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, examples: Examples, indices: np.ndarray, objective: Objective, memory: Memory
+    ) -> tuple[Visit, Logged]:
+        """Visit examples without learning from them. They count as one batch."""
+        columns = self._seen(examples, indices, objective, objective.visited)
+        statistics, _, logged = objective.with_statistics(columns, memory, learning=False)
+        loss, parts = objective.values(columns, statistics)
+        return _visit(columns, loss, parts), logged
+
+    def update(
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        objective: Objective,
+        memory: Memory,
+        learning_rate: float,
+        epoch: int = 0,
+    ) -> tuple[Visit, Logged, Memory]:
+        """One optimizer step on these examples; returns what was seen before it, numbers to log and what to remember."""
+        step = self._step(examples, indices, objective, memory, epoch)
+        grad_norm = float(
+            self.accelerator.clip_grad_norm_(self._trained.parameters().values(), self.train.max_grad_norm)
+        )
+        for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
+            if not math.isfinite(value):
+                raise NotFinite(metric, value, step.visit)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return step.visit, {**step.logged, "grad_norm": grad_norm}, step.memory
+
+    def _step(
+        self, examples: Examples, indices: np.ndarray, objective: Objective, memory: Memory, epoch: int
+    ) -> "_Step":
+        """The gradient of the mean loss of these examples, in as many forwards as memory wants.
+
+        What is taken over the whole batch comes from a first pass without gradients. Where gradients flow between examples,
+        that pass also gives each example's share: the slope of the batch's loss at its log-probs, which the second pass
+        carries on into the model. So the result is that of one forward over everything.
+        """
+        mine = self._share(examples, indices)
+        # A process without examples of its own still has to take part in the reduction of gradients.
+        parts = self._parts(examples, mine if len(mine) else indices[:1])
+        whole = self._whole_batch(examples, indices, objective, memory, epoch, n_parts=len(parts))
+        at, n = {int(i): k for k, i in enumerate(indices)}, len(indices)
+        seen: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
+        logged, after = (whole.logged, whole.memory) if whole else ({}, memory)
+        for i, part in enumerate(parts):
+            with self.accelerator.no_sync(self._module) if i < len(parts) - 1 else contextlib.nullcontext():
+                answers = objective.answers if whole else (*objective.answers, *objective.without_gradient)
+                columns = self._columns(examples, part, objective, answers, epoch)
+                positions = torch.tensor([at[int(index)] for index in part])
+                if whole is None:
+                    detached = {name: values.detach() for name, values in columns.items()}
+                    statistics, after, logged = objective.with_statistics(detached, after, learning=True)
+                else:
+                    statistics = part_of(whole.statistics, positions, n)
+                if whole and whole.slopes:
+                    total = sum((columns[name] * slope_B[positions]).sum() for name, slope_B in whole.slopes.items())
+                    values = {name: values_B[positions] for name, values_B in whole.values.items()}
+                else:
+                    loss, terms = objective.values(columns, statistics)
+                    total, values = loss.sum(), {"loss": loss, **_named(terms)}
+                # Averaged over the step's examples, never over micro-batches: memory must not change the result. The
+                # reduction averages over processes, hence their number.
+                self.accelerator.backward(total * (self.accelerator.num_processes / n if len(mine) else 0.0))
+            if len(mine):
+                seen.append((part, {name: each.detach() for name, each in (columns | values).items()}))
+        return _Step(_arrays(self._gather(indices, seen)), logged, after)
+
+    def _whole_batch(
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        objective: Objective,
+        memory: Memory,
+        epoch: int,
+        n_parts: int,
+    ) -> "_Whole | None":
+        """What a first pass over the batch finds; None where none is wanted, or a single forward sees all of it anyway."""
+        if self.train.scope == "micro" or not (objective.statistics or objective.over_batch):
+            return None
+        if n_parts == 1 and self.accelerator.num_processes == 1:
+            return None
+        columns = self._seen(examples, indices, objective, objective.first_pass, epoch)
+        statistics, after, logged = objective.with_statistics(columns, memory, learning=True)
+        if not objective.over_batch:
+            return _Whole(statistics, logged, after, {}, {})
+        names = [f"{kind}{name}_logp" for name in objective.answers for kind in ("", PLAIN)]
+        at = {name: columns[name].clone().requires_grad_() for name in names}
+        loss, terms = objective.values(columns | at, statistics)
+        slopes = torch.autograd.grad(loss.sum(), list(at.values()), allow_unused=True, materialize_grads=True)
+        values = {name: each.detach() for name, each in {"loss": loss, **_named(terms)}.items()}
+        return _Whole(statistics, logged, after, dict(zip(at, slopes, strict=True)), values)
+
+    def _seen(
+        self, examples: Examples, indices: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """The columns of examples with the log-probs of some answers, without gradients, the same on every process."""
+        parts = []
+        with torch.no_grad():
+            for part in self._parts(examples, self._share(examples, indices)) if answers else []:
+                parts.append((part, self._columns(examples, part, objective, answers, epoch)))
+        device = self.accelerator.device
+        return examples.batch(indices, device).columns | (self._gather(indices, parts) if answers else {})
+
+    def _columns(
+        self, examples: Examples, part: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int
+    ) -> dict[str, torch.Tensor]:
+        """All that a loss reads of some examples. Under PLAIN are plain sums, whatever weighs tokens."""
+        batch = examples.batch(part, self.accelerator.device, answers)
+        columns = batch.columns | {
+            f"{PLAIN}{name}": values for name, values in batch.columns.items() if name in STEPS.names
+        }
+        seed = Seed(self.train.seed, epoch, batch.rows)
+        still = [name for name in answers if name in WITHOUT_GRADIENT]
+        if moving := [name for name in answers if name not in still]:
+            columns |= self._sums(batch, moving, seed, weighed=objective.answers if self.train.weighting else ())
+        if still:
+            with torch.no_grad():
+                columns |= self._sums(batch, still, seed)
+        return columns
+
+    def _sums(self, batch: Batch, names: list[str], seed: Seed, weighed: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """`weighed` are the answers that WPO weighs an example by: those it learns from."""
+        has = [i for i, sequence in enumerate(batch.answers[names[0]]) if sequence is not None]
+        n, found = len(batch.rows), {}
+        if has:
+            logps, squares = self._token_logps(batch, names, has, also_squares=bool(weighed))
+            reference = {
+                name: [batch.reference_tokens[name][i] for i in has] for name in names if name in batch.reference_tokens
+            }
+            at = Seed(seed.seed, seed.epoch, [batch.rows[i] for i in has])
+            found = answer_sums(logps, reference, self.train.tokens, at)
+            # Where nothing weighs tokens, what a loss reads are the plain sums: they are not added up twice.
+            plain = (
+                {f"{name}_logp": sums(lists) for name, lists in logps.items()} if self.train.tokens.weighs else found
+            )
+            found |= {f"{PLAIN}{name}_logp": plain[f"{name}_logp"] for name in logps}
+            if weighed:
+                found[WEIGHT] = wpo_weights({name: logps[name] for name in weighed}, squares)
+        if len(has) == n:
+            return found
+        missing = torch.full((n,), float("nan"), dtype=torch.float64, device=self.accelerator.device)
+        names_of = list(found) or [f"{name}_logp" for name in names]
+        return {name: missing.index_put((torch.tensor(has),), found[name]) if has else missing for name in names_of}
+
+    def _token_logps(
+        self, batch: Batch, names: list[str], has: list[int], *, also_squares: bool
+    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
+        """By answer, the log-probs of each example's tokens; and what else the head is asked for, see logprobs.py."""
+        sequences = [sequence for name in names for i in has if (sequence := batch.answers[name][i]) is not None]
+        groups = self.forward.groups(sequences)
+        # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
+        module = self._module if torch.is_grad_enabled() else self.forward.logps
+        with self.accelerator.autocast():
+            found = module([[sequences[i] for i in group] for group in groups], squares=also_squares)
+        back = np.argsort(flat(groups))
+        by_answer = [{} if not lists else self._by_answer([lists[i] for i in back], names, len(has)) for lists in found]
+        return by_answer[0], by_answer[1]
+
+    def _by_answer(self, lists: list[torch.Tensor], names: list[str], n: int) -> dict[str, list[torch.Tensor]]:
+        return {name: lists[k * n : (k + 1) * n] for k, name in enumerate(names)}
+
+    def _parts(self, examples: Examples, indices: np.ndarray) -> list[np.ndarray]:
+        # Where a micro-batch is what a loss is taken over, the room that its tokens take must not cut it.
+        budget = sys.maxsize if self.train.scope == "micro" else self._budget
+        return examples.micro_batches(indices, budget, self.train.micro_batch_size, way=self.forward.way or "padded")
+
+    def _share(self, examples: Examples, indices: np.ndarray) -> np.ndarray:
+        of_all = examples.shares(indices, self.accelerator.num_processes, self.forward.way or "padded")
+        mine: np.ndarray = of_all[self.accelerator.process_index]
+        return mine
+
+    def _gather(
+        self, indices: np.ndarray, parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]]
+    ) -> dict[str, torch.Tensor]:
+        """What all processes saw, in the order of `indices`."""
+        mine = [(part.tolist(), {name: values.tolist() for name, values in seen.items()}) for part, seen in parts]
+        everyone = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        at = {int(index): k for k, index in enumerate(indices)}
+        found: dict[str, torch.Tensor] = {}
+        for part, seen in everyone:
+            positions = torch.tensor([at[index] for index in part], dtype=torch.long)
+            for name, values in seen.items():
+                whole = found.setdefault(name, torch.full((len(indices),), float("nan"), dtype=torch.float64))
+                whole[positions] = torch.tensor(values, dtype=torch.float64)
+        return {name: values.to(self.accelerator.device) for name, values in found.items()}
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def answers(self, prompts: list[np.ndarray]) -> list[str]:
+        """Greedy answers to tokenized prompts."""
+        answers: dict[int, str] = {}
+        room = self.train.sample_tokens
+        with self.forward.plainly():
+            for part in token_budget_batches(
+                [len(ids) + room for ids in prompts], max(self._budget, _GENERATED_AT_ONCE)
+            ):
+                answers.update(zip(part, self._answer([prompts[i] for i in part]), strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _answer(self, prompts: list[np.ndarray]) -> list[str]:
+        room = min(self.train.sample_tokens, self._limit - max(len(ids) for ids in prompts))
+        if room <= 0:
+            return [""] * len(prompts)
+        model = self._model
+        longest = max(len(ids) for ids in prompts)
+        pad = (
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id or 0
+        )
+        ids = torch.tensor([[pad] * (longest - len(p)) + p.tolist() for p in prompts], device=self.accelerator.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.accelerator.device)
+        ends = {self.tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)} - {None}
+        with torch.no_grad(), self.accelerator.autocast():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=room,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=pad,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def save_model(self, folder: Path) -> None:
+        with self.forward.plainly():
+            self._trained.save(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        state = self._optimizer.state_dict()["state"]
+        return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+
+    def save_weights(self, folder: Path) -> None:
+        """What is trained, as it lies in memory: save_pretrained rearranges the weights of some models."""
+        values = {name: each.detach().contiguous() for name, each in self._trained.parameters().items()}
+        safetensors.torch.save_file(values, folder / _WEIGHTS)
+
+    def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
+        values, parameters = safetensors.torch.load_file(folder / _WEIGHTS), self._trained.parameters()
+        assert values.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            parameter.data.copy_(values[name])
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in optimizer.items():
+            i, name = key.split(".", 1)
+            state.setdefault(int(i), {})[name] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+
+def warmup_steps(n_steps: int, train: Train) -> int:
+    return min(math.ceil(train.warmup_ratio * n_steps), n_steps - 1)
+
+
+def learning_rate(step: int, n_steps: int, train: Train) -> float:
+    """Linear warm-up, then a cosine to zero. `step` counts from 1; the first has the rate after no warm-up step."""
+    done, warmup = step - 1, warmup_steps(n_steps, train)
+    if done < warmup:
+        return train.learning_rate * done / warmup
+    progress = (done - warmup) / max(1, n_steps - warmup)
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Norms and biases do not decay."""
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _named(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"loss/{name}": values for name, values in terms.items()} if len(terms) > 1 else {}
+
+
+def _visit(columns: dict[str, torch.Tensor], loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> Visit:
+    return _arrays({**columns, "loss": loss, **_named(terms)})
+
+
+def _arrays(seen: dict[str, torch.Tensor]) -> Visit:
+    """The policy's plain sums, the reference's as they are cached, and the losses."""
+    return {
+        name.removeprefix(PLAIN): values.cpu().numpy()
+        for name, values in seen.items()
+        if name.startswith((PLAIN, "loss"))
+    }
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [value]
