@@ -148,6 +148,24 @@ def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
 
 
 @main.command()
+@click.argument("example", metavar="EXAMPLE")
+@stage
+def show(example: str, config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Show one example token by token, as reference and policy see its answers.
+
+    \b
+        prefcache show 3f2a data/demo/config.yaml
+        prefcache show 3f2a data/demo/config.yaml --set train.run=ipo --json
+
+    EXAMPLE is an example_id, as every view has it, or its beginning. The reference's log-probs come from the cache, the policy's are computed now from the model of the run (train.run). Colours show where the policy gained on its reference and where it lost.
+    """
+    with _loaded(config, overrides, quiet) as (settings, progress):
+        from stages import show
+
+        _print(show.run(settings, progress, example), as_json, "shown")
+
+
+@main.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def formats(name: str | None, as_json: bool) -> None:

@@ -103,6 +103,76 @@ def _tokens(part: dict[str, Any]) -> Text:
     return text
 
 
+# What colours a token: the first of these that is known. Where only one model has seen it, how surprised that was.
+_SEEN = (
+    ("log_ratio", "green: the policy finds the token likelier than the reference does; red: less likely", True),
+    ("reference", "red: the reference did not expect the token", False),
+    ("policy", "red: the policy does not expect the token", False),
+)
+_STRONGEST = 5
+
+
+def shown(result: dict[str, Any]) -> None:
+    """Tokens in colours, and in words those that differ most: not every reader sees colours, and pipes have none."""
+    console = _console()
+    label = "" if result["label"] is None else f", label {str(result['label']).lower()}"
+    where = f"{result['example_id']}, {result['split']}: {result['source']}, line {result['line']}{label}"
+    console.print(Text(printable(where), style="bold"))
+    console.print(Text(f"{printable(result['prompt'])}\n", style="dim"))
+    known = [each for each in _SEEN if all(token[each[0]] is not None for token in _all_tokens(result))]
+    for answer in result["answers"]:
+        sums = ", ".join(
+            f"{name.replace('_', '-')} {answer[f'{name}_sum']:.3f}"
+            for name in ("policy", "reference", "log_ratio")
+            if answer[f"{name}_sum"] is not None
+        )
+        console.print(
+            Text(f"{answer['name']} ({answer['n_tokens']:,} tokens{f': {sums}' if sums else ''})", style="bold")
+        )
+        if known:
+            name, _, signed = known[0]
+            full = max((abs(token[name]) for token in _all_tokens(result)), default=0.0)
+            console.print(_coloured(answer["tokens"], name, full))
+            console.print(Text(_strongest(answer["tokens"], name, signed), style="dim"))
+        else:
+            console.print(_coloured(answer["tokens"], None, 0.0))
+        console.print()
+    for line in _what_colours_mean(result, known):
+        console.print(Text(line, style="dim"))
+
+
+def _all_tokens(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [token for answer in result["answers"] for token in answer["tokens"]]
+
+
+def _coloured(tokens: Iterable[dict[str, Any]], name: str | None, full: float) -> Text:
+    """Each on a ground of its own, black or white print on it: readable on a dark and on a light terminal."""
+    text = Text()
+    for token in tokens:
+        strength = min(abs(token[name]) / full, 1.0) if name and full else 0.0
+        pale, strong = round(235 - 125 * strength), round(255 - 50 * strength)
+        ground = f"rgb({pale},{strong},{pale})" if name and token[name] > 0 else f"rgb({strong},{pale},{pale})"
+        style = f"black on {ground}" if strength > 0.02 else ""
+        text.append(printable(token["text"]).replace("\n", "\u23ce\n").replace("\t", "\u21e5\t"), style=style)
+    return text
+
+
+def _strongest(tokens: list[dict[str, Any]], name: str, signed: bool) -> str:
+    most = sorted(tokens, key=lambda token: -abs(token[name]))[:_STRONGEST]
+    form = "{:+.2f}" if signed else "{:.2f}"
+    return "most: " + ", ".join(f"{printable(repr(token['text']))} {form.format(token[name])}" for token in most)
+
+
+def _what_colours_mean(result: dict[str, Any], known: list[tuple[str, str, bool]]) -> Iterator[str]:
+    if known:
+        full = max((abs(token[known[0][0]]) for token in _all_tokens(result)), default=0.0)
+        yield f"{known[0][1]}; full colour at {full:.2f} nats."
+    if not result["scored"]:
+        yield "The reference has not been scored (make score)."
+    if result["run"] is None:
+        yield "No run of that name has a model yet (make train)."
+
+
 _LOSSES = {
     ("pairs", True): "Pairs",
     ("labels", True): "Labelled answers",

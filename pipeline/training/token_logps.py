@@ -66,8 +66,8 @@ def _read(
             raise IntegrityError(f"{cache.folder} has lost rows since it was opened. Score again (make score).")
         raise UsageError(
             f"{cache.folder / without} has no values of single tokens: it was scored with score.logps: false, or imported as "
-            "sums, and train.tokens weighs single ones. Leave that out, or score again into another cache (--set cache=FOLDER --set "
-            "score.logps=true), and train with the same settings."
+            "sums, and single ones are asked for (train.tokens, or show). Leave that out, or score again into another cache (--set "
+            "cache=FOLDER --set score.logps=true), and go on with the same settings."
         )
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(n_K)])
     values = np.empty(starts[-1], np.float32)
