@@ -158,7 +158,8 @@ def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, 
 
 
 def test_ctrl_c_ends_the_actors_and_all_of_ray(prepared, tmp_path):
-    scorer = begun(prepared, *SMALL_CHUNKS, *with_actors(1))
+    # So many chunks that, however late it is seen that some are there, others are not.
+    scorer = begun(prepared, "--set", "score.tokens_per_shard=40", *with_actors(1))
     until(scorer, lambda: n_shards(tmp_path) >= 2)
     os.killpg(scorer.pid, signal.SIGINT)  # as a terminal does
     _, said = scorer.communicate(timeout=60)
