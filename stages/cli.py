@@ -166,6 +166,24 @@ def show(example: str, config: str | None, overrides: tuple[str, ...], quiet: bo
 
 
 @main.command()
+@stage
+def doctor(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Say what is installed, what would be used, and what is wrong, with its remedy.
+
+    \b
+        prefcache doctor
+        prefcache doctor data/demo/config.yaml
+
+    Packages, machine, GPU and disk; with a config also its reference, the engines that can score it and why the others cannot, and whether data, scores and runs are whole. Nothing is changed. Exit code 0 whatever is found; --json counts the problems.
+    """
+    from pipeline import config as configuration
+    from stages import doctor
+
+    settings = configuration.load(config, overrides) if config or overrides else None
+    _print(doctor.run(settings), as_json, "examined")
+
+
+@main.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def formats(name: str | None, as_json: bool) -> None:

@@ -173,6 +173,23 @@ def _what_colours_mean(result: dict[str, Any], known: list[tuple[str, str, bool]
         yield "No run of that name has a model yet (make train)."
 
 
+_STATES = {"ok": ("ok", "green"), "absent": ("--", "dim"), "problem": ("!!", "bold red")}
+
+
+def examined(result: dict[str, Any]) -> None:
+    console, area = _console(), None
+    for each in result["findings"]:
+        if each["area"] != area:
+            area = each["area"]
+            console.print(Text(area, style="bold"))
+        sign, style = _STATES[each["state"]]
+        console.print(Text(f"  {sign} ", style=style) + Text(printable(each["what"])), soft_wrap=True)
+        if each["remedy"]:
+            console.print(Text(f"     {printable(each['remedy'])}", style="cyan"), soft_wrap=True)
+    n = result["problems"]
+    console.print(f"\n{n:,} problems" if n else "\nno problems", style="bold red" if n else "bold green")
+
+
 _LOSSES = {
     ("pairs", True): "Pairs",
     ("labels", True): "Labelled answers",

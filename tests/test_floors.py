@@ -42,7 +42,7 @@ FLOORS = {
         "metrics",
     ],
     "pipeline.views": [""],
-    "stages": ["adopt export inspect merge parity prepare preview score show tables train upkeep", "cli"],
+    "stages": ["adopt doctor export inspect merge parity prepare preview score show tables train upkeep", "cli"],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.
 SAME_FLOOR = {
