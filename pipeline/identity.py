@@ -267,7 +267,8 @@ def _without_volatile(config: Any) -> Any:
 
 def _sha256(file: Path, memo: MutableMapping[str, str]) -> str:
     stat = file.stat()
-    stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    # The time of change as well, which nobody can set: weights edited in place, their other time put back, are seen.
+    stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
     if stamp not in memo:
         with open(file, "rb") as opened:
             memo[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()
