@@ -335,6 +335,30 @@ class Lora(Section):
         return {name: getattr(self, name) for name in sorted(self.model_fields_set - {"dropout", "base_dtype"})}
 
 
+def _of_evaluation(name: Any) -> Any:
+    return f"eval_{name}" if isinstance(name, str) and not name.startswith("eval_") else name
+
+
+class Best(Section):
+    """A metric alone has it as `metric`."""
+
+    metric: Annotated[str, BeforeValidator(_of_evaluation)]
+    """Of the evaluations of the held-out examples, such as eval_loss or eval_rewards/accuracies. eval_ may be left out."""
+    greater_is_better: bool | None = None
+    """Unless said, false for losses and true for all others."""
+    patience: Count | None = None
+    """Evaluations in a row without a better one after which training ends. Unless said, it goes on to its last step."""
+
+    @property
+    def is_greater_better(self) -> bool:
+        is_loss = self.metric == "eval_loss" or self.metric.startswith("eval_loss/")
+        return not is_loss if self.greater_is_better is None else self.greater_is_better
+
+
+def _as_best(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
 class Train(Section):
     loss: Annotated[str | dict[str, float], BeforeValidator(_as_weights)] = "sigmoid"
     """A name that `prefcache losses` lists, or several with their weights: {sigmoid: 0.8, sft: 0.2}."""
@@ -394,10 +418,12 @@ class Train(Section):
     """What is done where metrics say that something goes wrong. strict: the run stops there, with exit code 7 and a checkpoint."""
     eval_every: Count | None = None
     """Steps between evaluations on the held-out pairs. Always evaluated: before the first step and after the last."""
+    best: Annotated[Best | None, BeforeValidator(_as_best)] = None
+    """End with the weights of the best evaluation after a step, not with the last ones: a metric, such as eval_loss."""
     checkpoint_every: Count = 200
     """Steps between checkpoints, from which an interrupted run goes on."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; train.best is kept beside them."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Held-out prompts answered before and after training."""
     sample_tokens: Count = 64

@@ -341,7 +341,9 @@ def trained(result: dict[str, Any]) -> None:
         console.print(f"{result['changed_answers']:,} greedy answers changed. {lead}\n")
     for sample in result["samples"][:3]:
         console.print(_sample(sample))
-    console.print(f"model: {result['run']}/model")
+    best = result.get("best")
+    which = f", of step {best['step']:,}, the best by {best['metric']}" if best else ""
+    console.print(f"model: {result['run']}/model{which}")
 
 
 _COMPARED = (

@@ -21,7 +21,7 @@ from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
 from pipeline.stored import artifact
 from pipeline.stored.cache import Cache, identify, open_scored, vouched_for
 from pipeline.stored.prepared import Prepared
-from pipeline.training import alerts, batches, checkpoints, columns, metrics, modelcard, runfolder, samples
+from pipeline.training import alerts, batches, best, checkpoints, columns, metrics, modelcard, runfolder, samples
 from pipeline.training.batches import Examples
 from pipeline.training.objective import Memory, Objective
 from pipeline.training.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
@@ -51,8 +51,10 @@ _HARMLESS = {
 
 
 def _harmless(train: Train) -> set[str]:
-    """And what is said elsewhere; and the size of micro-batches, unless statistics are taken over those."""
-    return _HARMLESS | {"loss", "loss_args", "beta"} | ({"micro_batch_size"} if train.scope == "batch" else set())
+    """And what is said elsewhere; and the size of micro-batches, unless statistics are taken over those. Where the best
+    evaluation is looked for, it matters when there is one."""
+    of_others = {"loss", "loss_args", "beta"} | ({"micro_batch_size"} if train.scope == "batch" else set())
+    return (_HARMLESS | of_others) - ({"eval_every"} if train.best else set())
 
 
 @dataclass
@@ -79,16 +81,26 @@ class Session:
         return batches.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a run's steps have led to."""
+
+    steps: int
+    seconds: float
+    best: best.Found | None  # None: the last step's weights are the ones that count
+    evaluation: dict[str, float]  # of the weights that count
+
+
 def check(config: Config) -> None:
     """What can be refused without reading more than the config and the data's manifest."""
-    columns.refuse_missing(Objective(config.train), Prepared(config.prepared))
+    _refuse(config, Objective(config.train), Prepared(config.prepared))
 
 
 def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     """The result, on the process that wrote it; None on the others."""
     objective = Objective(config.train)
     prepared = Prepared(config.prepared)
-    columns.refuse_missing(objective, prepared)
+    _refuse(config, objective, prepared)
     selection = Selection(config.train, prepared.kind)
     reads_scores = objective.reference_answers or selection.reference_answers
     scored, cache = _scored(config, prepared, objective, selection) if reads_scores else (None, None)
@@ -110,12 +122,16 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     session = Session(config, start, inputs, examples, objective, policy, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored if objective.reference_answers else None)
-    state = _go_back(session)
-    seconds, after = _train(session, state)
-    return _finish(session, before, after, seconds)
+    return _finish(session, before, _train(session, _go_back(session)))
 
 
 # -- before any model is loaded --------------------------------------------------------------------------------------
+
+
+def _refuse(config: Config, objective: Objective, prepared: Prepared) -> None:
+    columns.refuse_missing(objective, prepared)
+    if config.train.best:
+        best.refuse_unknown(config.train, metrics.of_evaluations(objective), len(prepared.table(HELD_OUT)))
 
 
 def _start(config: Config) -> identity.Reference:
@@ -249,6 +265,7 @@ def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
         s.progress.say(f"train: {note}")
     start = _start_metrics(s, scored)
     evaluation = _evaluate(s, 0, 0.0, {})
+    best.refuse_unmeasured(s.config.train.best, evaluation)
     before = {"start": start, "evaluation": evaluation, "answers": _answers(s)}
     if s.main:
         row = {"step": 0, "epoch": 0.0, "num_tokens": 0, **start, **_eval_row(evaluation)}
@@ -303,48 +320,51 @@ def _go_back(s: Session) -> dict[str, Any]:
     found = checkpoints.newest(s.config.run, s.progress.warn)
     step = found[1]["step"] if found else 0
     if s.main:
+        checkpoints.go_back(s.config.run, step)
         s.log.go_back(step)
     s.policy.accelerator.wait_for_everyone()
     if not found:
-        return {"step": 0, "num_tokens": 0, "memory": {}}
+        return {"step": 0, "num_tokens": 0, "memory": {}, "best": None}
     folder, state = found
     s.policy.restore(folder, checkpoints.optimizer(folder))
     s.progress.say(f"train: going on from step {step}")
     return state
 
 
-def _train(s: Session, state: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """All steps that are left; returns the seconds they took and the last evaluation."""
+def _train(s: Session, state: dict[str, Any]) -> Trained:
+    """All steps that are left."""
     train, examples = s.config.train, s.examples[TRAIN]
-    n_tokens, memory = state["num_tokens"], state["memory"]
+    step, n_tokens, memory, found_best = state["step"], state["num_tokens"], state["memory"], state.get("best")
     began, evaluation = time.monotonic(), None
-    watch = _watch(s)
-    with s.progress.count("train", s.n_steps - state["step"], "steps") as counter:
-        for step, epoch, indices in batches.steps(
-            len(examples), train.batch_size, train.epochs, train.seed, state["step"], examples.ranks
-        ):
+    watch, over = _watch(s), best.is_given_up(train.best, found_best)
+    left = batches.steps(len(examples), train.batch_size, train.epochs, train.seed, step, examples.ranks)
+    with s.progress.count("train", s.n_steps - step, "steps") as counter:
+        while not over and (following := next(left, None)):
+            step, epoch, indices = following
             rate = learning_rate(step, s.n_steps, train)
             visit, logged, memory = _update(s, step, indices, memory, rate, math.ceil(epoch))
             n_tokens += examples.n_tokens(indices)
             found = metrics.of_visit(visit, s.objective)
             row = {"step": step, "epoch": epoch, **found, **logged, "learning_rate": rate}
-            last = step == s.n_steps
-            if last or (train.eval_every and step % train.eval_every == 0):
+            if step == s.n_steps or (train.eval_every and step % train.eval_every == 0):
                 evaluation = _evaluate(s, step, epoch, memory)
                 row |= _eval_row(evaluation)
+                found_best = best.after(train.best, found_best, step, evaluation)
+            over = step == s.n_steps or best.is_given_up(train.best, found_best)
             s.log.metrics({**row, "num_tokens": n_tokens})
             s.log.visit(step, epoch, TRAIN, examples.example_ids(indices), visit)
             stops = _alert(s, watch, row)
-            if last or stops or step % train.checkpoint_every == 0:
-                _checkpoint(s, step, {"num_tokens": n_tokens, "memory": memory})
+            if over or stops or step % train.checkpoint_every == 0 or best.is_of(found_best, step):
+                _checkpoint(s, step, {"num_tokens": n_tokens, "memory": memory, "best": found_best})
             _stop_if_strict(s.config, stops)
             accuracy = f"  accuracy {found['rewards/accuracies']:.2f}" if "rewards/accuracies" in found else ""
             counter.add(1, f"loss {found['loss']:.4f}{accuracy}")
     seconds = time.monotonic() - began
-    # Resumed after the last step, there was none left to evaluate at.
-    if evaluation is None:
-        evaluation = _evaluate(s, s.n_steps, train.epochs, memory, log=False)
-    return seconds, evaluation
+    if found_best:
+        evaluation = found_best["evaluation"]
+    elif evaluation is None:  # resumed after the last step, there was none left to evaluate at
+        evaluation = _evaluate(s, step, train.epochs, memory, log=False)
+    return Trained(step, seconds, found_best, evaluation)
 
 
 def _update(
@@ -377,16 +397,25 @@ def _checkpoint(s: Session, step: int, state: dict[str, Any]) -> None:
     s.policy.accelerator.wait_for_everyone()
 
 
-def _finish(s: Session, before: dict[str, Any], after: dict[str, float], seconds: float) -> dict[str, Any] | None:
-    result = _commit_run(s, before, after, seconds) if s.main else None
+def _finish(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, Any] | None:
+    if trained.best:
+        _take(s, trained.best)
+    result = _commit_run(s, before, trained) if s.main else None
     s.policy.accelerator.wait_for_everyone()
     return result
 
 
-def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], seconds: float) -> dict[str, Any]:
+def _take(s: Session, found: best.Found) -> None:
+    """The weights of the step that train.best has kept."""
+    folder = checkpoints.at(s.config.run, found["step"])
+    s.policy.restore(folder, checkpoints.optimizer(folder))
+    s.progress.say(f"train: the model is that of step {found['step']:,}, the best by {found['metric']}")
+
+
+def _commit_run(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, Any]:
     with artifact.commit_folder(s.config.run / "model") as folder:
         s.policy.save_model(folder)
-        (folder / "README.md").write_text(_card(s, before["evaluation"], after), encoding="utf-8")
+        (folder / "README.md").write_text(_card(s, trained, before["evaluation"]), encoding="utf-8")
     answers = _answers(s)
     answered = _samples(s, before["answers"], answers)
     artifact.commit_bytes(
@@ -395,16 +424,17 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
     kinds = s.config.train.kinds
     raised = Counter(event["kind"] for event in s.log.rows("events"))
     summary = {
-        "steps": s.n_steps,
+        "steps": trained.steps,
+        **best.described(trained.best),
         "kind": s.objective.kind,
         "examples": len(s.examples[TRAIN]),
         "held_out": len(s.examples[HELD_OUT]),
         "loss": s.objective.name,
-        "seconds": round(seconds, 3),
+        "seconds": round(trained.seconds, 3),
         "start": before["start"],
         "changed_answers": sum(sample["before"] != sample["after"] for sample in answered),
         "before": {"evaluation": before["evaluation"], "kinds": samples.count_kinds(before["answers"], kinds)},
-        "after": {"evaluation": after, "kinds": samples.count_kinds(answers, kinds)},
+        "after": {"evaluation": trained.evaluation, "kinds": samples.count_kinds(answers, kinds)},
         "samples": sorted(answered, key=samples.how_unchanged)[:5],
         "model": [artifact.describe(file) for file in sorted((s.config.run / "model").iterdir())],
         "alerts": dict(sorted(raised.items())),
@@ -420,10 +450,11 @@ def _commit_run(s: Session, before: dict[str, Any], after: dict[str, float], sec
     return {**summary, "run": str(s.config.run), "changed": True}
 
 
-def _card(s: Session, before: dict[str, float], after: dict[str, float]) -> str:
+def _card(s: Session, trained: Trained, before: dict[str, float]) -> str:
     facts = artifact.unseal(s.config.run / PROVENANCE, f"Delete {s.config.run} and train again.")
-    counts = {"examples": len(s.examples[TRAIN]), "held_out": len(s.examples[HELD_OUT]), "steps": s.n_steps}
-    return modelcard.text({**facts, "kind": s.objective.kind}, counts, before, after)
+    facts |= {"kind": s.objective.kind, **best.described(trained.best)}
+    counts = {"examples": len(s.examples[TRAIN]), "held_out": len(s.examples[HELD_OUT]), "steps": trained.steps}
+    return modelcard.text(facts, counts, before, trained.evaluation)
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------

@@ -140,3 +140,14 @@ def test_the_config_trains(prefcache, config, model, tmp_path):
     for stage in ("prepare", "score", "train"):
         done = prefcache(stage, "mine.yaml", "--set", "prepare.held_out=0.2")
     assert "loss ipo" in done.stdout
+
+
+def test_the_best_model_at_the_end_is_ours():
+    found = convert({"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "eval_steps": 20})
+    assert found.config["train"]["best"] == {"metric": "rewards/margins"} and not found.cannot
+    check(found)
+    # Unless said, Transformers takes the loss.
+    found = convert({"load_best_model_at_end": True, "greater_is_better": False, "eval_steps": 20})
+    assert found.config["train"]["best"] == {"metric": "loss", "greater_is_better": False}
+    assert "set train.eval_every" in convert({"load_best_model_at_end": True}).cannot["load_best_model_at_end"]
+    assert "best" not in convert({"metric_for_best_model": "loss", "eval_steps": 20}).config["train"]

@@ -59,6 +59,8 @@ _DEFAULTS = {
     "warmup_ratio": 0.0,
     "seed": 42,
 }
+_SWITCHES = {"use_peft", "use_weighting", "load_in_4bit", "load_in_8bit", "bf16", "load_best_model_at_end"}
+_OF_BEST = {"metric_for_best_model", "greater_is_better"}
 _LOSS_ARGUMENTS = {
     # Of these losses only; TRL reads them for no other.
     "label_smoothing": ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"),
@@ -139,6 +141,7 @@ def convert(theirs: Mapping[str, Any]) -> Converted:
     _model_and_data(given, found)
     _losses(given, found)
     _batches(given, said, found)
+    _best(said, found)
     _adapter(given, found)
     for key, ours in _SAME.items():
         if key in given and key not in found.became and _applies(key, given, found):
@@ -226,6 +229,21 @@ def _batches(given: Mapping[str, Any], said: Mapping[str, Any], found: Converted
         found.put("bf16", "train.precision", "bf16")
 
 
+def _best(said: Mapping[str, Any], found: Converted) -> None:
+    if not said.get("load_best_model_at_end"):
+        return
+    if "eval_steps" not in found.became:
+        found.cannot["load_best_model_at_end"] = (
+            "evaluations are some steps apart; set train.eval_every, and train.best"
+        )
+        return
+    best = {"metric": said.get("metric_for_best_model", "loss")}
+    if "greater_is_better" in said:
+        best["greater_is_better"] = said["greater_is_better"]
+    found.put("load_best_model_at_end", "train.best", best)
+    found.became |= dict.fromkeys(_OF_BEST & said.keys(), "train.best")
+
+
 def _adapter(given: Mapping[str, Any], found: Converted) -> None:
     if not given.get("use_peft"):
         return
@@ -246,7 +264,7 @@ def _left_over(key: str, value: Any, found: Converted) -> None:
             found.cannot[key] = _CANNOT[key]
     elif key in _IGNORED or prefix:
         found.ignored[key] = _IGNORED.get(key) or _PREFIXES[str(prefix)]
-    elif key in _SAME or key in _LORA or key in ("use_peft", "use_weighting", "load_in_4bit", "load_in_8bit", "bf16"):
+    elif key in _SAME.keys() | _LORA.keys() | _OF_BEST | _SWITCHES:
         found.ignored[key] = "it is the default, or not read by this loss"
     else:
         found.cannot[key] = "not known here"

@@ -4,8 +4,10 @@ A loss without a reference has a reference of 0, and rewards per token where its
 """
 
 import numpy as np
+import torch
 
-from pipeline.training.objective import Objective
+from pipeline.training.losses.registry import COLUMNS
+from pipeline.training.objective import WITHOUT_GRADIENT, Objective
 from pipeline.training.policy import Visit
 
 
@@ -14,6 +16,17 @@ def of_visit(visit: Visit, objective: Objective) -> dict[str, float]:
     losses = {name: visit[name].mean() for name in visit if name == "loss" or name.startswith("loss/")}
     found |= _of_reference(visit, objective)
     return {name: float(value) for name, value in (losses | found).items() if np.isfinite(value)}
+
+
+def of_evaluations(objective: Objective) -> dict[str, float]:
+    """Under its names what evaluations have, told before there is one: of two imagined examples, one of each kind."""
+    two, answers = np.ones(2), [name for name in objective.visited if name not in WITHOUT_GRADIENT]
+    visit = {"label": np.array([1.0, 0.0]), "loss": two}
+    visit |= {name: two for answer in answers for name in (f"{answer}_logp", f"n_{answer}")}
+    visit |= {f"ref_{answer}_logp": two for answer in objective.reference_answers}
+    visit |= {f"loss/{term.loss.name}": two for term in objective.terms if len(objective.terms) > 1}
+    columns = {name: torch.ones(2, dtype=torch.float64) for name in COLUMNS}
+    return {**of_visit(visit, objective), **objective.with_statistics(columns, {}, learning=False)[2]}
 
 
 def preference_accuracy(visit: Visit) -> float | None:

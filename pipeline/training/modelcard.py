@@ -31,7 +31,8 @@ def text(
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {_plain(facts['model'])}, trained on preferences",
         f"Trained by prefcache with the loss {facts['loss']}, on {counts['examples']:,} {facts['kind']}, {counts['steps']:,} steps. "
-        "The whole configuration is config.yaml in the folder above this one; `prefcache train` with it makes the run again.",
+        "The whole configuration is config.yaml in the folder above this one; `prefcache train` with it makes the run again."
+        + _which(facts.get("best")),
         "## Made from",
         _table(
             ("what", "which"),
@@ -55,6 +56,12 @@ def text(
         measured = [(title, "" if old is None else f"{old:.4f}", f"{new:.4f}") for title, old, new in rows]
         lines += [f"## On {counts['held_out']:,} held-out {facts['kind']}", _table(("", "before", "after"), measured)]
     return "\n\n".join(lines) + "\n"
+
+
+def _which(best: Mapping[str, Any] | None) -> str:
+    if best is None:
+        return ""
+    return f" The weights are those of step {best['step']:,}, the best of its evaluations by {best['metric']}."
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
