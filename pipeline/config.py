@@ -359,6 +359,15 @@ def _as_best(value: Any) -> Any:
     return {"metric": value} if isinstance(value, str) else value
 
 
+class MovingReference(Section):
+    """The reference follows the policy in leaps (TR-DPO); {} takes the paper's."""
+
+    every: Count = 512
+    """Steps between two leaps."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """The reference becomes alpha * policy + (1 - alpha) * reference. 1: it becomes the policy."""
+
+
 class Train(Section):
     loss: Annotated[str | dict[str, float], BeforeValidator(_as_weights)] = "sigmoid"
     """A name that `prefcache losses` lists, or several with their weights: {sigmoid: 0.8, sft: 0.2}."""
@@ -400,6 +409,8 @@ class Train(Section):
     """AdamW's."""
     lora: Lora | None = None
     """Train an adapter (LoRA, DoRA) instead of all weights; {} has it with the defaults."""
+    moving_reference: MovingReference | None = None
+    """Let the reference move: {every: 512, alpha: 0.6}. What it scores anew are the examples that come until it moves again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

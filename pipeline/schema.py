@@ -156,7 +156,8 @@ CACHE = pa.schema(
 )
 
 # One row per example at each visit of a run. Rewards are derived from it, in SQL. A pair has no columns of a label and the other
-# way round; a run without a reference has none of the reference's. Log-probs are plain sums, however the loss weighed tokens.
+# way round; a run without a reference has none of the reference's. A reference that moves is the one of that step. Log-probs are
+# plain sums, however the loss weighed tokens.
 STEPS = pa.schema(
     [
         ("step", pa.int64()),

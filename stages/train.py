@@ -21,8 +21,20 @@ from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
 from pipeline.stored import artifact
 from pipeline.stored.cache import Cache, identify, open_scored, vouched_for
 from pipeline.stored.prepared import Prepared
-from pipeline.training import alerts, batches, best, checkpoints, columns, metrics, modelcard, runfolder, samples
+from pipeline.training import (
+    alerts,
+    batches,
+    best,
+    checkpoints,
+    columns,
+    metrics,
+    modelcard,
+    moving_reference,
+    runfolder,
+    samples,
+)
 from pipeline.training.batches import Examples
+from pipeline.training.moving_reference import MovingReference
 from pipeline.training.objective import Memory, Objective
 from pipeline.training.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
 from pipeline.training.runlog import PARTS, PROVENANCE, RunLog
@@ -51,10 +63,10 @@ _HARMLESS = {
 
 
 def _harmless(train: Train) -> set[str]:
-    """And what is said elsewhere; and the size of micro-batches, unless statistics are taken over those. Where the best
-    evaluation is looked for, it matters when there is one."""
+    """And what is said elsewhere; and the size of micro-batches, unless statistics are taken over those. When it is evaluated
+    matters where the best evaluation is looked for, and where a reference that moves scores what is to come."""
     of_others = {"loss", "loss_args", "beta"} | ({"micro_batch_size"} if train.scope == "batch" else set())
-    return (_HARMLESS | of_others) - ({"eval_every"} if train.best else set())
+    return (_HARMLESS | of_others) - ({"eval_every"} if train.best or train.moving_reference else set())
 
 
 @dataclass
@@ -67,6 +79,7 @@ class Session:
     examples: dict[str, Examples]
     objective: Objective
     policy: Policy
+    moving: MovingReference | None
     log: RunLog
     progress: Progress
 
@@ -106,6 +119,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     scored, cache = _scored(config, prepared, objective, selection) if reads_scores else (None, None)
     start = _start(config)
     inputs = _inputs(config, objective, prepared, scored, start)
+    moving_reference.refuse_another_start(config.train, inputs["policy"], inputs["reference"])
     devices = accelerator(config.train)
     progress = progress if devices.is_main_process else Progress(quiet=True)
     if devices.is_main_process:
@@ -119,7 +133,9 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
 
     examples = _examples(config, objective, prepared, scored, cache, selection, progress)
     policy = Policy(start, prepared.manifest["template"], config.train, devices, examples[TRAIN].longest(TRIED))
-    session = Session(config, start, inputs, examples, objective, policy, RunLog(config.run), progress)
+    moves = config.train.moving_reference
+    moving = MovingReference(config.train, objective, examples, policy, config.run) if moves else None
+    session = Session(config, start, inputs, examples, objective, policy, moving, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored if objective.reference_answers else None)
     return _finish(session, before, _train(session, _go_back(session)))
@@ -238,6 +254,7 @@ def _write_provenance(s: Session) -> None:
         "loss_arguments": s.objective.described,
         "beta": s.objective.beta,
         "per_token": s.objective.per_token,
+        "moving_reference": s.moving and s.moving.said,
         "versions": {name: version(name) for name in packages},
         "precision": s.policy.precision,
         "quantization": s.start.quantization,
@@ -261,7 +278,7 @@ def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
     s.progress.say(
         f"train: rows {s.policy.forward.way}" + (f"; {s.policy.forward.why}" if s.policy.forward.why else "")
     )
-    for note in s.policy.notes:
+    for note in [*s.policy.notes, *([s.moving.said] if s.moving else [])]:
         s.progress.say(f"train: {note}")
     start = _start_metrics(s, scored)
     evaluation = _evaluate(s, 0, 0.0, {})
@@ -323,11 +340,12 @@ def _go_back(s: Session) -> dict[str, Any]:
         checkpoints.go_back(s.config.run, step)
         s.log.go_back(step)
     s.policy.accelerator.wait_for_everyone()
-    if not found:
-        return {"step": 0, "num_tokens": 0, "memory": {}, "best": None}
-    folder, state = found
-    s.policy.restore(folder, checkpoints.optimizer(folder))
-    s.progress.say(f"train: going on from step {step}")
+    folder, state = found or (None, {"step": 0, "num_tokens": 0, "memory": {}, "best": None})
+    if folder:
+        s.policy.restore(folder, checkpoints.optimizer(folder))
+        s.progress.say(f"train: going on from step {step}")
+    if s.moving:
+        s.moving.begin(folder)
     return state
 
 
@@ -341,12 +359,14 @@ def _train(s: Session, state: dict[str, Any]) -> Trained:
     with s.progress.count("train", s.n_steps - step, "steps") as counter:
         while not over and (following := next(left, None)):
             step, epoch, indices = following
+            if s.moving:
+                s.moving.before(step)
             rate = learning_rate(step, s.n_steps, train)
             visit, logged, memory = _update(s, step, indices, memory, rate, math.ceil(epoch))
             n_tokens += examples.n_tokens(indices)
             found = metrics.of_visit(visit, s.objective)
             row = {"step": step, "epoch": epoch, **found, **logged, "learning_rate": rate}
-            if step == s.n_steps or (train.eval_every and step % train.eval_every == 0):
+            if batches.evaluates(step, s.n_steps, train.eval_every):
                 evaluation = _evaluate(s, step, epoch, memory)
                 row |= _eval_row(evaluation)
                 found_best = best.after(train.best, found_best, step, evaluation)
@@ -393,8 +413,14 @@ def _checkpoint(s: Session, step: int, state: dict[str, Any]) -> None:
     if s.main:
         s.log.flush(step)
         keep = s.config.train.keep_checkpoints
-        checkpoints.save(s.config.run, step, s.policy.save_weights, s.policy.optimizer_state(), state, keep)
+        checkpoints.save(s.config.run, step, lambda to: _save(s, to), s.policy.optimizer_state(), state, keep)
     s.policy.accelerator.wait_for_everyone()
+
+
+def _save(s: Session, folder: Path) -> None:
+    s.policy.save_weights(folder)
+    if s.moving:
+        s.moving.save(folder)
 
 
 def _finish(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, Any] | None:
@@ -467,7 +493,13 @@ def _watch(s: Session) -> alerts.Watch | None:
         return None
     _stop_if_strict(s.config, s.log.rows("events"))
     healthy = [sign for term in s.objective.terms if term.weight for sign in term.loss.healthy]
-    watch = alerts.Watch(healthy, n_steps=s.n_steps, batch_size=train.batch_size, warmup=warmup_steps(s.n_steps, train))
+    watch = alerts.Watch(
+        healthy,
+        n_steps=s.n_steps,
+        batch_size=train.batch_size,
+        warmup=warmup_steps(s.n_steps, train),
+        moves=train.moving_reference.every if train.moving_reference else None,
+    )
     for row in s.log.rows("metrics"):
         watch.feed(row)
     return watch

@@ -39,7 +39,7 @@ FLOORS = {
         "from_trl runfolder selection token_logps",
         "batches",
         "columns policy",
-        "metrics",
+        "metrics moving_reference",
     ],
     "pipeline.views": [""],
     "stages": ["adopt doctor export inspect merge parity prepare preview score show tables train upkeep", "cli"],

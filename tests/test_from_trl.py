@@ -30,6 +30,7 @@ DPO = {
     "dataloader_num_workers": 4,
     "precompute_ref_log_probs": True,
     "sync_ref_model": True,
+    "ref_model_sync_steps": 100,
     "no_such_key": 1,
 }
 
@@ -53,12 +54,13 @@ def test_every_key_of_a_file_is_accounted_for():
             "epochs": 1,
             "warmup_ratio": 0.0,
             "seed": 42,  # TRL's own
+            "moving_reference": {"every": 100, "alpha": 0.6},  # the second is TRL's own
         },
         "model": "Qwen/Qwen2.5-0.5B-Instruct",
         "out": "runs/dpo",
     }
     assert set(found.ignored) == {"lora_dropout", "logging_steps", "dataloader_num_workers", "precompute_ref_log_probs"}
-    assert found.cannot == {"sync_ref_model": "a reference that moves is not built", "no_such_key": "not known here"}
+    assert found.cannot == {"no_such_key": "not known here"}
     assert set(DPO) <= set(found.became) | set(found.ignored) | set(found.cannot)
     check(found)
 
@@ -87,6 +89,11 @@ def test_a_warm_up_below_one_is_a_share(steps, ratio):
     found = convert({"warmup_steps": steps})
     assert found.config["train"]["warmup_ratio"] == ratio
     assert ("warmup_steps" in found.cannot) == (steps == 100)
+
+
+def test_a_reference_that_is_not_synchronised_does_not_move():
+    found = convert({"sync_ref_model": False, "ref_model_mixup_alpha": 0.3})
+    assert "moving_reference" not in found.config["train"] and "ref_model_mixup_alpha" in found.ignored
 
 
 def test_kto_is_trained_on_labels_with_its_weights():

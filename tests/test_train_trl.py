@@ -29,7 +29,7 @@ def test_200_steps_have_the_losses_of_trl_with_a_live_reference(prefcache, model
     # Something was learnt, over the whole of the run: equal losses of a policy that stands still would say little.
     assert ours[0] > 0.69 and ours[150] < 0.6 and abs(ours[150] - ours[100]) > 1e-3
 
-    theirs = losses_of_trl(model, in_order(run), tmp_path / "trl")
+    theirs = losses_of_trl(model, in_order(run), tmp_path / "trl", learning_rate=RATE)
     assert len(theirs) == N_STEPS
     worst = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
     assert worst < 1e-4, worst
@@ -58,7 +58,8 @@ class OfIds(DPOTrainer):
         return loss
 
 
-def losses_of_trl(model: Path, pairs: list[dict[str, list[int]]], out: Path) -> list[float]:
+def losses_of_trl(model: Path, pairs: list[dict[str, list[int]]], out: Path, **settings) -> list[float]:
+    """In steps of BATCH, with a warm-up of a tenth of them."""
     trainer = OfIds(
         model=str(model),
         args=DPOConfig(
@@ -67,9 +68,8 @@ def losses_of_trl(model: Path, pairs: list[dict[str, list[int]]], out: Path) -> 
             num_train_epochs=1,
             train_sampling_strategy="sequential",
             beta=0.1,
-            learning_rate=RATE,
             lr_scheduler_type="cosine",
-            warmup_steps=N_STEPS // 10,
+            warmup_steps=len(pairs) // BATCH // 10,
             weight_decay=0.0,
             max_grad_norm=1.0,
             max_length=None,
@@ -80,6 +80,7 @@ def losses_of_trl(model: Path, pairs: list[dict[str, list[int]]], out: Path) -> 
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **settings,
         ),
         train_dataset=Dataset.from_list(pairs),
         processing_class=AutoTokenizer.from_pretrained(model),

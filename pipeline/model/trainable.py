@@ -47,6 +47,13 @@ class Trainable:
             self.adapter.save_pretrained(folder, save_embedding_layers=False)
 
 
+def put(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Other values in a parameter's place; of an adapter, perhaps of another rank."""
+    if parameter.shape != value.shape:
+        parameter.data = parameter.data.new_empty(value.shape)
+    parameter.data.copy_(value)
+
+
 def load(start: Reference, train: Train, kernel: str, device: torch.device) -> Trainable:
     """In eval mode there is no dropout, which would make policy and reference differ at the start; gradients still flow."""
     if start.quantization and device.type == "cpu":

@@ -115,26 +115,33 @@ def commit_bytes(path: Path, data: bytes | memoryview, *, once: bool = False, du
 
 
 @contextlib.contextmanager
-def commit_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded folder; it appears at `path` complete, in place of what was there, or not at all."""
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is gone after the block; if the process dies in it, `remove_leftovers` deletes it."""
     temporary = _temporary(path)
     with _disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    with open(file, "rb") as opened:
-                        os.fsync(opened.fileno())
-                else:
-                    _sync_folder(file)
-            _sync_folder(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def commit_folder(path: Path) -> Iterator[Path]:
+    """Fill the yielded folder; it appears at `path` complete, in place of what was there, or not at all."""
+    with scratch_folder(path) as temporary:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            else:
+                _sync_folder(file)
+        _sync_folder(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
         _sync_folder(path.parent)
 
 

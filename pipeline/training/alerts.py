@@ -102,12 +102,15 @@ def _window(values: Iterable[float]) -> Window:
 
 
 class Watch:
-    """The state of all indicators of one run. `healthy`: what each of its losses declares."""
+    """The state of all indicators of one run. `healthy`: what each of its losses declares. `moves`: the steps between two
+    references, if it changes; what is measured from it is compared under one and the same."""
 
-    def __init__(self, healthy: Iterable[Healthy], *, n_steps: int, batch_size: int, warmup: int) -> None:
+    def __init__(
+        self, healthy: Iterable[Healthy], *, n_steps: int, batch_size: int, warmup: int, moves: int | None = None
+    ) -> None:
         self.healthy = tuple(healthy)
         self.size = max(_STEPS, math.ceil(_EXAMPLES / batch_size))
-        self.n_steps, self.warmup = n_steps, warmup
+        self.n_steps, self.warmup, self._moves = n_steps, warmup, moves
         # A trouble that stays is said again, a few times in a run.
         self._cooldown = max(5 * self.size, n_steps // 5)
         self._series: dict[str, Series] = {}
@@ -120,6 +123,8 @@ class Watch:
         step = row["step"]
         if step < 1:
             return []
+        if self._moves and step % self._moves == 1 % self._moves:
+            self._series = {metric: series for metric, series in self._series.items() if metric in _OF_POLICY_ALONE}
         for metric in self._watched:
             value = row.get(metric)
             if value is not None and math.isfinite(value):
@@ -183,6 +188,7 @@ class Watch:
 # -- indicators: each looks at a watch after a step and says what is wrong --------------------------------------------
 
 Indicator = Callable[[Watch, int], Iterator[Alert]]
+_OF_POLICY_ALONE = ("logps/chosen", "logps/rejected", "grad_norm")
 _METRICS = (*BATCH_METRICS, "log_ratios/chosen", "log_ratios/rejected", "grad_norm")
 _INDICATORS: list[Indicator] = []
 

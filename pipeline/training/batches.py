@@ -27,6 +27,16 @@ class Batch:
     reference_tokens: dict[str, list[torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a reference gave some examples, by answer: sums of shape [B], nan where there is no such answer; and each one's
+    tokens, where they are read."""
+
+    indices: np.ndarray
+    sums: dict[str, np.ndarray]
+    tokens: dict[str, list[np.ndarray]]
+
+
 class Examples:
     """The examples of one split of which all is known that the objective needs, by row."""
 
@@ -65,7 +75,8 @@ class Examples:
             )
             for name in optional
         }
-        self._columns, self._tokens = columns, tokens or {}
+        self._columns = dict(columns)
+        self._tokens: dict[str, TokenLogps | dict[int, np.ndarray]] = dict(tokens or {})
         self._example_id, self._prompt = table["example_id"], table["prompt"]
         self._n_answer = {name: table[f"n_{name}"].fill_null(0).to_numpy() for name in self._answer_ids}
         lengths = {name: table["n_prompt"].to_numpy() + n.astype(np.int64) for name, n in self._n_answer.items()}
@@ -109,6 +120,20 @@ class Examples:
                 if name in self._tokens
             },
         )
+
+    def forget_reference(self) -> None:
+        """Its log-probs are nan until others take their place, so that none that is out of date can be read unnoticed."""
+        self._tokens = {}
+        self._columns |= {
+            name: np.full_like(values, np.nan) for name, values in self._columns.items() if name.startswith("ref_")
+        }
+
+    def take_reference(self, scores: Scores) -> None:
+        """Let these log-probs be the reference's."""
+        rows = self._rows[scores.indices]
+        for name, sums in scores.sums.items():
+            self._columns[f"ref_{name}_logp"][rows] = sums
+        self._tokens |= {name: dict(zip(rows.tolist(), each, strict=True)) for name, each in scores.tokens.items()}
 
     def _sequence(self, answer: str, row: int) -> TokenSequence | None:
         if answer in self._has and not self._has[answer][row]:
@@ -160,6 +185,11 @@ def _answer_of(column: str) -> str:
 
 def n_steps(n_examples: int, batch_size: int, epochs: float) -> int:
     return max(1, round(epochs * -(-n_examples // batch_size)))
+
+
+def evaluates(step: int, n_steps: int, every: int | None) -> bool:
+    """Whether the held-out examples are looked at after a step."""
+    return step == n_steps or (every is not None and step % every == 0)
 
 
 def steps(

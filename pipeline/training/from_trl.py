@@ -58,9 +58,20 @@ _DEFAULTS = {
     "truncation_mode": "keep_start",
     "warmup_ratio": 0.0,
     "seed": 42,
+    "ref_model_sync_steps": 512,
+    "ref_model_mixup_alpha": 0.6,
 }
-_SWITCHES = {"use_peft", "use_weighting", "load_in_4bit", "load_in_8bit", "bf16", "load_best_model_at_end"}
+_SWITCHES = {
+    "use_peft",
+    "use_weighting",
+    "load_in_4bit",
+    "load_in_8bit",
+    "bf16",
+    "load_best_model_at_end",
+    "sync_ref_model",
+}
 _OF_BEST = {"metric_for_best_model", "greater_is_better"}
+_MOVING = {"ref_model_sync_steps": "every", "ref_model_mixup_alpha": "alpha"}
 _LOSS_ARGUMENTS = {
     # Of these losses only; TRL reads them for no other.
     "label_smoothing": ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"),
@@ -109,7 +120,6 @@ _PREFIXES = {
 }
 _CANNOT = {
     "trust_remote_code": "no remote code is run",
-    "sync_ref_model": "a reference that moves is not built",
     "router_aux_loss_coef": "a mixture's auxiliary loss is not trained",
     "fp16": "training is in float32 or bf16",
     "lora_modules_to_save": "adapters only: no further weights are trained",
@@ -143,6 +153,7 @@ def convert(theirs: Mapping[str, Any]) -> Converted:
     _batches(given, said, found)
     _best(said, found)
     _adapter(given, found)
+    _moving_reference(given, found)
     for key, ours in _SAME.items():
         if key in given and key not in found.became and _applies(key, given, found):
             found.put(key, ours, given[key])
@@ -255,6 +266,13 @@ def _adapter(given: Mapping[str, Any], found: Converted) -> None:
             found.put(key, f"train.lora.{ours}", value)
 
 
+def _moving_reference(given: Mapping[str, Any], found: Converted) -> None:
+    if given.get("sync_ref_model"):
+        found.became["sync_ref_model"] = "train.moving_reference"
+        for key, ours in _MOVING.items():
+            found.put(key, f"train.moving_reference.{ours}", given[key])
+
+
 def _left_over(key: str, value: Any, found: Converted) -> None:
     if key in found.ignored or key in found.cannot:
         return
@@ -264,7 +282,7 @@ def _left_over(key: str, value: Any, found: Converted) -> None:
             found.cannot[key] = _CANNOT[key]
     elif key in _IGNORED or prefix:
         found.ignored[key] = _IGNORED.get(key) or _PREFIXES[str(prefix)]
-    elif key in _SAME.keys() | _LORA.keys() | _OF_BEST | _SWITCHES:
+    elif key in {*_SAME, *_LORA, *_OF_BEST, *_MOVING, *_SWITCHES}:
         found.ignored[key] = "it is the default, or not read by this loss"
     else:
         found.cannot[key] = "not known here"

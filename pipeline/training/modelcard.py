@@ -41,6 +41,7 @@ def text(
                 ("policy's start", inputs["policy"]),
                 ("reference", reference or "none was read"),
                 *([("numerics of its log-probs", ", ".join(inputs["numerics"]))] if reference else []),
+                *([("along the run", moves)] if (moves := facts.get("moving_reference")) else []),
                 *(
                     (f"{name}'s {key}", value)
                     for name, own in facts["loss_arguments"].items()

@@ -285,6 +285,10 @@ def _refuse_what_does_not_combine(losses: list[Loss], train: Train) -> None:
             f"train.reference_free takes the reference's log-probs to be 0, and {', '.join(loss.name for loss in losses)} "
             "reads none anyway. Leave it out."
         )
+    if train.moving_reference and (train.reference_free or not reads_reference):
+        raise UsageError(
+            "train.moving_reference moves the reference, and this run reads none. Leave it out, or take a loss that has a reference."
+        )
     if tokens.clamp is not None and (train.reference_free or not reads_reference):
         raise UsageError(
             "train.tokens.clamp limits each token's ratio to the reference, and this run reads none. Leave it out, or take a "

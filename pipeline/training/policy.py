@@ -7,6 +7,7 @@ import contextlib
 import math
 import resource
 import sys
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipeline.model.logprobs import Logps, sums, use_float32_head
 from pipeline.model.packing import token_budget_batches
 from pipeline.schema import STEPS
 from pipeline.schema import Sequence as TokenSequence
-from pipeline.training.batches import Batch, Examples
+from pipeline.training.batches import Batch, Examples, Scores
 from pipeline.training.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Memory, Objective, part_of
 from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
 
@@ -38,7 +39,7 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 T = TypeVar("T")
-_WEIGHTS = "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 _GENERATED_AT_ONCE = 16_384  # tokens; a token's step through the model costs the same for many prompts as for one
 # What a visit of examples leaves behind, in their order: plain log-probs under the names of schema.STEPS, `loss`, and
 # `loss/TERM` where there are several.
@@ -128,6 +129,11 @@ class Policy:
         return "bfloat16" if bf16 else "float32"
 
     @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained."""
+        return self._trained.parameters()
+
+    @property
     def _model(self) -> Any:
         return self.forward.model
 
@@ -181,6 +187,25 @@ class Policy:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return step.visit, {**step.logged, "grad_norm": grad_norm}, step.memory
+
+    def score(self, examples: Examples, indices: np.ndarray, answers: Sequence[str], *, tokens: bool) -> Scores:
+        """What the weights as they are give these answers, the same on every process."""
+        apart = [name for name in answers if name in WITHOUT_GRADIENT]
+        together = [name for name in answers if name not in apart]
+        mine: dict[tuple[str, int], np.ndarray] = {}
+        with torch.no_grad():
+            for part in self._parts(examples, self._share(examples, indices)):
+                batch = examples.batch(part, self.accelerator.device, answers)
+                for names in filter(None, (together, apart)):
+                    if has := _present(batch, names):
+                        for name, lists in self._token_logps(batch, names, has, also_squares=False)[0].items():
+                            mine |= {
+                                (name, int(part[i])): each.cpu().numpy() for i, each in zip(has, lists, strict=True)
+                            }
+        everyone = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        known, none = ChainMap(*everyone), np.empty(0, np.float32)
+        found = {name: [known.get((name, int(i)), none) for i in indices] for name in answers}
+        return Scores(indices, {name: _sums_or_nan(lists) for name, lists in found.items()}, found if tokens else {})
 
     def _step(
         self, examples: Examples, indices: np.ndarray, objective: Objective, memory: Memory, epoch: int
@@ -276,7 +301,7 @@ class Policy:
 
     def _sums(self, batch: Batch, names: list[str], seed: Seed, weighed: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """`weighed` are the answers that WPO weighs an example by: those it learns from."""
-        has = [i for i, sequence in enumerate(batch.answers[names[0]]) if sequence is not None]
+        has = _present(batch, names)
         n, found = len(batch.rows), {}
         if has:
             logps, squares = self._token_logps(batch, names, has, also_squares=bool(weighed))
@@ -389,14 +414,18 @@ class Policy:
 
     def save_weights(self, folder: Path) -> None:
         """What is trained, as it lies in memory: save_pretrained rearranges the weights of some models."""
-        values = {name: each.detach().contiguous() for name, each in self._trained.parameters().items()}
-        safetensors.torch.save_file(values, folder / _WEIGHTS)
+        values = {name: each.detach().contiguous() for name, each in self.parameters.items()}
+        safetensors.torch.save_file(values, folder / WEIGHTS)
+
+    def load_weights(self, folder: Path) -> None:
+        """In place: what was there is gone."""
+        values = safetensors.torch.load_file(folder / WEIGHTS)
+        assert values.keys() == self.parameters.keys()
+        for name, parameter in self.parameters.items():
+            trainable.put(parameter, values[name])
 
     def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
-        values, parameters = safetensors.torch.load_file(folder / _WEIGHTS), self._trained.parameters()
-        assert values.keys() == parameters.keys()
-        for name, parameter in parameters.items():
-            parameter.data.copy_(values[name])
+        self.load_weights(folder)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in optimizer.items():
             i, name = key.split(".", 1)
@@ -423,6 +452,17 @@ def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float)
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def _present(batch: Batch, names: Sequence[str]) -> list[int]:
+    """The examples that have these answers: all of them, or none."""
+    return [i for i, sequence in enumerate(batch.answers[names[0]]) if sequence is not None]
+
+
+def _sums_or_nan(lists: list[np.ndarray]) -> np.ndarray:
+    """Of nothing there is no sum."""
+    found = sums([torch.from_numpy(each) for each in lists]).numpy()
+    return np.where([len(each) > 0 for each in lists], found, np.nan)
 
 
 def _named(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
--- Every pair or label at every visit of every run: log-probs of policy and reference, rewards, margin and loss.
+-- Every pair or label at every visit of every run: log-probs of policy and reference, rewards, margin and loss. Where the reference moves (train.moving_reference), it is the one of that visit.
 with named as (
     select visits.*, runs_.run, runs_.beta, runs_.per_token
     from visits join runs_ on starts_with(visits.filename, runs_.folder)
