@@ -273,6 +273,12 @@ def _expected_losses(value: Any) -> NoReturn:
     raise ValueError("expected the name of a loss, a list of names, or names with their weights")
 
 
+def _as_budget(value: Any) -> Any:
+    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("expected a number of tokens of at least 1, or auto")
+
+
 def _as_word(value: Any) -> Any:
     return "off" if value is False else value  # YAML 1.1 reads off as false
 
@@ -397,8 +403,8 @@ class Train(Section):
     """Times that every pair is seen."""
     batch_size: Count = 32
     """Pairs per optimizer step, over all processes."""
-    tokens_per_micro_batch: Count | None = None
-    """Most tokens of one forward and backward. Unless said, 16,384 on a GPU and 2,048 on a CPU. Affects memory, never the result."""
+    tokens_per_micro_batch: Annotated[int | Literal["auto"] | None, BeforeValidator(_as_budget)] = None
+    """Most tokens of one forward and backward. Unless said, 16,384 on a GPU and 2,048 on a CPU. auto: on a GPU, what fits there, tried out at the start. Halved where memory does not suffice; never changes the result."""
     rows: Literal["auto", "shared", "packed", "padded"] = "auto"
     """How sequences share a forward pass, as score.rows. auto: the first that is right for the model."""
     micro_batch_size: Count | None = None
@@ -413,6 +419,8 @@ class Train(Section):
     """Let the reference move: {every: 512, alpha: 0.6}. What it scores anew are the examples that come until it moves again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
+    router_aux_loss: Annotated[float, Field(ge=0)] | None = None
+    """Of a mixture of experts: weight of its load-balancing loss, which is added. Unless said, router_aux_loss_coef of the model's config, where that has output_router_logits on."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0

@@ -132,7 +132,8 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
     examples = _examples(config, objective, prepared, scored, cache, selection, progress)
-    policy = Policy(start, prepared.manifest["template"], config.train, devices, examples[TRAIN].longest(TRIED))
+    like, template = examples[TRAIN].longest(TRIED), prepared.manifest["template"]
+    policy = Policy(start, template, config.train, devices, like, progress.say)
     moves = config.train.moving_reference
     moving = MovingReference(config.train, objective, examples, policy, config.run) if moves else None
     session = Session(config, start, inputs, examples, objective, policy, moving, RunLog(config.run), progress)

@@ -188,6 +188,11 @@ def test_loss_args_keep_yes_and_no(tmp_path):
         ("train.scope=all", "train.scope: Input should be 'batch' or 'micro', found 'all'"),
         ("train.weighting=wp", "train.weighting: Input should be 'wpo', found 'wp'"),
         ("train.micro_batch_size=0", "train.micro_batch_size"),
+        (
+            "train.tokens_per_micro_batch=0",
+            "train.tokens_per_micro_batch: expected a number of tokens of at least 1, or auto",
+        ),
+        ("train.tokens_per_micro_batch=most", "a number of tokens of at least 1, or auto, found 'most'"),
         ("train.density_ratio=often", "train.density_ratio"),
         ("train.reference_free=3", "train.reference_free"),
         ("train.tokens.ld_alpha=1.5", "train.tokens.ld_alpha"),

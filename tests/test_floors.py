@@ -23,7 +23,7 @@ ROOMS = {
 FLOORS = {
     "pipeline": ["errors schema", "pool progress", "config identity"],
     "pipeline.stored": ["artifact claims duck keys", "cache prepared rowfiles", "shorten upkeep"],
-    "pipeline.model": ["attention logprobs packing", "forward weights", "trainable"],
+    "pipeline.model": ["attention logprobs memory packing routing", "forward weights", "trainable"],
     "pipeline.preparing": [
         "example",
         "chat_template encoder examples frames sources",
@@ -35,7 +35,7 @@ FLOORS = {
     "pipeline.scoring": ["engines", "scorer", "actors"],
     "pipeline.training": [
         "losses",
-        "alerts best checkpoints density modelcard objective runlog samples sweep token_sums",
+        "alerts balance best budget checkpoints density modelcard objective runlog samples sweep token_sums",
         "from_trl runfolder selection token_logps",
         "batches",
         "columns policy",

@@ -17,7 +17,8 @@ import torch
 
 from pipeline.errors import ResourceError, UsageError
 from pipeline.model import attention, packing
-from pipeline.model.logprobs import Logps, completion_logps, lay_out, plain_logps, row_logps
+from pipeline.model.logprobs import Logps, Watch, completion_logps, lay_out, plain_logps, row_logps
+from pipeline.model.memory import is_out_of_memory
 from pipeline.schema import Sequence
 
 # Largest and mean deviation of a token from the same model's plain forward that is still rounding.
@@ -67,9 +68,9 @@ class Forward:
             attention.use_segments(self.model)
             with torch.no_grad():
                 found = np.concatenate(self._compute(sequences))
-        except (torch.OutOfMemoryError, MemoryError, ResourceError):
-            raise
         except Exception as error:  # A model that takes no segments may fail in any way.
+            if is_out_of_memory(error) or isinstance(error, ResourceError):
+                raise
             return self._take_back(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         deviation = np.abs(found - plain)[np.isfinite(plain)]
         largest, mean = (float(f(deviation)) if len(deviation) else 0.0 for f in (np.max, np.mean))
@@ -103,15 +104,18 @@ class Forward:
             ]
         return packing.packed_rows(sequences, self.groups(sequences), budget)
 
-    def logps(self, groups: SequenceOf[SequenceOf[Sequence]], *, squares: bool = False) -> Logps:
+    def logps(
+        self, groups: SequenceOf[SequenceOf[Sequence]], *, squares: bool = False, watch: Watch | None = None
+    ) -> Logps:
         """Of every sequence of the groups, in their order, the log-prob of each completion token, in one forward."""
         if self.way == "padded":
-            return completion_logps(self.model, [sequence for group in groups for sequence in group], squares=squares)
+            every = [sequence for group in groups for sequence in group]
+            return completion_logps(self.model, every, squares=squares, watch=watch)
         row = lay_out(groups)
         branches = [attention.Branch(*branch) for branch in row.branches]
         device = next(self.model.parameters()).device
         segments = attention.Segments(row.trunks, branches, device, self._kernel == "eager")
-        return row_logps(self.model, row, segments, squares=squares)
+        return row_logps(self.model, row, segments, squares=squares, watch=watch)
 
     @contextlib.contextmanager
     def plainly(self) -> Iterator[None]:

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.schema import Sequence
 
+# What is told, of each layer that routes tokens to experts, its router's logits [T, E] of the inputs.
+Watch = Callable[[SequenceOf[torch.Tensor]], None]
+
 
 def gather_logps(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
     """log softmax of the targets, in float32 whatever the model computed in."""
@@ -46,9 +49,11 @@ class Logps(NamedTuple):
     squares: list[torch.Tensor]  # log_sum_squares of the token's distribution, without gradient; empty unless asked for
 
 
-def completion_logps(model: Any, sequences: SequenceOf[Sequence], *, squares: bool = False) -> Logps:
+def completion_logps(
+    model: Any, sequences: SequenceOf[Sequence], *, squares: bool = False, watch: Watch | None = None
+) -> Logps:
     """Log-prob of each completion token of each sequence, in one padded forward."""
-    logits_NV, target_N, counts = _completion_logits(model, sequences)
+    logits_NV, target_N, counts = _completion_logits(model, sequences, watch)
     return _split(_of_logits(logits_NV, target_N, squares), counts)
 
 
@@ -61,7 +66,14 @@ def _split(found: tuple[torch.Tensor, ...], counts: list[int]) -> Logps:
     return Logps(*(list(torch.split(values_N, counts)) for values_N in found), *([[]] if len(found) == 1 else []))
 
 
-def _completion_logits(model: Any, sequences: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _asking(watch: Watch | None) -> dict[str, bool]:
+    """A keyword that only mixtures of experts know."""
+    return {} if watch is None else {"output_router_logits": True}
+
+
+def _completion_logits(
+    model: Any, sequences: SequenceOf[Sequence], watch: Watch | None
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """What predicts each completion token, these tokens, and how many each sequence has.
 
     Sequences are padded on the right, where a causal model never looks back from; so no mask is needed, and the
@@ -73,14 +85,18 @@ def _completion_logits(model: Any, sequences: SequenceOf[Sequence]) -> tuple[tor
     input_BT = torch.nn.utils.rnn.pad_sequence([ids_T[:-1] for ids_T in ids], batch_first=True).to(device)
     first = min(len(sequence.prompt_ids) for sequence in sequences) - 1
     kept_K = torch.arange(first, input_BT.shape[1], device=device)
-    logits_BKV = model(input_ids=input_BT, use_cache=False, logits_to_keep=kept_K).logits
+    out = model(input_ids=input_BT, use_cache=False, logits_to_keep=kept_K, **_asking(watch))
+    if watch:
+        rows = [torch.ones(len(ids_T) - 1) for ids_T in ids]
+        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).flatten().nonzero().flatten().to(device)
+        watch([logits.flatten(0, -2)[inputs] for logits in out.router_logits])
 
     counts = [len(sequence.completion_ids) for sequence in sequences]
     row_N = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts))
     starts = [len(sequence.prompt_ids) - 1 - first for sequence in sequences]
     column_N = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)])
     target_N = torch.cat([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)]).to(device)
-    return logits_BKV[row_N.to(device), column_N.to(device)], target_N, counts
+    return out.logits[row_N.to(device), column_N.to(device)], target_N, counts
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ def lay_out(groups: SequenceOf[SequenceOf[Sequence]]) -> Row:
     )
 
 
-def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False) -> Logps:
+def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False, watch: Watch | None = None) -> Logps:
     """Log-prob of each completion token of each sequence of a row. `segments` says to the model's attention what
     `row.trunks` and `row.branches` say here; see attention.py.
 
@@ -138,13 +154,16 @@ def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False) -> 
     of them are kept: the backward pass begins with those, and would make them again at once.
     """
     device = next(model.parameters()).device
-    hidden_1TD = model.get_decoder()(
+    out = model.get_decoder()(
         input_ids=torch.from_numpy(row.input_T).to(device).unsqueeze(0),
         position_ids=torch.from_numpy(row.position_T).to(device).unsqueeze(0),
         use_cache=False,
         segments=segments,
-    ).last_hidden_state
-    hidden_ND = hidden_1TD[0, torch.from_numpy(row.source_N).to(device)]
+        **_asking(watch),
+    )
+    if watch:
+        watch([logits.flatten(0, -2) for logits in out.router_logits])
+    hidden_ND = out.last_hidden_state[0, torch.from_numpy(row.source_N).to(device)]
     target_N = torch.from_numpy(row.target_N).to(device)
 
     def head(hidden_ND: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -146,11 +146,16 @@ class Examples:
         """`indices` in parts of at most `most` examples, none of whose forwards has more than `budget` tokens."""
         parts = np.split(indices, range(most, len(indices), most)) if most else [indices]
         cut = token_budget_batches if way == "padded" else balanced
-        return [part[chosen] for part in parts for chosen in cut(self._sizes[way][self._rows[part]].tolist(), budget)]
+        return [part[chosen] for part in parts for chosen in cut(self.sizes(part, way).tolist(), budget)]
+
+    def sizes(self, indices: np.ndarray, way: str) -> np.ndarray:
+        """Tokens that each takes of a forward."""
+        sizes: np.ndarray = self._sizes[way][self._rows[indices]]
+        return sizes
 
     def shares(self, indices: np.ndarray, n: int, way: str) -> list[np.ndarray]:
         """`indices` for `n` processes, each about as many tokens of forwards, so that none waits long for the others."""
-        sizes = self._sizes[way][self._rows[indices]].tolist()
+        sizes = self.sizes(indices, way).tolist()
         return [indices[sorted(part)] if part else indices[:0] for part in shares(sizes, n)]
 
     def longest(self, n: int) -> list[TokenSequence]:

@@ -34,6 +34,7 @@ _SAME = {
     "warmup_ratio": "train.warmup_ratio",
     "weight_decay": "train.weight_decay",
     "max_grad_norm": "train.max_grad_norm",
+    "router_aux_loss_coef": "train.router_aux_loss",
     "seed": "train.seed",
     "save_steps": "train.checkpoint_every",
     "save_total_limit": "train.keep_checkpoints",
@@ -120,7 +121,6 @@ _PREFIXES = {
 }
 _CANNOT = {
     "trust_remote_code": "no remote code is run",
-    "router_aux_loss_coef": "a mixture's auxiliary loss is not trained",
     "fp16": "training is in float32 or bf16",
     "lora_modules_to_save": "adapters only: no further weights are trained",
     "dataset_streaming": "prepare reads all of the data once",

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,9 +29,13 @@ from pipeline.model import trainable
 from pipeline.model.forward import Forward, flat
 from pipeline.model.logprobs import Logps, sums, use_float32_head
 from pipeline.model.packing import token_budget_batches
+from pipeline.model.routing import Routed
 from pipeline.schema import STEPS
 from pipeline.schema import Sequence as TokenSequence
+from pipeline.training import balance, budget
+from pipeline.training.balance import Balance, over_processes
 from pipeline.training.batches import Batch, Examples, Scores
+from pipeline.training.budget import Budget
 from pipeline.training.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Memory, Objective, part_of
 from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
 
@@ -71,6 +75,7 @@ class _Whole:
     memory: Memory
     slopes: dict[str, torch.Tensor]  # of the summed loss at each log-prob, where examples depend on one another
     values: dict[str, torch.Tensor]
+    routed: Routed | None  # of a mixture whose experts are balanced
 
 
 def accelerator(train: Train) -> Accelerator:
@@ -88,8 +93,8 @@ class _Logps(torch.nn.Module):
         super().__init__()
         self.model, self._forward = forward.model, forward
 
-    def forward(self, groups: list[list[TokenSequence]], *, squares: bool = False) -> Logps:
-        return self._forward.logps(groups, squares=squares)
+    def forward(self, groups: list[list[TokenSequence]], **asked: Any) -> Logps:
+        return self._forward.logps(groups, **asked)
 
 
 class Policy:
@@ -100,8 +105,10 @@ class Policy:
         train: Train,
         accelerator: Accelerator,
         like: Sequence[TokenSequence],
+        say: Callable[[str], None],
     ) -> None:
-        """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them."""
+        """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them, and how
+        much one takes."""
         torch.manual_seed(train.seed)
         self.train, self.accelerator = train, accelerator
         self.tokenizer = AutoTokenizer.from_pretrained(start.tokenizer)
@@ -115,6 +122,13 @@ class Policy:
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
         with accelerator.autocast():
             self.forward.choose(like)
+        self._balance = balance.balance_of(model, train, accelerator.device)
+        self._budget = Budget(train, accelerator.device, accelerator.num_processes, say)
+        if self._budget.wants_trial:
+            self._budget.tokens = self._tried(like)
+            self.notes.append(
+                f"{self._budget.tokens:,} tokens in one forward and backward fit (train.tokens_per_micro_batch)"
+            )
         groups = _parameter_groups(list(self._trained.parameters().values()), train.weight_decay)
         # On a GPU all parameters in one kernel.
         fused = accelerator.device.type == "cuda"
@@ -138,11 +152,6 @@ class Policy:
         return self.forward.model
 
     @property
-    def _budget(self) -> int:
-        on_gpu = self.accelerator.device.type == "cuda"
-        return self.train.tokens_per_micro_batch or (16_384 if on_gpu else 2_048)
-
-    @property
     def peak_memory(self) -> int:
         """Bytes: of the GPU's where there is one, else of this process's."""
         if self.accelerator.device.type == "cuda":
@@ -154,15 +163,51 @@ class Policy:
         """What the main process says, on every process."""
         return cast(T, broadcast_object_list([value])[0]) if self.accelerator.num_processes > 1 else value
 
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _tried(self, like: Sequence[TokenSequence]) -> int:
+        """The budget that the process with the least memory has room for."""
+        parameters, n_processes = list(self._trained.parameters().values()), self.accelerator.num_processes
+        n_bytes = sum(each.numel() * each.element_size() for each in parameters)
+        # AdamW's two moments; with several processes, the gradients once more, in what they send one another.
+        later = 2 * n_bytes + (n_bytes if n_processes > 1 else 0)
+        most = min(-(-self.train.batch_size // n_processes), self.train.micro_batch_size or sys.maxsize)
+        with self.accelerator.autocast():
+            found = budget.largest_that_fits(self.forward, like, parameters, later, most)
+        return min(gather_object([found])) if n_processes > 1 else found
+
+    def _within_memory(self, compute: Callable[[], T], examples: Examples, indices: np.ndarray) -> T:
+        """What `compute` makes of these examples, in smaller forwards where memory does not suffice."""
+
+        def sizes() -> list[list[int]]:
+            share = self._share(examples, indices)
+            parts = self._parts(examples, share if len(share) else indices[:1])
+            return [examples.sizes(part, self._way).tolist() for part in parts]
+
+        def drop() -> None:
+            self._optimizer.zero_grad()
+            if self._balance:
+                self._balance.watched()
+
+        return self._budget.within(compute, sizes, drop)
+
+    @property
+    def _way(self) -> str:
+        return self.forward.way or "padded"
+
     # -- log-probs ---------------------------------------------------------------------------------------------------
 
     def evaluate(
         self, examples: Examples, indices: np.ndarray, objective: Objective, memory: Memory
     ) -> tuple[Visit, Logged]:
         """Visit examples without learning from them. They count as one batch."""
-        columns = self._seen(examples, indices, objective, objective.visited)
+        columns = self._within_memory(
+            lambda: self._seen(examples, indices, objective, objective.visited), examples, indices
+        )
         statistics, _, logged = objective.with_statistics(columns, memory, learning=False)
         loss, parts = objective.values(columns, statistics)
+        if self._balance:
+            logged[balance.METRIC] = self._balance.value(self._routed_everywhere(self._balance))
         return _visit(columns, loss, parts), logged
 
     def update(
@@ -175,16 +220,16 @@ class Policy:
         epoch: int = 0,
     ) -> tuple[Visit, Logged, Memory]:
         """One optimizer step on these examples; returns what was seen before it, numbers to log and what to remember."""
-        step = self._step(examples, indices, objective, memory, epoch)
-        grad_norm = float(
-            self.accelerator.clip_grad_norm_(self._trained.parameters().values(), self.train.max_grad_norm)
-        )
+        step = self._within_memory(lambda: self._step(examples, indices, objective, memory, epoch), examples, indices)
+        parameters = self._trained.parameters().values()
+        grad_norm = float(self.accelerator.clip_grad_norm_(parameters, self.train.max_grad_norm))
         for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 raise NotFinite(metric, value, step.visit)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        with budget.once("the optimizer's update"):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return step.visit, {**step.logged, "grad_norm": grad_norm}, step.memory
 
@@ -223,6 +268,7 @@ class Policy:
         at, n = {int(i): k for k, i in enumerate(indices)}, len(indices)
         seen: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
         logged, after = (whole.logged, whole.memory) if whole else ({}, memory)
+        aux_loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, part in enumerate(parts):
             with self.accelerator.no_sync(self._module) if i < len(parts) - 1 else contextlib.nullcontext():
                 answers = objective.answers if whole else (*objective.answers, *objective.without_gradient)
@@ -241,9 +287,16 @@ class Policy:
                     total, values = loss.sum(), {"loss": loss, **_named(terms)}
                 # Averaged over the step's examples, never over micro-batches: memory must not change the result. The
                 # reduction averages over processes, hence their number.
-                self.accelerator.backward(total * (self.accelerator.num_processes / n if len(mine) else 0.0))
+                n_processes = self.accelerator.num_processes if len(mine) else 0
+                share = total * (n_processes / n)
+                if self._balance:
+                    aux = self._balance.loss(whole.routed if whole else None, len(part) / n)
+                    share, aux_loss = share + n_processes * self._balance.coefficient * aux, aux_loss + aux.detach()
+                self.accelerator.backward(share)
             if len(mine):
                 seen.append((part, {name: each.detach() for name, each in (columns | values).items()}))
+        if self._balance and whole is None:
+            logged = {**logged, balance.METRIC: float(aux_loss)}
         return _Step(_arrays(self._gather(indices, seen)), logged, after)
 
     def _whole_batch(
@@ -256,20 +309,28 @@ class Policy:
         n_parts: int,
     ) -> "_Whole | None":
         """What a first pass over the batch finds; None where none is wanted, or a single forward sees all of it anyway."""
-        if self.train.scope == "micro" or not (objective.statistics or objective.over_batch):
+        if self.train.scope == "micro" or not (objective.statistics or objective.over_batch or self._balance):
             return None
         if n_parts == 1 and self.accelerator.num_processes == 1:
             return None
-        columns = self._seen(examples, indices, objective, objective.first_pass, epoch)
+        answers = (*objective.first_pass, *(objective.answers if self._balance else ()))
+        columns = self._seen(examples, indices, objective, tuple(dict.fromkeys(answers)), epoch)
         statistics, after, logged = objective.with_statistics(columns, memory, learning=True)
+        routed = self._routed_everywhere(self._balance) if self._balance else None
+        if self._balance and routed:
+            logged[balance.METRIC] = self._balance.value(routed)
         if not objective.over_batch:
-            return _Whole(statistics, logged, after, {}, {})
+            return _Whole(statistics, logged, after, {}, {}, routed)
         names = [f"{kind}{name}_logp" for name in objective.answers for kind in ("", PLAIN)]
         at = {name: columns[name].clone().requires_grad_() for name in names}
         loss, terms = objective.values(columns | at, statistics)
         slopes = torch.autograd.grad(loss.sum(), list(at.values()), allow_unused=True, materialize_grads=True)
         values = {name: each.detach() for name, each in {"loss": loss, **_named(terms)}.items()}
-        return _Whole(statistics, logged, after, dict(zip(at, slopes, strict=True)), values)
+        return _Whole(statistics, logged, after, dict(zip(at, slopes, strict=True)), values, routed)
+
+    def _routed_everywhere(self, balance: Balance) -> Routed:
+        """What all processes have watched their routers do."""
+        return over_processes(balance.watched(), lambda each: self.accelerator.reduce(each, "sum"))
 
     def _seen(
         self, examples: Examples, indices: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int = 0
@@ -331,8 +392,9 @@ class Policy:
         groups = self.forward.groups(sequences)
         # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
         module = self._module if torch.is_grad_enabled() else self.forward.logps
+        watch = self._balance.watch if self._balance and names[0] not in WITHOUT_GRADIENT else None
         with self.accelerator.autocast():
-            found = module([[sequences[i] for i in group] for group in groups], squares=also_squares)
+            found = module([[sequences[i] for i in group] for group in groups], squares=also_squares, watch=watch)
         back = np.argsort(flat(groups))
         by_answer = [{} if not lists else self._by_answer([lists[i] for i in back], names, len(has)) for lists in found]
         return by_answer[0], by_answer[1]
@@ -342,11 +404,11 @@ class Policy:
 
     def _parts(self, examples: Examples, indices: np.ndarray) -> list[np.ndarray]:
         # Where a micro-batch is what a loss is taken over, the room that its tokens take must not cut it.
-        budget = sys.maxsize if self.train.scope == "micro" else self._budget
-        return examples.micro_batches(indices, budget, self.train.micro_batch_size, way=self.forward.way or "padded")
+        most = sys.maxsize if self.train.scope == "micro" else self._budget.tokens
+        return examples.micro_batches(indices, most, self.train.micro_batch_size, way=self._way)
 
     def _share(self, examples: Examples, indices: np.ndarray) -> np.ndarray:
-        of_all = examples.shares(indices, self.accelerator.num_processes, self.forward.way or "padded")
+        of_all = examples.shares(indices, self.accelerator.num_processes, self._way)
         mine: np.ndarray = of_all[self.accelerator.process_index]
         return mine
 
@@ -373,7 +435,7 @@ class Policy:
         room = self.train.sample_tokens
         with self.forward.plainly():
             for part in token_budget_batches(
-                [len(ids) + room for ids in prompts], max(self._budget, _GENERATED_AT_ONCE)
+                [len(ids) + room for ids in prompts], max(self._budget.tokens, _GENERATED_AT_ONCE)
             ):
                 answers.update(zip(part, self._answer([prompts[i] for i in part]), strict=True))
         return [answers[i] for i in range(len(prompts))]

@@ -342,7 +342,7 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     table = _table(pairs)
     columns |= {f"n_{answer}": table[f"n_{answer}"].to_numpy().astype(np.float64) for answer in ("chosen", "rejected")}
     examples = Examples(table, ("chosen", "rejected"), (), columns)
-    policy = Policy(Reference(folder / "model"), None, train, accelerator(train), examples.longest(12))
+    policy = Policy(Reference(folder / "model"), None, train, accelerator(train), examples.longest(12), print)
     assert policy.forward.way == ("shared" if rows == "auto" else rows), policy.forward.why
     objective = Objective(train)
 
