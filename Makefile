@@ -55,7 +55,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score bench-train help always
+.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score bench-train bench-gpu help always
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -134,6 +134,8 @@ bench-score: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.score
 bench-train: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.train
+bench-gpu: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

@@ -57,6 +57,14 @@ def test_the_keys_of_one_call_over_the_row():
     assert (found["max_q"], found["max_k"]) == (4, 4)
 
 
+def test_under_autocast_a_row_is_computed_in_its_dtype():
+    # Weights that are trained are float32: rotated queries and keys are too, which a fused kernel does not take.
+    query = torch.zeros(1, 4, 7, 8)
+    assert attention._computed_in(query) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention._computed_in(query) == torch.bfloat16
+
+
 # -- on real models --------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +108,7 @@ def test_a_model_that_drops_the_keyword_fails_rather_than_attend_to_all():
 # -- the kernel for GPUs, spelt out here -----------------------------------------------------------------------------
 
 
-def varlen(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def varlen(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch.nn.attention.varlen.varlen_attn is documented to compute: queries are aligned with the last keys."""
     out = torch.empty_like(q_THD[..., : v_THD.shape[-1]])
     left, right = window_size
@@ -115,14 +123,32 @@ def varlen(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size,
     return out
 
 
+def varlen_of_2_11(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """PyTorch 2.11 knows no keyword for fewer heads of keys, and takes them."""
+    grouped = q_THD.shape[1] != k_THD.shape[1]
+    return varlen(
+        q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped
+    )
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_call_over_the_row_is_asked_as_this_pytorch_wants_it(window):
+    row = lay_out([group(2, 3, 3), group(1, 2)])
+    # Tensors without values: arguments and shapes are checked, and nothing is computed.
+    given = [torch.empty(heads, 8, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
+    at = attention.Segments(row.trunks, [attention.Branch(*branch) for branch in row.branches], "meta")
+    assert attention._in_one_call(*given, at, 0.25, window).shape == (8, 4, 16)
+
+
+@pytest.mark.parametrize("kernel", [varlen, varlen_of_2_11])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
-def test_one_call_over_the_row_is_the_same(name, monkeypatch):
+def test_one_call_over_the_row_is_the_same(name, kernel, monkeypatch):
     model = build(name)
     attention.use_segments(model)
     row = lay_out(GROUPS)
     with torch.no_grad():
         expected = row_logps(model, row, segments(row)).logps
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
 
         def one_call(module, query, key, value, mask, *, segments, scaling=None, sliding_window=None, **_):
             found = attention._in_one_call(query[0], key[0], value[0], segments, scaling, sliding_window)

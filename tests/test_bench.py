@@ -87,6 +87,36 @@ def test_bench_train_compares_the_loader():
     assert re.search(r"Examples\.batch [\d,]+, datasets\[i\] [\d,]+, datasets\[list\] [\d,]+", printed)
 
 
+def test_bench_gpu_runs_every_part_on_any_machine(tmp_path: Path):
+    printed = bench("tests.bench.gpu", "--tiny", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["versions"]["torch"] and found["versions"]["vllm"] is None
+    assert re.search(r"^ +vllm +absent", printed, re.M)
+    # Three models, in three precisions and three ways, against their plain float32 forward.
+    assert len(found["check"]["cases"]) == 27 and all(case["right"] for case in found["check"]["cases"])
+    train = found["train"]["tiny"]["contenders"]
+    assert {name for name, each in train.items() if each.get("pairs_per_second", 0) > 0} == set(train)
+    assert "NOT the others' loss" not in printed
+    falls = {name: each["losses"][1] - each["losses"][0] for name, each in train.items() if "lora" not in name}
+    assert falls["ours"] > 0 and all(fall == pytest.approx(falls["ours"], rel=0.1) for fall in falls.values())
+    scored = {name for name, each in found["score"]["contenders"].items() if "sequences_per_second" in each}
+    assert scored == {"ours", "packed", "sorted-16384", "sorted-65536", "trl-8", "trl-32", "bare"}
+    assert max(each["answer"] for each in found["score"]["parity"] if each["dtype"] == "float32") < 1e-5
+    assert found["memory"]["sft"]["peak_bytes"]["ours-sft"] > 0
+    assert len(found["train"]["tiny"]["targets"]) == len(found["score"]["targets"]) == 2
+
+
+def test_bench_gpu_times_nothing_where_results_are_wrong():
+    from tests.bench.gpu import kernels
+
+    shape = kernels.MODELS["grouped heads"]
+    pairs = kernels._pairs(True, seed=1)
+    plain = kernels._plainly(kernels._build(shape, 1), pairs)
+    assert kernels._compared(kernels._build(shape, 1), pairs, plain, "float32", "shared")["right"]
+    other = kernels._compared(kernels._build(shape, 2), pairs, plain, "float32", "shared")
+    assert not other["right"] and "log-probs and gradient off" in other["why"]
+
+
 @pytest.mark.parametrize("regime", corpus.REGIMES)
 def test_token_pairs_have_the_means_of_their_regime(regime):
     pairs = corpus.token_pairs(32, 500, regime=regime)

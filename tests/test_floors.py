@@ -23,7 +23,7 @@ ROOMS = {
 FLOORS = {
     "pipeline": ["errors schema", "pool progress", "config identity"],
     "pipeline.stored": ["artifact claims duck keys", "cache prepared rowfiles", "shorten upkeep"],
-    "pipeline.model": ["attention logprobs memory packing routing", "forward weights", "trainable"],
+    "pipeline.model": ["logprobs packing memory", "attention routing", "forward weights", "trainable"],
     "pipeline.preparing": [
         "example",
         "chat_template encoder examples frames sources",

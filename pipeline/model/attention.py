@@ -7,6 +7,7 @@ model computes the same this way is for its caller to check: see engines/transfo
 Shapes: H heads, T positions of the row, Q queries and K keys of one call, D width of a head.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from pipeline.model.logprobs import sent
 
 NAME = "prefcache_segments"
 # What Transformers calls layers whose attention is within reach of segments.
@@ -75,7 +78,7 @@ class Segments:
         n_k = [sum(map(_length, spans)) for _, spans in self.calls]
         keys = [torch.arange(span.start, span.stop) for _, spans in self.calls for span in spans]
         return {
-            "keys": torch.cat(keys).to(self.device),
+            "keys": sent(torch.cat(keys), self.device),
             "cu_q": _starts(n_q, self.device),
             "cu_k": _starts(n_k, self.device),
             "max_q": max(n_q),
@@ -88,7 +91,7 @@ def _length(span: slice) -> int:
 
 
 def _starts(counts: list[int], device: torch.device | str) -> torch.Tensor:
-    return F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device, torch.int32)
+    return sent(F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(torch.int32), device)
 
 
 def why_not(config: Any) -> str | None:
@@ -126,9 +129,10 @@ def attend(
     """What Transformers calls in place of its own attention. A keyword `segments` that does not arrive is a TypeError."""
     assert len(query) == 1 and attention_mask is None
     special = segments.spelt_out or softcap is not None or s_aux is not None
-    if query.is_cuda and not special and query.dtype in (torch.float16, torch.bfloat16):
-        out_THD = _in_one_call(query[0], key[0], value[0], segments, scaling, sliding_window)
-        return out_THD.unsqueeze(0), None
+    dtype = _computed_in(query)
+    if query.is_cuda and not special and dtype in (torch.float16, torch.bfloat16):
+        q_HTD, k_HTD, v_HTD = (each[0].to(dtype) for each in (query, key, value))
+        return _in_one_call(q_HTD, k_HTD, v_HTD, segments, scaling, sliding_window).unsqueeze(0), None
     found: list[torch.Tensor] = []
     for q_HQD, k_HKD, v_HKD in _of_each_call(query[0], key[0], value[0], segments):
         n_q, n_k = q_HQD.shape[1], k_HKD.shape[1]
@@ -148,6 +152,12 @@ def attend(
         found.append(found_HQD.transpose(0, 1))
     # As the model reads it next: each call's result is copied once.
     return torch.cat(found).unsqueeze(0), None
+
+
+def _computed_in(query: torch.Tensor) -> torch.dtype:
+    """Under autocast, rotated queries and keys arrive in float32 and values do not: what they are computed in says autocast."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _of_each_call(
@@ -217,6 +227,9 @@ def _in_one_call(
     from torch.nn.attention.varlen import varlen_attn
 
     at = segments.variable_lengths
+    # PyTorch 2.11 takes fewer heads of keys as they are, and knows no keyword that says so.
+    takes_it = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {"enable_gqa": True} if takes_it and q_HTD.shape[0] != k_HTD.shape[0] else {}
     out_THD: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # it returns more only when asked for more
         q_HTD.transpose(0, 1).contiguous(),
         k_HTD.transpose(0, 1)[at["keys"]],
@@ -228,6 +241,6 @@ def _in_one_call(
         scale=scaling,
         # To the left; the query itself comes on top. Queries are aligned with the last keys.
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q_HTD.shape[0] != k_HTD.shape[0],
+        **grouped,
     )
     return out_THD

@@ -31,7 +31,7 @@ def gather_logps(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tenso
 def plain_logps(model: Any, sequence: Sequence) -> torch.Tensor:
     """Log-prob of each completion token of one sequence, by the model's plain forward."""
     device = next(model.parameters()).device
-    ids_T = _tensor(sequence.prompt_ids, sequence.completion_ids).to(device)
+    ids_T = sent(_tensor(sequence.prompt_ids, sequence.completion_ids), device)
     logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
     n_prompt = len(sequence.prompt_ids)
     return gather_logps(logits_TV[n_prompt - 1 : -1], ids_T[n_prompt:])
@@ -82,7 +82,7 @@ def _completion_logits(
     """
     device = next(model.parameters()).device
     ids = [_tensor(sequence.prompt_ids, sequence.completion_ids) for sequence in sequences]
-    input_BT = torch.nn.utils.rnn.pad_sequence([ids_T[:-1] for ids_T in ids], batch_first=True).to(device)
+    input_BT = sent(torch.nn.utils.rnn.pad_sequence([ids_T[:-1] for ids_T in ids], batch_first=True), device)
     first = min(len(sequence.prompt_ids) for sequence in sequences) - 1
     kept_K = torch.arange(first, input_BT.shape[1], device=device)
     out = model(input_ids=input_BT, use_cache=False, logits_to_keep=kept_K, **_asking(watch))
@@ -95,8 +95,8 @@ def _completion_logits(
     row_N = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts))
     starts = [len(sequence.prompt_ids) - 1 - first for sequence in sequences]
     column_N = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)])
-    target_N = torch.cat([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)]).to(device)
-    return out.logits[row_N.to(device), column_N.to(device)], target_N, counts
+    target_N = torch.cat([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)])
+    return out.logits[sent(row_N, device), sent(column_N, device)], sent(target_N, device), counts
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,16 @@ def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False, wat
     """
     device = next(model.parameters()).device
     out = model.get_decoder()(
-        input_ids=torch.from_numpy(row.input_T).to(device).unsqueeze(0),
-        position_ids=torch.from_numpy(row.position_T).to(device).unsqueeze(0),
+        input_ids=sent(torch.from_numpy(row.input_T), device).unsqueeze(0),
+        position_ids=sent(torch.from_numpy(row.position_T), device).unsqueeze(0),
         use_cache=False,
         segments=segments,
         **_asking(watch),
     )
     if watch:
         watch([logits.flatten(0, -2) for logits in out.router_logits])
-    hidden_ND = out.last_hidden_state[0, torch.from_numpy(row.source_N).to(device)]
-    target_N = torch.from_numpy(row.target_N).to(device)
+    hidden_ND = out.last_hidden_state[0, sent(torch.from_numpy(row.source_N), device)]
+    target_N = sent(torch.from_numpy(row.target_N), device)
 
     def head(hidden_ND: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with _only_the_head(model) as logits:
@@ -235,6 +235,14 @@ def use_float32_head(model: Any, *, frozen: bool = False) -> None:
             return F.linear(hidden.float(), head.weight.float() if kept_VD is None else kept_VD, bias)
 
     head.forward = forward
+
+
+def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """On that device. To a GPU from pinned memory: otherwise the host would wait until the GPU has done all it was asked before,
+    and a micro-batch could not be laid out while the one before it is computed."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _tensor(*parts: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.model.logprobs import sent
 from pipeline.model.packing import balanced, shares, token_budget_batches
 from pipeline.schema import Sequence as TokenSequence
 from pipeline.stored.prepared import IdLists
@@ -110,12 +111,12 @@ class Examples:
         return Batch(
             rows,
             {
-                name: torch.as_tensor(values[rows], dtype=torch.float64, device=device)
+                name: sent(torch.as_tensor(values[rows], dtype=torch.float64), device)
                 for name, values in self._columns.items()
             },
             {name: [self._sequence(name, row) for row in rows] for name in answers},
             {
-                name: [torch.from_numpy(self._tokens[name][row]).to(device) for row in rows]
+                name: [sent(torch.from_numpy(self._tokens[name][row]), device) for row in rows]
                 for name in answers
                 if name in self._tokens
             },

@@ -95,6 +95,10 @@ class Process:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def round(self) -> float:
+        seconds: float = self.ask("round")["seconds"]
+        return seconds
+
 
 def serve(answers: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
     """What a contender's process does until nobody asks any more."""
@@ -105,13 +109,21 @@ def serve(answers: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
         print(json.dumps(answers[what.strip()]()), file=to_whom_asks, flush=True)
 
 
-def rounds(running: Mapping[str, Process], n_rounds: int) -> Iterator[dict[str, float]]:
-    """Each time another one begins."""
-    names = list(running)
+def rounds(
+    turns: Mapping[str, Callable[[], float]], n_rounds: int, over: Callable[[], bool] = lambda: False
+) -> Iterator[dict[str, float]]:
+    """Seconds of each one's turn; each time another one begins. When time is over, those left have no turn."""
+    names = list(turns)
     for i in range(n_rounds):
         first = i * max(1, len(names) // n_rounds) % len(names)
-        seconds = {name: running[name].ask("round")["seconds"] for name in names[first:] + names[:first]}
-        print(f"  round {i + 1}: " + ", ".join(f"{name} {seconds[name]:.2f} s" for name in names), flush=True)
+        seconds: dict[str, float] = {}
+        for name in names[first:] + names[:first]:
+            if not over():
+                seconds[name] = turns[name]()
+        if not seconds:
+            return
+        took = (f"{name} {seconds[name]:.2f} s" for name in names if name in seconds)
+        print(f"  round {i + 1}: " + ", ".join(took), flush=True)
         yield seconds
 
 

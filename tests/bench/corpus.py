@@ -92,6 +92,16 @@ def _text(rng: random.Random, said: list[str], mean: float, spread: float) -> st
     return "".join(said[begin : begin + n]).strip()
 
 
+def padding_tokenizer() -> Any:
+    """One that knows how to pad, for trainers that will not do without any; they are given ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    padding = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")))
+    padding.pad_token = padding.eos_token = "<pad>"
+    return padding
+
+
 def write_tokenizer(folder: Path, vocabulary: int = 32_000) -> Path:
     """A byte-level BPE tokenizer as current models have, and the smallest of models."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -106,7 +106,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         plain = _plain(folder / "model", _sample(pairs))
         for name in running:
             found[name]["deviation"] = _deviation(found[name].pop("logps"), plain, _sample(pairs))
-        for seconds in contest.rounds(running, options.rounds):
+        for seconds in contest.rounds({name: each.round for name, each in running.items()}, options.rounds):
             for name in running:
                 found[name].setdefault("seconds", []).append(seconds[name])
         for name, process in running.items():
@@ -350,13 +350,17 @@ def vllm(name: str, model: Path) -> Contender:
 
 
 def sorted_batches(name: str, model: Path) -> Contender:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    llama = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return sorted_by_length(llama, int(name.removeprefix("sorted-")))
+
+
+def sorted_by_length(model: Any, budget: int) -> Contender:
     """What one writes with Transformers alone, taking some care."""
     import torch
     import torch.nn.functional as F
-    from transformers import LlamaForCausalLM
-
-    budget = int(name.removeprefix("sorted-"))
-    llama = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def score(pairs: list[TokenPair]) -> list[np.ndarray]:
@@ -366,13 +370,14 @@ def sorted_batches(name: str, model: Path) -> Contender:
             ids = [torch.from_numpy(np.concatenate(asked[i]).astype(np.int64)) for i in batch]
             # On the right, where a causal model never looks: no mask.
             input_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            hidden_BTD = llama.model(input_ids=input_BT, use_cache=False).last_hidden_state
+            hidden_BTD = model.model(input_ids=input_BT.to(model.device), use_cache=False).last_hidden_state
             counts = [len(asked[i].completion_ids) for i in batch]
             predicts_BT = torch.zeros_like(input_BT, dtype=torch.bool)
             for row, (i, count) in enumerate(zip(batch, counts, strict=True)):
                 predicts_BT[row, asked[i].n_tokens - 1 - count : asked[i].n_tokens - 1] = True
-            target_N = torch.cat([of[-count:] for of, count in zip(ids, counts, strict=True)])
-            logps_N = -F.cross_entropy(llama.lm_head(hidden_BTD[predicts_BT]), target_N, reduction="none")
+            target_N = torch.cat([of[-count:] for of, count in zip(ids, counts, strict=True)]).to(model.device)
+            logits_NV = model.lm_head(hidden_BTD[predicts_BT.to(model.device)]).float()
+            logps_N = -F.cross_entropy(logits_NV, target_N, reduction="none").cpu()
             logps.update(zip(batch, (of.numpy() for of in logps_N.split(counts)), strict=True))
         return [logps[i] for i in range(len(asked))]
 
@@ -390,11 +395,19 @@ def _sorted_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 
 def trl(name: str, model: Path) -> Contender:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_cpu = name.endswith("-cpu")
+    reference = None if on_cpu else AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = {"use_cpu": True, "bf16": False, "output_dir": str(model.parent / f"{name}-out")}
+    return trl_precompute(str(model), reference, int(name.split("-")[1]), settings)
+
+
+def trl_precompute(model: Any, reference: Any, n_batch: int, settings: dict[str, Any]) -> Contender:
     """TRL's precomputing of reference log-probs, but for its tokenizing and its writing of the result to a file."""
     import datasets
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
     from trl.trainer import utils
 
@@ -402,31 +415,24 @@ def trl(name: str, model: Path) -> Contender:
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    on_cpu = name.endswith("-cpu")
-    if not on_cpu:
+    if reference is not None:
         # What it asks before it leaves the other positions out. Its kernels ask for themselves, and stay as they are.
         utils._use_triton = lambda device: True
-    padding = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")))
-    padding.pad_token = padding.eos_token = "<pad>"
-    reference = None if on_cpu else AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = OfIds(
-        model=str(model),
+        model=model,
         ref_model=reference,
         args=DPOConfig(
-            output_dir=str(model.parent / f"{name}-out"),
             precompute_ref_log_probs=True,
             max_length=None,
-            use_cpu=True,
-            bf16=False,
             gradient_checkpointing=False,
             report_to="none",
+            **settings,
         ),
         # Computes a first pair here and now, as it does with any data.
         train_dataset=_dataset(datasets, corpus.token_pairs(1, 8)),
-        processing_class=padding,
+        processing_class=corpus.padding_tokenizer(),
     )
-    assert (trainer.ref_model is None) == on_cpu
-    n_batch = int(name.split("-")[1])
+    assert trainer.ref_model is reference
     made: dict[int, Any] = {}
 
     def score(pairs: list[TokenPair]) -> list[float]:

@@ -106,7 +106,7 @@ def compare(folder: Path, regime: str, options: argparse.Namespace) -> dict[str,
             order = "grouped" if name.endswith("-grouped") else "given"
             losses = zip(found[name]["losses"], plain[order], strict=True)
             found[name]["deviation"] = max(abs(mine - theirs) for mine, theirs in losses)
-        for seconds in contest.rounds(running, options.rounds):
+        for seconds in contest.rounds({name: each.round for name, each in running.items()}, options.rounds):
             for name in names:
                 found[name].setdefault("seconds", []).append(seconds[name])
         for name, process in running.items():
@@ -142,13 +142,8 @@ def _in_process(what: str, *arguments: Any) -> None:
 
 
 def _write_model(folder: Path, shape: dict[str, Any]) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     contest.write_llama(folder, shape)
-    padding = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")))
-    padding.pad_token = padding.eos_token = "<pad>"
-    padding.save_pretrained(folder)
+    corpus.padding_tokenizer().save_pretrained(folder)
 
 
 def _grouped(pairs: list[TokenPair]) -> list[TokenPair]:
@@ -311,7 +306,6 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     from pipeline.identity import Reference
     from pipeline.model.forward import Forward, flat
     from pipeline.model.logprobs import sums, use_float32_head
-    from pipeline.training.batches import Examples
     from pipeline.training.objective import Objective
     from pipeline.training.policy import Policy, accelerator
 
@@ -338,10 +332,7 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     of_answers = np.split(scored(reference, sequences), 2)
     if name != "ours-live":
         del reference
-    columns = {f"ref_{answer}_logp": logps for answer, logps in zip(("chosen", "rejected"), of_answers, strict=True)}
-    table = _table(pairs)
-    columns |= {f"n_{answer}": table[f"n_{answer}"].to_numpy().astype(np.float64) for answer in ("chosen", "rejected")}
-    examples = Examples(table, ("chosen", "rejected"), (), columns)
+    examples = examples_of(pairs, *of_answers)
     policy = Policy(Reference(folder / "model"), None, train, accelerator(train), examples.longest(12), print)
     assert policy.forward.way == ("shared" if rows == "auto" else rows), policy.forward.why
     objective = Objective(train)
@@ -356,6 +347,15 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
         return losses, time.perf_counter() - began
 
     return steps
+
+
+def examples_of(pairs: list[TokenPair], chosen_logp: np.ndarray, rejected_logp: np.ndarray) -> Any:
+    """As `train` has them, with what the cache gives."""
+    from pipeline.training.batches import Examples
+
+    table, answers = _table(pairs), ("chosen", "rejected")
+    columns = {f"n_{answer}": table[f"n_{answer}"].to_numpy().astype(np.float64) for answer in answers}
+    return Examples(table, answers, (), columns | {"ref_chosen_logp": chosen_logp, "ref_rejected_logp": rejected_logp})
 
 
 def _table(pairs: list[TokenPair]) -> Any:
@@ -373,20 +373,50 @@ def _table(pairs: list[TokenPair]) -> Any:
 
 
 def trl(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
-    import datasets
     import torch
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-    from trl.trainer import utils
+    from transformers import TrainerCallback
 
-    # What it asks before it leaves the other positions out. Its kernels ask for themselves, and stay as they are.
-    utils._use_triton = lambda device: True
-    losses: list[float] = []
     began: list[float] = []
 
     class Clock(TrainerCallback):
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:
             began.append(time.perf_counter())  # its preparations, which a long run pays for once, do not count
+
+    per_batch, batches = map(int, re.findall(r"\d+", name))
+    settings = {
+        "output_dir": str(folder / f"{name}-out"),
+        "per_device_train_batch_size": per_batch,
+        "gradient_accumulation_steps": batches,
+        "precompute_ref_log_probs": "precomputed" in name,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "learning_rate": RATE,
+        "optim": "adamw_torch",
+    }
+    trainer, losses = trl_trainer(str(folder / "model"), pairs, settings, Clock())
+
+    def steps() -> tuple[list[float], float]:
+        losses.clear()
+        trainer.train()
+        of_steps = torch.stack(losses).reshape(-1, batches).sum(1).tolist()
+        return of_steps, time.perf_counter() - began[-1]
+
+    return steps
+
+
+def trl_trainer(
+    model: Any, pairs: list[TokenPair], settings: dict[str, Any], clock: Any, **given: Any
+) -> tuple[Any, list[Any]]:
+    """DPOTrainer, and the losses of its batches, divided by their number in a step."""
+    import datasets
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer import utils
+
+    # What it asks before it leaves the other positions out. Its kernels ask for themselves, and stay as they are.
+    utils._use_triton = lambda device: True
+    losses: list[Any] = []
 
     class OfIds(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -394,46 +424,33 @@ def trl(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            losses.append(loss.item())  # of a batch, divided by their number in a step
+            losses.append(loss.detach())
             return loss
 
-    per_batch, batches = map(int, re.findall(r"\d+", name))
     trainer = OfIds(
-        model=str(folder / "model"),
+        model=model,
         args=DPOConfig(
-            output_dir=str(folder / f"{name}-out"),
-            per_device_train_batch_size=per_batch,
-            gradient_accumulation_steps=batches,
-            precompute_ref_log_probs="precomputed" in name,
             num_train_epochs=1,
             train_sampling_strategy="sequential",
-            learning_rate=RATE,
             lr_scheduler_type="constant",
             weight_decay=0.0,
-            optim="adamw_torch",
             max_length=None,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **settings,
         ),
         train_dataset=datasets.Dataset.from_dict(
             {f"{part}_ids": [getattr(pair, part).tolist() for pair in pairs] for part in TokenPair._fields}
         ),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-        callbacks=[Clock()],
+        processing_class=corpus.padding_tokenizer(),
+        callbacks=[clock],
+        **given,
     )
-    assert (trainer.ref_model is None) == ("precomputed" in name)
-
-    def steps() -> tuple[list[float], float]:
-        losses.clear()
-        trainer.train()
-        return torch.tensor(losses).reshape(-1, batches).sum(1).tolist(), time.perf_counter() - began[-1]
-
-    return steps
+    trainer.remove_callback(PrinterCallback)
+    assert trainer.ref_model is None or not settings["precompute_ref_log_probs"]
+    return trainer, losses
 
 
 # -- the loader ------------------------------------------------------------------------------------------------------
