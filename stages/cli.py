@@ -550,12 +550,12 @@ def sql(query: str | None, folder: str | None, list_views: bool, as_json: bool, 
         prefcache sql "select run, avg(margin), avg(correct::int) from rewards group by run"
         prefcache sql "select * from examples where n_chosen > 2 * n_rejected" runs/demo
 
-    The views are examples, reference, steps, rewards, alerts and throughput; --views describes them. FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
+    --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
     """
     from stages import inspect, tables
 
     if list_views:
-        tables.views(inspect.describe())
+        tables.views(inspect.describe(folder or query))
         return
     if query is None:
         raise UsageError("No query. Ask one, as in `prefcache sql 'select * from rewards'`, or see --views.")

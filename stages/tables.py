@@ -425,9 +425,9 @@ def _sample(sample: dict[str, Any]) -> Table:
     return table
 
 
-def views(described: Iterable[tuple[str, str, list[str]]]) -> None:
+def views(described: Iterable[tuple[str, str, list[tuple[str, str]]]]) -> None:
     for name, purpose, columns in described:
-        print(f"{name}\n    {purpose}\n    {', '.join(columns)}")
+        print(f"{name}\n    {purpose}\n    {', '.join(f'{column} {kind.lower()}' for column, kind in columns)}")
 
 
 def rows(columns: list[str], found: Iterator[tuple[Any, ...]], limit: int) -> None:

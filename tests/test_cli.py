@@ -298,7 +298,7 @@ def test_sql_needs_no_folder_where_there_is_one_experiment_and_asks_where_there_
 )
 def test_sql_refuses_what_is_not_one_select_over_the_views(prefcache, trained, query):
     done = prefcache("sql", query, code=2)
-    assert done.stderr.startswith("error: ") and "examples, reference, rewards, steps" in done.stderr
+    assert done.stderr.startswith("error: ") and "Views: alerts, checkpoints, examples" in done.stderr
     assert not list(trained.parent.parent.glob("stolen*"))
 
 

@@ -41,7 +41,7 @@ FLOORS = {
         "columns policy",
         "metrics moving_reference",
     ],
-    "pipeline.views": [""],
+    "pipeline.views": ["statement", ""],
     "stages": ["adopt doctor export inspect merge parity prepare preview score show tables train upkeep", "cli"],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.

@@ -280,7 +280,7 @@ def test_a_flipped_bit_is_detected(prefcache, config, tmp_path):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        assert path.stem.partition("-")[0] in prefcache("sql", "select 1", "runs/tiny", code=4).stderr
+        assert path.stem.partition("-")[0] in prefcache("sql", "select 1 from pairs", "runs/tiny", code=4).stderr
         assert json.loads(prefcache("score", config, "--json").stdout)["scored"] > 0
         assert fingerprint(tmp_path) == before
 
@@ -479,7 +479,7 @@ def test_a_damaged_cache_takes_the_manifest_back_also_when_sql_finds_it(prefcach
     prefcache("score", config)
     shard = sorted(cache_folder(tmp_path).glob("*.parquet"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert "make score" in prefcache("sql", "select 1", code=4).stderr
+    assert "make score" in prefcache("sql", "select 1 from reference", code=4).stderr
     assert not (tmp_path / "runs/tiny/scored/manifest.json").exists()
 
 

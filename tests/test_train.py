@@ -467,7 +467,7 @@ def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint(prefcac
 def test_a_lost_part_of_a_finished_run_is_named(prefcache, scored, tmp_path):
     prefcache("train", scored)
     next((tmp_path / "runs/tiny/trained/steps").iterdir()).unlink()
-    for command in (["train", scored], ["sql", "select 1", "runs/tiny"]):
+    for command in (["train", scored], ["sql", "select 1 from rewards", "runs/tiny"]):
         assert "is missing. Delete runs/tiny/trained" in prefcache(*command, code=4).stderr
 
 

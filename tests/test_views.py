@@ -10,8 +10,9 @@ import pytest
 
 from pipeline import views
 from pipeline.errors import UsageError
-from pipeline.schema import CACHE, EVENTS, PREPARED, STEPS, THROUGHPUT
+from pipeline.schema import CACHE, EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
 from pipeline.stored import artifact
+from pipeline.stored.cache import Cache
 
 KEYS = [bytes([i]) * 16 for i in range(4)]
 # Two pairs; their answers have the keys 0, 1 and 2, 3.
@@ -61,28 +62,34 @@ def parquet(path: Path, rows: list[dict], schema: pa.Schema) -> str:
     return str(path)
 
 
+NUMERICS = {"engine": "transformers", "dtype": "float32"}
+
+
+def cache(folder: Path, name: str, scores: list[dict], model_id: str = "a" * 64, numerics_id: str = "n1") -> Cache:
+    """A real cache of these rows, under a name that a model might have."""
+    found = Cache.create(folder / "cache", name, {"model_id": model_id, "weights": {}, "config": {}})
+    rows = [score | {"numerics_id": numerics_id} for score in scores]
+    found.commit(pa.Table.from_pylist(rows, schema=CACHE), NUMERICS, numerics_id, None)
+    return found.reopened()
+
+
+def run_of(folder: Path, name: str, **facts) -> dict:
+    return {"folder": str(folder / name), "run": name, "loss": "sigmoid", "beta": 0.1, "per_token": False} | facts
+
+
 def sources(folder: Path, runs: dict[str, float]) -> views.Sources:
     """An experiment whose runs all made the same visits, each with its own beta."""
-    shard = parquet(folder / "cache" / "tiny-aaaa" / "s.parquet", [r | {"numerics_id": "n"} for r in SCORES], CACHE)
     parts = [
         parquet(folder / run / "steps" / f"to-{i + 1:08}.parquet", rows, STEPS)
         for run in runs
         for i, rows in enumerate(VISITS)
     ]
+    rows = [run_of(folder, run, beta=beta) for run, beta in runs.items()]
     return views.Sources(
         prepared=pa.Table.from_pylist(PAIRS, schema=PREPARED["pairs"]),
-        cached=[shard],
-        references=pa.table({"folder": [f"{folder}/cache/tiny-aaaa/"], "reference": ["org/tiny"]}),
-        visits=parts,
-        runs=pa.table(
-            {
-                "folder": [f"{folder / run}/" for run in runs],
-                "run": list(runs),
-                "loss": ["sigmoid"] * len(runs),
-                "beta": list(runs.values()),
-                "per_token": [False] * len(runs),
-            }
-        ),
+        references=[views.Reference(cache(folder, "org/tiny", SCORES), ["n1"])],
+        steps=parts,
+        runs=pa.Table.from_pylist(rows, schema=views.RUNS),
     )
 
 
@@ -149,10 +156,8 @@ def one_run(folder: Path, rows: list[dict], schema: pa.Schema = STEPS, **facts) 
     """An experiment with one run, whose only part has these rows."""
     rows = [{"step": 1, "epoch": 1.0, "split": "train", "loss": 0.5} | row for row in rows]
     part = parquet(folder / "r" / "steps" / "to-00000001.parquet", rows, schema)
-    run = {"folder": f"{folder / 'r'}/", "run": "r", "loss": "kto", "beta": 0.5, "per_token": False} | facts
-    return views.connect(
-        dataclasses.replace(sources(folder, {}), visits=[part], runs=pa.Table.from_pylist([run], schema=views.RUNS))
-    )
+    run = run_of(folder, "r", loss="kto", **{"beta": 0.5, **facts})
+    return views.connect(views.Sources(steps=[part], runs=pa.Table.from_pylist([run], schema=views.RUNS)))
 
 
 def test_rewards_of_labels_by_hand(tmp_path):
@@ -219,7 +224,7 @@ def test_runs_of_an_earlier_version_are_read_with_what_they_have(tmp_path):
     assert ask(con, "select chosen_reward, rejected_reward, margin, correct, label from rewards") == [
         (1, -2, 3, True, None)
     ]
-    described = {name: columns for name, _, columns in views.describe()}
+    described = {name: [column for column, _ in columns] for name, _, columns in views.describe()}
     assert views.ask(con, "select * from steps").columns == described["steps"]
 
 
@@ -230,16 +235,9 @@ def test_old_and_new_runs_stand_side_by_side(tmp_path):
         [{"step": 1, "epoch": 1.0, "split": "train", "loss": 0.5} | LABELS[0]],
         STEPS,
     )
-    runs = [
-        {"folder": f"{tmp_path / name}/", "run": name, "loss": "x", "beta": 0.5, "per_token": name == "new"}
-        for name in ("old", "new")
-    ]
+    runs = [run_of(tmp_path, name, beta=0.5, per_token=name == "new") for name in ("old", "new")]
     for visits in ([old, new], [new, old]):
-        con = views.connect(
-            dataclasses.replace(
-                sources(tmp_path, {}), visits=visits, runs=pa.Table.from_pylist(runs, schema=views.RUNS)
-            )
-        )
+        con = views.connect(views.Sources(steps=visits, runs=pa.Table.from_pylist(runs, schema=views.RUNS)))
         found = ask(con, "select run, margin, completion_reward, label from rewards order by run")
         assert found == [("new", None, 0.5, True), ("old", 3.0, None, None)]
 
@@ -257,6 +255,7 @@ def test_examples_are_the_prepared_labels_too(tmp_path):
     label |= {"n_prompt": 3, "n_completion": 2, "completion_key": KEYS[0], "kl_of": "e1", "kl_key": KEYS[1], "n_kl": 1}
     prepared = pa.Table.from_pylist([label], schema=PREPARED["labels"])
     con = views.connect(dataclasses.replace(sources(tmp_path, {}), prepared=prepared))
+    assert ask(con, "select * from pairs") == []
     found = views.ask(con, "select * from examples")
     (row,) = found.rows()
     keys = {"completion_key": "00" * 16, "kl_key": "01" * 16}
@@ -280,6 +279,96 @@ def test_reference_is_the_cache_and_joins_the_examples(con):
     ]
 
 
+OTHER = [dict(row, logp_sum=-1.0 - i, logps=None, status="ok") for i, row in enumerate(SCORES[:2])]
+
+
+@pytest.fixture
+def two_references(tmp_path):
+    """The first pair is scored by two references, the second, of which one answer failed, by the first alone."""
+    made = sources(tmp_path, {})
+    other = views.Reference(cache(tmp_path, "org/other", OTHER, "b" * 64, "n2"), ["n2"], used=False)
+    return views.connect(dataclasses.replace(made, references=[*made.references, other]))
+
+
+def test_pairs_have_what_each_reference_says_of_them_by_hand(two_references):
+    found = ask(
+        two_references,
+        "select example_id, reference, used, ref_chosen_logp, ref_rejected_logp, margin, margin_per_token, length_difference "
+        "from pairs order by used desc, example_id",
+    )
+    assert found == [
+        # -5 + 6 = 1; per token -5/2 + 6/1 = 3.5; 2 - 1 tokens
+        ("e0", "org/tiny", True, -5.0, -6.0, 1.0, 3.5, 1),
+        ("e1", "org/tiny", True, -7.5, None, None, None, 2),
+        # -1 + 2 = 1; per token -1/2 + 2/1 = 1.5
+        ("e0", "org/other", False, -1.0, -2.0, 1.0, 1.5, 1),
+    ]
+    assert ask(two_references, "select distinct model_id, used from reference order by 1") == [
+        ("a" * 12, True),
+        ("b" * 12, False),
+    ]
+
+
+def test_pairs_have_the_values_of_the_numerics_that_count_first(tmp_path):
+    made = sources(tmp_path, {})
+    both = cache(tmp_path, "org/tiny", [dict(SCORES[0], logp_sum=-4.0)], numerics_id="n0")
+    query = "select ref_chosen_logp from pairs where example_id = 'e0'"
+    for accepted, expected in ((["n1", "n0"], -5.0), (["n0", "n1"], -4.0), (["n0"], -4.0)):
+        con = views.connect(dataclasses.replace(made, references=[views.Reference(both, accepted)]))
+        assert ask(con, query) == [(expected,)]
+    assert ask(
+        con, "select numerics_id, engine, dtype, used from reference where key = repeat('00', 16) order by 1"
+    ) == [
+        ("n0", "transformers", "float32", True),
+        ("n1", "transformers", "float32", False),
+    ]
+
+
+def test_pairs_are_there_before_they_are_scored(tmp_path):
+    con = views.connect(dataclasses.replace(sources(tmp_path, {}), references=[]))
+    found = ask(con, "select reference, used, example_id, margin, length_difference from pairs order by line")
+    assert found == [(None, True, "e0", None, 1), (None, True, "e1", None, 2)]
+
+
+def test_pairs_have_the_computed_columns_of_train_where(con):
+    from pipeline.training.selection import column_names
+
+    of_view = views.ask(con, "select * from pairs").columns
+    assert set(column_names("pairs")) <= set(of_view)
+
+
+def test_sequences_are_the_answers_of_every_example_by_hand(con):
+    found = ask(con, "select example_id, answer, n_prompt, n_completion, n_tokens, text from sequences order by key")
+    assert found == [
+        ("e0", "chosen", 3, 2, 5, "yes"),
+        ("e0", "rejected", 3, 1, 4, "no"),
+        ("e1", "chosen", 3, 3, 6, "yes"),
+        ("e1", "rejected", 3, 1, 4, "no"),
+    ]
+    assert ask(con, "select count(*) from sequences join reference using (key)") == [(4,)]
+
+
+def test_metrics_are_wide_and_have_what_any_run_measures(tmp_path):
+    plain = parquet(tmp_path / "a/metrics/to-1.parquet", [{"step": 1, "loss": 0.5}], METRICS)
+    mixed_schema = pa.schema([*METRICS, ("loss/sft", pa.float64())])
+    mixed = parquet(tmp_path / "b/metrics/to-1.parquet", [{"step": 1, "loss": 0.7, "loss/sft": 2.0}], mixed_schema)
+    runs = pa.Table.from_pylist([run_of(tmp_path, name) for name in "ab"], schema=views.RUNS)
+    for parts in ([plain, mixed], [mixed, plain]):
+        con = views.connect(views.Sources(metrics=parts, runs=runs))
+        assert ask(con, 'select run, step, loss, "loss/sft" from metrics order by run') == [
+            ("a", 1, 0.5, None),
+            ("b", 1, 0.7, 2.0),
+        ]
+        assert views.ask(con, "from metrics").columns == ["run", *METRICS.names, "loss/sft"]
+
+
+def test_quarantine_shows_what_was_read_as_text(tmp_path):
+    row = {"source": "a.jsonl", "line": 3, "reason": "tie", "detail": "", "raw": "né".encode()}
+    broken = dict(row, line=4, raw=b"\xff\x00a")
+    con = views.connect(views.Sources(quarantine=[parquet(tmp_path / "quarantine.parquet", [row, broken], QUARANTINE)]))
+    assert ask(con, "select line, reason, raw from quarantine") == [(3, "tie", "né"), (4, "tie", "\\xFF\\x00a")]
+
+
 def test_alerts_and_throughput_are_those_of_every_run_by_hand(tmp_path):
     alert = {"step": 30, "kind": "kl", "severity": "warning", "metric": "kl", "value": 120.0}
     alert |= {"seen": "kl is 120", "why": "it drifts", "try": "a larger train.beta"}
@@ -297,25 +386,29 @@ def test_alerts_and_throughput_are_those_of_every_run_by_hand(tmp_path):
     assert ask(con, "select * from throughput") == [("trained", *timed.values())]
 
 
-def test_before_anything_is_scored_or_trained_the_views_are_empty():
-    texts = pa.array([], pa.string())
-    empty = views.Sources(
-        PREPARED["pairs"].empty_table(),
-        [],
-        pa.table({"folder": texts, "reference": texts}),
-        [],
-        views.RUNS.empty_table(),
-    )
-    con = views.connect(empty)
+def test_before_anything_is_prepared_the_views_are_empty():
+    con = views.connect(views.Sources())
     assert [ask(con, f"select * from {name}") for name in views.names()] == [[]] * len(views.names())
 
 
-def test_every_view_has_a_line_of_help_and_its_columns(con):
+VIEWS = [
+    *("alerts", "checkpoints", "examples", "metrics", "pairs", "quarantine", "reference", "rewards", "runs"),
+    *("sequences", "steps", "throughput"),
+]
+
+
+def test_every_view_has_a_line_of_help_and_its_columns_with_their_types(con):
     described = {name: (purpose, columns) for name, purpose, columns in views.describe()}
-    assert list(described) == ["alerts", "examples", "reference", "rewards", "steps", "throughput"]
+    assert list(described) == VIEWS
     for name, (purpose, columns) in described.items():
         assert purpose.endswith(".") and len(purpose) > 20
-        assert columns == views.ask(con, f"select * from {name}").columns
+        types = ask(con, f"select column_name, column_type from (describe {name})")
+        # Where log-probs are stored as float32, DuckDB calls them FLOAT[].
+        assert columns == types
+
+
+def test_show_tables_lists_the_views_alone(con):
+    assert [name for (name,) in ask(con, "show tables")] == VIEWS
 
 
 def test_answers_have_columns_and_come_in_blocks(con):
@@ -500,7 +593,7 @@ def test_a_time_with_a_zone_is_answered_or_refused_in_words(con, query):
 
 
 def test_a_mistyped_view_is_named_with_those_there_are(con):
-    with pytest.raises(UsageError, match=r"(?s)reward.*Views: alerts, examples, reference, rewards, steps, throughput"):
+    with pytest.raises(UsageError, match=r"(?s)reward.*the nearest is rewards\. Views: alerts, checkpoints, "):
         ask(con, "select * from reward")
     with pytest.raises(UsageError, match="margn"):
         ask(con, "select margn from rewards")

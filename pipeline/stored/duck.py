@@ -25,18 +25,30 @@ def lock(con: duckdb.DuckDBPyConnection) -> None:
         con.execute(f"set {setting}")
 
 
+def literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def register(con: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:
+    """The view `name` over a table in memory, or mapped into it, in the schema that is set; nothing is copied.
+
+    DuckDB's own `register` would put it beside the views, where `show tables` lists it.
+    """
+    con.from_arrow(table).create_view(name)
+
+
 def define(con: duckdb.DuckDBPyConnection, name: str, files: Sequence[str], schema: pa.Schema) -> None:
     """The view `name` over Parquet files of this schema, perhaps none, with the column filename beside the stored ones."""
     if not files:
-        con.register(name, schema.empty_table().append_column("filename", pa.array([], pa.string())))
+        register(con, name, schema.empty_table().append_column("filename", pa.array([], pa.string())))
         return
-    listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-    con.register(f"{name}_columns", schema.empty_table())
+    listed = ", ".join(literal(file) for file in files)
+    register(con, f"{name}_columns", schema.empty_table())
     # Without hive_partitioning = false DuckDB takes a folder called beta=0.7 for a column. Files of an earlier version may lack
     # columns, which are then empty.
     con.execute(
-        f"create view {name} as select * from read_parquet([{listed}], filename = true, hive_partitioning = false, "
-        f"union_by_name = true) union all by name select * from {name}_columns"
+        f"create view {name} as select * from {name}_columns union all by name select * from "
+        f"read_parquet([{listed}], filename = true, hive_partitioning = false, union_by_name = true)"
     )
 
 

@@ -15,10 +15,8 @@ from pipeline.schema import EVENTS, METRICS, STEPS, THROUGHPUT
 from pipeline.stored import artifact
 
 PROVENANCE = "provenance.json"  # what a run was made from, beside its tables
-PARTS = {
-    "steps": "parts",
-    "events": "events",
-}  # tables whose parts a finished run's manifest vouches for, under these keys
+# Tables whose parts a finished run's manifest vouches for, under these keys.
+PARTS = {"steps": "parts", "events": "events", "metrics": "metrics", "throughput": "throughput"}
 _TABLES = {"metrics": METRICS, "steps": STEPS, "events": EVENTS, "throughput": THROUGHPUT}
 
 

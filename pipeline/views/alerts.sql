@@ -1,6 +1,6 @@
 -- Alerts of every run, in the order of its steps: what was seen, why it matters and what to try.
 select
-    runs_.run,
+    runs.run,
     events.step,
     events.kind,
     events.severity,
@@ -9,5 +9,5 @@ select
     events.seen,
     events.why,
     events."try"
-from events join runs_ on starts_with(events.filename, runs_.folder)
-order by runs_.run, events.step, events.kind
+from stored.events join stored.runs on parse_dirpath(parse_dirpath(events.filename)) = runs.folder
+order by runs.run, events.step, events.kind

@@ -1,4 +1,4 @@
--- Prepared pairs and labels: text, where it came from, lengths in tokens, and the keys of their sequences.
+-- Prepared pairs and labels: text, where it came from, lengths in tokens, what was cut, and the keys of their sequences.
 select
     example_id,
     split,
@@ -26,4 +26,4 @@ select
     lower(hex(completion_key)) as completion_key,
     kl_of,
     lower(hex(kl_key)) as kl_key
-from prepared
+from stored.prepared

@@ -1,18 +1,28 @@
--- Cached log-probs of the reference: one row per scored sequence and numerics; join its key with the keys of examples.
+-- Cached log-probs: one row per scored sequence, reference and numerics; join its key with the keys of examples. `used`: the rows that this experiment's runs read.
 with named as (
-    select cached.*, references_.reference
-    from cached join references_ on starts_with(cached.filename, references_.folder)
-    qualify row_number() over (partition by key, numerics_id order by logp_sum nulls last, cached.filename) = 1
+    select cached.*, caches.reference, caches.model_id
+    from stored.cached join stored.caches on parse_dirpath(cached.filename) = caches.folder
+),
+
+-- Two scorers at once may both have written a sequence.
+single as (
+    select * from named
+    qualify row_number() over (partition by model_id, key, numerics_id order by logp_sum nulls last, filename) = 1
 )
 
 select
     reference,
+    model_id,
     lower(hex(key)) as key,
     n_prompt,
     n_completion,
     logp_sum,
     logp_sum / n_completion as logp_per_token,
     logps,
+    status,
     numerics_id,
-    status
-from named
+    numerics.engine,
+    numerics.dtype,
+    numerics.numerics,
+    coalesce(numerics.used, false) as used
+from single left join stored.numerics using (model_id, numerics_id)

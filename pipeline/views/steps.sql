@@ -1,7 +1,7 @@
 -- Every pair or label at every visit of every run: log-probs of policy and reference, rewards, margin and loss. Where the reference moves (train.moving_reference), it is the one of that visit.
 with named as (
-    select visits.*, runs_.run, runs_.beta, runs_.per_token
-    from visits join runs_ on starts_with(visits.filename, runs_.folder)
+    select visits.*, runs.run, runs.beta, runs.per_token
+    from stored.visits join stored.runs on parse_dirpath(parse_dirpath(visits.filename)) = runs.folder
 ),
 
 -- A loss without a reference has a reference of 0. Some losses have rewards per token.
@@ -25,11 +25,14 @@ select
     rejected_logp,
     ref_chosen_logp,
     ref_rejected_logp,
+    n_chosen,
+    n_rejected,
     chosen_reward,
     rejected_reward,
     chosen_reward - rejected_reward as margin,
     completion_logp,
     ref_completion_logp,
+    n_completion,
     completion_reward,
     label,
     loss

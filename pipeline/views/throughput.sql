@@ -1,9 +1,9 @@
 -- How fast each step of every run was, and the most memory that its process had taken by then (of the GPU where there is one).
 select
-    runs_.run,
+    runs.run,
     timed.step,
     timed.seconds,
     timed.examples_per_second,
     timed.tokens_per_second,
     timed.peak_memory_bytes
-from timed join runs_ on starts_with(timed.filename, runs_.folder)
+from stored.timed join stored.runs on parse_dirpath(parse_dirpath(timed.filename)) = runs.folder

@@ -1,0 +1,28 @@
+-- What the reference is run over: a row for each answer of each example. An answer that stands in several has one key and is scored once.
+with answers as (
+    select *, 'chosen' as answer, chosen_key as key, n_chosen as n_answer, cut_chosen as n_cut, chosen as text
+    from stored.prepared
+    union all
+    select *, 'rejected', rejected_key, n_rejected, cut_rejected, rejected from stored.prepared
+    union all
+    select *, 'completion', completion_key, n_completion, cut_completion, completion from stored.prepared
+    union all
+    -- The text of a mismatched answer is that of the example kl_of.
+    select *, 'kl', kl_key, n_kl, null, null from stored.prepared
+)
+
+select
+    lower(hex(key)) as key,
+    example_id,
+    split,
+    source,
+    line,
+    answer,
+    n_prompt,
+    n_answer as n_completion,
+    n_prompt + n_answer as n_tokens,
+    cut_prompt,
+    n_cut as cut_completion,
+    text
+from answers
+where n_answer is not null

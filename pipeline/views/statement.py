@@ -1,0 +1,94 @@
+"""A query before it is run: what it reads, and that it reads nothing but views.
+
+DuckDB's own parser says it, as a tree. The lock of the database keeps files and the network out of reach; this keeps out what
+that lock does not know of: functions that take addresses of memory, tables about the database itself, other schemas.
+"""
+
+import difflib
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import duckdb
+
+from pipeline.errors import UsageError
+
+# Functions that make rows of their arguments. All others read files, the database's inner state, or memory at an address.
+_TABLE_FUNCTIONS = {
+    *("range", "generate_series", "unnest", "repeat", "json_each", "json_tree", "histogram", "histogram_values"),
+}
+# Scalar functions that tell of the process, or that act.
+_REFUSED = {
+    *("getenv", "current_setting", "getvariable", "write_log", "sleep_ms"),
+    *("setseed", "nextval", "currval", "setval"),
+}
+
+
+class Statement:
+    """One SELECT over these views, or UsageError."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, sql: str, views: Collection[str]) -> None:
+        self.sql, self._views = sql, sorted(views)
+        try:
+            kinds = [statement.type.name for statement in con.extract_statements(sql)]
+        except duckdb.Error as error:
+            raise UsageError(f"{error}\n{self._known}") from None
+        # Not EXPLAIN: with ANALYZE it runs what it explains, which may be a COPY over a file of the cache.
+        if kinds != ["SELECT"]:
+            raise UsageError(f"Found {', '.join(kinds) or 'nothing'}; expected one SELECT. {self._known}")
+        try:
+            tree = json.loads(con.execute("select json_serialize_sql($1)", [sql]).fetchall()[0][0])
+        except RecursionError:
+            raise UsageError("The query is nested too deeply. Say it in a simpler way.") from None
+        if tree["error"]:
+            raise UsageError(f"{tree['error_message']}. {self._known}")
+        self.tree: dict[str, Any] = tree
+        nodes = list(_nodes(tree))
+        self._own = {entry["key"].lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
+        self.views = {view for node in nodes for view in self._read_by(node)}
+
+    @property
+    def _known(self) -> str:
+        return f"Views: {', '.join(self._views)}."
+
+    def _read_by(self, node: dict[str, Any]) -> Iterator[str]:
+        """The view that a node of the tree names. Whatever else gives rows is refused."""
+        kind = node.get("type")
+        if kind == "TABLE_FUNCTION":
+            self._refuse_unless(node["function"]["function_name"], _TABLE_FUNCTIONS.__contains__)
+        elif node.get("class") == "FUNCTION":
+            self._refuse_unless(node["function_name"], lambda name: name not in _REFUSED)
+        elif (kind == "BASE_TABLE" or (kind == "SHOW_REF" and node["query"] is None)) and not _is_listing(node):
+            yield from self._view(node)
+
+    def _refuse_unless(self, function: str, allowed: Any) -> None:
+        if not allowed(function.lower()):
+            raise UsageError(f"{function}() is not available here. {self._known}")
+
+    def _view(self, node: dict[str, Any]) -> Iterator[str]:
+        name, path = node["table_name"], node["qualified_name"]["path"]
+        if len(path) == 1 and name.lower() in self._own:
+            return
+        if name.lower() in self._views and [part.lower() for part in path[:-1]] in ([], ["main"], ["memory", "main"]):
+            yield name.lower()
+            return
+        near = difflib.get_close_matches(name.lower(), self._views, n=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UsageError(f"There is no view {'.'.join(path)}{hint}. {self._known}")
+
+
+def _is_listing(node: dict[str, Any]) -> bool:
+    """`show tables`, to the parser a table of that name with the quotes."""
+    return bool(node["table_name"] == '"tables"' and node.get("show_type") == "SHOW_SPECIAL")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every node of a parsed statement, whatever the version of DuckDB calls what lies between."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
