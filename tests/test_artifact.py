@@ -57,7 +57,7 @@ def test_a_failed_rename_leaves_the_old_file_and_no_temporary(tmp_path, monkeypa
 def test_killed_before_the_rename_leaves_the_old_file(tmp_path, step):
     artifact.commit_bytes(tmp_path / "a", b"old")
     killed = python(
-        "import os, signal, sys; from pathlib import Path; from pipeline import artifact\n"
+        "import os, signal, sys; from pathlib import Path; from pipeline.stored import artifact\n"
         "setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
         "artifact.commit_bytes(Path(sys.argv[1]), b'new and longer')\n",
         tmp_path / "a",
@@ -80,7 +80,7 @@ def test_once_the_first_writer_wins(tmp_path):
 
 def test_once_among_racing_processes_exactly_one_wins(tmp_path):
     code = (
-        "import os, sys, time; from pathlib import Path; from pipeline import artifact\n"
+        "import os, sys, time; from pathlib import Path; from pipeline.stored import artifact\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "print(artifact.commit_bytes(Path(sys.argv[1]), str(os.getpid()).encode(), once=True), os.getpid())\n"
     )

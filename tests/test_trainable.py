@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import Train
@@ -253,3 +254,20 @@ def test_the_adapter_finds_its_base_from_anywhere(model, tmp_path, monkeypatch):
     loaded(snapshot, lora={}).save(tmp_path / "of_hub")
     settings = json.loads((tmp_path / "of_hub/adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/tiny", "0" * 40)
+
+
+def test_tensors_are_read_one_after_another_and_never_the_whole_file_is_in_memory(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({f"{i:02}": torch.full((512, 1024), float(i)) for i in range(32)}, file)  # 2 MiB each
+
+    before, most = resident("RssFile"), 0
+    for i, (name, value) in enumerate(trainable.each_tensor(file)):
+        assert (name, value.unique().tolist()) == (f"{i:02}", [float(i)])
+        most = max(most, resident("RssFile") - before)
+    assert i == 31 and most < 16 << 20
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process's memory; RssFile: of mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))

@@ -3,12 +3,13 @@
 Whatever is trained, `model` is the Transformers model that computes; an adapter lives in its layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +46,15 @@ class Trainable:
         else:
             # No embeddings of the base beside it: nothing here changes them, and asking whether would ask the hub.
             self.adapter.save_pretrained(folder, save_embedding_layers=False)
+
+
+def each_tensor(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of a safetensors file, one after another. A file that is mapped as a whole would count as a second model in memory."""
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    for name in names:
+        with safe_open(file, "pt") as opened:
+            yield name, opened.get_tensor(name)
 
 
 def put(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:

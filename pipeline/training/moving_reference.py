@@ -2,7 +2,7 @@
 
 Every so many steps the reference becomes alpha * policy + (1 - alpha) * reference. Which examples come until it moves again is
 known, so it scores those, each once, and its log-probs take the place of the cache's. For that its weights stand in the policy's
-own parameters, whose values wait on disk; the pass has no gradients, and none of a step are in memory then. So there is no moment
+own parameters, whose values wait on disk; the pass has no gradients, and those of the step before are gone. So there is no moment
 at which the device holds two models.
 
 It moves before the first step that is trained against the new one, thus never after the last step. An evaluation sees the
@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-import safetensors.torch
 import torch
 
 from pipeline.config import Train
 from pipeline.errors import UsageError
-from pipeline.model.trainable import put
+from pipeline.model import trainable
 from pipeline.schema import HELD_OUT, TRAIN
 from pipeline.stored import artifact
 from pipeline.training import batches
@@ -131,12 +130,13 @@ class MovingReference:
         """With the weights as they are, all that is read until it moves again."""
         self._take({})  # what is in force is of another reference
         found = {TRAIN: self._scored(TRAIN, self._coming(done))}
-        last = min(done + self._every, self._n_steps)
-        if any(
-            batches.evaluates(step, self._n_steps, self._train.eval_every) for step in range(done + 1, last + 1)
-        ) and len(self._examples[HELD_OUT]):
-            found[HELD_OUT] = self._scored(HELD_OUT, [np.arange(len(self._examples[HELD_OUT]))])
+        if (n := len(self._examples[HELD_OUT])) and self._evaluation_comes(done):
+            found[HELD_OUT] = self._scored(HELD_OUT, [np.arange(n)])
         self._take(found)
+
+    def _evaluation_comes(self, done: int) -> bool:
+        steps = range(done + 1, min(done + self._every, self._n_steps) + 1)
+        return any(batches.evaluates(step, self._n_steps, self._train.eval_every) for step in steps)
 
     def _coming(self, done: int) -> list[np.ndarray]:
         """The examples of the steps until it moves again, step by step, each where it comes first."""
@@ -174,10 +174,9 @@ def _joined(parts: list[Scores]) -> Scores:
 
 def _mix(parameters: Mapping[str, torch.nn.Parameter], file: Path, alpha: float) -> None:
     """Make of the policy's parameters, in place and one after another, the mixture with the reference's in the file."""
-    with safetensors.safe_open(file, "pt") as reference:
-        for name, parameter in parameters.items():
-            other = reference.get_tensor(name).to(parameter.device)
-            put(parameter, _mixed(name, parameter.data, other, alpha))
+    for name, other in trainable.each_tensor(file):
+        own = parameters[name]
+        trainable.put(own, _mixed(name, own.data, other.to(own.device), alpha))
 
 
 def _mixed(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -481,10 +481,10 @@ class Policy:
 
     def load_weights(self, folder: Path) -> None:
         """In place: what was there is gone."""
-        values = safetensors.torch.load_file(folder / WEIGHTS)
-        assert values.keys() == self.parameters.keys()
-        for name, parameter in self.parameters.items():
-            trainable.put(parameter, values[name])
+        parameters = self.parameters
+        for name, value in trainable.each_tensor(folder / WEIGHTS):
+            trainable.put(parameters.pop(name), value)
+        assert not parameters
 
     def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
         self.load_weights(folder)
