@@ -410,7 +410,15 @@ class Train(Section):
     micro_batch_size: Count | None = None
     """Most examples of one forward and backward."""
     warmup_ratio: Fraction = 0.1
-    """Share of the steps in which the learning rate rises; after it, a cosine to zero."""
+    """Share of the steps in which the learning rate rises."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to zero after the warm-up; constant: it does not."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit"] = "adamw"
+    """Its two moments take 8 bytes for every value that is trained; in 8 bits 2, in 4 bits 1 (torchao's)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's."""
     lora: Lora | None = None

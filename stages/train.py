@@ -36,7 +36,8 @@ from pipeline.training import (
 from pipeline.training.batches import Examples
 from pipeline.training.moving_reference import MovingReference
 from pipeline.training.objective import Memory, Objective
-from pipeline.training.policy import NotFinite, Policy, Visit, accelerator, learning_rate, warmup_steps
+from pipeline.training.optimizers import learning_rate, warmup_steps
+from pipeline.training.policy import NotFinite, Policy, Visit, accelerator
 from pipeline.training.runlog import PARTS, PROVENANCE, RunLog
 from pipeline.training.selection import Selection
 
@@ -247,7 +248,11 @@ def _examples(
 def _write_provenance(s: Session) -> None:
     if not s.main or (s.config.run / PROVENANCE).exists():
         return
-    packages = ["prefcache", "torch", "transformers", "accelerate", *(["peft"] if s.config.train.lora else [])]
+    further = [
+        *(["peft"] if s.config.train.lora else []),
+        *(["torchao"] if s.config.train.optimizer != "adamw" else []),
+    ]
+    packages = ["prefcache", "torch", "transformers", "accelerate", *further]
     facts = {
         "inputs": s.inputs,
         "model": s.config.train.model or s.config.model,

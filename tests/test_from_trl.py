@@ -53,6 +53,7 @@ def test_every_key_of_a_file_is_accounted_for():
             "learning_rate": 5e-7,
             "epochs": 1,
             "warmup_ratio": 0.0,
+            "scheduler": "linear",  # TRL's own, and the seed's
             "seed": 42,  # TRL's own
             "moving_reference": {"every": 100, "alpha": 0.6},  # the second is TRL's own
         },
@@ -94,6 +95,25 @@ def test_a_warm_up_below_one_is_a_share(steps, ratio):
 def test_a_reference_that_is_not_synchronised_does_not_move():
     found = convert({"sync_ref_model": False, "ref_model_mixup_alpha": 0.3})
     assert "moving_reference" not in found.config["train"] and "ref_model_mixup_alpha" in found.ignored
+
+
+def test_the_schedule_and_the_optimizer_come_along():
+    found = convert(
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.3, "optim": "adamw_torch_4bit", "adam_beta2": 0.95}
+    )
+    train = found.config["train"]
+    # A schedule that TRL calls constant has no warm-up.
+    assert (train["scheduler"], train["warmup_ratio"], train["optimizer"]) == ("constant", 0.0, "adamw_4bit")
+    assert train["betas"] == [0.9, 0.95]
+    check(found)
+    found = convert({"lr_scheduler_type": "polynomial", "optim": "lomo"})
+    assert found.cannot["lr_scheduler_type"] == "there is linear, cosine, constant (train.scheduler)"
+    assert found.cannot["optim"] == "there is adamw, adamw_8bit, adamw_4bit (train.optimizer)"
+    assert not {"scheduler", "optimizer"} & set(found.config["train"])
+
+
+def test_a_mixtures_balance_comes_along():
+    assert convert({"router_aux_loss_coef": 0.01}).config["train"]["router_aux_loss"] == 0.01
 
 
 def test_kto_is_trained_on_labels_with_its_weights():

@@ -32,6 +32,7 @@ _SAME = {
     "learning_rate": "train.learning_rate",
     "num_train_epochs": "train.epochs",
     "warmup_ratio": "train.warmup_ratio",
+    "adam_epsilon": "train.eps",
     "weight_decay": "train.weight_decay",
     "max_grad_norm": "train.max_grad_norm",
     "router_aux_loss_coef": "train.router_aux_loss",
@@ -58,6 +59,7 @@ _DEFAULTS = {
     "max_length": 1024,
     "truncation_mode": "keep_start",
     "warmup_ratio": 0.0,
+    "lr_scheduler_type": "linear",
     "seed": 42,
     "ref_model_sync_steps": 512,
     "ref_model_mixup_alpha": 0.6,
@@ -73,6 +75,15 @@ _SWITCHES = {
 }
 _OF_BEST = {"metric_for_best_model", "greater_is_better"}
 _MOVING = {"ref_model_sync_steps": "every", "ref_model_mixup_alpha": "alpha"}
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_torch_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_torch_4bit": "adamw_4bit",
+}
 _LOSS_ARGUMENTS = {
     # Of these losses only; TRL reads them for no other.
     "label_smoothing": ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"),
@@ -104,8 +115,6 @@ _IGNORED = {
     "overwrite_output_dir": "a finished run of other settings is moved aside",
     "bf16_full_eval": "evaluation computes as training does",
     "tf32": "not set here",
-    "lr_scheduler_type": "the rate warms up and then falls along a cosine, always",
-    "optim": "AdamW, always",
     "dtype": "score.dtype is the reference's; what is trained is float32",
     "torch_dtype": "score.dtype is the reference's; what is trained is float32",
     "lora_dropout": "adapters train without dropout, so that the margin starts at 0",
@@ -152,6 +161,7 @@ def convert(theirs: Mapping[str, Any]) -> Converted:
     _losses(given, found)
     _batches(given, said, found)
     _best(said, found)
+    _optimizer(given, found)
     _adapter(given, found)
     _moving_reference(given, found)
     for key, ours in _SAME.items():
@@ -253,6 +263,23 @@ def _best(said: Mapping[str, Any], found: Converted) -> None:
         best["greater_is_better"] = said["greater_is_better"]
     found.put("load_best_model_at_end", "train.best", best)
     found.became |= dict.fromkeys(_OF_BEST & said.keys(), "train.best")
+
+
+def _optimizer(given: Mapping[str, Any], found: Converted) -> None:
+    for key, ours, known in (
+        ("lr_scheduler_type", "train.scheduler", _SCHEDULERS),
+        ("optim", "train.optimizer", _OPTIMIZERS),
+    ):
+        if given.get(key) in known:
+            found.put(key, ours, known[given[key]])
+        elif key in given:
+            found.cannot[key] = f"there is {', '.join(dict.fromkeys(known.values()))} ({ours})"
+    if given["lr_scheduler_type"] == "constant":
+        found.put("warmup_ratio", "train.warmup_ratio", 0.0)  # which TRL does not read then
+    betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+    if said := [key for key in betas if key in given]:
+        for key in said:
+            found.put(key, "train.betas", [given.get(name, own) for name, own in betas.items()])
 
 
 def _adapter(given: Mapping[str, Any], found: Converted) -> None:

@@ -32,7 +32,7 @@ from pipeline.model.packing import token_budget_batches
 from pipeline.model.routing import Routed
 from pipeline.schema import STEPS
 from pipeline.schema import Sequence as TokenSequence
-from pipeline.training import balance, budget
+from pipeline.training import balance, budget, optimizers
 from pipeline.training.balance import Balance, over_processes
 from pipeline.training.batches import Batch, Examples, Scores
 from pipeline.training.budget import Budget
@@ -109,6 +109,7 @@ class Policy:
     ) -> None:
         """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them, and how
         much one takes."""
+        optimizers.refuse_missing(train)
         torch.manual_seed(train.seed)
         self.train, self.accelerator = train, accelerator
         self.tokenizer = AutoTokenizer.from_pretrained(start.tokenizer)
@@ -129,10 +130,7 @@ class Policy:
             self.notes.append(
                 f"{self._budget.tokens:,} tokens in one forward and backward fit (train.tokens_per_micro_batch)"
             )
-        groups = _parameter_groups(list(self._trained.parameters().values()), train.weight_decay)
-        # On a GPU all parameters in one kernel.
-        fused = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=fused)
+        optimizer = optimizers.make(list(self._trained.parameters().values()), train, accelerator.device)
         self._module, self._optimizer = accelerator.prepare(_Logps(self.forward), optimizer)
 
     @property
@@ -168,9 +166,9 @@ class Policy:
     def _tried(self, like: Sequence[TokenSequence]) -> int:
         """The budget that the process with the least memory has room for."""
         parameters, n_processes = list(self._trained.parameters().values()), self.accelerator.num_processes
-        n_bytes = sum(each.numel() * each.element_size() for each in parameters)
-        # AdamW's two moments; with several processes, the gradients once more, in what they send one another.
-        later = 2 * n_bytes + (n_bytes if n_processes > 1 else 0)
+        # The optimizer's state; with several processes, the gradients once more, in what they send one another.
+        of_each = optimizers.N_BYTES[self.train.optimizer] + (4 if n_processes > 1 else 0)
+        later = math.ceil(of_each * sum(each.numel() for each in parameters))
         most = min(-(-self.train.batch_size // n_processes), self.train.micro_batch_size or sys.maxsize)
         with self.accelerator.autocast():
             found = budget.largest_that_fits(self.forward, like, parameters, later, most)
@@ -226,10 +224,8 @@ class Policy:
         for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 raise NotFinite(metric, value, step.visit)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
         with budget.once("the optimizer's update"):
-            self._optimizer.step()
+            optimizers.take_step(self._optimizer, learning_rate)
         self._optimizer.zero_grad()
         return step.visit, {**step.logged, "grad_norm": grad_norm}, step.memory
 
@@ -471,8 +467,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        state = self._optimizer.state_dict()["state"]
-        return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+        return optimizers.state(self._optimizer)
 
     def save_weights(self, folder: Path) -> None:
         """What is trained, as it lies in memory: save_pretrained rearranges the weights of some models."""
@@ -487,33 +482,8 @@ class Policy:
         assert not parameters
 
     def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
+        optimizers.restore(self._optimizer, optimizer)
         self.load_weights(folder)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in optimizer.items():
-            i, name = key.split(".", 1)
-            state.setdefault(int(i), {})[name] = value
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
-
-
-def warmup_steps(n_steps: int, train: Train) -> int:
-    return min(math.ceil(train.warmup_ratio * n_steps), n_steps - 1)
-
-
-def learning_rate(step: int, n_steps: int, train: Train) -> float:
-    """Linear warm-up, then a cosine to zero. `step` counts from 1; the first has the rate after no warm-up step."""
-    done, warmup = step - 1, warmup_steps(n_steps, train)
-    if done < warmup:
-        return train.learning_rate * done / warmup
-    progress = (done - warmup) / max(1, n_steps - warmup)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Norms and biases do not decay."""
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _present(batch: Batch, names: Sequence[str]) -> list[int]:
