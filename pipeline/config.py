@@ -451,6 +451,8 @@ class Train(Section):
     """Steps between checkpoints, from which an interrupted run goes on."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept; train.best is kept beside them."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_as_list)] = ()
+    """Where metrics go beside the Parquet files: tensorboard (in the run's folder), wandb, trackio, or several of them."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Held-out prompts answered before and after training."""
     sample_tokens: Count = 64

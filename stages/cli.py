@@ -504,6 +504,27 @@ def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json:
     _print(result, as_json, "merged")
 
 
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.argument("name", metavar="NAME")
+@click.option("--public", is_flag=True, help="Everyone may see it. A repository that is there stays as it is.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
+    """Send a finished run's model to the hub.
+
+    \b
+        prefcache push runs/demo/trained me/kind
+        prefcache push runs/demo/trained me/kind --public
+
+    What is sent are the files of RUN/model: the weights, the tokenizer and the model card, whose text names what it was made from. The repository is private unless said otherwise, and is made where it is missing. The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    from pipeline.progress import Progress
+    from stages import push
+
+    _print(push.run(Path(run), name, public, Progress(quiet)), as_json, "pushed")
+
+
 @main.command("from-trl")
 @click.argument("file", metavar="FILE")
 @click.option("--output", metavar="CONFIG", help="Where the config goes.  [default: stdout]")

@@ -390,6 +390,10 @@ def merged(result: dict[str, Any]) -> None:
         console.print(fact, soft_wrap=True)
 
 
+def pushed(result: dict[str, Any]) -> None:
+    print(printable(f"{result['url']}: {result['files']} files of {result['run']}/model, commit {result['commit']}"))
+
+
 def _held_out(result: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column(f"{result['held_out']:,} held-out {result['kind']}")

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.training import (
     moving_reference,
     runfolder,
     samples,
+    trackers,
 )
 from pipeline.training.batches import Examples
 from pipeline.training.moving_reference import MovingReference
@@ -41,6 +43,7 @@ from pipeline.training.policy import NotFinite, Policy, Visit, accelerator
 from pipeline.training.runlog import PARTS, PROVENANCE, RunLog
 from pipeline.training.selection import Selection
 
+Report = Callable[[dict[str, Any]], None]
 BEFORE = "before.json"
 NOT_FINITE = "not-finite"  # the batches of steps that were not taken
 PREFERENCE = "preference_accuracy"
@@ -57,6 +60,7 @@ _HARMLESS = {
     "keep_checkpoints",
     "eval_every",
     "alerts",
+    "report_to",
     "kinds",
     "device",
     "gradient_checkpointing",
@@ -140,7 +144,10 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     session = Session(config, start, inputs, examples, objective, policy, moving, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored if objective.reference_answers else None)
-    return _finish(session, before, _train(session, _go_back(session)))
+    state = _go_back(session)
+    with _reporting(session, state["step"]) as report:
+        trained = _train(session, state, report)
+    return _finish(session, before, trained)
 
 
 # -- before any model is loaded --------------------------------------------------------------------------------------
@@ -148,6 +155,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
 
 def _refuse(config: Config, objective: Objective, prepared: Prepared) -> None:
     columns.refuse_missing(objective, prepared)
+    trackers.refuse_missing(config.train.report_to)
     if config.train.best:
         best.refuse_unknown(config.train, metrics.of_evaluations(objective), len(prepared.table(HELD_OUT)))
 
@@ -355,7 +363,12 @@ def _go_back(s: Session) -> dict[str, Any]:
     return state
 
 
-def _train(s: Session, state: dict[str, Any]) -> Trained:
+def _reporting(s: Session, step: int) -> AbstractContextManager[Report]:
+    """To trackers, what a row of metrics is told to."""
+    return trackers.reporting(s.config, s.log.rows("metrics"), step) if s.main else nullcontext(lambda row: None)
+
+
+def _train(s: Session, state: dict[str, Any], report: Report) -> Trained:
     """All steps that are left."""
     train, examples = s.config.train, s.examples[TRAIN]
     step, n_tokens, memory, found_best = state["step"], state["num_tokens"], state["memory"], state.get("best")
@@ -377,7 +390,9 @@ def _train(s: Session, state: dict[str, Any]) -> Trained:
                 row |= _eval_row(evaluation)
                 found_best = best.after(train.best, found_best, step, evaluation)
             over = step == s.n_steps or best.is_given_up(train.best, found_best)
-            s.log.metrics({**row, "num_tokens": n_tokens})
+            row["num_tokens"] = n_tokens
+            s.log.metrics(row)
+            report(row)
             s.log.visit(step, epoch, TRAIN, examples.example_ids(indices), visit)
             stops = _alert(s, watch, row)
             if over or stops or step % train.checkpoint_every == 0 or best.is_of(found_best, step):

@@ -22,14 +22,17 @@ TOO_LONG = {"learning_rate": 3e-3, "epochs": 3, "eval_every": 2, "samples": 3}
 LOSS = ["--set", "train.best=eval_loss"]
 
 
+def write_turned_pairs(path: Path) -> None:
+    """Two of five are turned around, so that the best evaluation lies between the first and the last."""
+    dice, turned = random.Random(2), {"chosen": "rejected", "rejected": "chosen", "prompt": "prompt"}
+    rows = [pair(i) for i in range(60)]
+    rows = [{turned[key]: row[key] for key in row} if dice.random() < 0.4 else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture
 def scored(prefcache, model, tmp_path):
-    """Two of five preferences are turned around, so that the best evaluation lies between the first and the last."""
-    dice = random.Random(2)
-    rows = [pair(i) for i in range(60)]
-    turned = {"chosen": "rejected", "rejected": "chosen", "prompt": "prompt"}
-    rows = [{turned[key]: row[key] for key in row} if dice.random() < 0.4 else row for row in rows]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_turned_pairs(tmp_path / "pairs.jsonl")
     config = write_config(tmp_path, model, **TOO_LONG)
     prefcache("prepare", config)
     prefcache("score", config)

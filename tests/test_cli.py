@@ -13,7 +13,9 @@ from conftest import PREFCACHE, write_config, write_pairs
 from stages.cli import main
 
 
-@pytest.mark.parametrize("command", ["prepare", "preview", "formats", "losses", "score", "train", "merge", "sql"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "preview", "formats", "losses", "score", "train", "merge", "push", "sql"]
+)
 def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command):
     text = prefcache(command, "--help").stdout
     assert f"prefcache {command} " in text and text.splitlines()[2].strip().endswith(".")

@@ -35,14 +35,14 @@ FLOORS = {
     "pipeline.scoring": ["engines", "scorer", "actors"],
     "pipeline.training": [
         "losses",
-        "alerts balance best budget checkpoints density modelcard objective optimizers runlog samples sweep token_sums",
+        "alerts balance best budget checkpoints density modelcard objective optimizers runlog samples sweep token_sums trackers",
         "from_trl runfolder selection token_logps",
         "batches",
         "columns policy",
         "metrics moving_reference",
     ],
     "pipeline.views": ["statement", ""],
-    "stages": ["adopt doctor export inspect merge parity prepare preview score show tables train upkeep", "cli"],
+    "stages": ["adopt doctor export inspect merge parity prepare preview push score show tables train upkeep", "cli"],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.
 SAME_FLOOR = {

@@ -2,13 +2,10 @@
 
 import json
 import math
-import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -216,26 +213,6 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(prefcache, score
     assert "unfinished run" in done.stderr and "train.seed 0 (now 3)" in done.stderr
 
 
-def test_killed_at_random_points_it_ends_with_the_same_weights_and_metrics(prefcache, process, scored, tmp_path):
-    # Long enough that a run is not over a moment after the last checkpoint waited for, on a fast machine either.
-    settings = ["--set", "train.checkpoint_every=3", "--set", "train.epochs=6"]
-    process("train", scored, *settings, "--set", "train.run=whole")
-    run, dice = tmp_path / "runs/tiny/trained", random.Random(1)
-    for kill in range(5):
-        child = subprocess.Popen([PREFCACHE, "train", scored, *settings], cwd=tmp_path, stderr=subprocess.DEVNULL)
-        goal = 3 * (1 + kill // 2)
-        while child.poll() is None and not (run / f"checkpoints/step-{goal:08}").exists():
-            time.sleep(0.001)
-        time.sleep(dice.uniform(0, 0.05))
-        child.kill()
-        child.wait()
-    assert not (run / "manifest.json").exists()
-    assert "going on from step" in process("train", scored, *settings).stderr
-    whole = tmp_path / "runs/tiny/whole"
-    assert weights(run) == weights(whole)
-    assert metrics(run) == metrics(whole) and table(run, "steps") == table(whole, "steps")
-
-
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(prefcache, scored, tmp_path):
     settings = ["--set", "train.checkpoint_every=3"]
     prefcache("train", scored, *settings)
@@ -364,23 +341,6 @@ def test_data_prepared_anew_must_be_scored_anew(prefcache, scored, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 5, start=60, mode="a")
     prefcache("prepare", scored)
     assert "make score" in prefcache("train", scored, code=5).stderr
-
-
-def test_sigterm_ends_with_exit_code_130_and_goes_on_later(prefcache, process, scored, tmp_path):
-    settings = ["--set", "train.checkpoint_every=2"]
-    child = subprocess.Popen(
-        [PREFCACHE, "train", scored, *settings],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    while child.poll() is None and not list(tmp_path.glob("runs/tiny/trained/checkpoints/step-*")):
-        time.sleep(0.001)
-    child.send_signal(signal.SIGTERM)
-    _, said = child.communicate()
-    assert child.returncode == 130 and "run the same command to go on" in said
-    assert "going on from step" in process("train", scored, *settings).stderr
 
 
 def test_without_held_out_pairs_it_trains_and_says_nothing_about_them(prefcache, model, tmp_path):

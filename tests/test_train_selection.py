@@ -109,6 +109,25 @@ def test_each_epoch_has_the_order_that_is_asked_for(prefcache, scored, tmp_path)
     assert all(len(ids) <= 8 for ids in batches_of(run).values())
 
 
+def test_the_order_of_the_data_is_a_curriculum_in_every_epoch(prefcache, scored, tmp_path):
+    """What Axolotl calls curriculum_sampling: nothing is shuffled."""
+    prefcache("train", scored, *said("train.order_by=source, line", "train.samples=0"))
+    train = examples(tmp_path)
+    in_order = sorted(train, key=lambda name: train[name]["line"])
+    assert visited(tmp_path / "runs/tiny/trained") == in_order * 2
+
+
+def test_a_curriculum_may_end_with_an_epoch(prefcache, scored, tmp_path):
+    """The first begins with what is easy; what the second does is the shuffle of a run without an order."""
+    prefcache("train", scored, *said("train.order_by=if(epoch = 1, n_chosen, null)", "train.samples=0"))
+    prefcache("train", scored, *said("train.run=shuffled", "train.samples=0"))
+    train = examples(tmp_path)
+    found, shuffled = (visited(tmp_path / "runs/tiny" / run) for run in ("trained", "shuffled"))
+    lengths = [train[name]["n_chosen"] for name in found[: len(train)]]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 3
+    assert found[len(train) :] == shuffled[len(train) :]
+
+
 def test_another_choice_is_another_run_and_nothing_is_scored_again(prefcache, scored, tmp_path):
     def cached():
         return {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.parquet")}

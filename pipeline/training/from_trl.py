@@ -108,7 +108,7 @@ _IGNORED = {
     "logging_strategy": "every step is logged",
     "eval_strategy": "train.eval_every says when",
     "save_strategy": "train.checkpoint_every says when",
-    "report_to": "metrics go to Parquet (prefcache sql)",
+    "report_to": "metrics go to Parquet (prefcache sql), and to what train.report_to names",
     "run_name": "train.run names a run",
     "do_train": "each stage is a command",
     "do_eval": "each stage is a command",
@@ -125,8 +125,8 @@ _IGNORED = {
 }
 _PREFIXES = {
     "dataloader_": "pairs are read from memory-mapped Arrow",
-    "hub_": "nothing is pushed to a hub",
-    "push_to_hub": "nothing is pushed to a hub",
+    "hub_": "`prefcache push` sends a finished run's model to the hub",
+    "push_to_hub": "`prefcache push` sends a finished run's model to the hub",
 }
 _CANNOT = {
     "trust_remote_code": "no remote code is run",

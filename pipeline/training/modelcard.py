@@ -1,9 +1,10 @@
 """What a trained model's folder says of itself: a model card with everything that the run was made from.
 
-It has no date and no host, so that the same run gives the same card.
+It has no date, no host and no path, so that the same run gives the same card, and one that can be shown to others.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,8 +21,10 @@ def text(
     facts: Mapping[str, Any], counts: Mapping[str, int], before: Mapping[str, float], after: Mapping[str, float]
 ) -> str:
     """`facts` are the run's provenance, `before` and `after` its evaluations of the held-out examples, perhaps empty."""
+    folder = Path(facts["model"]) if Path(facts["model"]).is_dir() else None
     head = {
-        "base_model": facts["model"],
+        # The hub knows models by its own ids, and refuses a card that names a folder.
+        **({} if folder else {"base_model": facts["model"]}),
         "library_name": "transformers",
         "tags": ["prefcache", *facts["loss_arguments"]],
     }
@@ -29,7 +32,7 @@ def text(
     reference = inputs["reference"]
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
-        f"# {_plain(facts['model'])}, trained on preferences",
+        f"# {_plain(folder.name if folder else facts['model'])}, trained on preferences",
         f"Trained by prefcache with the loss {facts['loss']}, on {counts['examples']:,} {facts['kind']}, {counts['steps']:,} steps. "
         "The whole configuration is config.yaml in the folder above this one; `prefcache train` with it makes the run again."
         + _which(facts.get("best")),
