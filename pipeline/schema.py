@@ -219,6 +219,8 @@ THROUGHPUT = pa.schema(
         ("examples_per_second", pa.float64()),
         ("tokens_per_second", pa.float64()),
         ("peak_memory_bytes", pa.int64()),  # of the GPU's where there is one
+        ("flops", pa.float64()),  # of the process that writes, as flops.py counts them
+        ("mfu", pa.float64()),  # its share of what its GPU could do in bf16 at best; NULL where that is not known
     ]
 )
 

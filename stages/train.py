@@ -425,6 +425,8 @@ def _update(
             "examples_per_second": len(indices) / seconds,
             "tokens_per_second": examples.n_tokens(indices) / seconds,
             "peak_memory_bytes": s.policy.peak_memory,
+            "flops": s.policy.flops,
+            "mfu": s.policy.flops / seconds / s.policy.peak_flops if s.policy.peak_flops else None,
         }
     )
     return found

@@ -35,7 +35,7 @@ FLOORS = {
     "pipeline.scoring": ["engines", "scorer", "actors"],
     "pipeline.training": [
         "losses",
-        "alerts balance best budget checkpoints density modelcard objective optimizers runlog samples sweep token_sums trackers",
+        "alerts balance best budget checkpoints density flops modelcard objective optimizers runlog samples sweep token_sums trackers",
         "from_trl runfolder selection token_logps",
         "batches",
         "columns policy",

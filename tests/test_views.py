@@ -373,6 +373,7 @@ def test_alerts_and_throughput_are_those_of_every_run_by_hand(tmp_path):
     alert = {"step": 30, "kind": "kl", "severity": "warning", "metric": "kl", "value": 120.0}
     alert |= {"seen": "kl is 120", "why": "it drifts", "try": "a larger train.beta"}
     timed = {"step": 2, "seconds": 0.5, "examples_per_second": 16.0, "tokens_per_second": 400.0, "peak_memory_bytes": 9}
+    timed |= {"flops": 8e9, "mfu": None}
     made = sources(tmp_path, {"trained": 0.1, "trained-1": 0.5})
     con = views.connect(
         dataclasses.replace(

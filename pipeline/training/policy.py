@@ -32,7 +32,7 @@ from pipeline.model.packing import token_budget_batches
 from pipeline.model.routing import Routed
 from pipeline.schema import STEPS
 from pipeline.schema import Sequence as TokenSequence
-from pipeline.training import balance, budget, optimizers
+from pipeline.training import balance, budget, flops, optimizers
 from pipeline.training.balance import Balance, over_processes
 from pipeline.training.batches import Batch, Examples, Scores
 from pipeline.training.budget import Budget
@@ -123,6 +123,9 @@ class Policy:
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
         with accelerator.autocast():
             self.forward.choose(like)
+        self._shapes = flops.shapes_of(model)
+        self.flops = 0.0  # of the last step, by this process
+        self.peak_flops = flops.peak(accelerator.device, self.precision)
         self._balance = balance.balance_of(model, train, accelerator.device)
         self._budget = Budget(train, accelerator.device, accelerator.num_processes, say)
         if self._budget.wants_trial:
@@ -257,7 +260,7 @@ class Policy:
         that pass also gives each example's share: the slope of the batch's loss at its log-probs, which the second pass
         carries on into the model. So the result is that of one forward over everything.
         """
-        mine = self._share(examples, indices)
+        mine, self.flops = self._share(examples, indices), 0.0
         # A process without examples of its own still has to take part in the reduction of gradients.
         parts = self._parts(examples, mine if len(mine) else indices[:1])
         whole = self._whole_batch(examples, indices, objective, memory, epoch, n_parts=len(parts))
@@ -389,8 +392,11 @@ class Policy:
         # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
         module = self._module if torch.is_grad_enabled() else self.forward.logps
         watch = self._balance.watch if self._balance and names[0] not in WITHOUT_GRADIENT else None
+        given = [[sequences[i] for i in group] for group in groups]
         with self.accelerator.autocast():
-            found = module([[sequences[i] for i in group] for group in groups], squares=also_squares, watch=watch)
+            found = module(given, squares=also_squares, watch=watch)
+        if torch.is_grad_enabled():
+            self.flops += self._shapes.flops(flops.computed(given, self._way))
         back = np.argsort(flat(groups))
         by_answer = [{} if not lists else self._by_answer([lists[i] for i in back], names, len(has)) for lists in found]
         return by_answer[0], by_answer[1]

@@ -1,0 +1,107 @@
+"""The arithmetic that is said of a step is what PyTorch's own counter sees."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from models_for_tests import build, sequence
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.model.forward import Forward
+from pipeline.training.flops import Computed, computed, peak, peak_of, shapes_of
+
+PROMPTS = [sequence(n, 2).prompt_ids for n in (9, 4)]
+# Two prompts with two answers each, and one with a single one.
+GROUPS = [
+    [sequence(9, n)._replace(prompt_ids=PROMPTS[0]) for n in (6, 3)],
+    [sequence(4, n)._replace(prompt_ids=PROMPTS[1]) for n in (8, 1)],
+    [sequence(5, 4)],
+]
+MODELS = ["llama", "llama-tied", "qwen3", "gpt2", "mistral", "neox"]
+MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
+
+
+def counted(model, way: str, groups) -> int:
+    """By PyTorch, forward and backward. Attention and experts are spelt out, in multiplications that it knows."""
+    forward = Forward(model, "eager", way, "float32", "train.rows")
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    forward.choose([each for group in groups for each in group])
+    assert forward.way == way
+    with FlopCounterMode(display=False) as counter:
+        torch.cat(forward.logps(groups).logps).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("way", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("name", MODELS + MIXTURES)
+def test_it_is_what_pytorch_counts(name, way):
+    model = build(name)
+    groups = GROUPS if way == "shared" else [[each] for group in GROUPS for each in group]
+    found = shapes_of(model).flops(computed(groups, way))
+    assert found == counted(model, way, groups)
+
+
+def test_experts_count_as_far_as_a_token_takes_them():
+    dense, mixture = build("llama"), build("mixtral")
+    # Two of four experts instead of one MLP of the same size, and a router of 32 x 4, in 2 layers; all trained.
+    more = 3 * 2 * (3 * 32 * 48 + 32 * 4)
+    assert shapes_of(mixture).of_position - shapes_of(dense).of_position == more
+
+
+def test_of_an_adapter_only_its_own_weights_have_gradients():
+    from peft import LoraConfig, get_peft_model
+
+    whole = shapes_of(build("llama"))
+    adapted = build("llama")
+    get_peft_model(adapted, LoraConfig(r=2, target_modules=["q_proj"]))
+    # Two passes of three through what stays as it is, and three through 2 x (32 + 32) in 2 layers.
+    assert shapes_of(adapted).of_position == whole.of_position * 2 / 3 + 2 * 3 * 2 * (32 + 32)
+    assert shapes_of(adapted).of_head_position == whole.of_head_position * 2 / 3
+
+
+def test_a_row_by_hand():
+    # A prompt of 9, answers of 6 and 3 whose last tokens are no inputs; each is predicted, and sees the prompt and itself.
+    assert computed(GROUPS[:1], "shared") == Computed(9 + 5 + 2, 6 + 3, 14**2 + 2 * 11)
+    one, other = GROUPS[0]
+    assert computed([[one], [other]], "packed") == Computed(14 + 11, 6 + 3, 14**2 + 11**2)
+    assert computed([[one], [other]], "padded") == Computed(2 * 14, 2 * 6, 2 * 14**2)
+
+
+# The makers' data sheets, bf16 without sparsity.
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(name, teraflops):
+    assert peak_of(name) == teraflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L40"]
+)
+def test_a_gpu_that_is_not_known_has_no_peak(name):
+    assert peak_of(name) is None and peak(torch.device("cpu"), "bfloat16") is None
+
+
+def test_a_runs_steps_say_their_arithmetic_and_no_share_of_a_peak_on_a_cpu(prefcache, config):
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config, "--set", "train.samples=0")
+    query = "select flops, mfu from throughput order by step"
+    rows = json.loads(prefcache("sql", query, "runs/tiny", "--json").stdout)
+    assert all(row["mfu"] is None and row["flops"] > 0 for row in rows)
+    # However its micro-batches are cut; but for a few pairs with the same prompt, which would share it in one row.
+    prefcache(
+        "train", config, "--set", "train.samples=0", "--set", "train.run=cut", "--set", "train.micro_batch_size=2"
+    )
+    cut = json.loads(prefcache("sql", query + ", run", "runs/tiny", "--json").stdout)
+    totals = np.array([row["flops"] for row in cut]).reshape(-1, 2).sum(0)
+    assert totals[0] == pytest.approx(totals[1], rel=0.02)
