@@ -65,6 +65,22 @@ def test_under_autocast_a_row_is_computed_in_its_dtype():
         assert attention._computed_in(query) == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("width", "of_values", "dtype", "fits"),
+    [
+        (64, 64, torch.bfloat16, True),
+        (256, 256, torch.float16, True),
+        (64, 64, torch.float32, False),
+        (192, 128, torch.bfloat16, False),  # DeepSeek-V3
+        (512, 512, torch.bfloat16, False),
+        (20, 20, torch.bfloat16, False),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_computed_call_by_call(width, of_values, dtype, fits):
+    query, value = torch.empty(1, 2, 3, width), torch.empty(1, 2, 3, of_values)
+    assert attention._fits_one_call(query, value, dtype) == fits
+
+
 # -- on real models --------------------------------------------------------------------------------------------------
 
 

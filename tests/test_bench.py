@@ -16,6 +16,11 @@ def bench(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
+def bench_code(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
 def test_bench_prepare_compares_the_same_tokens():
     options = "--pairs 300 --rounds 1 --vocabulary 1000 --without-trl"
     printed = bench("tests.bench.prepare", *options.split())
@@ -90,8 +95,7 @@ def test_bench_train_compares_the_loader():
 def test_bench_gpu_runs_every_part_on_any_machine(tmp_path: Path):
     printed = bench("tests.bench.gpu", "--tiny", "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["versions"]["torch"] and found["versions"]["vllm"] is None
-    assert re.search(r"^ +vllm +absent", printed, re.M)
+    assert found["versions"]["torch"] and found["device"] == "cpu"
     # Three models, in three precisions and three ways, against their plain float32 forward.
     assert len(found["check"]["cases"]) == 27 and all(case["right"] for case in found["check"]["cases"])
     train = found["train"]["tiny"]["contenders"]
@@ -106,6 +110,22 @@ def test_bench_gpu_runs_every_part_on_any_machine(tmp_path: Path):
     assert len(found["train"]["tiny"]["targets"]) == len(found["score"]["targets"]) == 2
 
 
+WITHOUT = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["pydantic", "duckdb", "datasets", "trl", "vllm"]))
+sys.argv = ["gpu", "--tiny", "memory", "--json", sys.argv[1]]
+runpy.run_module("tests.bench.gpu", run_name="__main__")
+"""
+
+
+def test_bench_gpu_needs_little_and_says_what_is_absent(tmp_path: Path):
+    from tests.bench.gpu import machine
+
+    assert bench_code(WITHOUT, str(tmp_path / "found.json")).endswith(f"All figures: {tmp_path / 'found.json'}\n")
+    assert machine.absent("torch") is None
+    assert machine.absent("torch", "nowhere") == "absent: nowhere is not installed"
+
+
 def test_bench_gpu_times_nothing_where_results_are_wrong():
     from tests.bench.gpu import kernels
 
@@ -115,6 +135,39 @@ def test_bench_gpu_times_nothing_where_results_are_wrong():
     assert kernels._compared(kernels._build(shape, 1), pairs, plain, "float32", "shared")["right"]
     other = kernels._compared(kernels._build(shape, 2), pairs, plain, "float32", "shared")
     assert not other["right"] and "log-probs and gradient off" in other["why"]
+
+
+def test_bench_gpu_knows_the_arithmetic_that_pairs_need():
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tests.bench.gpu import ours, work
+
+    by_hand = work.Needed.of([corpus.TokenPair(*([0] * n for n in (2, 3, 2)))])
+    # p p c c r: r sees the prompt and itself; the first answer has three tokens to predict, the second two.
+    assert (by_hand.positions, by_hand.head_positions, by_hand.scores) == (5, 5, (1 + 2) + (3 + 4) + 3)
+    model = work.build(work.SHAPES["tiny"], torch.float32)
+    pairs = corpus.token_pairs(4, 500)
+    score, needed = ours.scorer(model, "shared", "float32", pairs), work.Needed.of(pairs)
+    with FlopCounterMode(display=False) as counted:  # which does not see the CPU's attention
+        score(pairs)
+    attention = 4 * 2 * 32 * needed.scores
+    assert counted.get_total_flops() == pytest.approx(needed.flops(model) - attention, rel=0.01)
+
+
+def test_bench_gpu_says_how_large_a_model_fits():
+    from tests.bench.gpu import memory, work
+
+    shape = work.SHAPES["tiny-8B"]
+    two, four = (memory._parameters(shape | {"num_hidden_layers": n}) for n in (2, 4))
+    # 10 GB and 4 GB a layer, of 80 GB 75.2: 16.3 layers.
+    found = memory._fit(shape, (2, 4), [18_000_000_000, 26_000_000_000])
+    assert found["bytes_per_layer"] == 4e9 and found["rest_bytes"] == 10e9
+    assert found["bytes_per_parameter"] == 8e9 / (four - two)
+    assert found["largest_at_80_gb"]["layers"] == pytest.approx(16.3)
+    assert found["largest_at_80_gb"]["parameters"] == pytest.approx(two + 14.3 * (four - two) / 2)
+    tried = memory._try_largest(shape, {"ours": found}, True)
+    assert tried["layers"] == 5 and tried["said_bytes"] == 30e9 and tried["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize("regime", corpus.REGIMES)

@@ -130,7 +130,7 @@ def attend(
     assert len(query) == 1 and attention_mask is None
     special = segments.spelt_out or softcap is not None or s_aux is not None
     dtype = _computed_in(query)
-    if query.is_cuda and not special and dtype in (torch.float16, torch.bfloat16):
+    if query.is_cuda and not special and _fits_one_call(query, value, dtype):
         q_HTD, k_HTD, v_HTD = (each[0].to(dtype) for each in (query, key, value))
         return _in_one_call(q_HTD, k_HTD, v_HTD, segments, scaling, sliding_window).unsqueeze(0), None
     found: list[torch.Tensor] = []
@@ -158,6 +158,12 @@ def _computed_in(query: torch.Tensor) -> torch.dtype:
     """Under autocast, rotated queries and keys arrive in float32 and values do not: what they are computed in says autocast."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _fits_one_call(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """What FlashAttention's kernel takes. DeepSeek's values, for one, are narrower than its keys."""
+    width = query.shape[-1]
+    return dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == width <= 256 and width % 8 == 0
 
 
 def _of_each_call(

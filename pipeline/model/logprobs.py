@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,8 +173,9 @@ def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False, wat
 
     n = _head_positions(model)
     parts = list(zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True))
-    again = torch.is_grad_enabled()
-    chunks = [checkpoint(head, *part, use_reentrant=False) if again else head(*part) for part in parts[:-1]]
+    # Nothing is drawn at random, so no state of a generator has to be kept.
+    again = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
+    chunks = [again(*part) if torch.is_grad_enabled() else head(*part) for part in parts[:-1]]
     chunks.append(head(*parts[-1]))
     return _split(tuple(map(torch.cat, zip(*chunks, strict=True))), row.counts)
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,33 @@ def main() -> None:
     _say(found)
     try:
         found["check"] = kernels.check(options.tiny)
-        found["tflops"] = tflops = _rates(found["device"], options.tiny)
-        for name, (seconds, part) in PARTS.items():
+        found["tflops"] = _rates(found["device"], options.tiny)
+        for name in PARTS:
             if not options.parts or name in options.parts:
-                print(f"-- {name} {'-' * (100 - len(name))}", flush=True)
-                found[name] = part(options.tiny, Budget(seconds), tflops)
+                found[name] = _part(name, options.tiny, found["tflops"])
                 _write(options.json, found)
     except kernels.Wrong as error:
         found["wrong"] = str(error)
         _write(options.json, found)
         sys.exit(f"error: the device does not compute what it should, so nothing is timed: {error}")
     print(f"All figures: {options.json}")
+    if failed := [name for name in PARTS if "failed" in found.get(name, {})]:
+        sys.exit(f"error: {', '.join(failed)} failed; see above")
+
+
+def _part(name: str, tiny: bool, tflops: dict[str, float]) -> dict[str, Any]:
+    """What it found. One that fails does not keep the others from being measured."""
+    print(f"-- {name} {'-' * (100 - len(name))}", flush=True)
+    seconds, part = PARTS[name]
+    try:
+        return part(tiny, Budget(seconds), tflops)
+    except kernels.Wrong:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": machine.why_failed(error)}
+    finally:
+        machine.free()
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:

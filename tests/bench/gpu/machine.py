@@ -1,6 +1,7 @@
 """The machine that is measured: what it is, what is installed, its memory, its time, and how fast it multiplies matrices."""
 
 import datetime
+import gc
 import importlib.util
 import os
 import platform
@@ -46,6 +47,12 @@ def absent(*modules: str) -> str | None:
     return f"absent: {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed" if lacking else None
 
 
+def why_failed(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 # -- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -83,10 +90,16 @@ def wait() -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-def forget_peak() -> None:
-    """Free what nobody holds; from now on a new peak is looked for."""
+def free() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
+
+
+def forget_peak() -> None:
+    """From now on a new peak is looked for. What is cached stays: to be asked for again would take time."""
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     else:
         contest.forget_peaks()

@@ -5,7 +5,6 @@ numbers of layers; a layer then has its bytes, weights and activations together,
 a GPU follows from these, and is tried on the GPU that is here.
 """
 
-import gc
 from typing import Any
 
 import numpy as np
@@ -56,8 +55,7 @@ def _n_tokens(tiny: bool) -> int:
 
 def _peak(way: str, shape: dict[str, Any], tiny: bool) -> int | None:
     """Bytes; None where memory does not suffice."""
-    gc.collect()
-    machine.forget_peak()
+    machine.free()
     try:
         return _of_step(way, shape, tiny)
     except torch.OutOfMemoryError:

@@ -206,7 +206,7 @@ PROGRAM_NEEDS = ("pydantic", "duckdb", "xxhash", "yaml")
 
 
 def program(
-    folder: Path, pairs: list[TokenPair], reference_B2: np.ndarray, words: set[str]
+    folder: Path, pairs: list[TokenPair], reference_B2: np.ndarray, per_step: int, words: set[str]
 ) -> Callable[[SequenceOf[int]], float]:
     """Policy.update on some of the pairs, by number; the model is in `folder`. Returns the loss before it."""
     from pipeline.config import Train
@@ -216,8 +216,8 @@ def program(
     from tests.bench.train import examples_of
 
     examples = examples_of(pairs, *reference_B2.T)
-    train = Train(batch_size=len(pairs), learning_rate=RATE, gradient_checkpointing="recomputed" in words)
-    policy = Policy(Reference(folder), None, train, accelerator(train), examples.longest(12))
+    train = Train(batch_size=per_step, learning_rate=RATE, gradient_checkpointing="recomputed" in words)
+    policy = Policy(Reference(folder), None, train, accelerator(train), examples.longest(12), print)
     objective = Objective(train)
 
     def step(indices: SequenceOf[int]) -> float:

@@ -5,11 +5,10 @@
     trl-BxA[-WORD...]     DPOTrainer.train() in batches of B pairs, A a step; words: precomputed, recomputed, lora
 
 A contender is built anew for each of its turns and takes one step that does not count; others follow it in alternating rounds.
-All start from the same weights with the same pairs in the same order, so their losses agree: that is checked. TRL computes its
-log-probs in chunks of its own (its 1.16 has no other way), and refuses to train without padding.
+All start from the same weights with the same pairs in the same order, so their losses agree: that is checked. TRL 1.16 computes
+its log-probs in chunks always, and has its padding_free switched off.
 """
 
-import gc
 import math
 import re
 import statistics
@@ -107,10 +106,12 @@ def _compare(
     with torch.device("meta"):
         flops = setting.timed.flops(work.model_of(setting.shape, torch.float32))
     for name, each in found.items():
-        each.setdefault("why", "out of memory" if math.inf in each.get("seconds", []) else "no time was left")
-        if "seconds" in each and math.inf not in each["seconds"]:
-            del each["why"]
+        if "why" in each:
+            each.pop("seconds", None)
+        elif "seconds" in each:
             _add_rates(each, setting, flops * (2 if "lora" in name else 3), tflops)
+        else:
+            each["why"] = "no time was left"
     _say(found)
     return {"contenders": found, "targets": _say_targets(found)}
 
@@ -127,17 +128,16 @@ def _turn(name: str, setting: Setting, found: dict[str, Any]) -> Callable[[], fl
     kind = {"trl": _trl, "program": _program, "ours": _ours}[name.partition("-")[0]]
 
     def turn() -> float:
+        if "why" in found:
+            return math.inf
         try:
             done = kind(name, setting)
-        except torch.OutOfMemoryError:
-            done = None
+            found["peak_bytes"], found["losses"], seconds = done.peak, done.losses, done.seconds
+        except Exception as error:  # of one contender; the others go on
+            found["why"], seconds = machine.why_failed(error), math.inf
         # Outside the handler, which would keep the failed step's tensors alive.
-        gc.collect()
-        machine.forget_peak()
-        if done is None:
-            return math.inf
-        found["peak_bytes"], found["losses"] = done.peak, done.losses
-        return done.seconds
+        machine.free()
+        return seconds
 
     return turn
 
@@ -150,7 +150,7 @@ def _ours(name: str, setting: Setting) -> Turn:
 
 def _program(name: str, setting: Setting) -> Turn:
     reference = ours.Trainer("ours", setting.shape, setting.pairs).reference_of(setting.pairs)
-    step = ours.program(setting.on_disk(), setting.pairs, reference, set(name.split("-")))
+    step = ours.program(setting.on_disk(), setting.pairs, reference, setting.per_step, set(name.split("-")))
     return _steps(lambda i: step(range(i * setting.per_step, (i + 1) * setting.per_step)), setting)
 
 
@@ -241,7 +241,7 @@ def _say(found: dict[str, dict[str, Any]]) -> None:
 def _agrees(name: str, found: dict[str, dict[str, Any]]) -> bool:
     """The first loss is ln 2, for policy and reference are the same; all weights fall alike. Adapters begin at random."""
     last, first = found[name]["losses"]
-    falls = [each["losses"][1] - each["losses"][0] for other, each in found.items() if "losses" in each and "lora" not in other]  # fmt: skip
+    falls = [each["losses"][1] - each["losses"][0] for other, each in found.items() if "why" not in each and "lora" not in other]  # fmt: skip
     if abs(first - math.log(2)) > FIRST:
         return False
     return "lora" in name or abs(first - last - statistics.median(falls)) < FALL * abs(statistics.median(falls))
@@ -249,9 +249,8 @@ def _agrees(name: str, found: dict[str, dict[str, Any]]) -> bool:
 
 def _say_targets(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Each at its best batch, all weights trained."""
-    rate = {name: each["pairs_per_second"] for name, each in found.items() if "seconds" in each and "why" not in each}
-    best_of_ours = max((name for name in rate if name in ("program", "ours", "ours-recomputed")), key=rate.__getitem__, default=None)  # fmt: skip
-    mine = "program" if "program" in rate else best_of_ours
+    rate = {name: each["pairs_per_second"] for name, each in found.items() if "why" not in each}
+    mine = next((name for name in ("program", "ours", "ours-recomputed") if name in rate), None)
     targets = []
     for kind, wanted in WANTED.items():
         theirs = [name for name in rate if name.startswith("trl") and "lora" not in name and ("precomputed" in name) == (kind == "precomputed")]  # fmt: skip
