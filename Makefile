@@ -55,7 +55,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score bench-train bench-gpu help always
+.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score bench-train bench-sql bench-gpu help always
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -136,6 +136,8 @@ bench-train: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.train
 bench-gpu: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu
+bench-sql: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.sql
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

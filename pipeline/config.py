@@ -391,6 +391,8 @@ class Train(Section):
     """For bco: weigh undesirable answers by how much likelier their prompts are among the desirable ones."""
     where: Expression | None = None
     """SQL: train on the training examples for which it is true, such as margin < 5 and n_chosen < 200. Evaluation keeps all."""
+    only: str | None = None
+    """A file whose column example_id names the training examples to keep: .parquet, .arrow, .jsonl or .csv (prefcache ask)."""
     weight: Expression | None = None
     """SQL: how much each counts, beside the average, such as if(source = 'a.jsonl', 2, 1). 0: it is not visited."""
     order_by: Expression | None = None

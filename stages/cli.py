@@ -21,6 +21,7 @@ from pipeline.errors import INTERRUPTED, PrefcacheError, ResourceError, UsageErr
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.training.sweep import Combination
+    from stages.inspect import Experiment
 
 # PyTorch reads this when it loads. Threads that spin while they wait slow a busy machine several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -556,37 +557,133 @@ def from_trl(file: str, output: str | None) -> None:
         artifact.commit_bytes(Path(output), text.encode())
 
 
+def answer(function: Callable[..., None]) -> Callable[..., None]:
+    """How the answer to a query is given."""
+    for option in (
+        click.option(
+            "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True, help="Seconds."
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            default=50,
+            show_default=True,
+            help="Most rows of the table; else all.",
+        ),
+        click.option("--out", metavar="FILE", help="Write all rows there: .parquet, .arrow, .jsonl or .csv."),
+        click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
+        click.option(
+            "--format",
+            "form",
+            type=click.Choice(["table", "csv", "json", "parquet", "markdown"]),
+            default="table",
+            show_default=True,
+            help="How rows are printed.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 @main.command()
 @click.argument("query", required=False)
 @click.argument("folder", required=False)
 @click.option("--views", "list_views", is_flag=True, help="Describe the views and their columns.")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Most rows of the table; JSON has all."
-)
-def sql(query: str | None, folder: str | None, list_views: bool, as_json: bool, limit: int) -> None:
-    """Ask one SELECT about an experiment.
+@answer
+def sql(query: str | None, folder: str | None, list_views: bool, **answered: Any) -> None:
+    """Ask one SELECT about an experiment; without QUERY, one after another at a prompt.
 
     \b
+        prefcache sql runs/demo
         prefcache sql "select run, avg(margin), avg(correct::int) from rewards group by run"
         prefcache sql "select * from examples where n_chosen > 2 * n_rejected" runs/demo
+        prefcache sql "select * from pairs where margin < -20" runs/demo --out runs/against.parquet
 
-    --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is the `out` of a config; it can be left out where runs/ has only one. Queries read nothing else.
+    --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is a config, or its `out`; it can be left out where runs/ has only one. Queries read nothing else.
     """
     from stages import inspect, tables
 
     if list_views:
-        tables.views(inspect.describe(folder or query))
+        where = folder or query
+        tables.views(inspect.Experiment(where).describe() if where else inspect.describe())
         return
-    if query is None:
+    if query is not None and folder is None and Path(query).exists():
+        query, folder = None, query
+    if query is not None:
+        _answer(inspect.Experiment(folder), query, None, **answered)
+        return
+    if not sys.stdin.isatty():
         raise UsageError("No query. Ask one, as in `prefcache sql 'select * from rewards'`, or see --views.")
-    with _killed_by_signals():
-        result = inspect.sql(query, folder)
-        if as_json:
-            rows = [dict(zip(result.columns, row, strict=True)) for row in result.rows()]
-            click.echo(json.dumps(rows, indent=1, ensure_ascii=sys.stdout.isatty(), default=_as_json))
-        else:
+    from stages import prompt
+
+    experiment = inspect.Experiment(folder)
+    names = [name for view, _, columns in experiment.describe() for name in (view, *(column for column, _ in columns))]
+    prompt.run(lambda query: _print_answer(experiment, query, None, **answered), experiment.cancel, names)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.argument("folder", required=False)
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A parameter of the question, e.g. limit=5."
+)
+@click.option("--sql", "as_sql", is_flag=True, help="Print the question's SQL, to begin from.")
+@answer
+def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql: bool, **answered: Any) -> None:
+    """Ask a question that comes up again and again; without NAME, list them.
+
+    \b
+        prefcache ask
+        prefcache ask length-bias runs/demo
+        prefcache ask reference-probability runs/demo --set share=0.3 --out runs/clear.parquet
+        prefcache train data/demo/config.yaml --set train.run=clear --set train.only=runs/clear.parquet
+
+    FOLDER is a config, or its `out`; it can be left out where runs/ has only one. Rows with an example_id can be trained on: train.only.
+    """
+    from pipeline import questions
+    from stages import inspect, tables
+
+    if name is None:
+        tables.questions(questions.QUESTIONS.values())
+        return
+    question = questions.question(name)
+    if as_sql:
+        click.echo(question.sql, nl=False)
+        return
+    said = dict(setting.partition("=")[::2] for setting in settings)
+    _answer(inspect.Experiment(folder), question.sql, question.values(said), **answered)
+
+
+def _answer(experiment: "Experiment", query: str, parameters: dict[str, Any] | None, **answered: Any) -> None:
+    # What is being written has a temporary to remove.
+    with _killed_by_signals() if answered["out"] is None else contextlib.nullcontext():
+        _print_answer(experiment, query, parameters, **answered)
+
+
+def _print_answer(
+    experiment: "Experiment",
+    query: str,
+    parameters: dict[str, Any] | None,
+    *,
+    form: str,
+    as_json: bool,
+    out: str | None,
+    limit: int,
+    timeout: float,
+) -> None:
+    """As a table, for a machine, or into a file."""
+    from stages import answers, tables
+
+    form = "json" if as_json else form
+    with experiment.asked(query, parameters, timeout) as result:
+        if out is not None:
+            click.echo(f"{out}: {answers.save(result, Path(out)):,} rows")
+        elif form == "table":
             tables.rows(result.columns, result.rows(), limit)
+        else:
+            answers.show(result, form)
+        for line in result.why_empty():
+            click.echo(line, err=True)
 
 
 @contextlib.contextmanager
@@ -622,7 +719,3 @@ def _print(result: dict[str, Any], as_json: bool, table: str) -> None:
         from stages import tables
 
         getattr(tables, table)(result)
-
-
-def _as_json(value: Any) -> Any:
-    return value.hex() if isinstance(value, bytes) else str(value)

@@ -5,16 +5,16 @@ Every file that a query reads is verified before: DuckDB checks no checksums. Wh
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import views
+from pipeline import config, views
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.stored import artifact
+from pipeline.stored import artifact, duck
 from pipeline.stored.cache import REFERENCE_FILE, Cache, open_scored
 from pipeline.stored.prepared import Prepared
 from pipeline.training.runlog import PARTS, PROVENANCE
@@ -25,22 +25,52 @@ _REFERENCES = {"scored", "cached", "caches", "numerics"}
 _TABLES = {"visits": "steps", "metrics": "metrics", "events": "events", "timed": "throughput"}
 
 
-def sql(query: str, folder: str | None) -> views.Result:
-    """Answer one SELECT over the views of an experiment's folder."""
-    sources = _sources(_experiment(folder), views.behind(query))
-    return views.ask(views.connect(sources), query, sources.files)
+describe = views.describe
 
 
-def describe(folder: str | None) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Every view with its columns; of an experiment's folder, also those that its runs have beside them."""
-    return views.describe(None if folder is None else _sources(_experiment(folder), {"metrics"}))
+class Experiment:
+    """An experiment's folder, and a database over as much of it as was asked about."""
+
+    def __init__(self, where: str | None) -> None:
+        self.folder = _experiment(where)
+        self._opened: set[str] = set()
+        self._sources = views.Sources()
+        self._con = views.connect(self._sources)
+
+    @contextlib.contextmanager
+    def asked(
+        self, query: str, parameters: Mapping[str, Any] | None = None, timeout: float | None = None
+    ) -> Iterator[views.Result]:
+        """The answer to one SELECT, to be read within so many seconds."""
+        self.open(views.behind(query))
+        with views.limited(self._con, timeout):
+            yield views.ask(self._con, query, self._sources.files, parameters)
+
+    def cancel(self) -> None:
+        self._con.interrupt()
+
+    def describe(self) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+        """Every view with its columns, those of what its runs measure among them."""
+        self.open({"metrics"})
+        return views.describe(self._sources)
+
+    def open(self, needed: set[str]) -> None:
+        """Verify and open these tables of the schema `stored`, unless they are."""
+        # A locked database takes nothing in any more: where a query reads more than the ones before, a new one is made.
+        if not needed <= self._opened or duck.missing(self._sources.files):
+            sources = _sources(self.folder, needed | self._opened)
+            self._con, self._sources, self._opened = views.connect(sources), sources, needed | self._opened
 
 
-def _experiment(folder: str | None) -> Path:
-    if folder is not None:
-        if not (Path(folder) / "prepared").is_dir():
-            raise UsageError(f"{folder} is no experiment: it has no prepared/ in it. Name the `out` of a config.")
-        return Path(folder)
+def _experiment(where: str | None) -> Path:
+    """The folder that is named, or that a config names as its `out`; or the only one there is."""
+    if where is not None:
+        folder = Path(config.load(where).out) if Path(where).is_file() else Path(where)
+        if not (folder / "prepared").is_dir():
+            raise UsageError(
+                f"{folder} is no experiment: it has no prepared/ in it. Name a config, or the folder that is its `out`."
+            )
+        return folder
     found = sorted(path.parent.parent for path in Path("runs").glob("*/prepared/manifest.json"))
     if len(found) == 1:
         return found[0]

@@ -1,5 +1,6 @@
 """What a person reads at the end of a command, on stdout."""
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -432,6 +433,13 @@ def _sample(sample: dict[str, Any]) -> Table:
 def views(described: Iterable[tuple[str, str, list[tuple[str, str]]]]) -> None:
     for name, purpose, columns in described:
         print(f"{name}\n    {purpose}\n    {', '.join(f'{column} {kind.lower()}' for column, kind in columns)}")
+
+
+def questions(found: Iterable[Any]) -> None:
+    for each in found:
+        print(f"{each.name}\n    {each.help}")
+        for name, parameter in each.parameters.items():
+            print(f"    --set {name}={json.dumps(parameter.default)}: {parameter.help}")
 
 
 def rows(columns: list[str], found: Iterator[tuple[Any, ...]], limit: int) -> None:

@@ -123,7 +123,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     reads_scores = objective.reference_answers or selection.reference_answers
     scored, cache = _scored(config, prepared, objective, selection) if reads_scores else (None, None)
     start = _start(config)
-    inputs = _inputs(config, objective, prepared, scored, start)
+    inputs = _inputs(config, objective, prepared, scored, start, selection)
     moving_reference.refuse_another_start(config.train, inputs["policy"], inputs["reference"])
     devices = accelerator(config.train)
     progress = progress if devices.is_main_process else Progress(quiet=True)
@@ -198,7 +198,12 @@ def _scored(
 
 
 def _inputs(
-    config: Config, objective: Objective, prepared: Prepared, scored: dict[str, Any] | None, start: identity.Reference
+    config: Config,
+    objective: Objective,
+    prepared: Prepared,
+    scored: dict[str, Any] | None,
+    start: identity.Reference,
+    selection: Selection,
 ) -> dict[str, Any]:
     return {
         "prepared": prepared.id,
@@ -208,7 +213,7 @@ def _inputs(
         # As it is computed: a default that is said is no other run.
         "loss": objective.described,
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
-        "train": config.train.model_dump(mode="json", exclude=_harmless(config.train)),
+        "train": config.train.model_dump(mode="json", exclude=_harmless(config.train)) | selection.identity,
     }
 
 

@@ -18,6 +18,7 @@ ROOMS = {
     "pipeline.scoring": {"pipeline", "pipeline.stored", "pipeline.model"},
     "pipeline.training": {"pipeline", "pipeline.stored", "pipeline.model", "pipeline.views"},
     "pipeline.views": {"pipeline", "pipeline.stored"},
+    "pipeline.questions": {"pipeline"},
 }
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
@@ -35,14 +36,19 @@ FLOORS = {
     "pipeline.scoring": ["engines", "scorer", "actors"],
     "pipeline.training": [
         "losses",
-        "alerts balance best budget checkpoints density flops modelcard objective optimizers runlog samples sweep token_sums trackers",
+        "alerts balance best budget checkpoints density flops modelcard objective only optimizers runlog samples sweep token_sums "
+        "trackers",
         "from_trl runfolder selection token_logps",
         "batches",
         "columns policy",
         "metrics moving_reference",
     ],
-    "pipeline.views": ["statement", ""],
-    "stages": ["adopt doctor export inspect merge parity prepare preview push score show tables train upkeep", "cli"],
+    "pipeline.views": ["statement", "advice", ""],
+    "pipeline.questions": [""],
+    "stages": [
+        "adopt answers doctor export inspect merge parity prepare preview prompt push score show tables train upkeep",
+        "cli",
+    ],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.
 SAME_FLOOR = {
@@ -56,7 +62,7 @@ def modules() -> dict[str, Path]:
     for file in [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")]:
         parts = file.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return {name: file for name, file in found.items() if name == "pipeline.views" or name not in FLOORS}
+    return {name: file for name, file in found.items() if FLOORS.get(name, [""])[-1] == ""}
 
 
 def imports(file: Path) -> Iterator[str]:

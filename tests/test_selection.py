@@ -128,8 +128,7 @@ def test_without_expressions_there_is_no_selection():
 @pytest.mark.parametrize("kind", ["pairs", "labels"])
 def test_every_column_of_the_view_is_there_with_its_values(kind):
     data = table(PAIRS if kind == "pairs" else LABELS, kind)
-    nothing = pa.table({"folder": pa.array([], pa.string()), "reference": pa.array([], pa.string())})
-    con = views.connect(Sources(data, [], nothing, [], views.RUNS.empty_table()))
+    con = views.connect(Sources(data))
     viewed = set(con.execute("select * from examples").fetchnumpy())
     computed = {"margin", "margin_per_token", "length_difference", "score_gap"}
     known = {name for each in PREPARED for name in column_names(each)}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import time
 from pathlib import Path
 
 import duckdb
@@ -9,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import views
-from pipeline.errors import UsageError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.schema import CACHE, EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
 from pipeline.stored import artifact
 from pipeline.stored.cache import Cache
@@ -482,6 +484,36 @@ READS = [
     "explain select * from rewards",
     "explain analyze select * from read_text('{}/secret.txt')",
     "select getenv('HOME')",
+    "select 1 limit (select length(getenv('HOME')))",
+    "select current_setting('temp_directory')",
+    "select * from read_duckdb('{}/secret.db')",
+    "select * from parquet_schema('{}/secret.parquet')",
+    "select * from read_json_objects('{}/secret.json')",
+    "select * from query_table(['{}/secret.parquet'])",
+    "select * from json_execute_serialized_sql(json_serialize_sql('from read_text(''{}/secret.txt'')'))",
+    "with f as (from read_text('{}/secret.txt')) select count(*) from f",
+    "select (select content from read_text('{}/secret.txt'))",
+    "select * from rewards where example_id in (from read_text('{}/secret.txt'))",
+    "select * from (describe '{}/secret.parquet')",
+    "summarize '{}/secret.parquet'",
+    "select * from memory.stored.runs",
+    "select * from stored.cached",
+    "show all tables",
+    "show databases",
+    "select * from information_schema.tables",
+    "select * from pg_catalog.pg_settings",
+    "select * from pg_tables",
+    "select * from duckdb_settings()",
+    "select * from duckdb_secrets()",
+    "select * from which_secret('s3://bucket', 's3')",
+    "select * from duckdb_views",
+    "select * from sqlite_master",
+    "select * from pragma_table_info('rewards')",
+    "select * from enable_logging()",
+    # Addresses of memory.
+    "select * from arrow_scan(1, 2, 3)",
+    "select * from pandas_scan(1)",
+    "select * from python_map_function(1)",
 ]
 
 
@@ -560,6 +592,47 @@ def test_whatever_is_no_single_select_is_refused_and_changes_nothing(secret, sta
     assert ask(con, "select count(*) from rewards") == [(2,)]
 
 
+ENDLESS = [
+    "with recursive t as (select 1 i union all select i + 1 from t) select max(i) from t",
+    "select max(a.i * b.i) from range(10000000) a(i), range(10000000) b(i)",
+    "select count(distinct hash(i)) from range(100000000000) t(i)",
+    "select count(*) from (select unnest(range(4000000000)) from range(1000000))",
+]
+
+
+@pytest.mark.parametrize("query", ENDLESS)
+def test_what_would_take_for_ever_is_ended_when_its_time_is_up(con, query):
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"more than (1 s and was ended|3GB of memory)"), views.limited(con, 1):
+        ask(con, query)
+    assert time.monotonic() - began < 15
+    assert ask(con, "select count(*) from rewards") == [(2,)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        # DuckDB counts neither of these.
+        "select length(repeat('x', 4000000000))",
+        "select len(list_transform(range(60), lambda x: repeat('a', 100000000)))",
+    ],
+)
+def test_what_needs_more_memory_than_there_is_for_it_is_refused(con, query):
+    with pytest.raises(ResourceError, match="needs more than 3GB of memory"), views.limited(con, 60):
+        ask(con, query)
+    assert ask(con, "select count(*) from rewards") == [(2,)]
+
+
+def test_the_limits_end_with_the_query(con):
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with views.limited(con, 0.2):
+        assert ask(con, "select 1") == [(1,)]
+        assert resource.getrlimit(resource.RLIMIT_DATA) != before
+    time.sleep(0.3)
+    assert ask(con, "select count(*) from rewards") == [(2,)]
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
 def test_variables_of_the_program_are_no_tables(con):
     leaked = pa.table({"a": [SECRET]})
     assert duckdb.connect().execute("select * from leaked").fetchall() == [(SECRET,)]  # where it is not forbidden
@@ -593,8 +666,67 @@ def test_a_time_with_a_zone_is_answered_or_refused_in_words(con, query):
     assert found.year >= 2023
 
 
-def test_a_mistyped_view_is_named_with_those_there_are(con):
-    with pytest.raises(UsageError, match=r"(?s)reward.*the nearest is rewards\. Views: alerts, checkpoints, "):
+def test_a_mistyped_view_names_the_nearest(con):
+    with pytest.raises(
+        UsageError, match=r"no view reward; the nearest is rewards\. Views: alerts, checkpoints, examples"
+    ):
         ask(con, "select * from reward")
-    with pytest.raises(UsageError, match="margn"):
-        ask(con, "select margn from rewards")
+    with pytest.raises(UsageError, match=r"no view stored\.prepared"):
+        ask(con, "select * from stored.prepared")
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("select margn from rewards", "no column margn in rewards; the nearest is margin."),
+        ("select r.margn from rewards r", "no column margn in rewards; the nearest is margin."),
+        ("select 1 from rewards where prompt = 'x'", "no column prompt in rewards; examples, pairs have one."),
+        ("select 1 from rewards join pairs using (exampl_id)", "the nearest is example_id"),
+        ("select * exclude (mrgin) from rewards", "the nearest is margin"),
+        ('select 1 from runs where run = "trained"', "Text stands in single quotes."),
+        ("select 1 from alerts where zzz", "there are run, step, kind"),
+    ],
+)
+def test_a_mistyped_column_names_the_nearest(con, query, said):
+    with pytest.raises(UsageError) as caught:
+        ask(con, query)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        # e0 has margin 0.6 and split train, e1 -0.3 and held_out.
+        (
+            "select * from rewards where margin > 0 and split = 'held_out' and step > 0",
+            ["2 before", "1 are left after (margin > 0)", "0 are left after (split = 'held_out'), which 1 satisfy"],
+        ),
+        ("select * from rewards where margin > 9", ["2 before", "0 are left after (margin > 9)"]),
+        (
+            "with r as (from rewards) select avg(r.margin) from r join examples e using (example_id) "
+            "where e.n_chosen > $most and r.run = 'other' group by run",
+            ["2 before", "2 are left after (e.n_chosen > $most)", "0 are left after (r.run = 'other')"],
+        ),
+    ],
+)
+def test_an_empty_answer_says_which_condition_left_nothing(con, query, expected):
+    result = views.ask(con, query, (), {"most": 1} if "$most" in query else None)
+    assert list(result.rows()) == []
+    found = result.why_empty()
+    assert len(found) == len(expected)
+    assert all(part in line for part, line in zip(expected, found, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select * from alerts",  # nothing to leave anything out
+        "select 1 where false union select 2 where false",  # no plain SELECT
+        "select * from rewards where false and run::int > 0",  # a condition that fails where the one before is not true
+        "select count(*) from rewards where false",  # a row
+    ],
+)
+def test_where_there_is_nothing_to_say_of_an_empty_answer_nothing_is_said(con, query):
+    result = views.ask(con, query)
+    list(result.rows())
+    assert result.why_empty() == []

@@ -1,6 +1,6 @@
 """Rows into the kind of file that its name asks for: .parquet and .arrow by columns, .jsonl and .csv by rows.
 
-The file is there whole or not at all. Text ones are compressed where the name ends in .gz or .zst.
+The file is there whole or not at all. Text ones are compressed where the name ends in .gz or .zst. A column of texts can be read back.
 """
 
 import base64
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
@@ -64,6 +66,39 @@ def by_rows(path: Path, columns: list[str]) -> Iterator[Rows]:
         file = pa.PythonFile(_LeftOpen(stream), "w")
         with pa.CompressedOutputStream(file, compression) if compression else contextlib.nullcontext(file) as out:
             yield _Csv(out, columns) if kind_of(path) == ".csv" else _JsonLines(out)
+
+
+def read_texts(path: Path, column: str, reader: str) -> pa.ChunkedArray:
+    """One column of such a file. `reader`: who needs it, for the error where there is none."""
+    try:
+        found = _READERS[kind_of(path)](path, column)
+        return found[column].cast(pa.string())
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = str(error).strip("'").partition("\n")[0]
+        raise UsageError(f"{path} cannot be read as a file with a column {column}; {reader}. ({reason})") from None
+
+
+def _read_parquet(path: Path, column: str) -> pa.Table:
+    return pq.read_table(path, columns=[column], page_checksum_verification=True)
+
+
+def _read_arrow(path: Path, column: str) -> pa.Table:
+    return artifact.open_arrow_stream(path).select([column])
+
+
+def _read_lines(path: Path, column: str) -> pa.Table:
+    schema = pa.schema([(column, pa.string())])
+    options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    return pa_json.read_json(pa.input_stream(str(path)), parse_options=options)
+
+
+def _read_csv(path: Path, column: str) -> pa.Table:
+    options = pa_csv.ConvertOptions(column_types={column: pa.string()}, include_columns=[column])
+    lines = pa_csv.ParseOptions(newlines_in_values=True)
+    return pa_csv.read_csv(pa.input_stream(str(path)), convert_options=options, parse_options=lines)
+
+
+_READERS = {".parquet": _read_parquet, ".arrow": _read_arrow, ".jsonl": _read_lines, ".csv": _read_csv}
 
 
 class _LeftOpen:

@@ -1,6 +1,6 @@
-"""Which examples are trained on, how much each counts and in what order: train.where, train.weight and train.order_by.
+"""Which examples are trained on, how much each counts and in what order: train.only, where, weight and order_by.
 
-Each is a SQL expression over one table, `examples`, with a row per example of the training split and the reference's log-probs
+train.only is a file (only.py). Each of the others is a SQL expression over one table, `examples`, with a row per example of the training split and the reference's log-probs
 beside the data's own columns. A config may come from elsewhere, so an expression is as safe as `prefcache sql` and narrower: it
 reads columns, with any deterministic function or window over them, and nothing else. Deterministic, because every process of a
 run and every resumption of it has to find the same examples in the same order. The held-out split is never touched: runs that
@@ -24,6 +24,7 @@ from pipeline.config import Train
 from pipeline.errors import DataError, ResourceError, UsageError
 from pipeline.schema import IDS, KEY, PREPARED
 from pipeline.stored import duck
+from pipeline.training.only import Only
 from pipeline.views import MEMORY_LIMIT
 
 # Beside the data's own columns: what is computed of them and of the reference's log-probs.
@@ -66,7 +67,7 @@ class Choice:
 
 
 class Selection:
-    """The three expressions of a run, checked before anything is loaded."""
+    """The file and the three expressions of a run, checked before anything is loaded."""
 
     def __init__(self, train: Train, kind: str) -> None:
         self._kind = kind
@@ -74,6 +75,7 @@ class Selection:
         self._expressions = {
             name: _Expression(f"train.{name}", sql, kind) for name, sql in given.items() if sql is not None
         }
+        self._only = Only(train.only) if train.only is not None else None
         self._n_epochs = math.ceil(train.epochs)
         if (where := self._expressions.get("where")) and where.type != "BOOLEAN":
             raise UsageError(f"{where} is of type {where.type}; expected a condition, such as margin > 0.")
@@ -81,7 +83,12 @@ class Selection:
             raise UsageError(f"{weight} is of type {weight.type}; expected a number for each example.")
 
     def __bool__(self) -> bool:
-        return bool(self._expressions)
+        return bool(self._expressions) or self._only is not None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What stands for keys of the config in what a run is known by: not a file's name, but what is in it."""
+        return {} if self._only is None else {"only": self._only.id}
 
     @property
     def reference_answers(self) -> tuple[str, ...]:
@@ -110,6 +117,9 @@ class Selection:
         if not len(rows):
             return Choice(rows)
         given, said = _given(self._kind, table, reference), []
+        if self._only:
+            rows, found = self._only.among(table, rows)
+            said.append(found)
         if where := self._expressions.get("where"):
             chosen, unknown = where.values(given, rows)
             n, n_unknown = len(rows), int(unknown.sum())

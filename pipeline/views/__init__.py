@@ -4,10 +4,14 @@ One view per .sql file here; its first comment is its help. To add a view, add a
 `stored`, which queries do not see.
 """
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+import resource
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,11 @@ from pipeline.errors import IntegrityError, ResourceError, UsageError
 from pipeline.schema import CACHE, EVENTS, IDS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
 from pipeline.stored import duck
 from pipeline.stored.cache import Cache
+from pipeline.views import advice
 from pipeline.views.statement import Statement
 
-MEMORY_LIMIT = "4GB"
+MEMORY_LIMIT = "3GB"
+_BESIDE = 1 << 30  # bytes that DuckDB and Python may take and not count
 # What is known of each run: the folder of its parts, what makes rewards of log-probs, and what a person asks about it.
 RUNS = pa.schema(
     [
@@ -114,17 +120,45 @@ class Sources:
 class Result:
     """The answer to a query, read as far as it is wanted."""
 
-    def __init__(self, cursor: duckdb.DuckDBPyConnection, files: Sequence[str] = ()) -> None:
-        self._cursor, self._files = cursor, files
-        self.columns = [column[0] for column in cursor.description or []]
+    def __init__(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        statement: Statement,
+        parameters: Mapping[str, Any] | None,
+        files: Sequence[str],
+    ) -> None:
+        self._con, self._statement, self._parameters, self._files = con, statement, parameters, files
+        self._cursor = con.execute(statement.sql, parameters)
+        self.columns = [column[0] for column in self._cursor.description or []]
+        self.n_rows = 0  # that were read
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         # Answers stream: an error may come with the last block.
         try:
             while block := self._cursor.fetchmany(1024):
+                self.n_rows += len(block)
                 yield from block
         except (duckdb.Error, RuntimeError) as error:
             raise _translated(error, self._files) from None
+
+    def arrow(self) -> pa.RecordBatchReader:
+        """The answer by columns, instead of rows()."""
+        with warnings.catch_warnings():
+            # That each batch is copied, which is little beside writing it.
+            warnings.simplefilter("ignore", UserWarning)
+            return self._cursor.to_arrow_reader()
+
+    def batches(self, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in reader:
+                self.n_rows += len(batch)
+                yield batch
+        except (duckdb.Error, pa.ArrowException, RuntimeError, OSError) as error:
+            raise _translated(error, self._files) from None
+
+    def why_empty(self) -> list[str]:
+        """When all is read, and there was nothing: which condition left no row."""
+        return [] if self.n_rows else advice.why_empty(self._con, self._statement, self._parameters)
 
 
 def short_id(model_id: str) -> str:
@@ -190,7 +224,7 @@ def _store_prepared(con: duckdb.DuckDBPyConnection, sources: Sources) -> None:
         branches.append(f"select {said}, {reference.used} as used, * from {table} where {known}")
     if not any(reference.used for reference in sources.references):
         # Before they are scored, pairs have no margin, and are there.
-        branches.append("select true as used, * from examples where chosen_key is not null")
+        branches.append("select true as used, * from prepared where chosen_key is not null")
     con.execute(f"create view scored as {' union all by name '.join(branches)}")
 
 
@@ -241,12 +275,18 @@ def _create_views(con: duckdb.DuckDBPyConnection) -> None:
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
-def ask(con: duckdb.DuckDBPyConnection, query: str, files: Sequence[str] = ()) -> Result:
+def ask(
+    con: duckdb.DuckDBPyConnection, query: str, files: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
+) -> Result:
     """One SELECT, or an error that names what would have been right. `files`: those behind the views."""
+    statement = Statement(con, query, names())
     try:
-        statement = Statement(con, query, names())
-        return Result(con.execute(statement.sql), files)
+        return Result(con, statement, parameters, files)
     except (duckdb.Error, RuntimeError) as error:
+        if isinstance(error, duckdb.BinderException):
+            known = {name: [column for column, _ in columns] for name, columns in _columns(con)}
+            if said := advice.missing_column(str(error), statement, known):
+                raise UsageError(said) from None
         raise _translated(error, files) from None
 
 
@@ -269,12 +309,65 @@ def _translated(error: Exception, files: Sequence[str]) -> BaseException:
             "Ask again."
         )
     if isinstance(error, duckdb.OutOfMemoryException):
-        return ResourceError(
-            f"The query needs more than {MEMORY_LIMIT} of memory. Ask for fewer rows or columns at once."
-        )
+        return _too_large()
+    if isinstance(error, duckdb.InterruptException):
+        return KeyboardInterrupt()
     if isinstance(error, duckdb.Error):
         return UsageError(f"{text}\nViews: {', '.join(names())}.")
     return KeyboardInterrupt() if "interrupted" in text else error
+
+
+def _too_large() -> ResourceError:
+    return ResourceError(f"The query needs more than {MEMORY_LIMIT} of memory. Ask for fewer rows or columns at once.")
+
+
+@contextlib.contextmanager
+def limited(con: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterator[None]:
+    """A query within it, and the reading of its answer, end after so many seconds and beyond the limit of memory."""
+    done, expired = threading.Event(), threading.Event()
+
+    def interrupt() -> None:
+        if not done.wait(seconds):
+            expired.set()
+            # Again and again: nothing may run at this very moment.
+            while not done.wait(0.05):
+                con.interrupt()
+
+    watch = threading.Thread(target=interrupt, daemon=True)
+    watch.start()
+    try:
+        with _limited_memory():
+            yield
+    except KeyboardInterrupt:
+        if not expired.is_set():
+            raise
+        raise ResourceError(
+            f"The query took more than {seconds:g} s and was ended. Ask for less, or give it more time (--timeout)."
+        ) from None
+    except MemoryError:
+        raise _too_large() from None
+    finally:
+        done.set()
+        watch.join()
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """DuckDB does not count every byte: one function may make gigabytes of text. The system does. Mapped files are not counted."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    most = _data_bytes() + int(MEMORY_LIMIT.removesuffix("GB")) * 10**9 + _BESIDE
+    soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _data_bytes() -> int:
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------
@@ -282,10 +375,14 @@ def _translated(error: Exception, files: Sequence[str]) -> BaseException:
 
 def describe(sources: Sources | None = None) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """Name, help and columns of every view, each column with its type."""
-    con = connect(sources or Sources())
+    for name, columns in _columns(connect(sources or Sources())):
+        yield name, _help(name), columns
+
+
+def _columns(con: duckdb.DuckDBPyConnection) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     for name in names():
         columns = con.execute(f"select * from {name} limit 0").description or []
-        yield name, _help(name), [(column[0], str(column[1])) for column in columns]
+        yield name, [(column[0], str(column[1])) for column in columns]
 
 
 def names() -> list[str]:

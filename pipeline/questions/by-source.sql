@@ -1,0 +1,13 @@
+-- The hardest and the easiest sources of each run, by how many of their pairs are right at the last visit.
+select
+    run,
+    source,
+    rewards.split,
+    count(*) as pairs,
+    avg(correct::int) as correct,
+    avg(rewards.margin) as reward_margin,
+    avg(pairs.margin) as reference_margin
+from rewards join pairs using (example_id)
+where used
+group by run, source, rewards.split
+order by run, rewards.split, correct, source

@@ -1,0 +1,30 @@
+-- Pairs that say the opposite of each other: the same prompt and two answers, chosen and rejected in turn.
+-- limit = 20: most rows
+with keyed as (
+    select example_id, source, line, hash(chosen_key) as chosen, hash(rejected_key) as rejected
+    from examples
+    where chosen_key is not null
+),
+
+both_ways as (
+    select
+        -- Only these are joined: a pair of answers that occurs in one order alone has nothing to contradict it.
+        least(chosen, rejected) as first_answer,
+        greatest(chosen, rejected) as second_answer
+    from keyed
+    group by all
+    having bool_or(chosen < rejected) and bool_or(chosen > rejected)
+)
+
+select
+    one.source,
+    one.line,
+    one.example_id,
+    other.source as other_source,
+    other.line as other_line,
+    other.example_id as other_example_id
+from both_ways
+join keyed as one on one.chosen = first_answer and one.rejected = second_answer
+join keyed as other on other.chosen = second_answer and other.rejected = first_answer
+order by one.source, one.line, other.source, other.line
+limit $limit

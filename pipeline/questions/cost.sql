@@ -1,0 +1,23 @@
+-- What the reference has to read, by source: sequences, tokens, and what is spared because a prompt is shared or a sequence repeats.
+with numbered as (
+    select
+        source,
+        example_id,
+        n_prompt,
+        n_completion,
+        -- A prompt is computed once for the answers of an example.
+        answer in ('chosen', 'completion') as brings_prompt,
+        row_number() over (partition by hash(key) order by source, line, answer) as occurrence
+    from sequences
+)
+
+select
+    source,
+    count(distinct example_id) as examples,
+    count_if(occurrence = 1) as sequences,
+    sum(n_prompt + n_completion) as tokens_with_every_prompt,
+    sum(if(occurrence = 1, n_completion + if(brings_prompt, n_prompt, 0), 0)) as tokens_to_read,
+    sum(if(occurrence = 1, n_completion, 0)) as answer_tokens
+from numbered
+group by source
+order by tokens_to_read desc

@@ -1,0 +1,15 @@
+-- Pairs whose rejected answer the reference finds likelier per token, the most certain first.
+-- limit = 20: most rows
+select
+    example_id,
+    source,
+    line,
+    margin_per_token,
+    margin,
+    n_chosen,
+    n_rejected,
+    left(prompt, 60) as prompt
+from pairs
+where used and margin_per_token < 0
+order by margin_per_token, example_id
+limit $limit

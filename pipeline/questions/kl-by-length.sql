@@ -1,0 +1,23 @@
+-- How far each run's policy moved from the reference, per token, by the length of the answer: the mean log-ratio of the data's answers. An estimate by whole answers, for a run does not keep the log-probs of single tokens.
+with latest as (
+    select run, step, n_chosen, n_rejected, chosen_logp - ref_chosen_logp as chosen, rejected_logp - ref_rejected_logp as rejected
+    from steps join rewards using (run, example_id, step)
+),
+
+answers as (
+    select run, 'chosen' as answer, n_chosen as n_tokens, chosen as log_ratio from latest
+    union all
+    select run, 'rejected', n_rejected, rejected from latest
+)
+
+select
+    run,
+    answer,
+    -- 1, 2, 4, 8, ...: answers up to twice as long stand together.
+    (2 ** floor(log2(n_tokens)))::int as from_tokens,
+    count(*) as answers,
+    sum(log_ratio) / sum(n_tokens) as log_ratio_per_token
+from answers
+where log_ratio is not null
+group by run, answer, from_tokens
+order by run, answer, from_tokens

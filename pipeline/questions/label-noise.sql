@@ -1,0 +1,16 @@
+-- Pairs that are probably labelled the wrong way round: every reference that scored them is strongly against the label.
+-- nats = 0.5: how much likelier per token the rejected answer has to be, by each of them
+-- limit = 20: most rows
+select
+    example_id,
+    any_value(source) as source,
+    any_value(line) as line,
+    count(*) as n_references,
+    max(margin_per_token) as margin_per_token,
+    any_value(score_gap) as score_gap
+from pairs
+where margin is not null
+group by example_id
+having max(margin_per_token) < -$nats
+order by n_references desc, margin_per_token, example_id
+limit $limit

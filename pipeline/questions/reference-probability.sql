@@ -1,0 +1,12 @@
+-- For train.only: the training pairs in which the reference itself sees the clearest preference for the chosen answer (after arXiv 2501.15109, which keeps 30% to 50%).
+-- share = 0.4: of the training pairs
+with scored as (
+    select example_id, margin_per_token
+    from pairs
+    where used and split = 'train' and margin_per_token is not null
+)
+
+select example_id, margin_per_token
+from scored
+where margin_per_token >= (select quantile_disc(margin_per_token, 1 - $share) from scored)
+order by margin_per_token desc, example_id

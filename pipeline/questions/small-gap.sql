@@ -1,0 +1,15 @@
+-- For train.only: the training pairs that a run finds hardest, by the smallest gap between their implicit rewards (arXiv 2508.04149, which keeps a tenth).
+-- run = null: the run whose rewards are taken; where it is null, the one that comes first by name
+-- share = 0.1: of the training pairs
+with gaps as (
+    select example_id, margin as gap
+    from rewards
+    where
+        split = 'train' and margin is not null
+        and run = coalesce($run, (select min(run) from rewards))
+)
+
+select example_id, gap
+from gaps
+where gap <= (select quantile_disc(gap, $share) from gaps)
+order by gap, example_id

@@ -1,0 +1,28 @@
+-- Pairs that a run never gets right, forgets, or ends up wrong on after going back and forth, the worst first.
+-- run = null: one run; all of them where it is null
+-- limit = 20: most rows
+with visited as (
+    select
+        run,
+        example_id,
+        count(*) as visits,
+        bool_or(margin > 0) as ever_right,
+        max_by(margin, step) as margin
+    from steps
+    where margin is not null and step > 0 and ($run is null or run = $run)
+    group by run, example_id
+)
+
+select
+    run,
+    example_id,
+    source,
+    line,
+    visits,
+    if(ever_right, 'forgotten', 'never right') as became,
+    margin,
+    left(prompt, 60) as prompt
+from visited join examples using (example_id)
+where margin <= 0
+order by margin, run, example_id
+limit $limit

@@ -1,0 +1,115 @@
+"""The prompt of `prefcache sql`, at a terminal: lines, completion, history, Ctrl-C and Ctrl-D."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+CTRL_C, CTRL_D, TAB = "\x03", "\x04", "\t"
+MAIN = "from stages.cli import main; main()"
+
+
+class Terminal:
+    """A process at a terminal of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        (folder / "prepared").mkdir(parents=True, exist_ok=True)
+        parent, child = pty.openpty()
+        environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "TERM": "dumb"}
+        command = [sys.executable, "-c", MAIN, "sql", str(folder), *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(child)
+        self._terminal, self.seen = parent, ""
+
+    def send(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def until(self, expected: str, seconds: float = 30) -> str:
+        """What is shown up to the expected, which is to come."""
+        ends = time.monotonic() + seconds
+        while expected not in self.seen and time.monotonic() < ends:
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                self.seen += re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", os.read(self._terminal, 4096).decode())
+        assert expected in self.seen, self.seen
+        found, _, self.seen = self.seen.partition(expected)
+        return found
+
+    def leave(self) -> None:
+        """From the prompt: before it, the terminal itself would take Ctrl-D."""
+        self.until("prefcache> ")
+        self.send(CTRL_D)
+        assert self.process.wait(30) == 0
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    opened = Terminal(tmp_path)
+    opened.until("prefcache> ")
+    yield opened
+    opened.process.kill()
+
+
+def test_a_query_takes_several_lines_and_ends_with_a_semicolon(terminal):
+    terminal.send("select 40 +\n")
+    terminal.until("... ")
+    terminal.send("2 as answer;\n")
+    assert "42" in terminal.until("1 rows")
+    terminal.leave()
+
+
+def test_an_error_leaves_the_prompt_as_it_was(terminal):
+    terminal.send("select * from pears;\n")
+    assert "error: There is no view pears; the nearest is pairs" in terminal.until("prefcache> ")
+    terminal.send("select 'still ' || 'here';\n")
+    terminal.until("still here")
+
+
+def test_ctrl_c_cancels_a_query_without_end_and_what_is_typed(terminal):
+    terminal.send("with recursive t as (select 1 i union all select i + 1 from t) select max(i) from t;\n")
+    time.sleep(1)
+    terminal.send(CTRL_C)
+    terminal.until("cancelled")
+    terminal.until("prefcache> ")
+    terminal.send("select nonsense")
+    terminal.send(CTRL_C)
+    terminal.until("prefcache> ")
+    terminal.send("select 6 * 7;\n")
+    terminal.until("42")
+    terminal.leave()
+
+
+def test_tab_completes_views_and_columns(terminal):
+    terminal.send(f"select count(length_diff{TAB}) from quaran{TAB};\n")
+    terminal.until("count(length_difference) from quarantine")
+    terminal.leave()
+
+
+def test_queries_are_remembered_where_state_belongs(tmp_path):
+    first = Terminal(tmp_path)
+    first.until("prefcache> ")
+    first.send("select 1234 as\n")
+    first.until("... ")
+    first.send("n;\n")
+    first.leave()
+    assert "select 1234 as n;" in (tmp_path / "state/prefcache/history").read_text()
+    again = Terminal(tmp_path)
+    again.until("prefcache> ")
+    again.send("\x10")  # Ctrl-P, the one before
+    again.until("select 1234 as n;")
+    again.process.kill()

@@ -1,0 +1,416 @@
+"""Every ready question, asked of a small real experiment, against answers worked out from its files in plain Python."""
+
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from conftest import pair
+
+from pipeline import views
+from pipeline.questions import QUESTIONS
+from pipeline.stored.prepared import Prepared
+
+LONG = " ".join(["red", "cat", "sings"] * 40)
+SAME = {
+    "prompt": "why so?",
+    "chosen": "the red cat runs and sings and eats",
+    "rejected": "The red cat runs, and sings, and eats!",
+}
+RUN = "hot"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, other_model) -> Path:
+    """Two sources, one with grades; among their pairs a duplicate, a contradiction, two answers that hardly differ and one that is
+    cut. Scored by two references, trained for three epochs at a rate that makes pairs change sides."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("questions")
+    first, second = [pair(i) for i in range(24)], [pair(i) for i in range(30, 40)]
+    graded = [row | {"chosen_score": 5 + i % 4, "rejected_score": i % 6} for i, row in enumerate(first)]
+    doubled = first[0] | {"prompt": first[0]["prompt"].upper() + " "}
+    turned = first[1] | {"chosen": first[1]["rejected"], "rejected": first[1]["chosen"]}
+    second += [doubled, turned, SAME, pair(50) | {"chosen": LONG}]
+    for name, rows in (("a", graded), ("b", second)):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tree = {
+        "model": str(model),
+        "out": "runs/q",
+        "prepare": {"data": ["a.jsonl", "b.jsonl"], "held_out": 0.2, "max_length": 100, "too_long": "keep_start"},
+        "train": {"run": RUN, "learning_rate": 3e-3, "batch_size": 4, "epochs": 3, "samples": 0, "alerts": "off"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        command("prepare", "config.yaml")
+        command("score", "config.yaml", "--set", f"model={other_model}")
+        command("score", "config.yaml")
+        command("train", "config.yaml")
+    return folder
+
+
+def command(*arguments: str) -> str:
+    from stages.cli import main
+
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def ask(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    asked = lambda name, *settings: command(  # noqa: E731
+        "ask", name, "config.yaml", "--json", *[word for each in settings for word in ("--set", each)]
+    )
+    return lambda *arguments: json.loads(asked(*arguments))
+
+
+# -- what the files hold, read without SQL ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sums(folder, model, other_model) -> dict[str, dict[bytes, float]]:
+    """The log-prob of every sequence by each reference."""
+    found = {}
+    for name in (model, other_model):
+        shards = folder.glob(f"cache/{name.name}-*/*.parquet")
+        found[str(name)] = {row["key"]: row["logp_sum"] for shard in shards for row in pq.read_table(shard).to_pylist()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, sums, model) -> list[dict[str, Any]]:
+    """Every prepared pair, with margins by the reference that is used."""
+    rows = Prepared(folder / "runs/q/prepared").table().to_pylist()
+    for row in rows:
+        chosen, rejected = (sums[str(model)][row[f"{side}_key"]] for side in ("chosen", "rejected"))
+        row |= {"margin": chosen - rejected, "per_token": chosen / row["n_chosen"] - rejected / row["n_rejected"]}
+        row["longer"] = row["n_chosen"] - row["n_rejected"]
+        row["cut"] = row["cut_prompt"] + row["cut_chosen"] + row["cut_rejected"]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def visits(folder) -> list[dict[str, Any]]:
+    """Every visit of the run, with its reward margin; in the order of steps."""
+    parts = sorted(folder.glob(f"runs/q/{RUN}/steps/*.parquet"))
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    for row in rows:
+        row["chosen_ratio"] = row["chosen_logp"] - row["ref_chosen_logp"]
+        row["rejected_ratio"] = row["rejected_logp"] - row["ref_rejected_logp"]
+        row["margin"] = 0.1 * (row["chosen_ratio"] - row["rejected_ratio"])
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def by(rows: list[dict], *names: str) -> dict[Any, list[dict]]:
+    found = defaultdict(list)
+    for row in rows:
+        found[row[names[0]] if len(names) == 1 else tuple(row[name] for name in names)].append(row)
+    return found
+
+
+def mean(values: Any) -> float:
+    return pytest.approx(statistics.fmean(values))
+
+
+def correlation(xs: list[float], ys: list[float]) -> float:
+    return pytest.approx(statistics.correlation(xs, ys))
+
+
+def test_every_question_has_help_and_is_tested_here():
+    assert all(question.help.endswith(".") or question.help.endswith(")") for question in QUESTIONS.values())
+    source = Path(__file__).read_text()
+    assert [name for name in QUESTIONS if f'ask("{name}"' not in source] == []
+
+
+def test_every_question_is_answered_before_anything_is_prepared():
+    con = views.connect(views.Sources())
+    for question in QUESTIONS.values():
+        assert list(views.ask(con, question.sql, (), question.values({})).rows()) == []
+
+
+def test_questions_are_listed_and_their_sql_is_printed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    listed = command("ask")
+    assert all(f"{name}\n    {question.help}" in listed for name, question in QUESTIONS.items())
+    assert "--set limit=20: most rows" in listed
+    assert command("ask", "cost", "--sql") == QUESTIONS["cost"].sql
+
+
+def test_a_question_or_parameter_that_is_none_names_the_nearest(folder, prefcache):
+    assert "length-bias" in prefcache("ask", "length-bais", code=2).stderr
+    said = prefcache("ask", "disagreements", folder / "runs/q", "--set", "limits=3", code=2).stderr
+    assert "The nearest is limit" in said
+
+
+# -- the data and its references -------------------------------------------------------------------------------------
+
+
+def test_agreement(ask, pairs, model):
+    found = {row["source"]: row for row in ask("agreement") if row["reference"] == str(model)}
+    for source, rows in by(pairs, "source").items():
+        assert found[source]["pairs"] == len(rows)
+        assert found[source]["agrees"] == mean([row["margin"] > 0 for row in rows])
+        assert found[source]["agrees_per_token"] == mean([row["per_token"] > 0 for row in rows])
+        assert found[source]["margin"] == mean([row["margin"] for row in rows])
+
+
+def test_disagreements(ask, pairs):
+    expected = sorted((row["per_token"], row["example_id"]) for row in pairs if row["per_token"] < 0)[:5]
+    assert [row["example_id"] for row in ask("disagreements", "limit=5")] == [name for _, name in expected]
+
+
+def test_label_noise(ask, pairs, sums):
+    expected = {}
+    for row in pairs:
+        per_token = [
+            each[row["chosen_key"]] / row["n_chosen"] - each[row["rejected_key"]] / row["n_rejected"]
+            for each in sums.values()
+        ]
+        if max(per_token) < -0.1:
+            expected[row["example_id"]] = max(per_token)
+    found = ask("label-noise", "nats=0.1", "limit=100")
+    assert expected and {row["example_id"]: row["margin_per_token"] for row in found} == pytest.approx(expected)
+    assert all(row["n_references"] == 2 for row in found)
+
+
+def test_references(ask, pairs, sums, other_model):
+    theirs = sums[str(other_model)]
+    others = [theirs[row["chosen_key"]] - theirs[row["rejected_key"]] for row in pairs]
+    (found,) = ask("references")
+    assert (found["reference"], found["pairs"]) == (str(other_model), len(pairs))
+    assert found["same_sign"] == mean([(a > 0) == (row["margin"] > 0) for a, row in zip(others, pairs, strict=True)])
+    assert found["apart"] == mean([abs(a - row["margin"]) for a, row in zip(others, pairs, strict=True)])
+
+
+def test_length_bias(ask, pairs):
+    found = {row["source"]: row for row in ask("length-bias")}
+    for source, rows in by(pairs, "source").items():
+        differ = [row["longer"] > 0 for row in rows if row["longer"]]
+        assert found[source]["longer_wins"] == mean(differ)
+        lengths = [row["longer"] for row in rows]
+        assert found[source]["margin_with_length"] == correlation(lengths, [row["margin"] for row in rows])
+    (graded,) = (rows for source, rows in by(pairs, "source").items() if source.endswith("a.jsonl"))
+    grades = [row["chosen_score"] - row["rejected_score"] for row in graded]
+    (of_grades,) = (row["grades_with_length"] for source, row in found.items() if source.endswith("a.jsonl"))
+    assert of_grades == correlation([row["longer"] for row in graded], grades)
+
+
+def test_near_identical(ask):
+    # 6 words, all of them in both
+    (found,) = ask("near-identical")
+    assert (found["line"], found["similarity"]) == (13, 1.0)
+    assert found["chosen"].startswith("the red cat") and found["rejected"].startswith("The red cat")
+
+
+def test_duplicates(ask):
+    (found,) = ask("duplicates")
+    assert (found["times"], found["sources"], found["lines"]) == (2, 2, [1, 11])
+
+
+def test_contradictions(ask):
+    (found,) = ask("contradictions")
+    assert {found["line"], found["other_line"]} == {2, 12} and found["source"] != found["other_source"]
+
+
+def test_truncation(ask, pairs):
+    found = {row["source"]: row for row in ask("truncation")}
+    for source, rows in by(pairs, "source").items():
+        cut = [row for row in rows if row["cut"]]
+        assert bool(cut) == source.endswith("b.jsonl")
+        whole = [row["per_token"] for row in rows if not row["cut"]]
+        assert found[source]["chosen_cut"] == len(cut) and found[source]["tokens_cut"] == sum(row["cut"] for row in cut)
+        kept = sum(row["n_prompt"] + row["n_chosen"] + row["n_rejected"] for row in rows)
+        assert found[source]["share_cut"] == pytest.approx(
+            found[source]["tokens_cut"] / (kept + found[source]["tokens_cut"])
+        )
+        assert found[source]["margin_per_token_of_whole"] == mean(whole)
+
+
+def test_cost(ask, pairs):
+    found = {row["source"]: row for row in ask("cost")}
+    seen: set[bytes] = set()
+    for source, rows in sorted(by(pairs, "source").items()):
+        n_sequences = n_answers = n_prompts = n_all = 0
+        for row in sorted(rows, key=lambda row: row["line"]):
+            for side in ("chosen", "rejected"):
+                n_all += row["n_prompt"] + row[f"n_{side}"]
+                if row[f"{side}_key"] not in seen:
+                    seen.add(row[f"{side}_key"])
+                    n_sequences, n_answers = n_sequences + 1, n_answers + row[f"n_{side}"]
+                    n_prompts += row["n_prompt"] if side == "chosen" else 0
+        mine = found[source]
+        assert (mine["examples"], mine["sequences"], mine["answer_tokens"]) == (len(rows), n_sequences, n_answers)
+        assert (mine["tokens_with_every_prompt"], mine["tokens_to_read"]) == (n_all, n_answers + n_prompts)
+    # The contradiction's two sequences are those of the pair that it contradicts.
+    assert sum(row["sequences"] for row in found.values()) == 2 * len(pairs) - 2
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def became(margins: list[float]) -> str:
+    right = [margin > 0 for margin in margins]
+    changes = sum(a != b for a, b in pairwise(right))
+    if all(right):
+        return "always right"
+    if not any(right):
+        return "never right"
+    return "back and forth" if changes > 1 else "learnt" if right[-1] else "forgotten"
+
+
+def test_learning(ask, visits):
+    counted = Counter(
+        (split, became([row["margin"] for row in rows]))
+        for (split, _), rows in by([row for row in visits if row["step"]], "split", "example_id").items()
+    )
+    found = ask("learning")
+    assert {(row["split"], row["became"]): row["pairs"] for row in found} == counted
+    assert len({name for _, name in counted}) >= 3  # or the example shows nothing
+    for split in ("train", "held_out"):
+        assert sum(row["share"] for row in found if row["split"] == split) == pytest.approx(1)
+
+
+def test_unlearned(ask, visits):
+    expected = {}
+    for example_id, rows in by([row for row in visits if row["step"]], "example_id").items():
+        if rows[-1]["margin"] <= 0:
+            ever = any(row["margin"] > 0 for row in rows)
+            expected[example_id] = (
+                "forgotten" if ever else "never right",
+                len(rows),
+                pytest.approx(rows[-1]["margin"]),
+            )
+    found = ask("unlearned", "limit=100", f"run={RUN}")
+    assert expected and {row["example_id"]: (row["became"], row["visits"], row["margin"]) for row in found} == expected
+    assert ask("unlearned", "run=another") == []
+
+
+def test_reward_hacking(ask, visits):
+    trained = [row for row in visits if row["split"] == "train" and row["step"]]
+    last = trained[-1]["step"]
+    tenths = by([row | {"tenth": 1 + 10 * (row["step"] - 1) // last} for row in trained], "tenth")
+    found = {row["tenth"]: row for row in ask("reward-hacking")}
+    assert found.keys() == tenths.keys()
+    for tenth, rows in tenths.items():
+        mine = found[tenth]
+        assert (mine["run"], mine["visits"]) == (RUN, len(rows))
+        assert mine["chosen_log_ratio"] == pytest.approx(
+            statistics.fmean(row["chosen_ratio"] for row in rows), abs=1e-9
+        )
+        pushed = [row["margin"] > 0 and row["chosen_ratio"] < 0 for row in rows]
+        assert mine["right_by_pushing_down"] == mean(pushed)
+        lengths = [row["n_chosen"] - row["n_rejected"] for row in rows]
+        assert mine["margin_with_length"] == correlation(lengths, [row["margin"] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def latest(visits) -> dict[str, dict]:
+    return {row["example_id"]: row for row in visits}
+
+
+def test_by_source(ask, pairs, latest):
+    found = {(row["source"], row["split"]): row for row in ask("by-source")}
+    grouped = by(pairs, "source", "split")
+    assert found.keys() == grouped.keys()
+    for key, rows in grouped.items():
+        margins = [latest[row["example_id"]]["margin"] for row in rows]
+        assert (found[key]["pairs"], found[key]["correct"]) == (len(rows), mean([margin > 0 for margin in margins]))
+        assert found[key]["reward_margin"] == mean(margins)
+        assert found[key]["reference_margin"] == mean([row["margin"] for row in rows])
+
+
+def test_kl_by_length(ask, latest):
+    buckets = defaultdict(list)
+    for row in latest.values():
+        for side in ("chosen", "rejected"):
+            n = row[f"n_{side}"]
+            buckets[side, 2 ** int(math.log2(n))].append((n, row[f"{side}_ratio"]))
+    found = {(row["answer"], row["from_tokens"]): row for row in ask("kl-by-length")}
+    assert found.keys() == buckets.keys()
+    for key, answers in buckets.items():
+        assert found[key]["answers"] == len(answers)
+        expected = sum(ratio for _, ratio in answers) / sum(n for n, _ in answers)
+        assert found[key]["log_ratio_per_token"] == pytest.approx(expected)
+
+
+# -- what to train on ------------------------------------------------------------------------------------------------
+
+
+def test_small_gap(ask, latest):
+    gaps = sorted((row["margin"], name) for name, row in latest.items() if row["split"] == "train")
+    found = ask("small-gap", "share=0.25")
+    assert [row["example_id"] for row in found] == [name for _, name in gaps[: len(found)]]
+    assert len(found) == math.ceil(len(gaps) / 4)
+
+
+def test_reference_probability(ask, pairs):
+    clear = sorted((-row["per_token"], row["example_id"]) for row in pairs if row["split"] == "train")
+    found = ask("reference-probability", "share=0.4")
+    assert [row["example_id"] for row in found] == [name for _, name in clear[: len(found)]]
+    assert abs(len(found) - 0.4 * len(clear)) <= 1
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Between the two nearest ones, in proportion."""
+    ordered, at = sorted(values), share * (len(values) - 1)
+    low = math.floor(at)
+    return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def test_large_margin(ask, pairs, latest):
+    train = [row for row in pairs if row["split"] == "train"]
+    implicit = {row["example_id"]: latest[row["example_id"]]["margin"] for row in train}
+    external = {
+        row["example_id"]: row["chosen_score"] - row["rejected_score"]
+        for row in train
+        if row["chosen_score"] is not None
+    }
+
+    def probability(margins: dict[str, float], name: str) -> float:
+        if name not in margins:
+            return 0.5
+        low, high = (quantile(list(margins.values()), share) for share in (0.01, 0.99))
+        return min(0.99, max(0.01, (margins[name] - low) / (high - low)))
+
+    expected = {}
+    for name in implicit:
+        a, b = probability(implicit, name), probability(external, name)
+        expected[name] = a * b / (a * b + (1 - a) * (1 - b))
+    found = ask("large-margin", "share=0.2")
+    assert {row["example_id"]: row["preference"] for row in found} == pytest.approx(
+        {row["example_id"]: expected[row["example_id"]] for row in found}
+    )
+    left = expected.keys() - {row["example_id"] for row in found}
+    assert max(expected[name] for name in left) <= min(row["preference"] for row in found)
+    assert abs(len(found) - 0.2 * len(expected)) <= 1
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow", ".jsonl.gz", ".csv"])
+def test_an_answer_is_saved_and_trained_on(folder, monkeypatch, visits, ending):
+    """The pairs of small-gap, and no others, are visited; all the held-out ones are evaluated."""
+    monkeypatch.chdir(folder)
+    file, run = f"hard{ending}", f"hard{ending.replace('.', '-')}"
+    assert "rows" in command(
+        "ask", "small-gap", "config.yaml", "--set", f"run={RUN}", "--set", "share=0.25", "--out", file
+    )
+    command(
+        "train", "config.yaml", "--set", f"train.run={run}", "--set", f"train.only={file}", "--set", "train.epochs=1"
+    )
+    rows = [row for part in folder.glob(f"runs/q/{run}/steps/*.parquet") for row in pq.read_table(part).to_pylist()]
+    asked = json.loads(
+        command("ask", "small-gap", "config.yaml", "--set", f"run={RUN}", "--set", "share=0.25", "--json")
+    )
+    assert sorted(row["example_id"] for row in rows if row["split"] == "train") == sorted(
+        row["example_id"] for row in asked
+    )
+    held_out = {row["example_id"] for row in visits if row["split"] == "held_out"}
+    assert {row["example_id"] for row in rows if row["split"] == "held_out"} == held_out
