@@ -443,6 +443,8 @@ class Train(Section):
     """Of the arithmetic; what is trained stays float32. auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    shard: Literal["none", "fsdp"] | None = None
+    """fsdp: each of several processes holds a part of the model, its gradients and optimizer state (FSDP2). none: all of it. Unless said, as `accelerate launch` was told."""
     alerts: Annotated[Literal["off", "warn", "strict"], BeforeValidator(_as_word)] = "warn"
     """What is done where metrics say that something goes wrong. strict: the run stops there, with exit code 7 and a checkpoint."""
     eval_every: Count | None = None

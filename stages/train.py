@@ -36,10 +36,11 @@ from pipeline.training import (
     trackers,
 )
 from pipeline.training.batches import Examples
+from pipeline.training.devices import accelerator
 from pipeline.training.moving_reference import MovingReference
 from pipeline.training.objective import Memory, Objective
 from pipeline.training.optimizers import learning_rate, warmup_steps
-from pipeline.training.policy import NotFinite, Policy, Visit, accelerator
+from pipeline.training.policy import NotFinite, Policy, Visit, save_weights
 from pipeline.training.runlog import PARTS, PROVENANCE, RunLog
 from pipeline.training.selection import Selection
 
@@ -63,6 +64,7 @@ _HARMLESS = {
     "report_to",
     "kinds",
     "device",
+    "shard",
     "gradient_checkpointing",
 }
 
@@ -279,6 +281,7 @@ def _write_provenance(s: Session) -> None:
         "quantization": s.start.quantization,
         "device": str(s.policy.accelerator.device),
         "processes": s.policy.accelerator.num_processes,
+        "sharded": s.policy.sharded,
     }
     artifact.commit_bytes(s.config.run / PROVENANCE, artifact.seal(facts))
     artifact.commit_bytes(s.config.run / "config.yaml", configuration.to_yaml(s.config).encode())
@@ -438,23 +441,25 @@ def _update(
 
 
 def _checkpoint(s: Session, step: int, state: dict[str, Any]) -> None:
+    weights, optimizer = s.policy.weights(), s.policy.optimizer_state()
     if s.main:
         s.log.flush(step)
         keep = s.config.train.keep_checkpoints
-        checkpoints.save(s.config.run, step, lambda to: _save(s, to), s.policy.optimizer_state(), state, keep)
+
+        def save(folder: Path) -> None:
+            save_weights(folder, weights)
+            if s.moving:
+                s.moving.save(folder)
+
+        checkpoints.save(s.config.run, step, save, optimizer, state, keep)
     s.policy.accelerator.wait_for_everyone()
-
-
-def _save(s: Session, folder: Path) -> None:
-    s.policy.save_weights(folder)
-    if s.moving:
-        s.moving.save(folder)
 
 
 def _finish(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, Any] | None:
     if trained.best:
         _take(s, trained.best)
-    result = _commit_run(s, before, trained) if s.main else None
+    answers, state = _answers(s), s.policy.model_state()
+    result = _commit_run(s, before, trained, answers, state) if s.main else None
     s.policy.accelerator.wait_for_everyone()
     return result
 
@@ -466,11 +471,12 @@ def _take(s: Session, found: best.Found) -> None:
     s.progress.say(f"train: the model is that of step {found['step']:,}, the best by {found['metric']}")
 
 
-def _commit_run(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, Any]:
+def _commit_run(
+    s: Session, before: dict[str, Any], trained: Trained, answers: list[str], state: dict[str, Any]
+) -> dict[str, Any]:
     with artifact.commit_folder(s.config.run / "model") as folder:
-        s.policy.save_model(folder)
+        s.policy.save_model(folder, state)
         (folder / "README.md").write_text(_card(s, trained, before["evaluation"]), encoding="utf-8")
-    answers = _answers(s)
     answered = _samples(s, before["answers"], answers)
     artifact.commit_bytes(
         s.config.run / "samples.parquet", artifact.parquet(pa.Table.from_pylist(answered, schema=SAMPLES))
@@ -610,7 +616,7 @@ def _sample_indices(s: Session) -> np.ndarray:
 
 def _answers(s: Session) -> list[str]:
     indices = _sample_indices(s)
-    if not len(indices) or not s.main:
+    if not len(indices) or not (s.main or s.policy.sharded):
         return []
     return s.policy.answers(s.examples[HELD_OUT].prompts(indices)[1])
 

@@ -21,8 +21,9 @@ from pipeline.model.routing import router_of
 from pipeline.model.trainable import recompute_layers
 from pipeline.training.balance import balance_of
 from pipeline.training.batches import Examples
+from pipeline.training.devices import accelerator
 from pipeline.training.objective import Objective
-from pipeline.training.policy import Policy, accelerator
+from pipeline.training.policy import Policy
 
 CPU = torch.device("cpu")
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]

@@ -20,8 +20,9 @@ from pipeline.identity import Reference
 from pipeline.model.memory import is_out_of_memory
 from pipeline.training.batches import Examples
 from pipeline.training.budget import Budget, largest_that_fits, once
+from pipeline.training.devices import accelerator
 from pipeline.training.objective import Objective
-from pipeline.training.policy import Policy, accelerator
+from pipeline.training.policy import Policy
 
 CPU = torch.device("cpu")
 N_PAIRS, STEPS = 64, 2

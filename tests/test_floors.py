@@ -36,6 +36,7 @@ FLOORS = {
     "pipeline.scoring": ["engines", "scorer", "actors"],
     "pipeline.training": [
         "losses",
+        "devices",
         "alerts balance best budget checkpoints density flops modelcard objective only optimizers runlog samples sweep token_sums "
         "trackers",
         "from_trl runfolder selection token_logps",

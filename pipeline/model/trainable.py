@@ -39,13 +39,19 @@ class Trainable:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
-    def save(self, folder: Path) -> None:
-        """As PEFT or Transformers saves it."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is to be saved: all of the model, or the adapter."""
         if self.adapter is None:
-            self.model.save_pretrained(folder)
+            return dict(self.model.state_dict(keep_vars=True))
+        return {name: each for name, each in self.adapter.state_dict(keep_vars=True).items() if each.requires_grad}
+
+    def save(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        """As PEFT or Transformers saves it. `state` has the tensors that `state()` names, whole."""
+        if self.adapter is None:
+            self.model.save_pretrained(folder, state_dict=state)
         else:
             # No embeddings of the base beside it: nothing here changes them, and asking whether would ask the hub.
-            self.adapter.save_pretrained(folder, save_embedding_layers=False)
+            self.adapter.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def each_tensor(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -168,12 +174,17 @@ def recompute_layers(model: Any) -> str | None:
     The layers are those that Transformers would recompute. It does so in training mode only, where dropout is active and
     policy and reference would differ; so their forwards are wrapped here.
     """
-    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
-    if not layers or not model.supports_gradient_checkpointing:
+    found = layers(model)
+    if not found or not model.supports_gradient_checkpointing:
         return f"Transformers recomputes no layer of {type(model).__name__}"
-    for layer in layers:
+    for layer in found:
         layer.forward = _recomputed(layer.forward)
     return None
+
+
+def layers(model: Any) -> list[torch.nn.Module]:
+    """What a model is a stack of."""
+    return [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,14 +5,15 @@ the later one does not count as whole.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pipeline.errors import IntegrityError
+from pipeline.model.trainable import each_tensor
 from pipeline.stored import artifact
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -62,8 +63,9 @@ def at(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08}"
 
 
-def optimizer(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(load_file(folder / _OPTIMIZER))
+def optimizer(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """One tensor after another: a process that holds a shard may have no room for all."""
+    return each_tensor(folder / _OPTIMIZER)
 
 
 def _newest_first(run: Path) -> list[Path]:

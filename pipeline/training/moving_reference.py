@@ -28,7 +28,7 @@ from pipeline.stored import artifact
 from pipeline.training import batches
 from pipeline.training.batches import Examples, Scores
 from pipeline.training.objective import Objective
-from pipeline.training.policy import WEIGHTS, Policy
+from pipeline.training.policy import WEIGHTS, Policy, save_weights
 
 # In a checkpoint.
 _WEIGHTS = "reference.safetensors"
@@ -60,6 +60,11 @@ class MovingReference:
                 f"train.moving_reference.every is {self._every:,} and the run has {self._n_steps:,} steps, so the reference would "
                 "never move. Lower it, or leave train.moving_reference out."
             )
+        if self._mixes and policy.sharded:
+            raise UsageError(
+                f"train.moving_reference.alpha={self._alpha:g} mixes whole weights, and the model is sharded. Set alpha to 1, or "
+                "train.shard to none."
+            )
         if self._mixes:
             _refuse_what_does_not_mix(policy.parameters, adapter=train.lora is not None)
 
@@ -90,7 +95,7 @@ class MovingReference:
                 if checkpoint:
                     os.link(checkpoint / _WEIGHTS, folder / WEIGHTS)
                 else:
-                    self._policy.save_weights(folder)
+                    save_weights(folder, self._policy.weights())
         self._policy.accelerator.wait_for_everyone()
 
     def before(self, step: int) -> None:
@@ -100,7 +105,7 @@ class MovingReference:
             return
         if self._mixes:
             with artifact.scratch_folder(self._run / "policy") as aside:
-                self._policy.save_weights(aside)
+                save_weights(aside, self._policy.weights())
                 self._become_the_mixture()
                 self._score(done)
                 self._policy.load_weights(aside)
@@ -121,7 +126,7 @@ class MovingReference:
         devices.wait_for_everyone()  # all have read the old ones
         if devices.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
-                self._policy.save_weights(folder)
+                save_weights(folder, self._policy.weights())
         devices.wait_for_everyone()
 
     # -- what it scores ----------------------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ it is made of, quantised or not, so that a checkpoint holds plain tensors and a 
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from pipeline.config import Train
 from pipeline.errors import UsageError
+from pipeline.training.devices import part_of
 
 # Of state, for each value that is trained: two moments, and the scales of their blocks of 256 or 128.
 N_BYTES = {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / 256), "adamw_4bit": 2 * (0.5 + 4 / 128)}
@@ -89,21 +91,20 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return found
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
+def restore(optimizer: torch.optim.Optimizer, saved: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Fill in a state that was saved. The optimizer lays it out itself, by a step of nothing; weights are to be restored after."""
     parameters = _parameters(optimizer)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     take_step(optimizer, 0.0)
     optimizer.zero_grad()
-    seen = {int(name.partition(".")[0]) for name in saved}
+    laid_out, seen = state(optimizer), set[int]()
+    for name, value in saved:
+        laid_out[name].copy_(part_of(value, laid_out[name]))
+        seen.add(int(name.partition(".")[0]))
     for i, parameter in enumerate(parameters):
         if i not in seen:  # no step had a gradient of it
             optimizer.state.pop(parameter)
-    laid_out = state(optimizer)
-    assert laid_out.keys() == saved.keys()
-    for name, value in laid_out.items():
-        value.copy_(saved[name])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -111,7 +112,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def _plain(name: str, value: Any) -> dict[str, torch.Tensor]:
-    if not hasattr(value, "__tensor_flatten__"):
+    # A shard is made of parts as well, and is gathered as one.
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         return {name: value}
     parts, _ = value.__tensor_flatten__()
     return {f"{name}.{part}": getattr(value, part) for part in parts}

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from pipeline import identity
 from pipeline.config import Train
-from pipeline.errors import IntegrityError, UsageError
+from pipeline.errors import IntegrityError
 from pipeline.identity import Reference
 from pipeline.model import trainable
 from pipeline.model.forward import Forward, flat
@@ -32,7 +32,7 @@ from pipeline.model.packing import token_budget_batches
 from pipeline.model.routing import Routed
 from pipeline.schema import STEPS
 from pipeline.schema import Sequence as TokenSequence
-from pipeline.training import balance, budget, flops, optimizers
+from pipeline.training import balance, budget, devices, flops, optimizers
 from pipeline.training.balance import Balance, over_processes
 from pipeline.training.batches import Batch, Examples, Scores
 from pipeline.training.budget import Budget
@@ -78,25 +78,6 @@ class _Whole:
     routed: Routed | None  # of a mixture whose experts are balanced
 
 
-def accelerator(train: Train) -> Accelerator:
-    cpu = train.device == "cpu" or not torch.cuda.is_available()
-    if train.device == "cuda" and cpu:
-        raise UsageError("train.device is cuda, but PyTorch sees no GPU. Set it to auto or cpu.")
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and not cpu)
-    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
-
-
-class _Logps(torch.nn.Module):
-    """The policy's log-probs as one forward, which is what accelerate's wrappers go around."""
-
-    def __init__(self, forward: Forward) -> None:
-        super().__init__()
-        self.model, self._forward = forward.model, forward
-
-    def forward(self, groups: list[list[TokenSequence]], **asked: Any) -> Logps:
-        return self._forward.logps(groups, **asked)
-
-
 class Policy:
     def __init__(
         self,
@@ -117,24 +98,42 @@ class Policy:
             self.tokenizer.chat_template = template
         self._limit = identity.longest_sequence(start.folder)
         kernel = identity.attention_kernel(start.folder, "sdpa")
-        self._trained = trainable.load(start, train, kernel, accelerator.device)
+        self.sharded = devices.is_sharded(train, accelerator, start.quantization)
+        with devices.on_our_own():
+            # What no device has room for as a whole is sharded from the host's memory.
+            at = torch.device("cpu") if self.sharded else accelerator.device
+            self._trained = trainable.load(start, train, kernel, at)
         self.notes, model = self._trained.notes, self._trained.model
-        use_float32_head(model, frozen=train.lora is not None)
+        # A copy of a frozen head would be whole in every process.
+        use_float32_head(model, frozen=train.lora is not None and not self.sharded)
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
+        self._own = devices.Calls(self.forward)
+        if self.sharded:
+            devices.shard(self._own, trainable.layers(model), accelerator)
+            self.notes.append(f"the model is sharded over {accelerator.num_processes} processes (FSDP2)")
+        # Held from here on: while they are gathered, a sharded model's parameters are others.
+        self._parameters = self._trained.parameters()
         with accelerator.autocast():
-            self.forward.choose(like)
+            self._own.choose(like)
         self._shapes = flops.shapes_of(model)
         self.flops = 0.0  # of the last step, by this process
         self.peak_flops = flops.peak(accelerator.device, self.precision)
         self._balance = balance.balance_of(model, train, accelerator.device)
         self._budget = Budget(train, accelerator.device, accelerator.num_processes, say)
-        if self._budget.wants_trial:
+        if self._budget.wants_trial and self.sharded:
+            # Each process would stop where its own memory ends, and the others wait for it.
+            self.notes.append(
+                f"{self._budget.tokens:,} tokens in one forward and backward: not tried on a sharded model"
+            )
+        elif self._budget.wants_trial:
             self._budget.tokens = self._tried(like)
             self.notes.append(
                 f"{self._budget.tokens:,} tokens in one forward and backward fit (train.tokens_per_micro_batch)"
             )
-        optimizer = optimizers.make(list(self._trained.parameters().values()), train, accelerator.device)
-        self._module, self._optimizer = accelerator.prepare(_Logps(self.forward), optimizer)
+        optimizer = optimizers.make(list(self._parameters.values()), train, accelerator.device)
+        self._optimizer = accelerator.prepare(optimizer)
+        self._module = self._own if self.sharded else accelerator.prepare(self._own)
+        self._shortest = min(like, key=lambda sequence: sequence.n_tokens)
 
     @property
     def precision(self) -> str:
@@ -145,8 +144,8 @@ class Policy:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained."""
-        return self._trained.parameters()
+        """What is trained; of a sharded model, this process's part."""
+        return dict(self._parameters)
 
     @property
     def _model(self) -> Any:
@@ -168,7 +167,7 @@ class Policy:
 
     def _tried(self, like: Sequence[TokenSequence]) -> int:
         """The budget that the process with the least memory has room for."""
-        parameters, n_processes = list(self._trained.parameters().values()), self.accelerator.num_processes
+        parameters, n_processes = list(self._parameters.values()), self.accelerator.num_processes
         # The optimizer's state; with several processes, the gradients once more, in what they send one another.
         of_each = optimizers.N_BYTES[self.train.optimizer] + (4 if n_processes > 1 else 0)
         later = math.ceil(of_each * sum(each.numel() for each in parameters))
@@ -181,9 +180,7 @@ class Policy:
         """What `compute` makes of these examples, in smaller forwards where memory does not suffice."""
 
         def sizes() -> list[list[int]]:
-            share = self._share(examples, indices)
-            parts = self._parts(examples, share if len(share) else indices[:1])
-            return [examples.sizes(part, self._way).tolist() for part in parts]
+            return [examples.sizes(part, self._way).tolist() for part, _ in self._turns(examples, indices)]
 
         def drop() -> None:
             self._optimizer.zero_grad()
@@ -222,8 +219,9 @@ class Policy:
     ) -> tuple[Visit, Logged, Memory]:
         """One optimizer step on these examples; returns what was seen before it, numbers to log and what to remember."""
         step = self._within_memory(lambda: self._step(examples, indices, objective, memory, epoch), examples, indices)
-        parameters = self._trained.parameters().values()
-        grad_norm = float(self.accelerator.clip_grad_norm_(parameters, self.train.max_grad_norm))
+        grad_norm = devices.number(
+            self.accelerator.clip_grad_norm_(self._parameters.values(), self.train.max_grad_norm)
+        )
         for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 raise NotFinite(metric, value, step.visit)
@@ -238,14 +236,17 @@ class Policy:
         together = [name for name in answers if name not in apart]
         mine: dict[tuple[str, int], np.ndarray] = {}
         with torch.no_grad():
-            for part in self._parts(examples, self._share(examples, indices)):
+            for part, counts in self._turns(examples, indices):
                 batch = examples.batch(part, self.accelerator.device, answers)
                 for names in filter(None, (together, apart)):
                     if has := _present(batch, names):
-                        for name, lists in self._token_logps(batch, names, has, also_squares=False)[0].items():
+                        found_of = self._token_logps(batch, names, has, also_squares=False)[0]
+                        for name, lists in found_of.items() if counts else ():
                             mine |= {
                                 (name, int(part[i])): each.cpu().numpy() for i, each in zip(has, lists, strict=True)
                             }
+                    else:
+                        self._compute_nothing()
         everyone = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         known, none = ChainMap(*everyone), np.empty(0, np.float32)
         found = {name: [known.get((name, int(i)), none) for i in indices] for name in answers}
@@ -260,16 +261,15 @@ class Policy:
         that pass also gives each example's share: the slope of the batch's loss at its log-probs, which the second pass
         carries on into the model. So the result is that of one forward over everything.
         """
-        mine, self.flops = self._share(examples, indices), 0.0
-        # A process without examples of its own still has to take part in the reduction of gradients.
-        parts = self._parts(examples, mine if len(mine) else indices[:1])
-        whole = self._whole_batch(examples, indices, objective, memory, epoch, n_parts=len(parts))
+        turns, self.flops = self._turns(examples, indices), 0.0
+        whole = self._whole_batch(examples, indices, objective, memory, epoch, n_parts=len(turns))
         at, n = {int(i): k for k, i in enumerate(indices)}, len(indices)
         seen: list[tuple[np.ndarray, dict[str, torch.Tensor]]] = []
         logged, after = (whole.logged, whole.memory) if whole else ({}, memory)
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for i, part in enumerate(parts):
-            with self.accelerator.no_sync(self._module) if i < len(parts) - 1 else contextlib.nullcontext():
+        for i, (part, counts) in enumerate(turns):
+            # Where the model is sharded every part's gradients are reduced, for they would be whole until then.
+            with self.accelerator.no_sync(self._module) if i < len(turns) - 1 else contextlib.nullcontext():
                 answers = objective.answers if whole else (*objective.answers, *objective.without_gradient)
                 columns = self._columns(examples, part, objective, answers, epoch)
                 positions = torch.tensor([at[int(index)] for index in part])
@@ -286,13 +286,13 @@ class Policy:
                     total, values = loss.sum(), {"loss": loss, **_named(terms)}
                 # Averaged over the step's examples, never over micro-batches: memory must not change the result. The
                 # reduction averages over processes, hence their number.
-                n_processes = self.accelerator.num_processes if len(mine) else 0
+                n_processes = self.accelerator.num_processes if counts else 0
                 share = total * (n_processes / n)
                 if self._balance:
                     aux = self._balance.loss(whole.routed if whole else None, len(part) / n)
                     share, aux_loss = share + n_processes * self._balance.coefficient * aux, aux_loss + aux.detach()
                 self.accelerator.backward(share)
-            if len(mine):
+            if counts:
                 seen.append((part, {name: each.detach() for name, each in (columns | values).items()}))
         if self._balance and whole is None:
             logged = {**logged, balance.METRIC: float(aux_loss)}
@@ -337,8 +337,10 @@ class Policy:
         """The columns of examples with the log-probs of some answers, without gradients, the same on every process."""
         parts = []
         with torch.no_grad():
-            for part in self._parts(examples, self._share(examples, indices)) if answers else []:
-                parts.append((part, self._columns(examples, part, objective, answers, epoch)))
+            for part, counts in self._turns(examples, indices) if answers else []:
+                with contextlib.nullcontext() if counts else self._unwatched():
+                    columns = self._columns(examples, part, objective, answers, epoch)
+                parts += [(part, columns)] if counts else []
         device = self.accelerator.device
         return examples.batch(indices, device).columns | (self._gather(indices, parts) if answers else {})
 
@@ -377,6 +379,8 @@ class Policy:
             found |= {f"{PLAIN}{name}_logp": plain[f"{name}_logp"] for name in logps}
             if weighed:
                 found[WEIGHT] = wpo_weights({name: logps[name] for name in weighed}, squares)
+        else:
+            self._compute_nothing()
         if len(has) == n:
             return found
         missing = torch.full((n,), float("nan"), dtype=torch.float64, device=self.accelerator.device)
@@ -389,17 +393,35 @@ class Policy:
         """By answer, the log-probs of each example's tokens; and what else the head is asked for, see logprobs.py."""
         sequences = [sequence for name in names for i in has if (sequence := batch.answers[name][i]) is not None]
         groups = self.forward.groups(sequences)
-        # Without gradients not through the wrapper, whose forward may wait for processes that have no example to visit.
-        module = self._module if torch.is_grad_enabled() else self.forward.logps
         watch = self._balance.watch if self._balance and names[0] not in WITHOUT_GRADIENT else None
         given = [[sequences[i] for i in group] for group in groups]
-        with self.accelerator.autocast():
-            found = module(given, squares=also_squares, watch=watch)
+        found = self._compute(given, squares=also_squares, watch=watch)
         if torch.is_grad_enabled():
             self.flops += self._shapes.flops(flops.computed(given, self._way))
         back = np.argsort(flat(groups))
         by_answer = [{} if not lists else self._by_answer([lists[i] for i in back], names, len(has)) for lists in found]
         return by_answer[0], by_answer[1]
+
+    def _compute(self, groups: list[list[TokenSequence]], **asked: Any) -> Logps:
+        # Without gradients not through DDP, whose forward may wait for processes that have no example to visit.
+        module = self._module if self.sharded or torch.is_grad_enabled() else self._own
+        with self.accelerator.autocast():
+            found: Logps = module(groups, **asked)
+        return found
+
+    def _compute_nothing(self) -> None:
+        """Take part in what others compute: of a sharded model every layer waits for all processes."""
+        if self.sharded:
+            self._compute([[self._shortest]])
+
+    @contextlib.contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        """For what is computed and does not count: no router is watched."""
+        kept, self._balance = self._balance, None
+        try:
+            yield
+        finally:
+            self._balance = kept
 
     def _by_answer(self, lists: list[torch.Tensor], names: list[str], n: int) -> dict[str, list[torch.Tensor]]:
         return {name: lists[k * n : (k + 1) * n] for k, name in enumerate(names)}
@@ -409,10 +431,13 @@ class Policy:
         most = sys.maxsize if self.train.scope == "micro" else self._budget.tokens
         return examples.micro_batches(indices, most, self.train.micro_batch_size, way=self._way)
 
-    def _share(self, examples: Examples, indices: np.ndarray) -> np.ndarray:
-        of_all = examples.shares(indices, self.accelerator.num_processes, self._way)
-        mine: np.ndarray = of_all[self.accelerator.process_index]
-        return mine
+    def _turns(self, examples: Examples, indices: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+        """This process's share of examples in parts, and whether a part counts. One that does not is computed because others
+        compute: a sharded model on every forward's layers, and DDP on the last gradients, wait for all processes."""
+        shares = examples.shares(indices, self.accelerator.num_processes, self._way)
+        mine = self._parts(examples, shares[self.accelerator.process_index])
+        n = max(len(self._parts(examples, share)) for share in shares) if self.sharded else max(1, len(mine))
+        return [(part, True) for part in mine] + [(indices[:1], False)] * (n - len(mine))
 
     def _gather(
         self, indices: np.ndarray, parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]]
@@ -432,7 +457,7 @@ class Policy:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def answers(self, prompts: list[np.ndarray]) -> list[str]:
-        """Greedy answers to tokenized prompts."""
+        """Greedy answers to tokenized prompts. Of a sharded model every process has to ask for them."""
         answers: dict[int, str] = {}
         room = self.train.sample_tokens
         with self.forward.plainly():
@@ -455,41 +480,55 @@ class Policy:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.accelerator.device)
         ends = {self.tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)} - {None}
         with torch.no_grad(), self.accelerator.autocast():
-            out = model.generate(
+            out = self._own.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
                 max_new_tokens=room,
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=pad,
+                synced_gpus=self.sharded,
             )
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def save_model(self, folder: Path) -> None:
+    # Of a sharded model every process has to ask for what is gathered; it is whole in the main process, and nothing elsewhere.
+
+    def _gathered(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return devices.gathered(tensors, keep=self.accelerator.is_main_process)
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        return self._gathered(self._trained.state())
+
+    def save_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         with self.forward.plainly():
-            self._trained.save(folder)
+            self._trained.save(folder, state)
         self.tokenizer.save_pretrained(folder)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        return optimizers.state(self._optimizer)
-
-    def save_weights(self, folder: Path) -> None:
+    def weights(self) -> dict[str, torch.Tensor]:
         """What is trained, as it lies in memory: save_pretrained rearranges the weights of some models."""
-        values = {name: each.detach().contiguous() for name, each in self.parameters.items()}
-        safetensors.torch.save_file(values, folder / WEIGHTS)
+        return self._gathered(dict(self._parameters))
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return self._gathered(optimizers.state(self._optimizer))
 
     def load_weights(self, folder: Path) -> None:
         """In place: what was there is gone."""
+        devices.let_go(self._own)
         parameters = self.parameters
         for name, value in trainable.each_tensor(folder / WEIGHTS):
-            trainable.put(parameters.pop(name), value)
+            own = parameters.pop(name)
+            trainable.put(own, devices.part_of(value, own))
         assert not parameters
 
-    def restore(self, folder: Path, optimizer: dict[str, torch.Tensor]) -> None:
+    def restore(self, folder: Path, optimizer: Iterable[tuple[str, torch.Tensor]]) -> None:
         optimizers.restore(self._optimizer, optimizer)
         self.load_weights(folder)
+
+
+def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    safetensors.torch.save_file({name: each.contiguous() for name, each in weights.items()}, folder / WEIGHTS)
 
 
 def _present(batch: Batch, names: Sequence[str]) -> list[int]:

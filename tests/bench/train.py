@@ -306,8 +306,9 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     from pipeline.identity import Reference
     from pipeline.model.forward import Forward, flat
     from pipeline.model.logprobs import sums, use_float32_head
+    from pipeline.training.devices import accelerator
     from pipeline.training.objective import Objective
-    from pipeline.training.policy import Policy, accelerator
+    from pipeline.training.policy import Policy
 
     rows = {"ours-packed": "packed", "ours-padded": "padded"}.get(name, "auto")
     train = Train(batch_size=STEP, learning_rate=RATE, rows=rows, micro_batch_size=1 if name == "ours-1" else None)

@@ -211,8 +211,9 @@ def program(
     """Policy.update on some of the pairs, by number; the model is in `folder`. Returns the loss before it."""
     from pipeline.config import Train
     from pipeline.identity import Reference
+    from pipeline.training.devices import accelerator
     from pipeline.training.objective import Objective
-    from pipeline.training.policy import Policy, accelerator
+    from pipeline.training.policy import Policy
     from tests.bench.train import examples_of
 
     examples = examples_of(pairs, *reference_B2.T)
