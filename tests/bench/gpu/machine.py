@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline.model.memory import is_out_of_memory
 from tests.bench import contest
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "vllm", "datasets", "pydantic", "prefcache")
@@ -48,7 +49,7 @@ def absent(*modules: str) -> str | None:
 
 
 def why_failed(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.model.memory import is_out_of_memory
 from tests.bench import corpus
 from tests.bench.gpu import machine, ours, work
 from tests.bench.gpu.machine import ON_GPU, Budget
@@ -58,7 +59,9 @@ def _peak(way: str, shape: dict[str, Any], tiny: bool) -> int | None:
     machine.free()
     try:
         return _of_step(way, shape, tiny)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
