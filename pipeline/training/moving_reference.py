@@ -13,7 +13,7 @@ past policy as a whole, its weights.
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +198,7 @@ def _mixed(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float) -> t
     return own.mul_(alpha).add_(other, alpha=1 - alpha)
 
 
-def _refuse_what_does_not_mix(names: Mapping[str, torch.nn.Parameter], *, adapter: bool) -> None:
+def _refuse_what_does_not_mix(names: Iterable[str], *, adapter: bool) -> None:
     other = next((name for name in names if not (".lora_A." in name or ".lora_B." in name)), None)
     if adapter and other:
         raise UsageError(
