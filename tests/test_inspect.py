@@ -1,14 +1,18 @@
 """SQL over a small real experiment: two references, two runs, one of them unfinished, and files that are damaged."""
 
+import gzip
+import io
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from conftest import write_config, write_pairs
+from conftest import PREFCACHE, write_config, write_pairs
 
 from pipeline.stored.prepared import Prepared
 
@@ -171,6 +175,47 @@ def test_a_run_that_still_goes_on_shows_its_finished_parts(rows, folder):
     assert rows("select finished, seconds from runs where run = 'trained'") == [{"finished": False, "seconds": None}]
     assert rows("select max(step) as step from steps where run = 'trained'") == [{"step": 8}]
     assert rows("select max(step) as step from metrics where run = 'trained'") == [{"step": 8}]
+
+
+# -- how answers are given -------------------------------------------------------------------------------------------
+
+QUERY = "select 'a|b' as x, 1.5 as y, null as z union all select 'c', 2, 'd\"' order by 1"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("csv", 'x,y,z\na|b,1.5,\nc,2.0,"d"""\n'),
+        ("markdown", '| x | y | z |\n| --- | --- | --- |\n| a\\|b | 1.5 |  |\n| c | 2 | d" |\n'),
+    ],
+)
+def test_answers_for_machines(prefcache, folder, form, expected):
+    query = QUERY.replace("1.5", "1.5::double")
+    assert prefcache("sql", query, "runs/tiny", "--format", form).stdout == expected
+
+
+def test_answers_as_parquet_on_stdout_and_in_files(prefcache, folder, tmp_path):
+    query = "select example_id, margin, n_chosen from pairs where used order by example_id"
+    expected = json.loads(prefcache("sql", query, "config.yaml", "--format", "json").stdout)
+    command = [PREFCACHE, "sql", query, "runs/tiny", "--format", "parquet"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    assert pq.read_table(io.BytesIO(shown)).to_pylist() == expected
+    for name in ("a.parquet", "a.jsonl.gz"):
+        assert f"{name}: {N} rows" in prefcache("sql", query, "runs/tiny", "--out", name).stdout
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == expected
+    assert [json.loads(line) for line in gzip.open(tmp_path / "a.jsonl.gz")] == expected
+    # What fails leaves nothing behind, and what was there as it was.
+    failing = "select if(line > 3, error('boom'), line::varchar) as line from examples"
+    assert "boom" in prefcache("sql", failing, "runs/tiny", "--out", "a.parquet", code=2).stderr
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == expected and not list(tmp_path.glob(".a.*"))
+    assert "no kind of file" in prefcache("sql", query, "runs/tiny", "--out", "a.txt", code=2).stderr
+
+
+def test_an_empty_answer_says_why_and_a_long_one_is_ended(prefcache, folder):
+    done = prefcache("sql", "select * from rewards where run = 'other'", "runs/tiny")
+    assert "0 are left after (run = 'other')" in done.stderr and "0 rows" in done.stdout
+    endless = "with recursive t as (select 1 i union all select i + 1 from t) select max(i) from t"
+    assert "more than 0.5 s" in prefcache("sql", endless, "runs/tiny", "--timeout", "0.5", code=6).stderr
 
 
 # -- what is damaged -------------------------------------------------------------------------------------------------
