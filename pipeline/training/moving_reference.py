@@ -13,6 +13,7 @@ past policy as a whole, its weights.
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class MovingReference:
         if self._mixes and self._policy.accelerator.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
                 if checkpoint:
-                    os.link(checkpoint / _WEIGHTS, folder / WEIGHTS)
+                    _name_twice(checkpoint / _WEIGHTS, folder / WEIGHTS)
                 else:
                     save_weights(folder, self._policy.weights())
         self._policy.accelerator.wait_for_everyone()
@@ -117,7 +118,7 @@ class MovingReference:
         if self._scores:
             _write(checkpoint / _SCORES, self._scores)
         if self._mixes:
-            os.link(self._folder / WEIGHTS, checkpoint / _WEIGHTS)
+            _name_twice(self._folder / WEIGHTS, checkpoint / _WEIGHTS)
 
     def _become_the_mixture(self) -> None:
         """The reference's new weights, in the policy's parameters and on disk."""
@@ -208,6 +209,14 @@ def _refuse_what_does_not_mix(names: Iterable[str], *, adapter: bool) -> None:
 
 
 # -- in a checkpoint -------------------------------------------------------------------------------------------------
+
+
+def _name_twice(file: Path, name: Path) -> None:
+    """A copy where the file system has no second names."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _write(file: Path, scores: Mapping[str, Scores]) -> None:
