@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,10 @@ def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tm
     config = write_config(tmp_path, mixture, epochs=1, samples=0, router_aux_loss=0.1)
     for stage in ("prepare", "score", "train"):
         prefcache(stage, config)
-    launch(tmp_path, 29541, "train", str(config), "--set", "train.run=two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch(tmp_path, port, "train", str(config), "--set", "train.run=two")
     one, two = (metrics(tmp_path / "runs/tiny" / run) for run in ("trained", "two"))
     for name in ("aux_loss", "eval_aux_loss", "grad_norm"):
         found = [[row[name] for row in run if row[name] is not None] for run in (one, two)]

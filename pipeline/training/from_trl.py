@@ -115,6 +115,7 @@ _IGNORED = {
     "overwrite_output_dir": "a finished run of other settings is moved aside",
     "bf16_full_eval": "evaluation computes as training does",
     "tf32": "not set here",
+    "torch_compile": "layers are not compiled; their values would be the same",
     "dtype": "score.dtype is the reference's; what is trained is float32",
     "torch_dtype": "score.dtype is the reference's; what is trained is float32",
     "lora_dropout": "adapters train without dropout, so that the margin starts at 0",
