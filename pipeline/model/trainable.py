@@ -45,8 +45,8 @@ class Trainable:
             return dict(self.model.state_dict(keep_vars=True))
         return {name: each for name, each in self.adapter.state_dict(keep_vars=True).items() if each.requires_grad}
 
-    def save(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        """As PEFT or Transformers saves it. `state` has the tensors that `state()` names, whole."""
+    def save(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """As PEFT or Transformers saves it. `state`: what `state()` gives, where that had to be gathered."""
         if self.adapter is None:
             self.model.save_pretrained(folder, state_dict=state)
         else:

@@ -139,8 +139,7 @@ def gathered(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, to
     whole: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in whole:
-            one = tensor.detach()
-            whole[id(tensor)] = _whole(one, keep=keep)
+            whole[id(tensor)] = _whole(tensor.detach(), keep=keep)
     return {name: whole[id(tensor)] for name, tensor in tensors.items()} if keep else {}
 
 

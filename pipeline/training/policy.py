@@ -107,14 +107,14 @@ class Policy:
         # A copy of a frozen head would be whole in every process.
         use_float32_head(model, frozen=train.lora is not None and not self.sharded)
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
-        self._own = devices.Calls(self.forward)
+        self._calls = devices.Calls(self.forward)
         if self.sharded:
-            devices.shard(self._own, trainable.layers(model), accelerator)
+            devices.shard(self._calls, trainable.layers(model), accelerator)
             self.notes.append(f"the model is sharded over {accelerator.num_processes} processes (FSDP2)")
         # Held from here on: while they are gathered, a sharded model's parameters are others.
         self._parameters = self._trained.parameters()
         with accelerator.autocast():
-            self._own.choose(like)
+            self._calls.choose(like)
         self._shapes = flops.shapes_of(model)
         self.flops = 0.0  # of the last step, by this process
         self.peak_flops = flops.peak(accelerator.device, self.precision)
@@ -132,7 +132,7 @@ class Policy:
             )
         optimizer = optimizers.make(list(self._parameters.values()), train, accelerator.device)
         self._optimizer = accelerator.prepare(optimizer)
-        self._module = self._own if self.sharded else accelerator.prepare(self._own)
+        self._module = self._calls if self.sharded else accelerator.prepare(self._calls)
         self._shortest = min(like, key=lambda sequence: sequence.n_tokens)
 
     @property
@@ -275,7 +275,7 @@ class Policy:
                 positions = torch.tensor([at[int(index)] for index in part])
                 if whole is None:
                     detached = {name: values.detach() for name, values in columns.items()}
-                    statistics, after, logged = objective.with_statistics(detached, after, learning=True)
+                    statistics, after, logged = objective.with_statistics(detached, after, learning=counts)
                 else:
                     statistics = part_of(whole.statistics, positions, n)
                 if whole and whole.slopes:
@@ -404,7 +404,7 @@ class Policy:
 
     def _compute(self, groups: list[list[TokenSequence]], **asked: Any) -> Logps:
         # Without gradients not through DDP, whose forward may wait for processes that have no example to visit.
-        module = self._module if self.sharded or torch.is_grad_enabled() else self._own
+        module = self._module if self.sharded or torch.is_grad_enabled() else self._calls
         with self.accelerator.autocast():
             found: Logps = module(groups, **asked)
         return found
@@ -480,7 +480,7 @@ class Policy:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.accelerator.device)
         ends = {self.tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)} - {None}
         with torch.no_grad(), self.accelerator.autocast():
-            out = self._own.generate(
+            out = self._calls.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
@@ -515,7 +515,7 @@ class Policy:
 
     def load_weights(self, folder: Path) -> None:
         """In place: what was there is gone."""
-        devices.let_go(self._own)
+        devices.let_go(self._calls)
         parameters = self.parameters
         for name, value in trainable.each_tensor(folder / WEIGHTS):
             own = parameters.pop(name)
