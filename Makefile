@@ -2,6 +2,7 @@
 # make prepare score train CONFIG=my.yaml                       your own config
 # make prepare score train MODEL=org/name DATA=pairs.jsonl OUT=runs/x
 # make train RUN=ipo SET="train.loss=ipo train.beta=0.5"        another run on the same cache
+# make report                                                 the run as one HTML page, OUT/RUN/report.html
 # make vllm                                                     .venv-vllm, for score.engine=vllm
 #
 # Every manifest is a target: a stage runs when something it was made from has changed.
@@ -51,11 +52,12 @@ made = @test -f $@ || { echo "error: make expected $@, but the config writes els
 PREPARED := $(out)/prepared/manifest.json
 SCORED := $(out)/scored/manifest.json
 TRAINED := $(out)/$(run)/manifest.json
+REPORT := $(out)/$(run)/report.html
 DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-.PHONY: prepare score train test lint vllm bench-prepare bench-cache bench-score bench-train bench-sql bench-gpu help always
+.PHONY: prepare score train report test lint vllm bench-prepare bench-cache bench-score bench-train bench-sql bench-gpu help always
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -63,6 +65,8 @@ score: $(SCORED)
 	@echo "score: up to date, $<"
 train: $(TRAINED)
 	@echo "train: up to date, $<"
+report: $(REPORT)
+	@echo "report: up to date, $<"
 
 $(PREPARED): $(CONFIG) $(DATA_STAMP) | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE)))
 	$(strip $(BIN)/prefcache prepare $(CONFIG) $(DATA_SETTINGS))
@@ -72,6 +76,10 @@ $(SCORED): $(PREPARED) $(CONFIG) $(DATA_STAMP)
 	$(made)
 $(TRAINED): $(SCORED) $(CONFIG) $(RUN_STAMP)
 	$(strip $(BIN)/prefcache train $(CONFIG) $(DATA_SETTINGS) $(RUN_SETTINGS))
+	$(made)
+
+$(REPORT): $(TRAINED)
+	$(strip $(BIN)/prefcache report $(CONFIG) $(DATA_SETTINGS) $(RUN_SETTINGS))
 	$(made)
 
 # Other settings than last time make the stages look again; each then says what, if anything, has to be done.

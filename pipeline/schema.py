@@ -234,3 +234,15 @@ SAMPLES = pa.schema(
         ("after_kind", pa.string()),
     ]
 )
+
+# The held-out examples whose log-probs moved most the right way and the wrong way, one row per answer, token by token.
+TOKENS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("gain", pa.float64()),  # nats, from before the first step to after the last
+        ("answer", pa.string()),
+        ("tokens", pa.list_(pa.string())),  # as text
+        ("logps", pa.list_(pa.float32())),  # of the policy, after the last step
+        ("ref_logps", pa.list_(pa.float32())),  # null where the run reads no reference, or the cache has sums only
+    ]
+)

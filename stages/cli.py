@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -684,6 +685,41 @@ def _print_answer(
             answers.show(result, form)
         for line in result.why_empty():
             click.echo(line, err=True)
+
+
+@main.command()
+@click.option("--run", "names", multiple=True, metavar="RUN", help="A run of the experiment. Several are compared.")
+@click.option("--output", "--out", metavar="FILE", help="Where the page goes.  [default: OUT/RUN/report.html]")
+@stage
+def report(
+    config: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    names: tuple[str, ...],
+    output: str | None,
+) -> None:
+    """Write what an experiment has come to as one HTML page.
+
+    \b
+        prefcache report data/demo/config.yaml
+        prefcache report runs/demo --run trained --run ipo --output runs/compared.html
+
+    CONFIG is a config, for its run, or the `out` of one, for all runs in it. What is not there yet is named, with the command that makes it, so an unfinished run has a page too; so have prepared data alone. The page needs no other file and no network, and runs no script. That of several runs, or of none, is OUT/report.html.
+    """
+    from pipeline.progress import Progress
+    from stages import report
+
+    path = Path(output) if output else None
+    if config is not None and Path(config).is_dir():
+        if overrides:
+            raise UsageError(f"--set changes a config, and {config} is an experiment's folder. Leave one of them out.")
+        result = report.of_folder(Path(config), names, path, Progress(quiet))
+    else:
+        with _loaded(config, overrides, quiet) as (settings, progress):
+            said = shlex.join([*([config] if config else []), *(f"--set={each}" for each in overrides)])
+            result = report.of_config(settings, said, names, path, progress)
+    _print(result, as_json, "reported")
 
 
 @contextlib.contextmanager

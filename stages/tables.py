@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import printable
+from pipeline.stored.prepared import DONE
 
 _WIDTH_OF_A_PIPE = 100
 
@@ -31,30 +32,14 @@ def prepared(result: dict[str, Any]) -> None:
     for reason, n in result["quarantined"].items():
         print(f"  {n:,} {reason}")
     for name, n in result["done"].items():
-        if name in _DONE:
-            print(f"  {n:,} {_DONE[name]}")
+        if name in DONE:
+            print(f"  {n:,} {DONE[name]}")
     if split := result["boundaries"].get("split"):
         print(
             f"  {split:,} where the tokenizer would merge prompt and answer; the text was cut there (boundary: split)"
         )
     if result["date"]:
         print(f"  the template prints the date: always {result['date']} (prepare.date)")
-
-
-# What prepare did beside reading, in the words of a person.
-_DONE = {
-    "duplicates": "have the tokens of an earlier example",
-    "dropped": "of these were dropped",
-    "left_out": "were left out by their source's weight",
-    "repeated": "are repetitions, by their source's weight",
-    "unmatched": "have no mismatched answer: there is no other answer",
-    "cut_prompts": "lost the oldest turns of their prompt (cut_prompt says how many tokens)",
-    "cut_answers": "lost the end of an answer (cut_chosen, cut_rejected, cut_completion)",
-    "ended": "got an end token, for the template writes none",
-    "merged_system": "had a system message, for which the template has no place; it went before the first user turn",
-    "unseen_tools": "have tools, which the template does not print",
-    "restored": "answers would have been changed by the template and were put in as they are",
-}
 
 
 def previewed(result: dict[str, Any], ids: bool) -> None:
@@ -393,6 +378,10 @@ def merged(result: dict[str, Any]) -> None:
 
 def pushed(result: dict[str, Any]) -> None:
     print(printable(f"{result['url']}: {result['files']} files of {result['run']}/model, commit {result['commit']}"))
+
+
+def reported(result: dict[str, Any]) -> None:
+    print(printable(f"{result['report']}: {result['bytes']:,} bytes"))
 
 
 def _held_out(result: dict[str, Any]) -> Table:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline import config as configuration
 from pipeline import identity
 from pipeline.config import Config, Train
-from pipeline.errors import AlertError, DataError, IdentityError, IntegrityError, UsageError
+from pipeline.errors import AlertError, DataError, IdentityError, IntegrityError, PrefcacheError, UsageError
 from pipeline.progress import Progress
 from pipeline.schema import HELD_OUT, SAMPLES, TRAIN
 from pipeline.stored import artifact
@@ -28,6 +28,7 @@ from pipeline.training import (
     best,
     checkpoints,
     columns,
+    gains,
     metrics,
     modelcard,
     moving_reference,
@@ -84,6 +85,7 @@ class Session:
     start: identity.Reference
     inputs: dict[str, Any]
     examples: dict[str, Examples]
+    cache: Cache | None
     objective: Objective
     policy: Policy
     moving: MovingReference | None
@@ -143,7 +145,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
     policy = Policy(start, template, config.train, devices, like, progress.say)
     moves = config.train.moving_reference
     moving = MovingReference(config.train, objective, examples, policy, config.run) if moves else None
-    session = Session(config, start, inputs, examples, objective, policy, moving, RunLog(config.run), progress)
+    session = Session(config, start, inputs, examples, cache, objective, policy, moving, RunLog(config.run), progress)
     _write_provenance(session)
     before = _before(session, scored if objective.reference_answers else None)
     state = _go_back(session)
@@ -458,8 +460,8 @@ def _checkpoint(s: Session, step: int, state: dict[str, Any]) -> None:
 def _finish(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, Any] | None:
     if trained.best:
         _take(s, trained.best)
-    answers, state = _answers(s), s.policy.model_state()
-    result = _commit_run(s, before, trained, answers, state) if s.main else None
+    answers, tokens, state = _answers(s), _tokens(s, trained), s.policy.model_state()
+    result = _commit_run(s, before, trained, answers, tokens, state) if s.main else None
     s.policy.accelerator.wait_for_everyone()
     return result
 
@@ -472,15 +474,18 @@ def _take(s: Session, found: best.Found) -> None:
 
 
 def _commit_run(
-    s: Session, before: dict[str, Any], trained: Trained, answers: list[str], state: dict[str, Any]
+    s: Session,
+    before: dict[str, Any],
+    trained: Trained,
+    answers: list[str],
+    tokens: pa.Table | None,
+    state: dict[str, Any],
 ) -> dict[str, Any]:
     with artifact.commit_folder(s.config.run / "model") as folder:
         s.policy.save_model(folder, state)
         (folder / "README.md").write_text(_card(s, trained, before["evaluation"]), encoding="utf-8")
     answered = _samples(s, before["answers"], answers)
-    artifact.commit_bytes(
-        s.config.run / "samples.parquet", artifact.parquet(pa.Table.from_pylist(answered, schema=SAMPLES))
-    )
+    artifact.commit_bytes(s.config.run / samples.FILE, artifact.parquet(pa.Table.from_pylist(answered, schema=SAMPLES)))
     kinds = s.config.train.kinds
     raised = Counter(event["kind"] for event in s.log.rows("events"))
     summary = {
@@ -497,6 +502,9 @@ def _commit_run(
         "after": {"evaluation": trained.evaluation, "kinds": samples.count_kinds(answers, kinds)},
         "samples": sorted(answered, key=samples.how_unchanged)[:5],
         "model": [artifact.describe(file) for file in sorted((s.config.run / "model").iterdir())],
+        "tokens": artifact.commit_file(s.config.run / gains.FILE, artifact.parquet(tokens))
+        if tokens is not None
+        else None,
         "alerts": dict(sorted(raised.items())),
         **{
             key: [artifact.describe(part) for part in sorted((s.config.run / table).glob("to-*.parquet"))]
@@ -508,6 +516,33 @@ def _commit_run(
     artifact.commit_make_inputs(s.config.run, weights)
     artifact.commit_manifest(s.config.run, summary)
     return {**summary, "run": str(s.config.run), "changed": True}
+
+
+def _tokens(s: Session, trained: Trained) -> pa.Table | None:
+    """What the run moved most, token by token; None where nothing held out has moved. Every process takes part."""
+    examples, last = s.examples[HELD_OUT], trained.best["step"] if trained.best else trained.steps
+    by_gain = s.policy.agreed(gains.gains(s.log, last) if s.main and len(examples) else {})
+    if not by_gain:
+        return None
+    at = {example_id: i for i, example_id in enumerate(examples.example_ids(np.arange(len(examples))))}
+    indices = np.array([at[example_id] for example_id in gains.ends(by_gain)], dtype=np.int64)
+    answers = [name for name in s.objective.visited if name not in s.objective.without_gradient]
+    found = examples.batch(indices, "cpu", answers).answers
+    sequences = {name: [each for each in of_answer if each is not None] for name, of_answer in found.items()}
+    logps = s.policy.score(examples, indices, answers, tokens=True).tokens
+    return gains.rows(by_gain, sequences, s.policy.tokenizer, logps, _reference_tokens(s, sequences))
+
+
+def _reference_tokens(s: Session, sequences: gains.Sequences) -> dict[str, list[np.ndarray]]:
+    if s.cache is None or not s.objective.reference_answers:
+        return {}
+    try:
+        return gains.reference_tokens(s.cache, sequences, s.inputs["numerics"])
+    except PrefcacheError:  # It keeps sums only, or is gone since the run began, which needs it no more.
+        s.progress.say(
+            f"train: {s.cache.folder} has no log-probs of single tokens: {gains.FILE} has the policy's alone"
+        )
+        return {}
 
 
 def _card(s: Session, trained: Trained, before: dict[str, float]) -> str:

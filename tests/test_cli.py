@@ -14,7 +14,7 @@ from stages.cli import main
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "preview", "formats", "losses", "score", "train", "merge", "push", "sql"]
+    "command", ["prepare", "preview", "formats", "losses", "score", "train", "merge", "push", "show", "report", "sql"]
 )
 def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command):
     text = prefcache(command, "--help").stdout

@@ -18,11 +18,12 @@ ROOMS = {
     "pipeline.scoring": {"pipeline", "pipeline.stored", "pipeline.model"},
     "pipeline.training": {"pipeline", "pipeline.stored", "pipeline.model", "pipeline.views"},
     "pipeline.views": {"pipeline", "pipeline.stored"},
+    "pipeline.report": {"pipeline", "pipeline.stored"},
     "pipeline.questions": {"pipeline"},
 }
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
-    "pipeline": ["errors schema", "pool progress", "config identity"],
+    "pipeline": ["errors pieces schema", "pool progress", "config identity"],
     "pipeline.stored": ["artifact claims duck keys", "cache prepared rowfiles", "shorten upkeep"],
     "pipeline.model": ["logprobs packing memory", "attention routing", "forward weights", "trainable"],
     "pipeline.preparing": [
@@ -40,14 +41,16 @@ FLOORS = {
         "alerts balance best budget checkpoints density flops modelcard objective only optimizers runlog samples sweep token_sums "
         "trackers",
         "from_trl runfolder selection token_logps",
-        "batches",
+        "batches gains",
         "columns policy",
         "metrics moving_reference",
     ],
     "pipeline.views": ["statement", "advice", ""],
+    "pipeline.report": ["figures intervals visible", "data reference runs", "charts words", "page"],
     "pipeline.questions": [""],
     "stages": [
-        "adopt answers doctor export inspect merge parity prepare preview prompt push score show tables train upkeep",
+        "sources",
+        "adopt answers doctor export inspect merge parity prepare preview prompt push report score show tables train upkeep",
         "cli",
     ],
 }
@@ -155,8 +158,12 @@ def test_training_cannot_load_a_reference():
     assert not {name for name in loaded_by("import stages.train") if name.startswith("pipeline.scoring.engines")}
 
 
-def test_the_command_line_and_sql_load_no_torch():
-    assert "torch" not in loaded_by("import stages.cli, stages.inspect, stages.tables")
+def test_the_command_line_sql_and_the_report_load_no_torch():
+    assert "torch" not in loaded_by("import stages.cli, stages.inspect, stages.report, stages.tables")
+
+
+def test_only_the_report_loads_what_draws_it():
+    assert "matplotlib" not in loaded_by("import stages.inspect, stages.tables, stages.train")
 
 
 def test_help_loads_neither_torch_nor_arrow_nor_duckdb():

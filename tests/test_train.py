@@ -420,7 +420,7 @@ def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint(prefcac
     run = tmp_path / "runs/tiny/trained"
     expected = weights(run)
     shutil.rmtree(run / "model")
-    assert "is missing; the model is made again" in prefcache("train", scored).stderr
+    assert "is missing; it is made again" in prefcache("train", scored).stderr
     assert weights(run) == expected
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UsageError
+from pipeline.pieces import pieces
 
 _MEMO = 4096
 _NEAR_THE_END = 3  # a template may write a line end after the end token
@@ -105,16 +106,8 @@ class Encoder:
         return str(decoder.decode(list(ids), skip_special_tokens=False))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token. Tokens that hold parts of one character are shown as one piece, the others as nothing."""
-        pieces, begin = [], 0
-        for end in range(1, len(ids) + 1):
-            # Decoded after what is before it: alone, some tokenizers take a token's space for a text's beginning.
-            before = self.decode(ids[max(0, begin - 4) : begin])
-            text = self.decode(ids[max(0, begin - 4) : end])[len(before) :]
-            whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end - begin >= 4 or end == len(ids)
-            pieces.append(text if whole else "")
-            begin = end if whole else begin
-        return pieces
+        """The text of each token."""
+        return pieces(self.decode, ids)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """The prompt's ids are those of the prompt on its own. An answer's are the rest of the whole's where these begin

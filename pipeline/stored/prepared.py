@@ -18,6 +18,20 @@ from pipeline.schema import ANSWERS, HELD_OUT, PREPARED, TRAIN, Sequence
 from pipeline.stored import artifact
 
 QUARANTINE_FILE = "quarantine.parquet"
+# What prepare did beside reading, by its name in the manifest, in the words of a person who reads a number before them.
+DONE = {
+    "duplicates": "have the tokens of an earlier example",
+    "dropped": "of these were dropped",
+    "left_out": "were left out by their source's weight",
+    "repeated": "are repetitions, by their source's weight",
+    "unmatched": "have no mismatched answer: there is no other answer",
+    "cut_prompts": "lost the oldest turns of their prompt (cut_prompt says how many tokens)",
+    "cut_answers": "lost the end of an answer (cut_chosen, cut_rejected, cut_completion)",
+    "ended": "got an end token, for the template writes none",
+    "merged_system": "had a system message, for which the template has no place; it went before the first user turn",
+    "unseen_tools": "have tools, which the template does not print",
+    "restored": "answers would have been changed by the template and were put in as they are",
+}
 
 
 class Prepared:

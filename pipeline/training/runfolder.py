@@ -12,15 +12,17 @@ from pipeline.training.runlog import PARTS, PROVENANCE
 
 
 def finished(run: Path, progress: Progress) -> dict[str, Any] | None:
-    """The manifest of a run that is whole. A model that is not is made again from the last checkpoint."""
+    """The manifest of a run that is whole. What is made after the last step, and is not, is made again from its checkpoint."""
     if (manifest := artifact.read_manifest(run)) is None:
         return None
     for table, entry in ((table, entry) for table, key in PARTS.items() for entry in manifest.get(key, [])):
         if reason := artifact.damage(run / table, entry):
             raise IntegrityError(f"{run / table / entry['file']} {reason}. Delete {run} and train again.")
-    for entry in manifest["model"]:
-        if reason := artifact.damage(run / "model", entry):
-            progress.warn(f"{run / 'model' / entry['file']} {reason}; the model is made again from the last checkpoint")
+    made_last = [(run / "model", entry) for entry in manifest["model"]]
+    made_last += [(run, entry) for entry in [manifest.get("tokens")] if entry]
+    for folder, entry in made_last:
+        if reason := artifact.damage(folder, entry):
+            progress.warn(f"{folder / entry['file']} {reason}; it is made again from the last checkpoint")
             artifact.retract_manifest(run)
             return None
     return manifest

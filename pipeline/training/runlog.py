@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.schema import EVENTS, METRICS, STEPS, THROUGHPUT
@@ -58,6 +59,12 @@ class RunLog:
         """Those on disk of a table, in their order."""
         for part in sorted((self._folder / name).glob("to-*.parquet")):
             yield from pq.read_table(part).to_pylist()
+
+    def visits(self, step: int, split: str) -> pa.Table:
+        """Those of one step at whose end the log was flushed."""
+        part = self._folder / "steps" / f"to-{step:08}.parquet"
+        wanted = (pc.field("step") == step) & (pc.field("split") == split)
+        return pq.read_table(part, filters=wanted)
 
     def go_back(self, step: int) -> None:
         """Forget what came after a step."""

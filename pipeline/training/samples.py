@@ -7,6 +7,8 @@ from typing import Any
 
 from pipeline.config import Kinds
 
+FILE = "samples.parquet"
+
 
 def rows(
     example_ids: Sequence[str], prompts: Sequence[str], before: Sequence[str], after: Sequence[str], kinds: Kinds | None

