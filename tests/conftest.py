@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
+CONSTRAINTS = ROOT / "tests/constraints.txt"
 PREFCACHE = Path(sys.executable).parent / "prefcache"
 
 CHATML = (
@@ -122,6 +123,20 @@ def vllm_python() -> Path:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
         subprocess.run(["make", "vllm", f"PYTHON={sys.executable}"], cwd=ROOT, check=True, timeout=1800)
     return ROOT / ".venv-vllm/bin/python"
+
+
+@pytest.fixture(scope="session")
+def torchao() -> Path:
+    """A folder with torchao, filled where it is missing. It is kept from all others: wherever it can be found, Transformers
+    imports it, which takes a second and prints warnings."""
+    folder = Path(sys.prefix) / "torchao"
+    with open(ROOT / "Makefile") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        if not (folder / "torchao").exists():
+            pinned = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torchao=="))
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--no-deps", "--target", folder, pinned], check=True, timeout=600)
+    return folder
 
 
 @dataclass

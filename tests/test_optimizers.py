@@ -18,6 +18,11 @@ KINDS = ["adamw", "adamw_8bit", "adamw_4bit"]
 SHAPES = [(128, 64), (64,), (4, 4)]  # the first is large enough to be quantised
 
 
+@pytest.fixture(autouse=True)
+def _torchao(torchao, monkeypatch):
+    monkeypatch.syspath_prepend(torchao)
+
+
 def started(kind: str, **settings) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
