@@ -40,8 +40,8 @@ def make(parameters: Sequence[torch.nn.Parameter], train: Train, device: torch.d
     ]
     said: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
     if train.optimizer == "adamw":
-        # On a GPU all parameters in one kernel.
-        return torch.optim.AdamW(groups, **said, fused=device.type == "cuda")
+        # One pass over each parameter and its moments, and nothing beside them: on a GPU a kernel for all, on a CPU no copies.
+        return torch.optim.AdamW(groups, **said, fused=device.type in ("cpu", "cuda"))
     # Takes seconds to import.
     from torchao import optim
 
