@@ -14,7 +14,12 @@ from stages.cli import main
 
 
 @pytest.mark.parametrize(
+<<<<<<< ours
     "command", ["prepare", "preview", "formats", "losses", "score", "train", "merge", "push", "show", "report", "sql"]
+=======
+    "command",
+    ["prepare", "preview", "formats", "losses", "score", "train", "merge", "report", "sql", "ask"],
+>>>>>>> theirs
 )
 def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command):
     text = prefcache(command, "--help").stdout

@@ -197,10 +197,10 @@ def test_length_bias(ask, pairs):
         differ = [row["longer"] > 0 for row in rows if row["longer"]]
         assert found[source]["longer_wins"] == mean(differ)
         lengths = [row["longer"] for row in rows]
-        assert found[source]["margin_with_length"] == correlation(lengths, [row["margin"] for row in rows])
+        assert found[source]["corr_margin"] == correlation(lengths, [row["margin"] for row in rows])
     (graded,) = (rows for source, rows in by(pairs, "source").items() if source.endswith("a.jsonl"))
     grades = [row["chosen_score"] - row["rejected_score"] for row in graded]
-    (of_grades,) = (row["grades_with_length"] for source, row in found.items() if source.endswith("a.jsonl"))
+    (of_grades,) = (row["corr_grades"] for source, row in found.items() if source.endswith("a.jsonl"))
     assert of_grades == correlation([row["longer"] for row in graded], grades)
 
 
@@ -249,7 +249,7 @@ def test_cost(ask, pairs):
                     n_prompts += row["n_prompt"] if side == "chosen" else 0
         mine = found[source]
         assert (mine["examples"], mine["sequences"], mine["answer_tokens"]) == (len(rows), n_sequences, n_answers)
-        assert (mine["tokens_with_every_prompt"], mine["tokens_to_read"]) == (n_all, n_answers + n_prompts)
+        assert (mine["tokens"], mine["tokens_to_read"]) == (n_all, n_answers + n_prompts)
     # The contradiction's two sequences are those of the pair that it contradicts.
     assert sum(row["sequences"] for row in found.values()) == 2 * len(pairs) - 2
 

@@ -702,6 +702,7 @@ def test_a_mistyped_column_names_the_nearest(con, query, said):
             ["2 before", "1 are left after (margin > 0)", "0 are left after (split = 'held_out'), which 1 satisfy"],
         ),
         ("select * from rewards where margin > 9", ["2 before", "0 are left after (margin > 9)"]),
+        ("select * from alerts where step > 9", ["there were none before `where`"]),
         (
             "with r as (from rewards) select avg(r.margin) from r join examples e using (example_id) "
             "where e.n_chosen > $most and r.run = 'other' group by run",

@@ -15,7 +15,7 @@ select
     source,
     count(distinct example_id) as examples,
     count_if(occurrence = 1) as sequences,
-    sum(n_prompt + n_completion) as tokens_with_every_prompt,
+    sum(n_prompt + n_completion) as tokens,
     sum(if(occurrence = 1, n_completion + if(brings_prompt, n_prompt, 0), 0)) as tokens_to_read,
     sum(if(occurrence = 1, n_completion, 0)) as answer_tokens
 from numbered

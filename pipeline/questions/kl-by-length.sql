@@ -1,7 +1,13 @@
 -- How far each run's policy moved from the reference, per token, by the length of the answer: the mean log-ratio of the data's answers. An estimate by whole answers, for a run does not keep the log-probs of single tokens.
 with latest as (
-    select run, step, n_chosen, n_rejected, chosen_logp - ref_chosen_logp as chosen, rejected_logp - ref_rejected_logp as rejected
-    from steps join rewards using (run, example_id, step)
+    select
+        run,
+        any_value(n_chosen) as n_chosen,
+        any_value(n_rejected) as n_rejected,
+        arg_max_null(chosen_logp - ref_chosen_logp, step) as chosen,
+        arg_max_null(rejected_logp - ref_rejected_logp, step) as rejected
+    from steps
+    group by run, example_id
 ),
 
 answers as (

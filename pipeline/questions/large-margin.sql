@@ -6,7 +6,7 @@ with margins as (
     from rewards join pairs using (example_id)
     where
         used and rewards.split = 'train' and rewards.margin is not null
-        and run = coalesce($run, (select min(run) from rewards))
+        and run = coalesce($run, (select min(run) from steps))
 ),
 
 -- As in the paper, a range of margins is stretched to probabilities: from the lowest hundredth to the highest.

@@ -1,27 +1,15 @@
 -- What became of the pairs of each run: right at every visit, learnt, forgotten, back and forth, or never right.
-with visits as (
+with pairs_of_runs as (
     select
         run,
         split,
-        example_id,
-        margin > 0 as is_right,
-        lag(margin > 0) over (partition by run, example_id order by step) as was_right,
-        step
+        min(step) filter (where margin > 0) as first_right,
+        max(step) filter (where margin > 0) as last_right,
+        min(step) filter (where margin <= 0) as first_wrong,
+        max(step) filter (where margin <= 0) as last_wrong
     from steps
     -- Before the first step policy and reference mostly agree, and there is nothing to be right about.
     where margin is not null and step > 0
-),
-
-pairs_of_runs as (
-    select
-        run,
-        split,
-        example_id,
-        max_by(is_right, step) as ends_right,
-        bool_and(is_right) as always_right,
-        bool_or(is_right) as ever_right,
-        count_if(is_right <> was_right) as n_changes
-    from visits
     group by run, split, example_id
 )
 
@@ -29,14 +17,14 @@ select
     run,
     split,
     case
-        when always_right then 'always right'
-        when not ever_right then 'never right'
-        when n_changes > 1 then 'back and forth'
-        when ends_right then 'learnt'
-        else 'forgotten'
+        when last_wrong is null then 'always right'
+        when first_right is null then 'never right'
+        when last_wrong < first_right then 'learnt'
+        when last_right < first_wrong then 'forgotten'
+        else 'back and forth'
     end as became,
     count(*) as pairs,
     count(*) / sum(count(*)) over (partition by run, split) as share
 from pairs_of_runs
 group by run, split, became
-order by run, split, pairs desc
+order by run, split, pairs desc, became

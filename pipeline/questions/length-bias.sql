@@ -6,8 +6,8 @@ select
     avg(n_rejected) as n_rejected,
     -- Of the pairs whose answers differ in length.
     avg(if(length_difference <> 0, (length_difference > 0)::int, null)) as longer_wins,
-    corr(length_difference, margin) as margin_with_length,
-    corr(length_difference, score_gap) as grades_with_length
+    corr(length_difference, margin) as corr_margin,
+    corr(length_difference, score_gap) as corr_grades
 from pairs
 where used
 group by source

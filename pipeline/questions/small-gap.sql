@@ -6,7 +6,7 @@ with gaps as (
     from rewards
     where
         split = 'train' and margin is not null
-        and run = coalesce($run, (select min(run) from rewards))
+        and run = coalesce($run, (select min(run) from steps))
 )
 
 select example_id, gap

@@ -103,10 +103,14 @@ def _compared(runs: Sequence[Run], kind: str) -> Iterator[str]:
         near = [name for name, each in of_each.items() if name not in best and each.high >= sure.low]
         yield (
             f"On held-out {kind}, the highest reward accuracy is {figure(sure, '%')} (95% interval {interval(sure, '%')}), of "
-            f"{' and '.join(best)}." + (f" The intervals of {' and '.join(near)} overlap with that." if near else "")
+            f"{_listed(best)}." + (f" The intervals of {_listed(near)} overlap with that." if near else "")
         )
     for run in runs:
         yield f"{run.name}: {alerted(run)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _of_data(data: Data) -> str:

@@ -44,6 +44,8 @@ def why_empty(con: duckdb.DuckDBPyConnection, statement: Statement, parameters: 
     except duckdb.Error:
         # A condition may only be one after the others, such as a cast of what they let through.
         return []
+    if not before:
+        return ["no rows: there were none before `where`"]
     lines = [f"no rows. Of {before:,} before `where`:"]
     for i, condition in enumerate(conditions):
         left, alone = counts[2 * i : 2 * i + 2]
@@ -60,7 +62,8 @@ def _counts(
     """Rows in all; then, for each condition, those that it and the ones before it let through, and those that it does alone."""
     counts = ["count(*)"]
     for i, condition in enumerate(conditions):
-        counts += [f"count_if({' and '.join(conditions[: i + 1])})", f"count_if({condition})"]
+        for those in (" and ".join(conditions[: i + 1]), condition):
+            counts.append(f"count(*) filter (where {those})")
     asked = _tree(con, f"select {', '.join(counts)}")["statements"][0]["node"]["select_list"]
     query = _text(con, {"select_list": asked, "from_table": node["from_table"], "cte_map": node["cte_map"]})
     used = {name: value for name, value in parameters.items() if re.search(rf"\${name}\b", query)}

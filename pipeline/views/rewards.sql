@@ -3,15 +3,16 @@ with latest as (
     select
         run,
         example_id,
-        max(step) as step,
-        -- One value, so that all of it is of one visit.
-        max_by(
-            {
-                split: split, chosen_reward: chosen_reward, rejected_reward: rejected_reward, margin: margin,
-                completion_reward: completion_reward, ref_completion_logp: ref_completion_logp, label: label
-            },
-            step
-        ) as visit
+        any_value(split) as split,
+        -- Each for itself, for what a query does not ask for is then not computed. An example that stands in one step twice has
+        -- the same values twice.
+        arg_max_null(chosen_reward, step) as chosen_reward,
+        arg_max_null(rejected_reward, step) as rejected_reward,
+        arg_max_null(margin, step) as margin,
+        arg_max_null(completion_reward, step) as completion_reward,
+        arg_max_null(ref_completion_logp, step) as ref_completion_logp,
+        any_value(label) as label,
+        max(step) as step
     from steps
     group by run, example_id
 )
@@ -19,16 +20,15 @@ with latest as (
 select
     run,
     example_id,
-    visit.split,
+    split,
     step,
-    visit.chosen_reward,
-    visit.rejected_reward,
-    visit.margin,
+    chosen_reward,
+    rejected_reward,
+    margin,
     case
-        when visit.margin is not null then visit.margin > 0
-        when visit.ref_completion_logp <> 0
-            then if(visit.label, visit.completion_reward, -visit.completion_reward) > 0
+        when margin is not null then margin > 0
+        when ref_completion_logp <> 0 then if(label, completion_reward, -completion_reward) > 0
     end as correct,
-    visit.completion_reward,
-    visit.label
+    completion_reward,
+    label
 from latest
