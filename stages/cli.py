@@ -592,7 +592,7 @@ def answer(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--views", "list_views", is_flag=True, help="Describe the views and their columns.")
 @answer
 def sql(query: str | None, folder: str | None, list_views: bool, **answered: Any) -> None:
-    """Ask one SELECT about an experiment; without QUERY, one after another at a prompt.
+    """Ask one SELECT about an experiment, or several at a prompt.
 
     \b
         prefcache sql runs/demo
@@ -600,7 +600,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, **answered: Any
         prefcache sql "select * from examples where n_chosen > 2 * n_rejected" runs/demo
         prefcache sql "select * from pairs where margin < -20" runs/demo --out runs/against.parquet
 
-    --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is a config, or its `out`; it can be left out where runs/ has only one. Queries read nothing else.
+    Without QUERY it opens a prompt. --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is a config, or its `out`; it can be left out where runs/ has only one. Queries read nothing else.
     """
     from stages import inspect, tables
 
@@ -608,7 +608,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, **answered: Any
         where = folder or query
         tables.views(inspect.Experiment(where).describe() if where else inspect.describe())
         return
-    if query is not None and folder is None and Path(query).exists():
+    if query and folder is None and _exists(query):
         query, folder = None, query
     if query is not None:
         _answer(inspect.Experiment(folder), query, None, **answered)
@@ -653,6 +653,13 @@ def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql:
         return
     said = dict(setting.partition("=")[::2] for setting in settings)
     _answer(inspect.Experiment(folder), question.sql, question.values(said), **answered)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than a name may be, as queries are
+        return False
 
 
 def _answer(experiment: "Experiment", query: str, parameters: dict[str, Any] | None, **answered: Any) -> None:

@@ -23,7 +23,7 @@ class Experiment:
         self.folder = _experiment(where)
         self._opened: set[str] = set()
         self._sources = views.Sources()
-        self._con = views.connect(self._sources)
+        self._con: Any = None
 
     @contextlib.contextmanager
     def asked(
@@ -35,7 +35,8 @@ class Experiment:
             yield views.ask(self._con, query, self._sources.files, parameters)
 
     def cancel(self) -> None:
-        self._con.interrupt()
+        if self._con is not None:
+            self._con.interrupt()
 
     def describe(self) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
         """Every view with its columns, those of what its runs measure among them."""
@@ -45,7 +46,7 @@ class Experiment:
     def open(self, needed: set[str]) -> None:
         """Verify and open these tables of the schema `stored`, unless they are."""
         # A locked database takes nothing in any more: where a query reads more than the ones before, a new one is made.
-        if not needed <= self._opened or duck.missing(self._sources.files):
+        if self._con is None or not needed <= self._opened or duck.missing(self._sources.files):
             found = sources.gather(self.folder, needed | self._opened)
             self._con, self._sources, self._opened = views.connect(found), found, needed | self._opened
 

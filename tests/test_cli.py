@@ -14,12 +14,11 @@ from stages.cli import main
 
 
 @pytest.mark.parametrize(
-<<<<<<< ours
-    "command", ["prepare", "preview", "formats", "losses", "score", "train", "merge", "push", "show", "report", "sql"]
-=======
     "command",
-    ["prepare", "preview", "formats", "losses", "score", "train", "merge", "report", "sql", "ask"],
->>>>>>> theirs
+    [
+        *("prepare", "preview", "formats", "losses", "score", "train", "merge", "push"),
+        *("show", "doctor", "report", "sql", "ask"),
+    ],
 )
 def test_help_begins_with_a_verb_phrase_and_shows_an_example(prefcache, command):
     text = prefcache(command, "--help").stdout
@@ -297,7 +296,7 @@ def test_sql_needs_no_folder_where_there_is_one_experiment_and_asks_where_there_
         "select 1; select 2",
         "drop view examples",
         "create table t as select 1",
-        "select nothing from examples",
+        f"select nothing from examples where {' or '.join(['line = 1'] * 40)}",  # longer than a file's name may be
         "select * from exampels",
         "not sql",
         "",
@@ -305,7 +304,7 @@ def test_sql_needs_no_folder_where_there_is_one_experiment_and_asks_where_there_
 )
 def test_sql_refuses_what_is_not_one_select_over_the_views(prefcache, trained, query):
     done = prefcache("sql", query, code=2)
-    assert done.stderr.startswith("error: ") and "Views: alerts, checkpoints, examples" in done.stderr
+    assert done.stderr.startswith("error: ") and "examples" in done.stderr
     assert not list(trained.parent.parent.glob("stolen*"))
 
 
