@@ -13,6 +13,15 @@ from conftest import PREFCACHE, write_config, write_pairs
 from stages.cli import main
 
 
+def test_every_command_is_in_a_section_of_the_help(prefcache):
+    listed = [
+        line.split()[0]
+        for line in prefcache("--help").stdout.splitlines()
+        if line.startswith("  ") and "  " in line.strip()
+    ]
+    assert sorted(name for name in listed if name in main.commands) == sorted(main.commands)
+
+
 @pytest.mark.parametrize(
     "command",
     [
