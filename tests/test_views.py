@@ -704,6 +704,10 @@ def test_a_mistyped_column_names_the_nearest(con, query, said):
         ("select * from rewards where margin > 9", ["2 before", "0 are left after (margin > 9)"]),
         ("select * from alerts where step > 9", ["there were none before `where`"]),
         (
+            "select run from rewards where margin > 0 group by run having count(*) > 1",
+            ["2 before", "1 are left after (margin > 0)", "none is left by what comes after"],
+        ),
+        (
             "with r as (from rewards) select avg(r.margin) from r join examples e using (example_id) "
             "where e.n_chosen > $most and r.run = 'other' group by run",
             ["2 before", "2 are left after (e.n_chosen > $most)", "0 are left after (r.run = 'other')"],

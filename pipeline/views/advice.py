@@ -52,8 +52,8 @@ def why_empty(con: duckdb.DuckDBPyConnection, statement: Statement, parameters: 
         by_itself = f", which {alone:,} satisfy by themselves" if i and not left else ""
         lines.append(f"  {left:,} are left after {condition}{by_itself}")
         if not left:
-            break
-    return lines
+            return lines
+    return [*lines, "  none is left by what comes after `where`"]
 
 
 def _counts(
