@@ -96,7 +96,7 @@ class MovingReference:
                 if checkpoint:
                     _name_twice(checkpoint / _WEIGHTS, folder / WEIGHTS)
                 else:
-                    save_weights(folder, self._policy.weights())
+                    save_weights(folder, self._policy.parameters)
         self._policy.accelerator.wait_for_everyone()
 
     def before(self, step: int) -> None:
@@ -106,7 +106,7 @@ class MovingReference:
             return
         if self._mixes:
             with artifact.scratch_folder(self._run / "policy") as aside:
-                save_weights(aside, self._policy.weights())
+                save_weights(aside, self._policy.parameters)
                 self._become_the_mixture()
                 self._score(done)
                 self._policy.load_weights(aside)
@@ -127,7 +127,7 @@ class MovingReference:
         devices.wait_for_everyone()  # all have read the old ones
         if devices.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
-                save_weights(folder, self._policy.weights())
+                save_weights(folder, self._policy.parameters)
         devices.wait_for_everyone()
 
     # -- what it scores ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -527,8 +527,9 @@ class Policy:
         self.load_weights(folder)
 
 
-def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    safetensors.torch.save_file({name: each.contiguous() for name, each in weights.items()}, folder / WEIGHTS)
+def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    values = {name: each.detach().contiguous() for name, each in weights.items()}
+    safetensors.torch.save_file(values, folder / WEIGHTS)
 
 
 def _present(batch: Batch, names: Sequence[str]) -> list[int]:
