@@ -161,6 +161,19 @@ def test_its_gradient_is_added_to_the_losss_with_its_weight(mixture):
         torch.testing.assert_close(found[1][name] - found[0][name], 0.5 * own[name], rtol=1e-3, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("budget", [None, 30], ids=["one-forward", "micro-batches"])
+def test_what_is_scored_between_two_steps_is_no_part_of_the_next_ones_loss(mixture, budget):
+    # A moving reference scores what is to come, with its weights in the policy's place.
+    found = []
+    for scores in (False, True):
+        policy, data, objective = policy_of(mixture, rows="padded", tokens_per_micro_batch=budget)
+        if scores:
+            policy.score(data, np.arange(3), ("chosen", "rejected"), tokens=False)
+        _, logged, _ = policy.update(data, np.arange(len(ROWS)), objective, {}, 1e-3)
+        found.append((logged["aux_loss"], logged["grad_norm"]))
+    assert found[1] == found[0]
+
+
 def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 40)
     config = write_config(tmp_path, mixture, epochs=1, samples=0, router_aux_loss=0.1)

@@ -231,11 +231,12 @@ class Policy:
         return step.visit, {**step.logged, "grad_norm": grad_norm}, step.memory
 
     def score(self, examples: Examples, indices: np.ndarray, answers: Sequence[str], *, tokens: bool) -> Scores:
-        """What the weights as they are give these answers, the same on every process."""
+        """What the weights as they are give these answers, the same on every process. No router is watched: it is no part of
+        a step."""
         apart = [name for name in answers if name in WITHOUT_GRADIENT]
         together = [name for name in answers if name not in apart]
         mine: dict[tuple[str, int], np.ndarray] = {}
-        with torch.no_grad():
+        with torch.no_grad(), self._unwatched():
             for part, counts in self._turns(examples, indices):
                 batch = examples.batch(part, self.accelerator.device, answers)
                 for names in filter(None, (together, apart)):
@@ -416,7 +417,7 @@ class Policy:
 
     @contextlib.contextmanager
     def _unwatched(self) -> Iterator[None]:
-        """For what is computed and does not count: no router is watched."""
+        """For what is computed and does not count in a batch: no router is watched."""
         kept, self._balance = self._balance, None
         try:
             yield
