@@ -313,6 +313,13 @@ def test_quantised_weights_are_not_sharded():
         devices.is_sharded(train, devices.accelerator(train), "4bit")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_4bit"])
+def test_a_quantised_optimizer_is_not_sharded(optimizer):
+    train = Train(device="cpu", shard="fsdp", optimizer=optimizer)
+    with pytest.raises(UsageError, match=f"train.optimizer={optimizer} quantises its state in blocks"):
+        devices.is_sharded(train, devices.accelerator(train), None)
+
+
 def test_one_process_has_nothing_to_shard():
     train = Train(device="cpu", shard="fsdp")
     assert not devices.is_sharded(train, devices.accelerator(train), None)

@@ -52,6 +52,12 @@ def is_sharded(train: Train, accelerator: Accelerator, quantization: str | None)
             f"Weights in {quantization} (score.quantization) are not sharded. Set train.shard=none: each process then holds the "
             "quantised model, and its own copy of the adapter; or leave the quantisation out."
         )
+    if _wanted(train) and train.optimizer != "adamw":
+        # Its blocks begin anew in each shard, so there is no whole state for a checkpoint to keep.
+        raise UsageError(
+            f"train.optimizer={train.optimizer} quantises its state in blocks, which are not sharded. Take adamw, whose state is "
+            "divided among the processes; or set train.shard=none."
+        )
     return _wanted(train) and accelerator.num_processes > 1
 
 
