@@ -174,9 +174,10 @@ def test_what_is_scored_between_two_steps_is_no_part_of_the_next_ones_loss(mixtu
     assert found[1] == found[0]
 
 
-def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tmp_path):
+@pytest.mark.parametrize("scope", [{}, {"scope": "micro", "micro_batch_size": 1}], ids=["batch", "micro"])
+def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tmp_path, scope):
     write_pairs(tmp_path / "pairs.jsonl", 40)
-    config = write_config(tmp_path, mixture, epochs=1, samples=0, router_aux_loss=0.1)
+    config = write_config(tmp_path, mixture, epochs=1, samples=0, router_aux_loss=0.1, **scope)
     for stage in ("prepare", "score", "train"):
         prefcache(stage, config)
     with socket.socket() as free:

@@ -291,12 +291,14 @@ class Policy:
                 share = total * (n_processes / n)
                 if self._balance:
                     aux = self._balance.loss(whole.routed if whole else None, len(part) / n)
-                    share, aux_loss = share + n_processes * self._balance.coefficient * aux, aux_loss + aux.detach()
+                    share = share + n_processes * self._balance.coefficient * aux
+                    aux_loss += aux.detach() if counts else 0
                 self.accelerator.backward(share)
             if counts:
                 seen.append((part, {name: each.detach() for name, each in (columns | values).items()}))
         if self._balance and whole is None:
-            logged = {**logged, balance.METRIC: float(aux_loss)}
+            # Micro-batches of their own, of which each process has added up its share.
+            logged = {**logged, balance.METRIC: float(self.accelerator.reduce(aux_loss, "sum"))}
         return _Step(_arrays(self._gather(indices, seen)), logged, after)
 
     def _whole_batch(
