@@ -65,16 +65,26 @@ def test_its_state_takes_as_many_bytes_as_the_trial_leaves_for_it(kind):
     assert n_bytes == 256 * 256 * optimizers.N_BYTES[kind] + 4 + tables[kind]
 
 
-def test_what_is_not_installed_is_named_with_how_to_get_it(monkeypatch):
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
+def missing(name: str) -> str:
+    raise PackageNotFoundError(name)
 
+
+def test_what_is_not_installed_is_named_with_how_to_get_it(monkeypatch):
     monkeypatch.setattr(optimizers, "version", missing)
     with pytest.raises(
         UsageError, match=r"needs torchao. Install it \(pip install 'prefcache\[optimizers\]'\), or take"
     ):
         refuse_missing(Train(optimizer="adamw_8bit"))
     refuse_missing(Train())
+
+
+def test_a_sweep_is_told_before_its_first_run_trains(prefcache, config, tmp_path, monkeypatch):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    monkeypatch.setattr(optimizers, "version", missing)
+    done = prefcache("train", config, "--sweep", "train.optimizer=adamw,adamw_8bit", code=2)
+    assert "train.optimizer=adamw_8bit needs torchao" in done.stderr
+    assert not (tmp_path / "runs/tiny/optimizer=adamw").exists()
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pipeline.progress import Progress
 from pipeline.schema import HELD_OUT, TRAIN
 from pipeline.stored.cache import Cache, identify, open_scored, vouched_for
 from pipeline.stored.prepared import Prepared
-from pipeline.training import best, columns, metrics, trackers
+from pipeline.training import best, columns, metrics, optimizers, trackers
 from pipeline.training.batches import Examples
 from pipeline.training.objective import Objective
 from pipeline.training.selection import Selection
@@ -37,6 +37,7 @@ _HARMLESS = {
 
 def refuse(config: Config, objective: Objective, prepared: Prepared) -> None:
     columns.refuse_missing(objective, prepared)
+    optimizers.refuse_missing(config.train)
     trackers.refuse_missing(config.train.report_to)
     if config.train.best:
         best.refuse_unknown(config.train, metrics.of_evaluations(objective), len(prepared.table(HELD_OUT)))

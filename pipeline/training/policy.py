@@ -90,7 +90,6 @@ class Policy:
     ) -> None:
         """`like` are some of the sequences to come, the longest among them: how a forward is shared is tried on them, and how
         much one takes."""
-        optimizers.refuse_missing(train)
         torch.manual_seed(train.seed)
         self.train, self.accelerator = train, accelerator
         self.tokenizer = AutoTokenizer.from_pretrained(start.tokenizer)
