@@ -297,6 +297,5 @@ def _finish(s: Session, before: dict[str, Any], trained: Trained) -> dict[str, A
 
 def _take(s: Session, found: best.Found) -> None:
     """The weights of the step that train.best has kept."""
-    folder = checkpoints.at(s.config.run, found["step"])
-    s.policy.restore(folder, checkpoints.optimizer(folder))
+    s.policy.load_weights(checkpoints.at(s.config.run, found["step"]))
     s.progress.say(f"train: the model is that of step {found['step']:,}, the best by {found['metric']}")
