@@ -131,7 +131,7 @@ def _before(s: Session, scored: dict[str, Any] | None) -> dict[str, Any]:
     s.progress.say(
         f"train: rows {s.policy.forward.way}" + (f"; {s.policy.forward.why}" if s.policy.forward.why else "")
     )
-    for note in [*s.policy.notes, *([s.moving.said] if s.moving else [])]:
+    for note in [*s.policy.notes, *([s.moving.said] if s.moving else []), *best.notes(s.config.train)]:
         s.progress.say(f"train: {note}")
     start = _start_metrics(s, scored)
     evaluation = measuring.evaluate(s, 0, 0.0, {})

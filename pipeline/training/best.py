@@ -29,6 +29,16 @@ def refuse_unknown(train: Train, measured: Evaluation, n_held_out: int) -> None:
         raise UsageError("train.best: no example is held out, so nothing is evaluated. Raise prepare.held_out.")
 
 
+def notes(train: Train) -> list[str]:
+    """For a person."""
+    if not (train.best and train.moving_reference) or train.best.metric.startswith(f"{PREFIX}logps/"):
+        return []
+    return [
+        f"train.best: {train.best.metric} is measured beside the reference of its step, and falls back where that moves: the best "
+        "is likely to be an evaluation just before a move, and train.best.patience may end the run after one"
+    ]
+
+
 def refuse_unmeasured(best: Best | None, evaluation: Evaluation) -> None:
     """The evaluation before the first step tells what these held-out examples can measure."""
     if best and best.metric.removeprefix(PREFIX) not in evaluation:
