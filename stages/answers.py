@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,10 @@ def _json(result: Result) -> None:
 
 def _csv(result: Result) -> None:
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(result.columns)
-    out.writerows(result.rows())
+    # A file gets what stands in the data, a terminal what cannot drive it.
+    shown = _printable if sys.stdout.isatty() else tuple
+    out.writerow(shown(result.columns))
+    out.writerows(map(shown, result.rows()))
 
 
 def _markdown(result: Result) -> None:
@@ -67,6 +69,10 @@ def _parquet(result: Result) -> None:
         for batch in result.batches(reader):
             file.write_batch(batch)
     sys.stdout.buffer.flush()
+
+
+def _printable(row: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(printable(value) if isinstance(value, str) else value for value in row)
 
 
 def _cell(value: Any) -> str:

@@ -14,6 +14,7 @@ from pipeline.progress import printable
 
 _FIRST, _NEXT = "prefcache> ", "       ... "
 _REMEMBERED = 1000  # queries
+_LINE_END = "\x01"  # within a query, in the history's file: a comment ends with its line, and text may go over several
 _KEYWORDS = (
     *("select", "from", "where", "group by", "order by", "having", "limit", "with", "join", "using", "count(*)"),
     *("avg(", "sum(", "corr(", "describe", "summarize", "show tables"),
@@ -96,12 +97,21 @@ def _line_editing(names: Sequence[str]) -> Iterator[Callable[[str], None]]:
     # A history that cannot be read or written is no reason not to answer.
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
+        _replace_in_history(_LINE_END, "\n")
     try:
-        yield lambda query: readline.add_history(" ".join(query.split("\n")) + ";")
+        yield lambda query: readline.add_history(f"{query};")
     finally:
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
+            _replace_in_history("\n", _LINE_END)
             readline.write_history_file(file)
+
+
+def _replace_in_history(old: str, new: str) -> None:
+    import readline
+
+    for i in range(readline.get_current_history_length()):
+        readline.replace_history_item(i, readline.get_history_item(i + 1).replace(old, new))
 
 
 def history_file() -> Path:

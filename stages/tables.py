@@ -434,7 +434,8 @@ def questions(found: Iterable[Any]) -> None:
 def rows(columns: list[str], found: Iterator[tuple[Any, ...]], limit: int) -> None:
     table = Table(box=SIMPLE, pad_edge=False)
     for column in columns:
-        table.add_column(Text(printable(column)))
+        # Whole, over several lines: of two that begin alike, a reader could not tell which is which.
+        table.add_column(Text(printable(column), overflow="fold"))
     for row in islice(found, limit):
         table.add_row(*(Text(_cell(value)) for value in row))
     console = _console()

@@ -1,8 +1,10 @@
 """SQL over a small real experiment: two references, two runs, one of them unfinished, and files that are damaged."""
 
+import contextlib
 import gzip
 import io
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -147,6 +149,13 @@ def test_metrics_of_runs_whose_losses_measure_different_things(rows):
     assert {row["step"] for row in found if row["held_out"] is not None} == {0, LAST}
 
 
+def test_a_part_of_a_query_may_have_the_name_of_a_view(rows):
+    assert rows("with pairs as (select * from pairs where used) select count(*) as n from pairs") == [{"n": N}]
+    assert rows("select (with runs as (select 5) select count(*) from runs) as one, count(*) as two from runs") == [
+        {"one": 1, "two": 2}
+    ]
+
+
 def test_views_describe_the_columns_of_an_experiment(prefcache, folder):
     assert "loss/sft double" in prefcache("sql", "--views", "runs/tiny").stdout
     assert "loss/sft double" not in prefcache("sql", "--views").stdout
@@ -192,6 +201,40 @@ QUERY = "select 'a|b' as x, 1.5 as y, null as z union all select 'c', 2, 'd\"' o
 def test_answers_for_machines(prefcache, folder, form, expected):
     query = QUERY.replace("1.5", "1.5::double")
     assert prefcache("sql", query, "runs/tiny", "--format", form).stdout == expected
+
+
+def test_what_stands_in_the_data_does_not_drive_a_terminal(prefcache, folder, monkeypatch):
+    query = "select 'a' || chr(27) || '[31m' || chr(155) || 'b' as x"
+    assert prefcache("sql", query, "runs/tiny", "--format", "csv").stdout == "x\na\x1b[31m\x9bb\n"
+    for form in ("table", "csv", "json", "markdown"):
+        shown = (
+            on_a_terminal(PREFCACHE, "sql", query, folder, "--format", form)
+            .replace("\x1b[0m", "")
+            .replace("\x1b[1m", "")
+        )
+        assert "\x1b" not in shown and "\x9b" not in shown and "[31m" in shown
+
+
+def on_a_terminal(*command: Any) -> str:
+    """What a command writes there."""
+    ours, its = os.openpty()
+    with subprocess.Popen([str(each) for each in command], stdin=its, stdout=its, stderr=its):
+        os.close(its)
+        written = b""
+        # The end of a terminal is an error to Linux.
+        with contextlib.suppress(OSError):
+            while block := os.read(ours, 4096):
+                written += block
+    os.close(ours)
+    return written.decode()
+
+
+def test_the_names_of_columns_are_whole_however_many_there_are(prefcache, folder):
+    names = [f"margin_per_token_of_those_that_are_{letter}" for letter in "abcdefgh"]
+    lines = prefcache("sql", f"select {', '.join(f'1 as {name}' for name in names)}", "runs/tiny").stdout.splitlines()
+    head = lines[: next(i for i, line in enumerate(lines) if "\u2500" in line)]
+    cells = zip(*(line.split() for line in head if line.strip() and len(line.split()) == len(names)), strict=True)
+    assert ["".join(parts) for parts in cells] == names
 
 
 def test_answers_as_parquet_on_stdout_and_in_files(prefcache, folder, tmp_path):

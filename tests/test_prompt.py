@@ -103,13 +103,14 @@ def test_tab_completes_views_and_columns(terminal):
 def test_queries_are_remembered_where_state_belongs(tmp_path):
     first = Terminal(tmp_path)
     first.until("prefcache> ")
-    first.send("select 1234 as\n")
+    first.send("select 1200 -- and\n")
     first.until("... ")
-    first.send("n;\n")
+    first.send("+ 34 as n;\n")
+    first.until("1234")
     first.leave()
-    assert "select 1234 as n;" in (tmp_path / "state/prefcache/history").read_text()
+    assert (tmp_path / "state/prefcache/history").read_text() == "select 1200 -- and\x01+ 34 as n;\n"
     again = Terminal(tmp_path)
     again.until("prefcache> ")
-    again.send("\x10")  # Ctrl-P, the one before
-    again.until("select 1234 as n;")
+    again.send("\x10\n")  # Ctrl-P, the one before: with its lines, so that its comment ends where it did
+    again.until("1234")
     again.process.kill()

@@ -44,7 +44,7 @@ def folder(tmp_path_factory, model, other_model) -> Path:
         "model": str(model),
         "out": "runs/q",
         "prepare": {"data": ["a.jsonl", "b.jsonl"], "held_out": 0.2, "max_length": 100, "too_long": "keep_start"},
-        "train": {"run": RUN, "learning_rate": 3e-3, "batch_size": 4, "epochs": 3, "samples": 0, "alerts": "off"},
+        "train": {"run": RUN, "learning_rate": 3e-2, "batch_size": 4, "epochs": 3, "samples": 0, "alerts": "off"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
@@ -149,6 +149,10 @@ def test_a_question_or_parameter_that_is_none_names_the_nearest(folder, prefcach
     assert "length-bias" in prefcache("ask", "length-bais", code=2).stderr
     said = prefcache("ask", "disagreements", folder / "runs/q", "--set", "limits=3", code=2).stderr
     assert "The nearest is limit" in said
+    said = prefcache("ask", "disagreements", folder / "runs/q", "--set", "limit=some", code=2).stderr
+    assert "limit=some: expected a number, such as 20" in said
+    # A run may have a number for its name.
+    assert json.loads(prefcache("ask", "small-gap", folder / "runs/q", "--set", "run=1", "--json").stdout) == []
 
 
 # -- the data and its references -------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def became(margins: list[float]) -> str:
 def test_learning(ask, visits):
     counted = Counter(
         (split, became([row["margin"] for row in rows]))
-        for (split, _), rows in by([row for row in visits if row["step"]], "split", "example_id").items()
+        for (split, _), rows in by([row for row in visits if row["margin"]], "split", "example_id").items()
     )
     found = ask("learning")
     assert {(row["split"], row["became"]): row["pairs"] for row in found} == counted
@@ -281,7 +285,7 @@ def test_learning(ask, visits):
 
 def test_unlearned(ask, visits):
     expected = {}
-    for example_id, rows in by([row for row in visits if row["step"]], "example_id").items():
+    for example_id, rows in by([row for row in visits if row["margin"]], "example_id").items():
         if rows[-1]["margin"] <= 0:
             ever = any(row["margin"] > 0 for row in rows)
             expected[example_id] = (
@@ -346,7 +350,7 @@ def test_kl_by_length(ask, latest):
 
 
 def test_small_gap(ask, latest):
-    gaps = sorted((row["margin"], name) for name, row in latest.items() if row["split"] == "train")
+    gaps = sorted((row["margin"], name) for name, row in latest.items() if row["split"] == "train" and row["margin"])
     found = ask("small-gap", "share=0.25")
     assert [row["example_id"] for row in found] == [name for _, name in gaps[: len(found)]]
     assert len(found) == math.ceil(len(gaps) / 4)

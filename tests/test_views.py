@@ -424,6 +424,8 @@ def test_answers_have_columns_and_come_in_blocks(con):
     "query",
     [
         "with w as (select * from rewards) select count(*) from w",
+        "with v as (select * from rewards), w as (select * from v) select (select count(*) from w)",
+        "with recursive w as (select 1 as n union all select n + 1 from w where n < 2) select max(n) from w",
         "from rewards select count(*)",
         "values (2)",
         "select count(*) from rewards;",
@@ -508,6 +510,12 @@ READS = [
     "select * from which_secret('s3://bucket', 's3')",
     "select * from duckdb_views",
     "select * from sqlite_master",
+    # A name that is given elsewhere in the query, or only now.
+    "select * from sqlite_master where exists (with sqlite_master as (select 1) select 1)",
+    "with sqlite_master as (select * from sqlite_master) select * from sqlite_master",
+    "with recursive sqlite_master as (select sql from sqlite_master union all select sql from sqlite_master) "
+    "select * from sqlite_master",
+    "with w as (select * from sqlite_master), sqlite_master as (select 1) select * from w",
     "select * from pragma_table_info('rewards')",
     "select * from enable_logging()",
     # Addresses of memory.

@@ -21,6 +21,20 @@ class Parameter:
     default: Any
     help: str
 
+    def read(self, name: str, text: str) -> Any:
+        """A number where the default is one, else a word, also one of digits: a run may be called 1. null is none."""
+        if text == "null":
+            return None
+        if not isinstance(self.default, int | float):
+            return text
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"--set {name}={text}: expected a number, such as {json.dumps(self.default)}.")
+        return value
+
 
 @dataclass(frozen=True)
 class Question:
@@ -30,25 +44,17 @@ class Question:
     sql: str
 
     def values(self, settings: Mapping[str, str]) -> dict[str, Any]:
-        """Of every parameter: what is said, as JSON or a plain word, or its default."""
-        said = {key: _value(text) for key, text in settings.items()}
-        for key in said:
-            named(self.parameters, key, f"{self.name}: parameter", "" if self.parameters else "It has none.")
+        """Of every parameter: what is said, or its default."""
+        none = "" if self.parameters else "It has none."
+        said = {
+            key: named(self.parameters, key, f"{self.name}.parameter", none).read(key, text)
+            for key, text in settings.items()
+        }
         return {key: parameter.default for key, parameter in self.parameters.items()} | said
 
 
 def question(name: str) -> Question:
     return named(QUESTIONS, name, "question", "prefcache ask lists them.")
-
-
-def _value(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    if isinstance(value, dict | list):
-        raise UsageError(f"{text}: expected a number, a word, true, false or null.")
-    return value
 
 
 def _read(file: Path) -> Question:

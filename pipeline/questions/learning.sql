@@ -8,8 +8,9 @@ with pairs_of_runs as (
         min(step) filter (where margin <= 0) as first_wrong,
         max(step) filter (where margin <= 0) as last_wrong
     from steps
-    -- Before the first step policy and reference mostly agree, and there is nothing to be right about.
-    where margin is not null and step > 0
+    -- Before the first step policy and reference mostly agree, and there is nothing to be right about; nor has there been at a
+    -- visit whose margin is still exactly 0.
+    where margin <> 0 and step > 0
     group by run, split, example_id
 )
 

@@ -5,7 +5,8 @@ with gaps as (
     select example_id, margin as gap
     from rewards
     where
-        split = 'train' and margin is not null
+        -- A gap of exactly 0 is of a policy that is still its reference, and says nothing of the pair.
+        split = 'train' and margin <> 0
         and run = coalesce($run, (select min(run) from steps))
 )
 

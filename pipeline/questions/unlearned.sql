@@ -9,7 +9,8 @@ with visited as (
         bool_or(margin > 0) as ever_right,
         max_by(margin, step) as margin
     from steps
-    where margin is not null and step > 0 and ($run is null or run = $run)
+    -- A margin of exactly 0 is of a policy that is still its reference: nothing could have been learnt yet.
+    where margin <> 0 and step > 0 and ($run is null or run = $run)
     group by run, example_id
 )
 

@@ -43,31 +43,29 @@ class Statement:
         if tree["error"]:
             raise UsageError(f"{tree['error_message']}. {self._known}")
         self.tree: dict[str, Any] = tree
-        nodes = list(_nodes(tree))
-        self._own = {entry["key"].lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", ())}
-        self.views = {view for node in nodes for view in self._read_by(node)}
+        self.views = {view for node, own in _nodes(tree) for view in self._read_by(node, own)}
 
     @property
     def _known(self) -> str:
         return f"Views: {', '.join(self._views)}."
 
-    def _read_by(self, node: dict[str, Any]) -> Iterator[str]:
-        """The view that a node of the tree names. Whatever else gives rows is refused."""
+    def _read_by(self, node: dict[str, Any], own: frozenset[str]) -> Iterator[str]:
+        """The view that a node of the tree names, where it is none of the query's `own`. Whatever else gives rows is refused."""
         kind = node.get("type")
         if kind == "TABLE_FUNCTION":
             self._refuse_unless(node["function"]["function_name"], _TABLE_FUNCTIONS.__contains__)
         elif node.get("class") == "FUNCTION":
             self._refuse_unless(node["function_name"], lambda name: name not in _REFUSED)
         elif (kind == "BASE_TABLE" or (kind == "SHOW_REF" and node["query"] is None)) and not _is_listing(node):
-            yield from self._view(node)
+            yield from self._view(node, own)
 
     def _refuse_unless(self, function: str, allowed: Any) -> None:
         if not allowed(function.lower()):
             raise UsageError(f"{function}() is not available here. {self._known}")
 
-    def _view(self, node: dict[str, Any]) -> Iterator[str]:
+    def _view(self, node: dict[str, Any], own: frozenset[str]) -> Iterator[str]:
         name, path = node["table_name"], node["qualified_name"]["path"]
-        if len(path) == 1 and name.lower() in self._own:
+        if len(path) == 1 and name.lower() in own:
             return
         if name.lower() in self._views and [part.lower() for part in path[:-1]] in ([], ["main"], ["memory", "main"]):
             yield name.lower()
@@ -82,13 +80,23 @@ def _is_listing(node: dict[str, Any]) -> bool:
     return bool(node["table_name"] == '"tables"' and node.get("show_type") == "SHOW_SPECIAL")
 
 
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every node of a parsed statement, whatever the version of DuckDB calls what lies between."""
-    waiting = [tree]
+def _nodes(tree: Any) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """Every node of a parsed statement, whatever the version of DuckDB calls what lies between, and the names that a `with`
+    has given there: elsewhere the same name is a view's, or the database's own."""
+    waiting: list[tuple[Any, frozenset[str]]] = [(tree, frozenset())]
     while waiting:
-        node = waiting.pop()
+        node, own = waiting.pop()
         if isinstance(node, dict):
-            yield node
-            waiting += node.values()
+            # A query that is given a name knows those before it, and its own where it goes round (`recursive`).
+            for entry in (node.get("cte_map") or {}).get("map", ()):
+                waiting.append((entry["value"], own))
+                own |= {entry["key"].lower()}
+            yield node, own
+            waiting += [(part, own | _round(node, name)) for name, part in node.items() if name != "cte_map"]
         elif isinstance(node, list):
-            waiting += node
+            waiting += [(part, own) for part in node]
+
+
+def _round(node: dict[str, Any], part: str) -> frozenset[str]:
+    """The name of a query that goes round, in the part that does."""
+    return frozenset({node["cte_name"].lower()} if node.get("type") == "RECURSIVE_CTE_NODE" and part == "right" else ())
