@@ -400,7 +400,7 @@ UNINTERRUPTIBLE = (
 def test_an_operation_that_cannot_be_interrupted_ends_with_the_process():
     code = (
         "import datetime, sys\n"
-        "from pipeline import chat_template\n"
+        "from pipeline.preparing import chat_template\n"
         "chat_template.SECONDS = 0.3\n"
         "template = chat_template.ChatTemplate(sys.argv[1], {}, datetime.date(2025, 1, 1))\n"
         "with template.limits(): template.render([], add_generation_prompt=True)\n"

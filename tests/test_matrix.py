@@ -95,7 +95,7 @@ class World:
         accepted = artifact.read_manifest(self.out / "scored")["accepted_numerics"][0]
         asked = "select example_id, c.logp_sum as chosen, r.logp_sum as rejected from examples"
         for name, side in (("c", "chosen"), ("r", "rejected")):
-            asked += f" join reference {name} on {name}.key = {side}_key and {name}.numerics_id = '{accepted}'"
+            asked += f" join reference {name} on {name}.used and {name}.key = {side}_key and {name}.numerics_id = '{accepted}'"
         rows = json.loads(self.prefcache("sql", asked, self.settings["out"], "--json").stdout)
         assert len({row["example_id"] for row in rows}) == len(rows)
         return {(row["example_id"], side): row[side] for row in rows for side in ("chosen", "rejected")}

@@ -87,9 +87,8 @@ def test_rows_scored_without_tokens_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(UsageError) as caught:
         served(cache, table([pair(0, [1], [2], [3])], "pairs"))
     assert f"{shard} has no values of single tokens" in str(caught.value)
-    assert "score.logps: false" in str(
-        caught.value
-    ) and "train.tokens weighs single ones. Leave that out, or score again" in str(caught.value)
+    assert "score.logps: false" in str(caught.value)
+    assert "single ones are asked for (train.tokens, or show). Leave that out, or score again" in str(caught.value)
     # Who does not ask for that row is served.
     assert served(cache, table([pair(0, [1], [3], [3])], "pairs"))["chosen"] == [[-0.375]]
 
