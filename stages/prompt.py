@@ -62,11 +62,14 @@ def _answer(ask: Callable[[str], None], cancel: Callable[[], None], query: str) 
             done.set()
 
     threading.Thread(target=answer, daemon=True).start()
+    given_up = False
     while not done.is_set():
         try:
             done.wait(0.1)
+            if given_up:  # again and again: the query may not have begun yet
+                cancel()
         except KeyboardInterrupt:
-            cancel()
+            given_up = True
     for error in failed:
         if isinstance(error, KeyboardInterrupt):
             print("cancelled")
