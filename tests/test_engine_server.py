@@ -286,9 +286,11 @@ def test_no_more_requests_are_under_way_than_allowed_and_answers_keep_their_orde
     assert state.most_under_way == 3
 
 
-def test_one_failure_ends_the_other_requests(faulty):
+@pytest.mark.parametrize("first", [400, 503], ids=["at once", "while the first waits to ask again"])
+def test_one_failure_ends_the_other_requests(faulty, first):
     state, url = faulty
-    state.answers = [says(400), says(503, Retry_After="600")]
+    answers = {400: says(400), 503: says(503, Retry_After="600")}
+    state.answers = [answers.pop(first), *answers.values()]
     began = time.monotonic()
     with pytest.raises(UsageError):
         score(url, [ASKED] * 50, concurrency=4)

@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
@@ -59,6 +59,9 @@ class ServerEngine:
         with ThreadPoolExecutor(min(self._concurrency, max(len(sequences), 1))) as pool:
             futures = [pool.submit(self._score_one, sequence) for sequence in sequences]
             try:
+                # Not in their order: the first may be waiting to ask again when another has failed.
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
                 return [future.result() for future in futures]
             except BaseException:
                 self._client.stop()
