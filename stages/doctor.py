@@ -21,8 +21,8 @@ from pipeline.errors import PrefcacheError
 from pipeline.stored import artifact
 from pipeline.stored.cache import Cache
 from pipeline.stored.prepared import Prepared
-from pipeline.training import checkpoints
-from pipeline.training.runlog import PARTS, PROVENANCE
+from pipeline.training import checkpoints, runfolder
+from pipeline.training.runlog import PROVENANCE
 
 State = Literal["ok", "absent", "problem"]
 _GIB = 1 << 30
@@ -225,12 +225,9 @@ def _run(run: Path) -> Finding:
         begun = f"{run}: {facts['loss']}, not finished; it goes on from step {found[1]['step'] if found else 0}"
         state: State = "problem" if passed_over else "absent"
         return Finding("runs", state, " ".join([begun, *passed_over]), f"make train RUN={run.name}")
-    vouched = [("model", entry) for entry in manifest["model"]]
-    vouched += [(table, entry) for table, key in PARTS.items() for entry in manifest.get(key, [])]
-    for place, entry in vouched:
-        if reason := artifact.damage(run / place, entry):
-            remedy = f"make train RUN={run.name}" if place == "model" else f"Delete {run} and train again."
-            return Finding("runs", "problem", f"{run / place / entry['file']} {reason}", remedy)
+    for file, reason, made_again in runfolder.damaged(run, manifest):
+        remedy = f"make train RUN={run.name}" if made_again else f"Delete {run} and train again."
+        return Finding("runs", "problem", f"{file} {reason}", remedy)
     alerts = sum(manifest["alerts"].values())
     raised = f", {alerts:,} alerts (select * from alerts)" if alerts else ""
     return Finding("runs", "ok", f"{run}: {facts['loss']}, {manifest['steps']:,} steps, finished{raised}")

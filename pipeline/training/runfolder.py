@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ def finished(run: Path, progress: Progress) -> dict[str, Any] | None:
     """The manifest of a run that is whole. What is made after the last step, and is not, is made again from its checkpoint."""
     if (manifest := artifact.read_manifest(run)) is None:
         return None
-    for table, entry in ((table, entry) for table, key in PARTS.items() for entry in manifest.get(key, [])):
-        if reason := artifact.damage(run / table, entry):
-            raise IntegrityError(f"{run / table / entry['file']} {reason}. Delete {run} and train again.")
-    made_last = [(run / "model", entry) for entry in manifest["model"]]
-    made_last += [(run, entry) for entry in [manifest.get("tokens")] if entry]
-    for folder, entry in made_last:
-        if reason := artifact.damage(folder, entry):
-            progress.warn(f"{folder / entry['file']} {reason}; it is made again from the last checkpoint")
-            artifact.retract_manifest(run)
-            return None
+    for file, reason, made_again in damaged(run, manifest):
+        if not made_again:
+            raise IntegrityError(f"{file} {reason}. Delete {run} and train again.")
+        progress.warn(f"{file} {reason}; it is made again from the last checkpoint")
+        artifact.retract_manifest(run)
+        return None
     return manifest
+
+
+def damaged(run: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, str, bool]]:
+    """Files that are not as the manifest says: which, why, and whether the last checkpoint gives them again; those last."""
+    vouched = [(run / table, entry, False) for table, key in PARTS.items() for entry in manifest.get(key, [])]
+    vouched += [(run / "model", entry, True) for entry in manifest["model"]]
+    vouched += [(run, entry, True) for entry in [manifest.get("tokens")] if entry]
+    for folder, entry, made_again in vouched:
+        if reason := artifact.damage(folder, entry):
+            yield folder / entry["file"], reason, made_again
 
 
 def make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None:
