@@ -527,7 +527,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"No config at {path}. Name a YAML file; data/demo/config.yaml is one to start from."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as a config: {error}.") from None
+        raise UsageError(
+            f"{path} cannot be read as a config: {error}. Name a YAML file; data/demo/config.yaml is one to start from."
+        ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
