@@ -26,7 +26,7 @@ ROOMS = {
 FLOORS = {
     "pipeline": ["errors pieces schema", "pool progress", "config identity"],
     "pipeline.stored": ["artifact claims duck keys", "cache prepared rowfiles", "shorten upkeep"],
-    "pipeline.model": ["logprobs packing memory", "attention routing", "forward weights", "trainable"],
+    "pipeline.model": ["logprobs packing memory products", "attention routing", "forward weights", "trainable"],
     "pipeline.preparing": [
         "example",
         "chat_template encoder examples frames sources",
@@ -39,12 +39,13 @@ FLOORS = {
     "pipeline.training": [
         "losses",
         "devices",
-        "alerts balance best budget checkpoints density flops modelcard objective only optimizers runlog samples sweep token_sums "
+        "alerts balance budget checkpoints density flops modelcard objective only optimizers runlog samples sweep token_sums "
         "trackers",
         "from_trl runfolder selection token_logps",
         "batches gains",
         "columns policy",
         "metrics moving_reference",
+        "best",
         "origins session",
         "measuring watching",
         "outcome",

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline.errors import UsageError
 from pipeline.identity import Reference
+from pipeline.model import products
 from pipeline.model.logprobs import use_float32_head
 
 
 def whole(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
     """The model without its adapter; its weights are quantised if the reference says so."""
+    products.use_onednn()
     try:
         return _loaded(reference, dtype, kernel, device)
     except (torch.OutOfMemoryError, MemoryError):

@@ -15,6 +15,7 @@ sequence at a time. Memory is the peak of resident memory in the rounds, weights
     ours-1                the same in micro-batches of one pair
     ours-packed           rows: packed: every prompt once for each answer
     ours-padded           rows: padded
+    ours-mkl              products of matrices by PyTorch's own choice; on an AMD processor ours are oneDNN's
     ours-live             a frozen reference in memory, which runs in every step by the same forward
     trl-BxA               DPOTrainer.train(), from its first step on, with a live reference: B pairs a batch, A batches a step
     trl-BxA-precomputed   the same with precompute_ref_log_probs, done before
@@ -47,7 +48,7 @@ from tests.bench.corpus import TokenPair
 STEP = 8  # pairs
 RATE = 1e-5
 TOLERANCE = 1e-3  # of a step's loss
-OURS = ("ours", "ours-1", "ours-packed", "ours-padded", "ours-live")
+OURS = ("ours", "ours-1", "ours-packed", "ours-padded", "ours-mkl", "ours-live")
 TRL = tuple(
     f"trl-{shape}{reference}{order}"
     for reference in ("", "-precomputed")
@@ -304,12 +305,16 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
 
     from pipeline.config import Train
     from pipeline.identity import Reference
+    from pipeline.model import products
     from pipeline.model.forward import Forward, flat
     from pipeline.model.logprobs import sums, use_float32_head
     from pipeline.training.devices import accelerator
     from pipeline.training.objective import Objective
     from pipeline.training.policy import Policy
 
+    if name != "ours-mkl":
+        products.use_onednn()
+    products.use_onednn = lambda: False
     rows = {"ours-packed": "packed", "ours-padded": "padded"}.get(name, "auto")
     train = Train(batch_size=STEP, learning_rate=RATE, rows=rows, micro_batch_size=1 if name == "ours-1" else None)
     sequences = _sequences(pairs)
