@@ -57,6 +57,19 @@ ARCHITECTURES = {
         {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     ),
     "cohere2": ("Cohere2Config", {"sliding_window": 5, "logit_scale": 0.25, "head_dim": 8}),
+    # Scales what goes into its head.
+    "minicpm3": (
+        "MiniCPM3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "dim_model_base": 8,
+        },
+    ),
     "granite": ("GraniteConfig", {"logits_scaling": 3.0, "attention_multiplier": 0.2}),
 }
 # Models whose layers cannot be kept to segments: states that run on, chunks, positions as biases, deaf to keywords.

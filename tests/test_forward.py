@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
+from models_for_tests import ARCHITECTURES, SIZES, UNSHARABLE, build, sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import UsageError
 from pipeline.model import attention, forward, logprobs
@@ -197,17 +198,17 @@ class Logits(TorchDispatchMode):
 
 def saved_logits(compute) -> tuple[torch.Tensor, int]:
     """A loss, and how many rows over the vocabulary wait for its backward pass."""
-    rows = []
+    rows = {}
 
     def keep(each: torch.Tensor) -> torch.Tensor:
         # 32 rows are the head's weights, the other way round.
         if each.ndim > 1 and each.shape[-1] == 60 and each.shape[-2] != 32:
-            rows.append(each.numel() // 60)
+            rows[each.data_ptr()] = each.numel() // 60
         return each
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
         loss = compute()
-    return loss, sum(rows)
+    return loss, sum(rows.values())
 
 
 @pytest.mark.parametrize("way", ["shared", "packed"])
@@ -217,15 +218,41 @@ def test_the_logits_of_all_tokens_never_exist(name, way, monkeypatch):
     shared = made(model, way, PAIRS)
     monkeypatch.setattr(logprobs, "_head_positions", lambda model: 5)
     n = sum(len(each.completion_ids) for each in PAIRS)
-    assert n == 41  # so nine chunks, the last of one token
+    assert n == 41  # so nine chunks, the last of four tokens
     with Logits(60) as seen:
         loss, waiting = saved_logits(lambda: dpo(together(shared, PAIRS)[0]))
         loss.backward()
-    assert waiting <= 5
+    # Gemma's caps keep theirs as well.
+    assert waiting <= (8 if name == "gemma2" else 4)
     assert max(seen.rows - {32}) == 5
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "cohere", "gpt2"])
+def test_a_head_that_trains_more_than_a_matrix_is_padded():
+    config = BertConfig(**SIZES, is_decoder=True)
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config).eval()
+    found = made(model, "auto", PAIRS)
+    assert found.way == "padded"
+    assert "its head trains more than a matrix (cls.predictions.transform.dense.weight)" in found.why
+
+
+def test_a_model_may_change_its_logits_in_place():
+    class InPlace(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.logits /= 2
+            return found
+
+    slopes = []
+    for way in ("shared", "padded"):
+        torch.manual_seed(0)
+        model = InPlace(LlamaConfig(**SIZES)).eval()
+        dpo(together(made(model, way, PAIRS), PAIRS)[0]).backward()
+        slopes.append(gradient(model))
+    assert apart(*slopes) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "cohere", "gpt2", "minicpm3"])
 @pytest.mark.parametrize("squares", [False, True])
 def test_a_head_in_chunks_has_the_values_and_the_gradient_of_one_at_once(name, squares, monkeypatch):
     found = []

@@ -17,7 +17,15 @@ import torch
 
 from pipeline.errors import ResourceError, UsageError
 from pipeline.model import attention, packing
-from pipeline.model.logprobs import Logps, Watch, completion_logps, lay_out, plain_logps, row_logps
+from pipeline.model.logprobs import (
+    Logps,
+    Watch,
+    completion_logps,
+    lay_out,
+    plain_logps,
+    row_logps,
+    trained_after_the_decoder,
+)
 from pipeline.model.memory import is_out_of_memory
 from pipeline.schema import Sequence
 
@@ -65,6 +73,8 @@ class Forward:
             plain = np.concatenate([plain_logps(self.model, each).cpu().numpy() for each in sequences])
         self.way = way
         try:
+            if others := trained_after_the_decoder(self.model):
+                return self._take_back(f"its head trains more than a matrix ({others[0]})")
             attention.use_segments(self.model)
             with torch.no_grad():
                 found = np.concatenate(self._compute(sequences))

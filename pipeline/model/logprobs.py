@@ -3,20 +3,20 @@
 `plain_logps` is the definition, one sequence and no tricks; the others must equal it. `row_logps` computes a packed row:
 no padding, a prompt once for all of its answers, the head in chunks. `completion_logps` computes a padded batch.
 
-Shapes: B sequences, T positions, K positions kept for the head, N completion tokens, V vocabulary, D hidden width.
+Shapes: B sequences, T positions, K positions kept for the head, N completion tokens, n of a chunk of them, V vocabulary,
+D hidden width.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from pipeline.schema import Sequence
 
@@ -33,7 +33,7 @@ def plain_logps(model: Any, sequence: Sequence) -> torch.Tensor:
     """Log-prob of each completion token of one sequence, by the model's plain forward."""
     device = next(model.parameters()).device
     ids_T = sent(_tensor(sequence.prompt_ids, sequence.completion_ids), device)
-    logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+    logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits.squeeze(0)
     n_prompt = len(sequence.prompt_ids)
     return gather_logps(logits_TV[n_prompt - 1 : -1], ids_T[n_prompt:])
 
@@ -148,12 +148,7 @@ def lay_out(groups: SequenceOf[SequenceOf[Sequence]]) -> Row:
 
 def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False, watch: Watch | None = None) -> Logps:
     """Log-prob of each completion token of each sequence of a row. `segments` says to the model's attention what
-    `row.trunks` and `row.branches` say here; see attention.py.
-
-    The head computes some positions at a time. Where gradients are wanted it computes them once more in the backward pass, so
-    that the logits of all tokens over the whole vocabulary, by far the largest tensor there would be, never exist. The last
-    of them are kept: the backward pass begins with those, and would make them again at once.
-    """
+    `row.trunks` and `row.branches` say here; see attention.py."""
     device = next(model.parameters()).device
     out = model.get_decoder()(
         input_ids=sent(torch.from_numpy(row.input_T), device).unsqueeze(0),
@@ -166,18 +161,121 @@ def row_logps(model: Any, row: Row, segments: Any, *, squares: bool = False, wat
         watch([logits.flatten(0, -2) for logits in out.router_logits])
     hidden_ND = out.last_hidden_state[0, sent(torch.from_numpy(row.source_N), device)]
     target_N = sent(torch.from_numpy(row.target_N), device)
+    if torch.is_grad_enabled():
+        head = model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        found = _Chunked.apply(hidden_ND, head.weight, bias_V, target_N, model, squares)  # type: ignore[no-untyped-call]
+    else:
+        found = _joined([_head_logps(model, *part, squares=squares) for part in _chunks(model, hidden_ND, target_N)])
+    return _split(found, row.counts)
 
-    def head(hidden_ND: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with _only_the_head(model) as logits:
-            return _of_logits(logits(hidden_ND), target_N, squares)
 
-    n = _head_positions(model)
-    parts = list(zip(torch.split(hidden_ND, n), torch.split(target_N, n), strict=True))
-    # Nothing is drawn at random, so no state of a generator has to be kept.
-    again = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
-    chunks = [again(*part) if torch.is_grad_enabled() else head(*part) for part in parts[:-1]]
-    chunks.append(head(*parts[-1]))
-    return _split(tuple(map(torch.cat, zip(*chunks, strict=True))), row.counts)
+# -- the head, some positions at a time ------------------------------------------------------------------------------
+
+
+class _Chunked(torch.autograd.Function):
+    """So that the logits of all tokens over the whole vocabulary, by far the largest tensor there would be, never exist.
+
+    The backward pass computes each chunk anew. Only the last is kept: the pass begins with it, and would make it again at once.
+    The chunks' gradients of the head's weight are added up in one tensor, for each would be as large as the head. What else a model
+    computes with on the way from its decoder to its logits must not be trained: its gradients do not come out here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_N: torch.Tensor,
+        model: Any,
+        squares: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        _, of_weight, of_bias, *_ = ctx.needs_input_grad
+        ctx.model, ctx.sums = model, _Sums(of_weight, of_bias)
+        ctx.save_for_backward(hidden_ND, target_N)
+        *others, last = _chunks(model, hidden_ND.detach(), target_N)
+        found = [_head_logps(model, *part, squares=squares) for part in others]
+        ctx.kept = _with_gradient(model, *last, sums=ctx.sums, squares=squares)
+        found.append(tuple(each.detach() for each in ctx.kept[1]))
+        joined = _joined(found)
+        ctx.mark_non_differentiable(*joined[1:])
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps_N: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_ND, target_N = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        parts = _chunks(ctx.model, hidden_ND.detach(), target_N, grad_logps_N, grad_hidden_ND)
+        ctx.sums.taken()  # what a pass before has left
+        for hidden_nD, target_n, grad_logps_n, grad_hidden_nD in reversed(parts):
+            leaf_nD, found = ctx.kept or _with_gradient(ctx.model, hidden_nD, target_n, sums=ctx.sums, squares=False)
+            ctx.kept = None
+            torch.autograd.backward(found[0], grad_logps_n)
+            grad_hidden_nD.copy_(leaf_nD.grad)
+            del leaf_nD, found  # before the next chunk's are made
+        head = ctx.model.get_output_embeddings()
+        weight_VD, bias_V = (None if each is None else each.to(head.weight.dtype) for each in ctx.sums.taken())
+        return grad_hidden_ND, weight_VD, bias_V, None, None, None
+
+
+@dataclass
+class _Sums:
+    """Over the chunks of a head, the gradients of its weight and its bias."""
+
+    of_weight: bool
+    of_bias: bool
+    weight_VD: torch.Tensor | None = None
+    bias_V: torch.Tensor | None = None
+
+    def add(self, hidden_nD: torch.Tensor, grad_logits_nV: torch.Tensor) -> None:
+        if self.weight_VD is not None:
+            self.weight_VD.addmm_(grad_logits_nV.t(), hidden_nD)
+        elif self.of_weight:
+            self.weight_VD = grad_logits_nV.t() @ hidden_nD
+        if self.of_bias:
+            grad_V = grad_logits_nV.sum(0)
+            self.bias_V = grad_V if self.bias_V is None else self.bias_V + grad_V
+
+    def taken(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        found = self.weight_VD, self.bias_V
+        self.weight_VD = self.bias_V = None
+        return found
+
+
+class _Multiplied(torch.autograd.Function):
+    """What a head gives, whose gradients of weight and bias go into the sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: Any, multiply: Callable[[torch.Tensor], torch.Tensor], sums: _Sums
+    ) -> torch.Tensor:
+        ctx.head, ctx.sums = head, sums
+        ctx.save_for_backward(hidden)
+        return multiply(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        grad_logits_nV = grad_logits.flatten(0, -2).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            ctx.sums.add(hidden.flatten(0, -2).float(), grad_logits_nV)
+            grad_hidden = (grad_logits_nV @ _in_float32(ctx.head)).to(hidden.dtype)
+        return grad_hidden.view_as(hidden), None, None, None
+
+
+def trained_after_the_decoder(model: Any) -> list[str]:
+    """What is trained besides the head's matrix and the decoder: row_logps has no gradient for it."""
+    known = {id(each) for part in (model.get_decoder(), model.get_output_embeddings()) for each in part.parameters()}
+    return [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in known]
+
+
+def _chunks(model: Any, *of_positions: torch.Tensor) -> list[tuple[Any, ...]]:
+    """Of like lengths: the last, which is kept, is no small rest."""
+    n = -(-len(of_positions[0]) // _head_positions(model))
+    return list(zip(*(torch.tensor_split(each, n) for each in of_positions), strict=True))
 
 
 def _head_positions(model: Any) -> int:
@@ -186,22 +284,46 @@ def _head_positions(model: Any) -> int:
     return max(64, (1 << (28 if on_gpu else 22)) // int(model.get_output_embeddings().weight.shape[0]))
 
 
-@contextlib.contextmanager
-def _only_the_head(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """hidden_ND -> logits_NV by the model's own forward, which may scale or cap them, with nothing under its head."""
-    decoder = model.get_decoder()
-    given: list[_Hidden] = []
+def _joined(chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    return tuple(map(torch.cat, zip(*chunks, strict=True)))
 
-    def logits(hidden_ND: torch.Tensor) -> torch.Tensor:
-        given[:] = [_Hidden(hidden_ND.unsqueeze(0))]
-        found: torch.Tensor = model(input_ids=None, use_cache=False).logits[0]
+
+def _head_logps(
+    model: Any, hidden_ND: torch.Tensor, target_N: torch.Tensor, *, squares: bool
+) -> tuple[torch.Tensor, ...]:
+    """By the model's own forward, which may scale or cap logits, with nothing under its head."""
+    decoder = model.get_decoder()
+    with _instead(decoder, lambda *_, **__: _Hidden(hidden_ND.unsqueeze(0))):
+        return _of_logits(model(input_ids=None, use_cache=False).logits.squeeze(0), target_N, squares)
+
+
+def _with_gradient(
+    model: Any, hidden_nD: torch.Tensor, target_n: torch.Tensor, *, sums: _Sums, squares: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The hidden states as a leaf, and what the head makes of them."""
+    head = model.get_output_embeddings()
+    multiply = head.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _Multiplied.apply(hidden, head, multiply, sums)  # type: ignore[no-untyped-call]
         return found
 
-    decoder.forward = lambda *_, **__: given[0]
+    leaf_nD = hidden_nD.detach().requires_grad_()
+    with torch.enable_grad(), _instead(head, forward):
+        return leaf_nD, _head_logps(model, leaf_nD, target_n, squares=squares)
+
+
+@contextlib.contextmanager
+def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
-        yield logits
+        yield
     finally:
-        del decoder.forward  # which hid the class's own
+        if own is None:
+            del module.forward  # which hid the class's own
+        else:
+            module.forward = own
 
 
 class _Hidden:
@@ -229,14 +351,19 @@ def use_float32_head(model: Any, *, frozen: bool = False) -> None:
     With `frozen` weights the float32 copy is made once.
     """
     head = model.get_output_embeddings()
-    kept_VD = head.weight.detach().float() if frozen else None
+    head.weight_in_float32 = head.weight.detach().float() if frozen else None
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if getattr(head, "bias", None) is None else head.bias.float()
-            return F.linear(hidden.float(), head.weight.float() if kept_VD is None else kept_VD, bias)
+            return F.linear(hidden.float(), _in_float32(head), bias)
 
     head.forward = forward
+
+
+def _in_float32(head: Any) -> torch.Tensor:
+    kept_VD: torch.Tensor | None = getattr(head, "weight_in_float32", None)
+    return head.weight.float() if kept_VD is None else kept_VD
 
 
 def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
