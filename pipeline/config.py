@@ -406,7 +406,7 @@ class Train(Section):
     batch_size: Count = 32
     """Pairs per optimizer step, over all processes."""
     tokens_per_micro_batch: Annotated[int | Literal["auto"] | None, BeforeValidator(_as_budget)] = None
-    """Most tokens of one forward and backward. Unless said, 16,384 on a GPU and 2,048 on a CPU. auto: on a GPU, what fits there, tried out at the start. Halved where memory does not suffice; never changes the result."""
+    """Most tokens of one forward and backward. Unless said, 16,384 on a GPU and 1,024 on a CPU. auto: on a GPU, what fits there, tried out at the start. Halved where memory does not suffice; never changes the result."""
     rows: Literal["auto", "shared", "packed", "padded"] = "auto"
     """How sequences share a forward pass, as score.rows. auto: the first that is right for the model."""
     micro_batch_size: Count | None = None

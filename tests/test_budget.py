@@ -178,7 +178,7 @@ def test_auto_is_no_other_run_and_on_a_cpu_the_default(prefcache, config, tmp_pa
         prefcache(stage, config)
     again = prefcache("train", config, "--set", "train.tokens_per_micro_batch=auto")
     assert "nothing to do" in again.stderr
-    assert budget([], tokens_per_micro_batch="auto").tokens == budget([]).tokens == 2_048
+    assert budget([], tokens_per_micro_batch="auto").tokens == budget([]).tokens == 1_024
     assert not budget([], tokens_per_micro_batch="auto").wants_trial
 
 

@@ -21,7 +21,7 @@ from pipeline.schema import Sequence as TokenSequence
 
 T = TypeVar("T")
 # On a CPU this is taken for auto as well: it has no limit that could be tried out without the whole machine swapping.
-DEFAULT = {"cpu": 2_048, "cuda": 16_384}
+DEFAULT = {"cpu": 1_024, "cuda": 16_384}
 # Of a GPU's memory, what the trial may take: rows of other lengths leave gaps between them.
 _SAFE = 0.85
 _REMEDIES = "Try train.gradient_checkpointing=true, train.lora={}, a shorter prepare.max_length, or a smaller model."
