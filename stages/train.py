@@ -75,6 +75,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any] | None:
         return {**finished, "run": str(config.run), "changed": False} if devices.is_main_process else None
 
     examples = origins.examples(config, objective, prepared, scored, cache, selection, progress)
+    moving_reference.refuse_never(config.train, len(examples[TRAIN]))
     like, template = examples[TRAIN].longest(TRIED), prepared.manifest["template"]
     policy = Policy(start, template, config.train, devices, like, progress.say)
     moves = config.train.moving_reference

@@ -168,12 +168,15 @@ def test_when_it_is_evaluated_is_part_of_a_run_that_looks_for_the_best(prefcache
     assert "train.eval_every 2 (now 3)" in done.stderr
 
 
-def test_a_run_whose_reference_moves_is_told_what_its_best_is_beside(prefcache, scored):
+def test_a_run_whose_reference_moves_is_told_what_its_best_is_beside(prefcache, scored, tmp_path):
     moves = [*LOSS, "--set", "train.moving_reference={every: 4, alpha: 1}", "--set", "train.epochs=2"]
     said = "eval_loss is measured beside the reference of its step"
     assert said in prefcache("train", scored, *moves).stderr
-    alone = prefcache("train", scored, *moves, "--set", "train.best=eval_logps/chosen", "--set", "train.run=alone")
-    assert "measured beside" not in alone.stderr
+    for run, metric in (("logps", "eval_logps/chosen"), ("preference", "eval_preference_accuracy")):
+        alone = prefcache("train", scored, *moves, "--set", f"train.best={metric}", "--set", f"train.run={run}")
+        assert "measured beside" not in alone.stderr
+    by_step = evaluations(tmp_path / "runs/tiny/preference", "eval_preference_accuracy")
+    assert f"the model is that of step {max(by_step, key=by_step.__getitem__)}, the best" in alone.stderr
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

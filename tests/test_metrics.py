@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from examples_for_tests import objective
 
-from pipeline.training.metrics import log_ratio, of_visit, preference_accuracy
+from pipeline.training.metrics import log_ratio, of_evaluation, of_visit
 
 NAN = float("nan")
 
@@ -123,8 +123,8 @@ def test_what_is_not_finite_is_left_out():
 
 def test_how_often_the_policy_itself_finds_the_chosen_answer_likelier():
     # -4 > -7, but not -6 > -2, nor -9 > -9.
-    assert preference_accuracy(PAIRS) == pytest.approx(1 / 3)
-    assert preference_accuracy(LABELS) is None
+    assert of_evaluation(PAIRS, objective(loss="sigmoid"))["preference_accuracy"] == pytest.approx(1 / 3)
+    assert "preference_accuracy" not in of_evaluation(LABELS, objective(loss="kto"))
 
 
 def test_a_log_ratio_is_policy_minus_reference_or_minus_nothing():

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config import Best, Train
 from pipeline.errors import UsageError, named
+from pipeline.training.metrics import PREFERENCE
 
 Evaluation = Mapping[str, float]
 # As a checkpoint's JSON has it: the `metric`, the `step`, its `evaluation`, and how many have `waited` for a better one since.
@@ -31,11 +32,14 @@ def refuse_unknown(train: Train, measured: Evaluation, n_held_out: int) -> None:
 
 def notes(train: Train) -> list[str]:
     """For a person."""
-    if not (train.best and train.moving_reference) or train.best.metric.startswith(f"{PREFIX}logps/"):
+    if not (train.best and train.moving_reference):
+        return []
+    if train.best.metric.startswith(f"{PREFIX}logps/") or train.best.metric == f"{PREFIX}{PREFERENCE}":
         return []
     return [
         f"train.best: {train.best.metric} is measured beside the reference of its step, and falls back where that moves: the best "
-        "is likely to be an evaluation just before a move, and train.best.patience may end the run after one"
+        "is likely to be an evaluation just before a move, and train.best.patience may end the run after one; "
+        f"{PREFIX}{PREFERENCE} is of the policy alone"
     ]
 
 

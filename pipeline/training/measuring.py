@@ -10,11 +10,9 @@ import pyarrow as pa
 
 from pipeline.errors import PrefcacheError
 from pipeline.schema import HELD_OUT
-from pipeline.training import gains, metrics, samples
+from pipeline.training import best, gains, metrics, samples
 from pipeline.training.objective import Memory
 from pipeline.training.session import Session, Trained
-
-PREFERENCE = "preference_accuracy"
 
 
 def evaluate(s: Session, step: int, epoch: float, memory: Memory, *, log: bool = True) -> dict[str, float]:
@@ -26,13 +24,11 @@ def evaluate(s: Session, step: int, epoch: float, memory: Memory, *, log: bool =
     visit, logged = s.policy.evaluate(examples, everything, s.objective, memory)
     if log:
         s.log.visit(step, epoch, HELD_OUT, examples.example_ids(everything), visit)
-    preferred = metrics.preference_accuracy(visit)
-    more = {} if preferred is None else {PREFERENCE: preferred}
-    return {**metrics.of_visit(visit, s.objective), **logged, **more}
+    return {**metrics.of_evaluation(visit, s.objective), **logged}
 
 
 def eval_row(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in evaluation.items() if name != PREFERENCE}
+    return {f"{best.PREFIX}{name}": value for name, value in evaluation.items()}
 
 
 def answers(s: Session) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a visit of examples says in numbers, under TRL's names. Rewards are beta times policy minus reference.
+"""What a visit of examples says in numbers, under TRL's names where it has one. Rewards are beta times policy minus reference.
 
 A loss without a reference has a reference of 0, and rewards per token where its formula has. Of labels, chosen are the desirable answers and rejected the undesirable ones.
 """
@@ -9,6 +9,8 @@ import torch
 from pipeline.training.losses.registry import COLUMNS
 from pipeline.training.objective import WITHOUT_GRADIENT, Objective
 from pipeline.training.policy import Visit
+
+PREFERENCE = "preference_accuracy"
 
 
 def of_visit(visit: Visit, objective: Objective) -> dict[str, float]:
@@ -26,12 +28,15 @@ def of_evaluations(objective: Objective) -> dict[str, float]:
     visit |= {f"ref_{answer}_logp": two for answer in objective.reference_answers}
     visit |= {f"loss/{term.loss.name}": two for term in objective.terms if len(objective.terms) > 1}
     columns = {name: torch.ones(2, dtype=torch.float64) for name in COLUMNS}
-    return {**of_visit(visit, objective), **objective.with_statistics(columns, {}, learning=False)[2]}
+    return {**of_evaluation(visit, objective), **objective.with_statistics(columns, {}, learning=False)[2]}
 
 
-def preference_accuracy(visit: Visit) -> float | None:
-    """How often the policy finds the chosen answer likelier, by its own log-prob; None where answers come alone."""
-    return None if "completion_logp" in visit else float((visit["chosen_logp"] > visit["rejected_logp"]).mean())
+def of_evaluation(visit: Visit, objective: Objective) -> dict[str, float]:
+    """What is said of any visit, and how often the policy finds the chosen answer likelier, by its own log-prob alone."""
+    found = of_visit(visit, objective)
+    if "completion_logp" not in visit:
+        found[PREFERENCE] = float((visit["chosen_logp"] > visit["rejected_logp"]).mean())
+    return found
 
 
 def log_ratio(visit: Visit, answer: str) -> np.ndarray:

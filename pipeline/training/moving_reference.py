@@ -46,6 +46,15 @@ def refuse_another_start(train: Train, policy: str, reference: str | None) -> No
         )
 
 
+def refuse_never(train: Train, n_examples: int) -> None:
+    n_steps = batches.n_steps(n_examples, train.batch_size, train.epochs)
+    if train.moving_reference and train.moving_reference.every >= n_steps:
+        raise UsageError(
+            f"train.moving_reference.every is {train.moving_reference.every:,} and the run has {n_steps:,} steps, so the reference "
+            "would never move. Lower it, or leave train.moving_reference out."
+        )
+
+
 class MovingReference:
     def __init__(
         self, train: Train, objective: Objective, examples: Mapping[str, Examples], policy: Policy, run: Path
@@ -56,11 +65,6 @@ class MovingReference:
         self._every, self._alpha = train.moving_reference.every, train.moving_reference.alpha
         self._n_steps = batches.n_steps(len(examples[TRAIN]), train.batch_size, train.epochs)
         self._scores: dict[str, Scores] = {}  # none before it has moved: the cache's are in force
-        if self._every >= self._n_steps:
-            raise UsageError(
-                f"train.moving_reference.every is {self._every:,} and the run has {self._n_steps:,} steps, so the reference would "
-                "never move. Lower it, or leave train.moving_reference out."
-            )
         if self._mixes and policy.sharded:
             raise UsageError(
                 f"train.moving_reference.alpha={self._alpha:g} mixes whole weights, and the model is sharded. Set alpha to 1, or "
