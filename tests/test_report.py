@@ -210,6 +210,20 @@ def test_wilsons_interval_is_the_known_one():
     )  # n / (n + z^2) where all are right
 
 
+def test_newcombes_interval_holds_as_often_as_it_says_and_has_a_width_where_all_are_higher():
+    chance = np.random.default_rng(0)
+    likelier = 0.8413447  # of N(sqrt 2, 1) beside N(0, 1): the normal distribution's function at 1
+    held = 0
+    for _ in range(400):
+        found = intervals.how_often_higher(chance.normal(2**0.5, 1, 25), chance.normal(0, 1, 15))
+        held += found.low <= likelier <= found.high
+    assert 0.92 <= held / 400 <= 0.99
+    always = intervals.how_often_higher(np.ones(38), np.zeros(38))
+    assert (always.value, always.high) == (1, 1) and 0.8 < always.low < 0.99
+    never = intervals.how_often_higher(np.zeros(38), np.ones(38))
+    assert (never.value, never.low, never.high) == pytest.approx((0, 0, 1 - always.low))
+
+
 def test_the_bootstrap_is_the_normal_interval_where_that_holds_and_always_the_same():
     values = np.random.default_rng(1).normal(3, 2, 2000)
     found, error = intervals.mean(values), 1.96 * values.std() / 2000**0.5

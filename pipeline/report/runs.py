@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from pipeline.report.intervals import Estimate, bootstrap, mean, share
+from pipeline.report.intervals import Estimate, bootstrap, how_often_higher, mean, share
 from pipeline.schema import HELD_OUT
 
 PREFERRED = "chosen answer more likely than rejected"
@@ -188,12 +188,9 @@ def _says_something(margins: np.ndarray) -> bool:
 
 
 def _of_labels(before: Columns, after: Columns) -> list[Measured]:
-    def apart(good: np.ndarray, bad: np.ndarray) -> float:
-        return float(good.mean() - bad.mean())
-
     return [
-        Measured("reward accuracy", "%", _between(_how_often_higher, before), _between(_how_often_higher, after), None),
-        Measured("reward margin", "", _between(apart, before), _between(apart, after), None),
+        Measured("reward accuracy", "%", _between(how_often_higher, before), _between(how_often_higher, after), None),
+        Measured("reward margin", "", _between(_apart, before), _between(_apart, after), None),
         _mean("loss", "", "loss", before, after),
         *(
             _mean(f"log-prob of {name} answers", "nats", "completion_logp", *_only(before, after, label))
@@ -202,13 +199,17 @@ def _of_labels(before: Columns, after: Columns) -> list[Measured]:
     ]
 
 
-def _between(statistic: Callable[..., float], visit: Columns) -> Estimate | None:
-    """A statistic of the rewards of desirable and undesirable answers, where there are both and they are not all 0."""
+def _between(estimate: Callable[[np.ndarray, np.ndarray], Estimate], visit: Columns) -> Estimate | None:
+    """An estimate from the rewards of desirable and undesirable answers, where there are both and they are not all 0."""
     if not visit or not _says_something(visit["completion_reward"]):
         return None
     is_good = visit["label"].astype(bool)
     good, bad = visit["completion_reward"][is_good], visit["completion_reward"][~is_good]
-    return bootstrap(statistic, good, bad) if len(good) and len(bad) else None
+    return estimate(good, bad) if len(good) and len(bad) else None
+
+
+def _apart(good: np.ndarray, bad: np.ndarray) -> Estimate:
+    return bootstrap(lambda *drawn: float(drawn[0].mean() - drawn[1].mean()), good, bad)
 
 
 def _only(before: Columns, after: Columns, label: bool) -> tuple[Columns, Columns]:
@@ -216,11 +217,6 @@ def _only(before: Columns, after: Columns, label: bool) -> tuple[Columns, Column
         return {name: values[visit["label"].astype(bool) == label] for name, values in visit.items()}
 
     return of(before), of(after)
-
-
-def _how_often_higher(good: np.ndarray, bad: np.ndarray) -> float:
-    """Of all desirable answers beside all undesirable ones, how often the first has the higher reward."""
-    return float(np.searchsorted(np.sort(bad), good, side="left").mean() / len(bad))
 
 
 _MEASURED = {"pairs": _of_pairs, "labels": _of_labels}
