@@ -1,4 +1,4 @@
--- For train.only: the training pairs that are clearest to the data's own grades and to a run's implicit rewards together (after arXiv 2502.14560, which keeps a tenth). Of data without grades, to the rewards alone.
+-- For train.only: the training pairs that are clearest to the data's own grades and to a run's implicit rewards together (after arXiv 2502.14560, which keeps a tenth). Of data without grades, to the rewards alone. A pair's are those of its last visit: in a first epoch the early ones are of a policy that has learnt less.
 -- run = null: the run whose rewards are taken; where it is null, the one that comes first by name
 -- share = 0.1: of the training pairs
 with margins as (

@@ -1,4 +1,4 @@
--- For train.only: the training pairs that a run finds hardest, by the smallest gap between their implicit rewards (arXiv 2508.04149, which keeps a tenth).
+-- For train.only: the training pairs that a run finds hardest, by the smallest gap between their implicit rewards (arXiv 2508.04149, which keeps a tenth). A pair's are those of its last visit: in a first epoch the early ones are of a policy that has learnt less.
 -- run = null: the run whose rewards are taken; where it is null, the one that comes first by name
 -- share = 0.1: of the training pairs
 with gaps as (
