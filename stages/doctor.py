@@ -5,6 +5,7 @@ It changes nothing and loads no weights.
 
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -224,13 +225,19 @@ def _run(run: Path) -> Finding:
         found = checkpoints.newest(run, passed_over.append)
         begun = f"{run}: {facts['loss']}, not finished; it goes on from step {found[1]['step'] if found else 0}"
         state: State = "problem" if passed_over else "absent"
-        return Finding("runs", state, " ".join([begun, *passed_over]), f"make train RUN={run.name}")
+        return Finding("runs", state, " ".join([begun, *passed_over]), _again(run))
     for file, reason, made_again in runfolder.damaged(run, manifest):
-        remedy = f"make train RUN={run.name}" if made_again else f"Delete {run} and train again."
+        remedy = _again(run) if made_again else f"Delete {run} and train again."
         return Finding("runs", "problem", f"{file} {reason}", remedy)
     alerts = sum(manifest["alerts"].values())
     raised = f", {alerts:,} alerts (select * from alerts)" if alerts else ""
     return Finding("runs", "ok", f"{run}: {facts['loss']}, {manifest['steps']:,} steps, finished{raised}")
+
+
+def _again(run: Path) -> str:
+    """By the run's own settings, which nobody has to remember."""
+    # Under the name that it has now: a run that gave way to another was called otherwise when it was made.
+    return shlex.join(["prefcache", "train", str(run / "config.yaml"), "--set", f"train.run={run.name}"])
 
 
 def _or_problem(area: str, state: Callable[[], Finding]) -> Finding:

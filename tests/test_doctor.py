@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_data_that_changed_since_it_was_scored_is_said(prefcache, config, tmp_pa
     assert "changed since" in examined(prefcache, config)["scores"][0]["what"]
 
 
-def test_an_unfinished_run_says_where_it_goes_on(prefcache, config, tmp_path):
+def test_an_unfinished_run_says_where_it_goes_on_and_by_what_command(prefcache, config, tmp_path):
     for stage in ("prepare", "score"):
         prefcache(stage, config)
     prefcache("train", config, "--set", "train.checkpoint_every=5")
@@ -84,7 +85,11 @@ def test_an_unfinished_run_says_where_it_goes_on(prefcache, config, tmp_path):
     (run / "manifest.json").unlink()
     shutil.rmtree(max((run / "checkpoints").iterdir()))
     (found,) = examined(prefcache, config)["runs"]
-    assert found["what"].endswith("it goes on from step 10") and found["remedy"] == "make train RUN=trained"
+    assert found["what"].endswith("it goes on from step 10")
+    _, *command = shlex.split(found["remedy"])
+    assert "going on from step 10" in prefcache(*command).stderr
+    (found,) = examined(prefcache, config)["runs"]
+    assert found["state"] == "ok"
 
 
 def test_engines_say_why_they_cannot(prefcache, config):
