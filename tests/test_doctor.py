@@ -92,6 +92,18 @@ def test_an_unfinished_run_says_where_it_goes_on_and_by_what_command(prefcache, 
     assert found["state"] == "ok"
 
 
+def test_the_command_is_for_a_run_that_gave_way_to_another_under_the_name_it_has_now(prefcache, config, tmp_path):
+    for stage in ("prepare", "score", "train"):
+        prefcache(stage, config)
+    prefcache("train", config, "--set", "train.beta=0.3")
+    weights = tmp_path / "runs/tiny/trained-1/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"x")
+    damaged, whole = sorted(examined(prefcache, config)["runs"], key=lambda found: found["state"], reverse=True)
+    assert (damaged["state"], whole["state"]) == ("problem", "ok")
+    prefcache(*shlex.split(damaged["remedy"])[1:])
+    assert [found["state"] for found in examined(prefcache, config)["runs"]] == ["ok", "ok"]
+
+
 def test_engines_say_why_they_cannot(prefcache, config):
     settings = ["--set", "score.vllm.python=nowhere/python"]
     _, vllm = examined(prefcache, config, *settings)["engines"]
