@@ -294,8 +294,7 @@ def test_one_failure_ends_the_other_requests(faulty, first):
     began = time.monotonic()
     with pytest.raises(UsageError):
         score(url, [ASKED] * 50, concurrency=4)
-    # Each of the four may have begun another before it is told.
-    assert time.monotonic() - began < 5 and len(state.times) < 25
+    assert time.monotonic() - began < 5 and len(state.times) <= 5
 
 
 def test_a_server_of_other_weights_is_told_what_a_server_can_be_told():

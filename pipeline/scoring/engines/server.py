@@ -56,12 +56,25 @@ class ServerEngine:
 
     def score(self, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
         """Many requests at once; the first that fails for good ends the others."""
-        with ThreadPoolExecutor(min(self._concurrency, max(len(sequences), 1))) as pool:
-            futures = [pool.submit(self._score_one, sequence) for sequence in sequences]
+        failed: list[BaseException] = []
+
+        def score_one(sequence: Sequence) -> np.ndarray:
+            if failed:
+                return np.empty(0)  # which nobody reads
             try:
-                # Not in their order: the first may be waiting to ask again when another has failed.
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
+                return self._score_one(sequence)
+            except BaseException as error:
+                # Here, so that this thread begins no other; and the first of them, for those it ends fail of it.
+                failed.append(error)
+                self._client.stop()
+                raise
+
+        with ThreadPoolExecutor(min(self._concurrency, max(len(sequences), 1))) as pool:
+            futures = [pool.submit(score_one, sequence) for sequence in sequences]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+                if failed:
+                    raise failed[0]
                 return [future.result() for future in futures]
             except BaseException:
                 self._client.stop()
