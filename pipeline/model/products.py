@@ -20,14 +20,13 @@ _FEWEST = 1 << 16
 # oneDNN makes a kernel for every shape and keeps a thousand, at half a MiB each, unless told otherwise. Rows of tokens have ever
 # new lengths; what is used again is used within a pass through the layers.
 _KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-_registered: list[torch.library.Library] = []  # one that nothing refers to is taken back
 
 
 @cache
-def use_onednn() -> bool:
-    """From now on in this process; whether it is so."""
+def use_onednn() -> torch.library.Library | None:
+    """From now on in this process; None where it is not so. One that nothing refers to is taken back: the cache refers to it."""
     if not (_is_amd() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
+        return None
     for name, value in _KERNELS_KEPT.items():
         os.environ.setdefault(name, value)
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
@@ -36,8 +35,7 @@ def use_onednn() -> bool:
         warnings.simplefilter("ignore")
         library.impl("mm", _product, "CPU")  # type: ignore[no-untyped-call]
         library.impl("addmm", _product_and_sum, "CPU")  # type: ignore[no-untyped-call]
-    _registered.append(library)
-    return True
+    return library
 
 
 def _is_amd() -> bool:

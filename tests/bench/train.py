@@ -314,7 +314,7 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
 
     if name != "ours-mkl":
         products.use_onednn()
-    products.use_onednn = lambda: False
+    products.use_onednn = lambda: None
     rows = {"ours-packed": "packed", "ours-padded": "padded"}.get(name, "auto")
     train = Train(batch_size=STEP, learning_rate=RATE, rows=rows, micro_batch_size=1 if name == "ours-1" else None)
     sequences = _sequences(pairs)
