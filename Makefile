@@ -48,6 +48,7 @@ from_config = $(if $(CONFIG),$(shell sed -n "s/^out: *[\"']\{0,1\}\([^\"' \#]*\)
 run_from_config = $(if $(CONFIG),$(shell sed -n "s/^  *run: *[\"']\{0,1\}\([^\"' \#]*\).*/\1/p" $(CONFIG) 2>/dev/null))
 out := $(patsubst %/,%,$(or $(OUT),$(from_config),runs/mine))
 run := $(or $(RUN),$(run_from_config),trained)
+$(foreach character,$$ ` ; & | < > ( ) { } * ? [ ] \ % : = !,$(if $(findstring $(character),$(out)$(run)),$(error out and train.run are $(out) and $(run): make takes no $(character) in them; call prefcache itself)))
 made = @test -f $@ || { echo "error: make expected $@, but the config writes elsewhere. Give OUT= and RUN=." >&2; exit 2; }
 PREPARED := $(out)/prepared/manifest.json
 SCORED := $(out)/scored/manifest.json
@@ -57,7 +58,8 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-.PHONY: prepare score train report test lint vllm bench-prepare bench-cache bench-score bench-train bench-sql bench-gpu help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-sql bench-gpu help always
+.PHONY: $(phony)
 
 prepare: $(PREPARED)
 	@echo "prepare: up to date, $<"
@@ -89,8 +91,18 @@ $(DATA_STAMP) $(RUN_STAMP): always
 	@mkdir -p $(@D)
 	@echo "$(said)" | cmp -s - $@ || echo "$(said)" > $@
 
-# What a stage was made from, as it wrote it down itself.
--include $(wildcard $(out)/*/inputs.mk)
+# The files that a stage was made from, as it wrote them down in inputs.mk. The folder of an experiment may be a stranger's,
+# so that file is never included: names are taken from its lines, if they are plain, and no target of ours, which has a recipe.
+own := $(phony) $(INSTALLED) $(TEST_INSTALLED) $(VLLM_INSTALLED) $(PREPARED) $(SCORED) $(TRAINED) $(REPORT) $(DATA_STAMP) $(RUN_STAMP)
+read_inputs = $(filter-out $(own),$(shell LC_ALL=C.UTF-8 sed -n 's|^[^ ]*: \(\./\)*\([[:alnum:]_./+,@~-]*\)$$|\2|p' $(dir $1)inputs.mk 2>/dev/null | grep -v '^\.[A-Z_]*$$'))
+prepared_from := $(call read_inputs,$(PREPARED))
+scored_from := $(call read_inputs,$(SCORED))
+trained_from := $(call read_inputs,$(TRAINED))
+$(PREPARED): $(prepared_from)
+$(SCORED): $(scored_from)
+$(TRAINED): $(trained_from)
+# An input that vanishes is no error of make's: the stage reports it.
+$(sort $(filter-out $(DEMO_REFERENCE),$(prepared_from) $(scored_from) $(trained_from))): ;
 
 $(DEMO_REFERENCE): | $(INSTALLED)
 	$(BIN)/python data/demo/make_reference.py
@@ -128,10 +140,20 @@ vllm_needs := from importlib.metadata import requires; \
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest
+test-slow: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -m slow
+# Hours, and resumable. SAMPLE=200 SEED=1 draws some; ONLY=pipeline/stored takes one folder or file; JOBS=4 runs so many at once.
+mutants: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf .links && mkdir -p .links/prefcache && cd .links/prefcache && ln -s ../../pipeline ../../stages/* .
 	$(BIN)/mypy
+
+# Each class of Transformers, tiny, against its plain forward: some minutes. Writes what `prefcache architectures` shows.
+architectures: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.architectures
 
 # Figures, not tests: they depend on the machine and on what else it does.
 bench-prepare: $(TEST_INSTALLED)

@@ -1,1 +1,1 @@
-"""The library: what a record, a key, a cache and a loss are. The programs are in stages/."""
+"""What the stages share: data formats, the model's forward, the cache, the losses. The stages are in stages/."""

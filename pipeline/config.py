@@ -1,28 +1,24 @@
 """The configuration: one YAML file, one section per stage.
 
-Frozen, unknown keys refused. The command line overrides any key with `--set train.beta=0.2`.
-Relative paths are relative to where the command is run. Where to look next: data/demo/config.yaml.
+Sections are frozen and refuse unknown keys. Each field has one line of documentation below it, which `prefcache config` and
+the JSON Schema show (config_settings.py). Reading files and overrides: config_file.py.
 """
 
 import datetime
 import difflib
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import UsageError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -35,23 +31,23 @@ class Source(Section):
     """Where records come from. A plain string in `data` is a path, or a hub id where no such path exists."""
 
     path: str | None = None
-    """A file, a folder, a glob pattern, or - for standard input. Or what `load_from_disk` of datasets reads."""
+    """A file, a folder, a glob pattern, - for standard input, or a folder that datasets' `save_to_disk` wrote."""
     hub: str | None = None
-    """A data set of the hub, by id."""
+    """Id of a data set on the hub."""
     name: str | None = None
-    """Its subset, where it has several."""
+    """Subset of the data set."""
     split: str = "train"
-    """Its split; of a `load_from_disk` folder with several splits as well."""
+    """Split to read, on the hub or in a `save_to_disk` folder."""
     revision: str | None = None
-    """Its branch, tag or commit. A commit never changes under you."""
+    """Branch, tag or commit. Only a commit is guaranteed to stay the same."""
     format: str | None = None
-    """This source's own format. Unless said, prepare.format."""
+    """Format of this source. Default: prepare.format."""
     format_args: dict[str, Any] = {}
-    """Options of the format, over prepare.format_args."""
+    """Options of the format; they override prepare.format_args."""
     columns: dict[str, str] = {}
-    """Renamed columns, over prepare.columns."""
+    """Column names; they override prepare.columns."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Share of its examples used, chosen by a hash. Above 1, training examples are repeated (2.5: twice, half of them thrice)."""
+    """Share of the examples to use, chosen by a hash. Above 1, training examples are repeated: 2.5 uses each twice and half of them a third time."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "Source":
@@ -67,50 +63,54 @@ def _as_sources(value: Any) -> Any:
 
 
 class Prepare(Section):
-    data: Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
-    """Where the records are: a path, or a list of paths and of sources with keys of their own."""
+    data: Annotated[
+        tuple[Source, ...],
+        BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+        Field(min_length=1),
+    ]
+    """Where the records are: a path, or a list of paths and of mappings with `path` or `hub` and further keys."""
     format: str = "auto"
-    """How a record is read: a name that `prefcache formats` lists. auto: recognised from the columns."""
+    """Name of the data format (see `prefcache formats`). auto: recognised from the columns."""
     format_args: dict[str, Any] = {}
     """Options of the format."""
     columns: dict[str, str] = {}
-    """Renamed columns, as the format names them: as the data names them."""
+    """Column names that differ: {name in the format: name in the data}."""
     examples: Literal["auto", "pairs", "labels"] = "auto"
-    """pairs of answers, or one answer with a label. labels: pairs are taken apart. auto: as the data has it."""
+    """pairs: a chosen and a rejected answer. labels: one answer and true or false; pairs are split into two labels. auto: as in the data."""
     pairing: Literal["best_worst", "best_rest", "adjacent", "all"] = "best_worst"
-    """Which pairs are made of a ranking of several answers."""
+    """Which pairs to make from a ranking of several answers."""
     kl_pairs: bool = True
-    """Beside each label, its prompt with another example's answer: what KTO's estimate of the divergence reads."""
+    """For labels: also prepare each prompt with another example's answer, from which KTO estimates the KL divergence."""
     template: Literal["chat", "none"] = "chat"
-    """chat: the tokenizer's chat template (a string is one turn). none: plain text, with the end token after answers."""
+    """chat: use the tokenizer's chat template (a plain string is one turn). none: plain text, with the end token after answers."""
     chat_template: str | None = None
-    """A Jinja file that takes the place of the tokenizer's own template."""
+    """Jinja file to use instead of the tokenizer's own chat template."""
     date: datetime.date = datetime.date(2025, 1, 1)
-    """What a template that prints today's date prints, whatever the day."""
+    """Date for templates that print today's date, so that token ids do not change from day to day."""
     max_length: Count = 2048
-    """Most tokens of prompt and answer together."""
+    """Maximum number of tokens in prompt and answer together."""
     max_prompt_length: Count | None = None
-    """Most tokens of the prompt."""
+    """Maximum number of tokens in the prompt."""
     too_long: Literal["drop", "keep_start", "keep_end"] = "drop"
-    """drop: to quarantine. keep_start: the answers' ends are cut. keep_end: the prompt's oldest turns are cut."""
+    """What to do with longer examples. drop: put them into quarantine. keep_start: cut the ends of the answers. keep_end: cut the oldest turns of the prompt."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """What is done with an example whose tokens are those of an earlier one."""
+    """What to do with an example that has the same tokens as an earlier one."""
     ties: Literal["quarantine", "keep"] = "quarantine"
-    """What is done with ties and with identical answers. keep: the one named first counts as chosen."""
+    """What to do with ties and identical answers. keep: the first one counts as chosen."""
     held_out: Fraction = 0.05
-    """Share of prompts kept for evaluation, chosen by a hash of the prompt."""
+    """Share of the prompts to hold out for evaluation, chosen by a hash of the prompt."""
     seed: int = 0
-    """Of what kl_pairs and weights choose."""
+    """Seed for the choices of kl_pairs and of source weights."""
     max_quarantine: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Largest share of unusable records before the stage refuses to go on."""
+    """Maximum share of unusable records; above it, the stage fails."""
     rows_per_shard: Count = 50_000
-    """Examples in one Arrow file."""
+    """Number of examples per Arrow file."""
     workers: Count | None = None
-    """Processes that prepare at once. Unless said, one per core. Never changes the result."""
+    """Number of worker processes. Default: one per core. Never changes the result."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The entries of `data`, each with what it does not say itself."""
+        """The entries of `data`, with the stage's defaults filled in."""
         return tuple(
             entry.model_copy(
                 update={
@@ -125,77 +125,97 @@ class Prepare(Section):
 
 class Vllm(Section):
     python: str = ".venv-vllm/bin/python"
-    """The Python of the environment that vLLM lives in; `make vllm` builds one."""
+    """Python of an environment in which vLLM is installed. Not needed if prefcache's own has it: pip install 'prefcache[vllm]'."""
     prefix_caching: bool = False
-    """Compute a prompt once for all of its answers. Each answer that this could have spoilt is asked for again."""
+    """Compute a prompt once for all of its answers. Answers whose values this could make wrong are requested again."""
     options: dict[str, Any] = {}
-    """Further arguments of vllm.LLM, such as tensor_parallel_size or gpu_memory_utilization."""
+    """Further arguments to vllm.LLM, such as tensor_parallel_size or gpu_memory_utilization."""
 
 
 class Server(Section):
     url: str | None = None
-    """Where an OpenAI-compatible completions server answers, such as http://localhost:8000/v1."""
+    """Base URL of an OpenAI-compatible completions server, such as http://localhost:8000/v1."""
     model: str | None = None
-    """The name under which it serves the reference. Unless said, the only one that it serves."""
+    """Name under which the server serves the reference. Default: the only model that it serves."""
     key_variable: str = "OPENAI_API_KEY"
-    """The environment variable with the server's key, where it wants one."""
+    """Environment variable that holds the server's API key, if it needs one."""
     concurrency: Count = 32
-    """Requests that are under way at once."""
+    """Number of concurrent requests."""
     timeout: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds that a request may take."""
+    """Timeout of a request in seconds."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """Times that a request is tried again, after longer and longer pauses."""
+    """Number of retries per request, with growing pauses."""
 
 
 class Ray(Section):
     actors: Count
-    """Actors that score at once, each with a reference of its own."""
+    """Number of actors, each with its own copy of the reference."""
     address: str | None = None
-    """Of a cluster that runs, such as 10.0.0.5:6379, or auto for the one that this machine is part of. Unless said, RAY_ADDRESS; without that, a Ray on this machine for as long as it is needed."""
+    """Address of a running cluster, such as 10.0.0.5:6379; auto: the one this machine belongs to. Default: RAY_ADDRESS, else a local Ray for the duration of the command."""
     cpus: Count = 1
-    """Cores that an actor takes, and threads that it computes with unless OMP_NUM_THREADS says otherwise."""
+    """CPU cores per actor; also its number of threads unless OMP_NUM_THREADS is set."""
     gpus: Annotated[float, Field(gt=0)] | None = None
-    """GPUs that an actor takes; 0.5 puts two on one. Unless said, 1 where this machine would score on a GPU, else none."""
+    """GPUs per actor; 0.5 puts two on one GPU. Default: 1 if this machine would score on a GPU, else none."""
     options: dict[str, Any] = {}
-    """Further options of an actor, as Ray names them, such as memory (bytes) or resources."""
+    """Further Ray options for the actors, such as memory (bytes) or resources."""
+
+
+def engine_names() -> list[str]:
+    """Return the scoring engines: one file each in scoring/engines. None is imported."""
+    return sorted(file.stem for file in (Path(__file__).parent / "scoring/engines").glob("[!_]*.py"))
+
+
+def _as_engine(name: str) -> str:
+    if name not in (names := engine_names()):
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise ValueError(f"expected one of {', '.join(names)}{hint}")
+    return name
+
+
+Engine = Annotated[str, AfterValidator(_as_engine), WithJsonSchema({"enum": engine_names()})]
 
 
 class Score(Section):
-    engine: Literal["transformers", "vllm", "server"] = "transformers"
-    """What computes the reference's log-probs."""
+    engine: Engine = "transformers"
+    """Engine that computes the reference's log-probs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the reference's weights. auto: as saved on a GPU, float32 on a CPU. Log-probs are always float32."""
+    """Data type of the reference's weights. auto: as saved on a GPU, float32 on a CPU. Log-probs are always float32."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """The reference's weights are quantised when they are loaded (bitsandbytes). It counts as another reference."""
+    """Quantize the reference when it is loaded (bitsandbytes). A quantized model is a different reference, with its own cache."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention kernel."""
+    """Attention kernel. Models without an SDPA implementation (BLOOM, GPT-J, Mamba, Gemma 2) use eager instead."""
     rows: Literal["auto", "shared", "packed", "padded"] = "auto"
-    """How sequences share a forward pass: shared: no padding, and a prompt once for all of its answers. packed: no padding. padded: neither. auto: the first of these that is right for the model."""
+    """Layout of a forward pass. shared: no padding, each prompt computed once for all of its answers. packed: no padding. padded: ordinary padded batches. auto: the first of these that is exact for the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     tokens_per_batch: Count | None = None
-    """Most tokens of one forward pass. Unless said, 16,384 on a GPU and 2,048 on a CPU. Halved where memory does not suffice."""
+    """Maximum number of tokens per forward pass. Default: 16,384 on a GPU, 2,048 on a CPU. Halved when memory runs out."""
     tokens_per_shard: Count = 250_000
-    """Tokens behind one file of the cache, which is what an interruption can lose."""
+    """Number of tokens per cache shard. An interruption loses at most one unfinished shard."""
     logps: bool = True
-    """Keep every token's log-prob beside the sum."""
+    """Store per-token log-probs in addition to the sums."""
     parity_sample: Annotated[int, Field(ge=0)] = 32
-    """Sequences whose log-probs are compared with a plain one-by-one float32 forward. 0: none."""
+    """Number of sequences to compare with the plain one-by-one float32 forward. 0: none."""
     accept_numerics: Strings = ()
-    """Ids of other engines, versions or dtypes whose cached rows may be used beside this one's."""
+    """Numerics ids of other engines, versions or dtypes whose cached rows may be used too."""
     rescore: bool = False
-    """Score again what the cache has from another engine, version or dtype."""
+    """Score sequences again that the cache has only from another engine, version or dtype."""
     vllm: Vllm = Vllm()
+    """Settings of engine vllm."""
     server: Server = Server()
+    """Settings of engine server."""
     ray: Ray | None = None
-    """Actors of Ray score, on as many machines as its cluster has. They change no value."""
+    """Score with Ray actors, on as many machines as the cluster has. Values stay the same."""
 
 
 class Kinds(Section):
-    """Patterns that an answer matches from end to end; an answer that matches neither is counted as neither."""
+    """Regular expressions for whole answers; an answer may match neither."""
 
     preferred: str
+    """Pattern of the preferred kind."""
     rejected: str
+    """Pattern of the rejected kind."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "Kinds":
@@ -208,18 +228,18 @@ class Kinds(Section):
 
 
 class Tokens(Section):
-    """How the log-probs of an answer's tokens become one number. Unless said, they are added up."""
+    """How the log-probs of an answer's tokens become one number; by default their sum."""
 
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """Weight of the tokens beyond the length of the pair's shorter answer (LD-DPO)."""
     ld_alpha_of: Literal["both", "policy"] = "both"
-    """policy: the reference's tokens beyond it keep their weight, as some implementations have it."""
+    """Whose tokens ld_alpha weighs. policy: the reference's tokens keep weight 1, as in some implementations."""
     sampo: bool = False
-    """Of the longer answer only as many random tokens as the shorter one has (SamPO)."""
+    """Sample as many tokens of the longer answer as the shorter one has (SamPO)."""
     decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Each token's weight is so much of the one before it: earlier tokens count more (temporal decay)."""
+    """Ratio of each token's weight to that of the token before it: earlier tokens count more (temporal decay)."""
     clamp: tuple[float, float] | None = None
-    """Lowest and highest log-ratio to the reference that a token may count with, such as [-1.5, 1.5] (Humanline)."""
+    """Lower and upper limit of each token's log-ratio to the reference, such as [-1.5, 1.5] (Humanline)."""
 
     @model_validator(mode="after")
     def _combine(self) -> "Tokens":
@@ -229,28 +249,28 @@ class Tokens(Section):
                 f"clamp: found {list(self.clamp)}, expected a lower and an upper limit with 0 between them"
             )
         if self.ld_alpha_of == "policy" and self.ld_alpha is None:
-            raise ValueError("ld_alpha_of says whose tokens ld_alpha weighs, and there is no ld_alpha; say it too")
+            raise ValueError("ld_alpha_of says whose tokens ld_alpha weighs, but ld_alpha is not set; set it too")
         if self.sampo and self.ld_alpha is not None:
             raise ValueError("sampo and ld_alpha both deal with the longer answer's tokens; take one of them")
         return self
 
     @property
     def weighs(self) -> bool:
-        """Whether anything but plain sums is asked for."""
+        """Whether the settings ask for anything but plain sums."""
         return self.of_reference or self.ld_alpha is not None
 
     @property
     def of_reference(self) -> bool:
-        """Whether the reference's single tokens are needed for it."""
+        """Whether the settings need the reference's per-token log-probs."""
         on_both = self.ld_alpha is not None and self.ld_alpha_of == "both"
         return on_both or self.sampo or self.decay is not None or self.clamp is not None
 
 
 def _as_weights(value: Any) -> Any:
-    """A list of names has weights of 1. What is neither a name nor a mapping of names to numbers is refused."""
+    """Give listed names weight 1; refuse what is neither a name nor a mapping of names to numbers."""
     if isinstance(value, list):
         if twice := next((name for name in value if value.count(name) > 1), None):
-            raise ValueError(f"names {twice} twice; say its weight, as in {{{twice}: 2}}")
+            raise ValueError(f"names {twice} twice; give it a weight, as in {{{twice}: 2}}")
         value = {str(name): 1.0 for name in value} if all(isinstance(name, str | int) for name in value) else None
     if isinstance(value, dict):
         return {str(name): _weight(str(name), weight) for name, weight in value.items()} or _expected_losses(value)
@@ -279,12 +299,12 @@ def _as_budget(value: Any) -> Any:
     raise ValueError("expected a number of tokens of at least 1, or auto")
 
 
-def _as_word(value: Any) -> Any:
+def _as_off(value: Any) -> Any:
     return "off" if value is False else value  # YAML 1.1 reads off as false
 
 
 def _as_arguments(value: Any) -> Any:
-    """`{loss: {key: value}}`, which is what --set train.loss_args.loss.key=value makes, as `{loss.key: value}`."""
+    """Flatten `{loss: {key: value}}`, which --set train.loss_args.loss.key=value makes, to `{loss.key: value}`."""
     if not isinstance(value, dict):
         return value
     flat: dict[Any, Any] = {}
@@ -304,56 +324,56 @@ def _as_expression(value: Any) -> Any:
     return value
 
 
-Expression = Annotated[str, BeforeValidator(_as_expression)]
+Expression = Annotated[str, BeforeValidator(_as_expression, json_schema_input_type=str | bool)]
 
 
 class Lora(Section):
-    """An adapter is trained, and the model's own weights stay as they are. Where the policy starts from a model that has an
-    adapter already, that one is trained further, in its own shape."""
+    """Train an adapter and leave the model's own weights unchanged. If the policy starts from a model that already has an
+    adapter, that adapter is trained further in its own shape."""
 
     r: Count = 16
-    """Rank."""
+    """Rank of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """What the adapter adds is multiplied by alpha / r."""
+    """The adapter's output is scaled by alpha / r."""
     target_modules: Strings = ("all-linear",)
-    """Names of the layers that get one, such as q_proj. all-linear: every linear layer but the head."""
+    """Names of the layers to adapt, such as q_proj. all-linear: every linear layer except the head."""
     dora: bool = False
-    """Direction and length of a weight's columns are learned apart (DoRA)."""
+    """Learn direction and magnitude of the weights separately (DoRA)."""
     rslora: bool = False
-    """Multiply by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    """Scale by alpha / sqrt(r) instead (rank-stabilized LoRA)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0
-    """Of the adapter's input. Only 0 is taken, with the reason."""
+    """Only 0 is accepted: with dropout, the policy would differ from its reference before the first step."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's own weights, which are not trained. The adapter is float32 always."""
+    """Data type of the model's own, frozen weights. The adapter is always float32."""
 
     @model_validator(mode="after")
     def _no_dropout(self) -> "Lora":
         if self.dropout:
             raise ValueError(
-                "dropout is not done: the policy would differ from its reference before it learnt anything, and micro-batches "
+                "dropout is not supported: the policy would differ from its reference before it learned anything, and micro-batches "
                 "would change a step's result. Leave it out"
             )
         return self
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What is said of an adapter that is yet to be made, by key of this section."""
+        """Settings that shape a new adapter, as far as they were given."""
         return {name: getattr(self, name) for name in sorted(self.model_fields_set - {"dropout", "base_dtype"})}
 
 
-def _of_evaluation(name: Any) -> Any:
+def _with_eval_prefix(name: Any) -> Any:
     return f"eval_{name}" if isinstance(name, str) and not name.startswith("eval_") else name
 
 
 class Best(Section):
-    """A metric alone has it as `metric`."""
+    """Choice of the best evaluation. A plain string is its `metric`."""
 
-    metric: Annotated[str, BeforeValidator(_of_evaluation)]
-    """Of the evaluations of the held-out examples, such as eval_loss or eval_rewards/accuracies. eval_ may be left out."""
+    metric: Annotated[str, BeforeValidator(_with_eval_prefix, json_schema_input_type=str)]
+    """Metric of the held-out evaluations, such as eval_loss or eval_rewards/accuracies. The prefix eval_ may be omitted."""
     greater_is_better: bool | None = None
-    """Unless said, false for losses and true for all others."""
+    """Default: false for losses, true for all other metrics."""
     patience: Count | None = None
-    """Evaluations in a row without a better one after which training ends. Unless said, it goes on to its last step."""
+    """Stop training after this many evaluations in a row without improvement. Default: train to the last step."""
 
     @property
     def is_greater_better(self) -> bool:
@@ -366,119 +386,136 @@ def _as_best(value: Any) -> Any:
 
 
 class MovingReference(Section):
-    """The reference follows the policy in leaps (TR-DPO); {} takes the paper's."""
+    """Move the reference towards the policy at intervals (TR-DPO); {} uses the paper's settings."""
 
     every: Count = 512
-    """Steps between two leaps."""
+    """Steps between two updates of the reference."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """The reference becomes alpha * policy + (1 - alpha) * reference. 1: it becomes the policy."""
+    """The reference becomes alpha * policy + (1 - alpha) * reference; with 1 it becomes the policy."""
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Train(Section):
-    loss: Annotated[str | dict[str, float], BeforeValidator(_as_weights)] = "sigmoid"
-    """A name that `prefcache losses` lists, or several with their weights: {sigmoid: 0.8, sft: 0.2}."""
+    loss: Annotated[
+        str | dict[str, float], BeforeValidator(_as_weights, json_schema_input_type=str | list[str] | dict[str, float])
+    ] = "sigmoid"
+    """Name of a loss (see `prefcache losses`), or several with weights: {sigmoid: 0.8, sft: 0.2}. DPO is sigmoid."""
     beta: Annotated[float, Field(gt=0)] | None = None
-    """Strength of the pull towards the reference; also the scale of rewards. Unless said, the loss's own default."""
-    loss_args: Annotated[dict[str, bool | float | str], BeforeValidator(_as_arguments)] = {}
-    """Further hyperparameters of the loss. Of several losses, `key` is for all that have it, `loss.key` for one."""
+    """Strength of the pull towards the reference, and scale of the rewards. Default: the loss's own."""
+    loss_args: Annotated[
+        dict[str, bool | float | str], BeforeValidator(_as_arguments, json_schema_input_type=dict[str, Any])
+    ] = {}
+    """Further hyperparameters of the loss. With several losses, `key` sets it for all that have it, `loss.key` for one."""
     reference_free: bool = False
-    """Take the reference's log-probs to be 0: no scores are read."""
+    """Take the reference's log-probs as 0; no cache is read."""
     tokens: Tokens = Tokens()
     """How the log-probs of an answer's tokens become one number."""
     weighting: Literal["wpo"] | None = None
-    """wpo: weigh each example by how likely the policy would be to write its answers (WPO)."""
+    """wpo: weight each example by how likely the policy is to write its answers (WPO)."""
     density_ratio: bool = False
-    """For bco: weigh undesirable answers by how much likelier their prompts are among the desirable ones."""
+    """For bco: weight undesirable answers by how much likelier their prompts are among the desirable ones."""
     where: Expression | None = None
-    """SQL: train on the training examples for which it is true, such as margin < 5 and n_chosen < 200. Evaluation keeps all."""
+    """SQL condition on training examples, such as margin < 5 and n_chosen < 200. Evaluation still uses all held-out examples."""
     only: str | None = None
-    """A file whose column example_id names the training examples to keep: .parquet, .arrow, .jsonl or .csv (prefcache ask)."""
+    """File whose column example_id names the training examples to keep: .parquet, .arrow, .jsonl or .csv, as `prefcache ask --out` writes."""
     weight: Expression | None = None
-    """SQL: how much each counts, beside the average, such as if(source = 'a.jsonl', 2, 1). 0: it is not visited."""
+    """SQL expression for the relative weight of each example, such as if(source = 'a.jsonl', 2, 1). 0: skip it."""
     order_by: Expression | None = None
-    """SQL: the order of each epoch, such as n_chosen, score_gap desc. Equal ones are shuffled. `epoch` is a column, 1 at first."""
+    """SQL order of each epoch, such as n_chosen, score_gap desc. Ties are shuffled. The column `epoch` starts at 1."""
     scope: Literal["batch", "micro"] = "batch"
-    """What a loss's statistics are taken over: the whole batch of a step, or each micro-batch, as other trainers do."""
+    """Scope of a loss's batch statistics: the whole batch of a step, or each micro-batch as other trainers do."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    """At its peak, after the warm-up."""
+    """Peak learning rate, after warm-up."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Times that every pair is seen."""
+    """Number of passes over the training examples; fractions are allowed."""
     batch_size: Count = 32
-    """Pairs per optimizer step, over all processes."""
-    tokens_per_micro_batch: Annotated[int | Literal["auto"] | None, BeforeValidator(_as_budget)] = None
-    """Most tokens of one forward and backward. Unless said, 16,384 on a GPU and 1,024 on a CPU. auto: on a GPU, what fits there, tried out at the start. Halved where memory does not suffice; never changes the result."""
+    """Examples per optimizer step, over all processes."""
+    tokens_per_micro_batch: Annotated[
+        int | Literal["auto"] | None, BeforeValidator(_as_budget, json_schema_input_type=Count | Literal["auto"] | None)
+    ] = None
+    """Maximum number of tokens per forward and backward. Default: 16,384 on a GPU, 1,024 on a CPU. auto: on a GPU, what fits, found by trial at the start. Halved when memory runs out; never changes the result."""
     rows: Literal["auto", "shared", "packed", "padded"] = "auto"
-    """How sequences share a forward pass, as score.rows. auto: the first that is right for the model."""
+    """Layout of a forward pass, as in score.rows. auto: the first that is exact for the model."""
     micro_batch_size: Count | None = None
-    """Most examples of one forward and backward."""
+    """Maximum number of examples per forward and backward."""
     warmup_ratio: Fraction = 0.1
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps used for warm-up."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls to zero after the warm-up; constant: it does not."""
+    """Decay of the learning rate to zero after warm-up; constant: no decay."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit"] = "adamw"
-    """Its two moments take 8 bytes for every value that is trained; in 8 bits 2, in 4 bits 1 (torchao's)."""
+    """AdamW keeps 8 bytes of state per trained value; the 8-bit version 2, the 4-bit version 1 (torchao)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW's decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's."""
+    """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
     lora: Lora | None = None
-    """Train an adapter (LoRA, DoRA) instead of all weights; {} has it with the defaults."""
+    """Train an adapter (LoRA, DoRA) instead of all weights; {} uses the defaults."""
     moving_reference: MovingReference | None = None
-    """Let the reference move: {every: 512, alpha: 0.6}. What it scores anew are the examples that come until it moves again."""
+    """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
     router_aux_loss: Annotated[float, Field(ge=0)] | None = None
-    """Of a mixture of experts: weight of its load-balancing loss, which is added. Unless said, router_aux_loss_coef of the model's config, where that has output_router_logits on."""
+    """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradient; larger gradients are scaled down."""
     seed: int = 0
-    """Of the order of the data."""
+    """Seed for the order of the data."""
     run: Annotated[str, Field(pattern=r"^[\w.=+-]+$")] = "trained"
-    """Name of the run: its folder in `out`."""
+    """Name of the run, which is its folder in `out`."""
     model: str | None = None
-    """What the policy starts from, a model or a PEFT adapter of one. Unless said, the reference."""
+    """Model or PEFT adapter that the policy starts from. Default: the reference."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the arithmetic; what is trained stays float32. auto: bf16 on a GPU, float32 on a CPU."""
+    """Precision of the arithmetic; trained weights stay float32. auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     shard: Literal["none", "fsdp"] | None = None
-    """fsdp: each of several processes holds a part of the model, its gradients and optimizer state (FSDP2). none: all of it. Unless said, as `accelerate launch` was told."""
-    alerts: Annotated[Literal["off", "warn", "strict"], BeforeValidator(_as_word)] = "warn"
-    """What is done where metrics say that something goes wrong. strict: the run stops there, with exit code 7 and a checkpoint."""
+    """fsdp: each process holds a part of the model, gradients and optimizer state (FSDP2). none: each holds everything. Default: what `accelerate launch` was configured with."""
+    alerts: Annotated[
+        Literal["off", "warn", "strict"],
+        BeforeValidator(_as_off, json_schema_input_type=Literal["off", "warn", "strict"]),
+    ] = "warn"
+    """What to do when metrics show that training goes wrong. strict: save a checkpoint and stop with exit code 7."""
     eval_every: Count | None = None
-    """Steps between evaluations on the held-out pairs. Always evaluated: before the first step and after the last."""
-    best: Annotated[Best | None, BeforeValidator(_as_best)] = None
-    """End with the weights of the best evaluation after a step, not with the last ones: a metric, such as eval_loss."""
+    """Steps between evaluations on the held-out examples. The first and last step are always evaluated."""
+    best: Annotated[Best | None, BeforeValidator(_as_best, json_schema_input_type=str | Best | None)] = None
+    """Keep the weights of the best evaluation instead of the last ones: a metric, such as eval_loss."""
     checkpoint_every: Count = 200
-    """Steps between checkpoints, from which an interrupted run goes on."""
+    """Steps between checkpoints, from which an interrupted run resumes."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept; train.best is kept beside them."""
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_as_list)] = ()
-    """Where metrics go beside the Parquet files: tensorboard (in the run's folder), wandb, trackio, or several of them."""
+    """Number of newest checkpoints to keep, in addition to the best one (train.best)."""
+    report_to: Annotated[
+        tuple[Tracker, ...], BeforeValidator(_as_list, json_schema_input_type=Tracker | list[Tracker])
+    ] = ()
+    """Where to send metrics in addition to the Parquet files: tensorboard (in the run's folder), wandb, trackio, or several of them."""
     samples: Annotated[int, Field(ge=0)] = 8
-    """Held-out prompts answered before and after training."""
+    """Number of held-out prompts to answer before and after training."""
     sample_tokens: Count = 64
-    """Longest sample answer."""
+    """Maximum number of tokens per sample answer."""
     kinds: Kinds | None = None
-    """How to tell the preferred kind of answer from the rejected one in samples."""
+    """Patterns that tell the preferred kind of sample answer from the rejected kind."""
 
 
 class Config(Section):
     model: str
-    """The reference: a folder with a Transformers model or a PEFT adapter, or the hub's id of one."""
+    """The reference: folder or hub id of a Transformers model or a PEFT adapter."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a model on the hub."""
     adapter: str | None = None
-    """A PEFT adapter that belongs to the reference, on top of `model`: a folder or a hub id."""
+    """PEFT adapter on top of `model` that belongs to the reference: folder or hub id."""
     out: str
-    """Folder of this experiment: prepared/, scored/ and its runs."""
+    """Folder of the experiment: prepared/, scored/ and its runs."""
     cache: str = "cache"
-    """Folder of the reference log-probs, one folder per reference; share it between experiments."""
+    """Folder of the cached log-probs, with one subfolder per reference. Share it between experiments."""
     prepare: Prepare
+    """From data to token ids."""
     score: Score = Score()
+    """From token ids to the reference's log-probs."""
     train: Train = Train()
+    """From log-probs to a trained policy."""
 
     @property
     def prepared(self) -> Path:
@@ -495,116 +532,5 @@ class Config(Section):
     @model_validator(mode="after")
     def _run_has_a_folder_of_its_own(self) -> "Config":
         if self.train.run in ("prepared", "scored", ".", ".."):
-            raise ValueError(f"train.run: {self.train.run!r} is the folder of another stage; name the run otherwise")
+            raise ValueError(f"train.run: {self.train.run!r} is the folder of another stage; choose another name")
         return self
-
-
-def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in `path` (none: empty) with `key=value` overrides on top."""
-    tree = read_yaml(Path(path)) if path else {}
-    for override in overrides:
-        _set(tree, override)
-    return validated(tree, f"{path}: " if path else "")
-
-
-def validated(tree: dict[str, Any], where: str = "") -> Config:
-    """A tree as a configuration, or UsageError that begins with `where`."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UsageError(where + "; ".join(_explain(problem) for problem in error.errors())) from None
-
-
-def to_yaml(config: Config) -> str:
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"No config at {path}. Name a YAML file; data/demo/config.yaml is one to start from."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a config: {error}. Name a YAML file; data/demo/config.yaml is one to start from."
-        ) from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(tree, dict):
-        found = "nothing" if tree is None else type(tree).__name__
-        raise UsageError(f"{path}: found {found}, expected sections such as `prepare:`.")
-    return tree
-
-
-def _set(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--set {override}: expected KEY=VALUE, as in --set train.beta=0.2.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}.") from None
-    *sections, last = key.split(".")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise UsageError(f"--set {override}: {section} is a value, not a section.")
-    tree[last] = value
-
-
-def _explain(problem: Any) -> str:
-    keys = [str(part) for part in problem["loc"]]
-    name = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        return f"{name} is no key of the configuration{_nearest(keys)}"
-    if problem["type"] == "missing":
-        name = "prepare.data" if name == "prepare" else name
-        option = f" (or --set {name}=...)" if name else ""
-        return f"{name} is missing; say it in the config{option}"
-    if problem["type"] == "model_type":
-        section, path = _section_at(keys), "a path or " if keys[:2] == ["prepare", "data"] else ""
-        known = f" of {', '.join(section.model_fields)}" if section else ""
-        return f"{name}: found {problem['input']!r}, expected {path}a mapping{known}"
-    if problem["type"] == "too_short":
-        return f"{name}: names nothing; expected a path or a list of them"
-    found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message}{found}" if name else message
-
-
-def _nearest(keys: list[str]) -> str:
-    section = _section_at(keys[:-1])
-    if section is None:
-        return ""
-    names = list(section.model_fields)
-    near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
-    if near:
-        return f"; the nearest is {'.'.join([*keys[:-1], near[0]])}"
-    elsewhere = [f"{at}.{keys[-1]}" for at, kind in _sections().items() if keys[-1] in kind.model_fields]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(names)}"
-
-
-def _sections() -> dict[str, type[Section]]:
-    return {"prepare": Prepare, "score": Score, "train": Train}
-
-
-def _section_at(keys: list[str]) -> type[Section] | None:
-    """The section that these keys lead to."""
-    section: type[Section] | None = Config
-    for key in keys:
-        # The number of an entry follows the list that it is in.
-        if section is not None and not key.isdigit():
-            section = _section_in(section.model_fields[key].annotation) if key in section.model_fields else None
-    return section
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    """Section itself, or that of `Section | None` and `tuple[Section, ...]`."""
-    kinds = [
-        kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)
-    ]
-    return kinds[0] if kinds else None

@@ -1,14 +1,17 @@
-"""What can go wrong for a user, by exit code. Each message says what was found, what was expected and what to do."""
+"""The errors that a user can see, by exit code. Each message says what was found, what was expected and what to do."""
 
 import difflib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 
 
 class PrefcacheError(Exception):
-    """A mistake or a misfortune of the user's: one clear message and an exit code, never a traceback."""
+    """An error that the user can act on: one clear message and an exit code, never a traceback."""
 
     exit_code = 1
 
@@ -49,15 +52,26 @@ class AlertError(PrefcacheError):
     exit_code = 7
 
 
-INTERRUPTED = 130
+def look_up(registry: Mapping[str, T], name: str, key: str, listing: str = "", what: str = "") -> T:
+    """Look up what the config's `key` names; UsageError with the nearest name.
 
-
-def named(registry: Mapping[str, T], name: str, key: str, listing: str = "") -> T:
-    """What the config's `key` names in a registry, or UsageError with the nearest name. `listing`: where all are."""
+    `listing` says where all names are; `what` says what they name, if there is no key.
+    """
     if name not in registry:
         near = difflib.get_close_matches(name, registry, n=1)
         hint = f"The nearest is {near[0]}. " if near else ""
-        what = key.rpartition(".")[2]
+        what = what or key.rpartition(".")[2]
         known = listing or f"Known: {', '.join(sorted(registry))}."
-        raise UsageError(f"{key}: there is no {what} {name!r}. {hint}{known}")
+        message = f"there is no {what} {name!r}. {hint}{known}"
+        raise UsageError(f"{key}: {message}" if key else message[0].upper() + message[1:])
     return registry[name]
+
+
+def first_complaint(error: "ValidationError", within: str = "") -> str:
+    """Put the first complaint of a validation into words: `rows = "many" (expected an integer)`. `within`: the key above."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join([*([within] if within else []), *(str(part)[:40] for part in first["loc"][:6])])
+    shown = f" = {first['input']!r}"[:80] if isinstance(first["input"], str | int | float | None) else ""
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())[:200]
+    message = f"{message[:1].lower()}{message[1:]}"
+    return f"{where}{shown} ({message})" if where else message

@@ -1,26 +1,45 @@
 """Which model a log-prob belongs to, and how it was computed.
 
-Two levels. `model_id`: the weights, bit by bit, the config that shapes the computation, an adapter, quantisation; it
-must match.
-`numerics_id`: engine, versions, dtype, kernel; a column of every cached row, never mixed unless the user says so.
+`model_id` identifies the model: tensors bit by bit, the config keys that shape the computation, adapter, quantization.
+It must match.
+`numerics_id` identifies how values were computed: engine, versions, dtype, kernel. Every cached row has one; rows with
+different ones are mixed only if the user accepts them.
+Ids of earlier versions are in older_ids.py, the files of a model in model_files.py.
 """
 
 import hashlib
 import json
-import re
-import sys
-from collections.abc import Iterable, MutableMapping
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.errors import UsageError
+from prefcache.pipeline import model_config, model_files
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from prefcache.pipeline.safetensors_files import Digests, Tensor, shorten_list, stamp_file
 
-# Say nothing about the computation, or are said elsewhere: dtype is part of the numerics, attention too.
-_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
-_TOKENIZER_FILES = (
+# Keys of a config that do not shape the computation, or are recorded elsewhere: dtype and attention are numerics.
+# Transformers chooses the class by model_type, and never by auto_map here. vLLM chooses by architectures; whatever class
+# that is, its values are compared with those of Transformers.
+VOLATILE_IN_OLDER_IDS = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "_attn_implementation",
+}
+_VOLATILE = VOLATILE_IN_OLDER_IDS | {"architectures", "auto_map", "transformers_weights"}
+# Where generation begins and ends. Not pad_token_id, by which RoBERTa's kin and XGLM count positions, and whose embedding
+# is not trained.
+_ENDS = {"bos_token_id", "eos_token_id"}
+# Their forwards read eos_token_id (tests/pipeline/test_identity.py looks through all causal language models).
+_READ_ENDS = {"qwen4_exp", "qwen4_exp_text"}
+OLDER_TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,13 +55,53 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-)
+]
+# New ones come last, so that a folder without them keeps its id. tokenizer.*.json: one for each version of Transformers.
+_TOKENIZER_FILES = [
+    *OLDER_TOKENIZER_FILES,
+    *[
+        "*tokenizer.*.json",
+        "*.model",
+        "tokenizer.model.*",
+        "*.spm",
+        "*.codes",
+        "*.bpe",
+        "*.tokenizer",
+        "*vocab*.json",
+        "*vocab*.txt",
+        "word_*.json",
+        "byte_maps.json",
+        "dict.txt",
+        "emoji.json",
+        "normalizer.json",
+    ],
+]
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# Notes of the place it was loaded from, and how batches are padded and cut, which is never done here.
+_VOLATILE_IN_TOKENIZERS = {
+    "device_map",
+    "files_loaded",
+    "is_local",
+    "local_files_only",
+    "max_length",
+    "model_input_names",
+    "model_max_length",
+    "name_or_path",
+    "pad_to_multiple_of",
+    "padding_side",
+    "processor_class",
+    "slow_tokenizer_class",
+    "special_tokens_map_file",
+    "stride",
+    "tokenizer_file",
+    "transformers_version",
+    "truncation_side",
+    "truncation_strategy",
+}
+_TOKENIZER_SOFTWARE = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common")
 # A folder with one of these has a tokenizer of its own.
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt")
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Those that live in the layers of their model; others add to its input, or act from outside of it.
-_ADAPTER_KINDS = ("LORA", "LOHA", "LOKR", "IA3")
-_VOLATILE_IN_ADAPTERS = {
+VOLATILE_IN_ADAPTERS = {
     "base_model_name_or_path",
     "revision",
     "inference_mode",
@@ -51,11 +110,12 @@ _VOLATILE_IN_ADAPTERS = {
     "runtime_config",
     "task_type",
 }
-# What is made of the weights, so that another recipe under the same name would be another reference.
-_QUANTIZED = {"4bit": "bitsandbytes nf4", "8bit": "bitsandbytes int8, weights only"}
-# Where the hub's client keeps a model: models--org--name/snapshots/commit.
-_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+# PEFT takes the first of their patterns that fits a layer.
+ORDERED_PATTERNS = ("alpha_pattern", "rank_pattern")
+# PEFT makes sets of these, and so saves them in any order.
+_SETS = ("target_modules", "modules_to_save", "exclude_modules")
+# The recipe by which weights are quantized: another one under the same name would be another reference.
+QUANTIZED = {"4bit": "bitsandbytes nf4", "8bit": "bitsandbytes int8, weights only"}
 
 
 @dataclass(frozen=True)
@@ -74,256 +134,185 @@ class Reference:
 
     @property
     def weight_files(self) -> list[Path]:
-        own = [self.adapter / _ADAPTER_WEIGHTS] if self.adapter else []
-        return [*sorted(self.folder.glob("*.safetensors")), *own]
+        """The files that load."""
+        own = [self.adapter / ADAPTER_WEIGHTS] if self.adapter else []
+        return [*model_files.select_weights(self.folder).files, *own]
 
+    @property
+    def unselected_files(self) -> list[Path]:
+        """Files that Transformers does not load, but a loader of every file (or of every file in the index) would."""
+        index = self.folder / model_files.INDEX
+        every = model_files.read_index(index).files if index.is_file() else sorted(self.folder.glob("*.safetensors"))
+        return [file for file in every if file not in model_files.select_weights(self.folder).files]
 
-# -- where it is -----------------------------------------------------------------------------------------------------
+    def stamps(self) -> list[str]:
+        """A text for each file that the model_id depends on, which changes whenever the file does."""
+        configs = [self.folder / model_config.FILE, self.folder / model_files.INDEX]
+        if self.adapter:
+            configs.append(self.adapter / ADAPTER_CONFIG)
+        return [stamp_file(file) for file in [*self.weight_files, *configs] if file.exists()]
 
 
 def find_reference(config: Config) -> Reference:
-    """The reference that a config names: a model, or an adapter with its base; perhaps to be quantised."""
-    folder, adapter = _folder_of(config.model, config.revision), None
-    if is_adapter(folder):
+    """The reference that a config names: a model, or an adapter with its base; perhaps to be quantized."""
+    folder, adapter = model_files.find_folder(config.model, config.revision), None
+    if model_files.is_adapter(folder):
         if config.adapter is not None:
-            raise UsageError(f"model {config.model} is an adapter already; a reference has one. Leave adapter out.")
-        folder, adapter = _base_of(folder), folder
+            raise UsageError(
+                f"model {config.model} is an adapter already, and a reference has at most one. Leave adapter out."
+            )
+        folder, adapter = model_files.find_base(folder), folder
     elif config.adapter is not None:
-        adapter = _folder_of(config.adapter)
-    _check_model_folder(folder)
+        adapter = model_files.find_folder(config.adapter)
+    model_files.check_model(folder)
     if adapter is not None:
-        _check_adapter_folder(adapter)
+        model_files.check_adapter(adapter)
     quantization = config.score.quantization
-    if quantization and "quantization_config" in _read_json(folder / "config.json"):
+    if quantization and model_config.read(folder).quantization_config is not None:
         raise UsageError(
-            f"{folder} is quantised already; score.quantization={quantization} is for weights that are not. Leave it out."
+            f"{folder} is quantized already; score.quantization={quantization} is for weights that are not. Leave it out."
         )
     return Reference(folder, adapter, quantization)
 
 
 def find_start(config: Config) -> Reference:
-    """What the policy starts from: train.model as it is, or the reference with all that belongs to it."""
+    """What the policy starts from: train.model as it is, or the reference with its adapter and quantization."""
     if config.train.model is None:
         return find_reference(config)
     score = config.score.model_copy(update={"quantization": None})
-    named = {"model": config.train.model, "revision": None, "adapter": None, "score": score}
-    return find_reference(config.model_copy(update=named))
+    start = {"model": config.train.model, "revision": None, "adapter": None, "score": score}
+    return find_reference(config.model_copy(update=start))
 
 
 def find_adapter(folder: Path) -> Reference:
     """An adapter's folder, with the base that its config names."""
-    _check_adapter_folder(folder)
-    base = _base_of(folder)
-    _check_model_folder(base)
+    model_files.check_adapter(folder)
+    base = model_files.find_base(folder)
+    model_files.check_model(base)
     return Reference(base, folder)
 
 
-def found_again_as(folder: Path) -> tuple[str, str | None]:
-    """A name and a revision by which this model is found from anywhere: the hub's, or its whole path."""
-    if snapshot := _SNAPSHOT.search(folder.as_posix()):
-        return snapshot[1].replace("--", "/", 1), snapshot[2]
-    return str(folder.resolve()), None
+# -- model_id --------------------------------------------------------------------------------------------------------
 
 
-def _folder_of(name: str, revision: str | None = None) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
-        if revision is not None:
-            raise UsageError(
-                f"revision {revision} is a hub id's, and model {name} is a folder here. Leave revision out."
-            )
-        return folder
-    if folder.exists():
-        raise UsageError(f"model {name} is a file; expected a folder with config.json and *.safetensors.")
-    if not _HUB_ID.match(name):
-        raise UsageError(f"No model at {name}; expected a folder with config.json, or a hub id such as org/name.")
-    return _fetch(name, revision)
+def model_identity(reference: Reference, digests: Digests | None = None) -> dict[str, Any]:
+    """Return the reference's id and what it was made from. `digests` spares hashing unchanged files again.
+
+    It does not depend on how tensors are spread over files, nor on files next to them that do not load.
+    """
+    digests = digests or Digests()
+    content: dict[str, Any] = {
+        "tensors": _summarize(_read_tensors(reference.folder, digests)),
+        "config": canonical_config(model_config.read_object(reference.folder / model_config.FILE)),
+    }
+    if reference.adapter is not None:
+        settings = without_keys(model_config.read_object(reference.adapter / ADAPTER_CONFIG), VOLATILE_IN_ADAPTERS)
+        for key in _SETS:
+            if isinstance(settings.get(key), list):
+                settings[key] = sorted(settings[key], key=str)
+        for key in ORDERED_PATTERNS:
+            if isinstance(settings.get(key), dict):
+                settings[key] = list(map(list, settings[key].items()))
+        tensors = _summarize(digests.read(reference.adapter / ADAPTER_WEIGHTS))
+        content["adapter"] = {"tensors": tensors, "config": settings}
+    if reference.quantization is not None:
+        content["quantization"] = QUANTIZED[reference.quantization]
+    return {"model_id": hash_json(content), **content}
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # The hub's client has many; all mean that there is no model.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        at = f" at revision {revision}" if revision else ""
+def _read_tensors(folder: Path, digests: Digests) -> dict[str, Tensor]:
+    """The tensors of all files. Transformers loads everything in a selected file, whatever the index says of it."""
+    selected = model_files.select_weights(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in selected.files:
+        for name, tensor in digests.read(file).items():
+            if tensors.setdefault(name, tensor) != tensor:
+                # Transformers takes the last of them, other loaders may not.
+                raise UsageError(
+                    f"{folder} has two different tensors {name}, in files that both load. Save the model again, or leave "
+                    "one of the files out of the index."
+                )
+    if missing := selected.promised - tensors.keys():
         raise UsageError(
-            f"model {name}{at} is no folder here, and the hub gave none ({reason}). "
-            "Check the name and the network, or name a local folder."
-        ) from None
-
-
-def _base_of(adapter: Path) -> Path:
-    """The model that an adapter was trained on. What it names may be a folder beside it, too."""
-    settings = _read_json(adapter / _ADAPTER_CONFIG)
-    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    if not name:
-        raise UsageError(
-            f"{adapter} is an adapter and does not say of which model (base_model_name_or_path). Name that one as model, "
-            "and this folder as adapter."
+            f"{folder} lacks tensors that its index names: {shorten_list(missing)}. Save or fetch the model again."
         )
-    for folder in (Path(name), adapter / name):
-        if folder.is_dir():
-            return folder
-    try:
-        return _folder_of(name, revision)
-    except UsageError as error:
-        raise UsageError(
-            f"{adapter} is an adapter of {name}, which is not found. Name its base as model, and this folder as adapter. "
-            f"({error})"
-        ) from None
+    return tensors
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER_CONFIG).exists()
+def _summarize(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Their number, and a hash over all of them that does not depend on their order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, *tensors[name]]).encode() + b"\n")
+    return {"count": len(tensors), "sha256": digest.hexdigest()}
 
 
-def _check_model_folder(folder: Path) -> None:
-    if is_adapter(folder):
-        raise UsageError(
-            f"{folder} is an adapter; a whole model is needed here. Merge it (prefcache merge) and name the result."
-        )
-    if not (folder / "config.json").exists():
-        raise UsageError(
-            f"{folder} is no model: it has no config.json. Expected a folder as save_pretrained writes it."
-        )
-    if not any(folder.glob("*.safetensors")):
-        pickles = any(folder.glob("*.bin"))
-        found = "weights only as pickle, which is never read" if pickles else "no weights"
-        raise UsageError(f"{folder} has {found}; expected *.safetensors, as save_pretrained writes them.")
+def canonical_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config without what cannot change a log-prob."""
+    types = {str(each.get("model_type")) for each in (config, config.get("text_config")) if isinstance(each, dict)}
+    return dict(without_nested_keys(config, _VOLATILE if types & _READ_ENDS else _VOLATILE | _ENDS))
 
 
-def _check_adapter_folder(folder: Path) -> None:
-    if not is_adapter(folder):
-        raise UsageError(f"{folder} is no adapter: it has no {_ADAPTER_CONFIG}. Expected one as PEFT saves it.")
-    if not (folder / _ADAPTER_WEIGHTS).exists():
-        found = "weights only as pickle, which is never read" if any(folder.glob("*.bin")) else "no weights"
-        raise UsageError(f"{folder} has {found}; expected {_ADAPTER_WEIGHTS}, as PEFT saves it.")
-    settings = _read_json(folder / _ADAPTER_CONFIG)
-    kind = settings.get("peft_type")
-    if kind not in _ADAPTER_KINDS:
-        raise UsageError(
-            f"{folder} is a {kind} adapter; known are {', '.join(_ADAPTER_KINDS)}. Merge it into its base model and name "
-            "the result."
-        )
-    if settings.get("alora_invocation_tokens"):
-        raise UsageError(
-            f"{folder} begins to act within a sequence (alora_invocation_tokens), which is not known here."
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds {type(content).__name__}, expected an object.")
+def without_nested_keys(content: Any, keys: set[str]) -> Any:
+    if isinstance(content, dict):
+        return {key: without_nested_keys(value, keys) for key, value in content.items() if key not in keys}
     return content
 
 
-# -- which it is -----------------------------------------------------------------------------------------------------
+def without_keys(content: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in keys}
 
 
-def model_identity(reference: Reference, memo: MutableMapping[str, str]) -> dict[str, Any]:
-    """The reference's id and what it was made from. `memo` spares hashing unchanged weight files again.
-
-    Every weight file of the folder counts, also one that Transformers would not load: a file too many costs a new
-    scoring when it goes, a file too few would serve stale values.
-    """
-    weights = {file.name: _sha256(file, memo) for file in sorted(reference.folder.glob("*.safetensors"))}
-    made: dict[str, Any] = {
-        "weights": weights,
-        "config": _without_volatile(_read_json(reference.folder / "config.json")),
-    }
-    # Only where there are any: the id of a plain model is older than these.
-    if reference.adapter is not None:
-        made["adapter"] = {
-            "weights": _sha256(reference.adapter / _ADAPTER_WEIGHTS, memo),
-            "config": _adapter_settings(_read_json(reference.adapter / _ADAPTER_CONFIG)),
-        }
-    if reference.quantization is not None:
-        made["quantization"] = _QUANTIZED[reference.quantization]
-    content = json.dumps(made, sort_keys=True).encode()
-    return {"model_id": hashlib.sha256(content).hexdigest()[:32], **made}
+def hash_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _adapter_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """PEFT keeps names of modules as sets, and so saves them in any order."""
-    return {
-        key: sorted(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
-        for key, value in settings.items()
-        if key not in _VOLATILE_IN_ADAPTERS
-    }
-
-
-def _without_volatile(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {key: _without_volatile(value) for key, value in config.items() if key not in _VOLATILE}
-    return config
-
-
-def _sha256(file: Path, memo: MutableMapping[str, str]) -> str:
-    stat = file.stat()
-    # The time of change as well, which nobody can set: weights edited in place, their other time put back, are seen.
-    stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
-    if stamp not in memo:
-        with open(file, "rb") as opened:
-            memo[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return memo[stamp]
-
-
-def longest_sequence(folder: Path) -> int:
-    """The most tokens for which the model computes the same whatever else is in the batch."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    limits = [
-        config[name] for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") if config.get(name)
-    ]
-    for rope in _rope_parameters(config):
-        kind = rope.get("rope_type") or rope.get("type")
-        if kind == "dynamic":
-            raise UsageError(
-                f"{folder} has dynamic rope, whose values change with what was computed before. Use another model."
-            )
-        if kind == "longrope":
-            # Beyond this length of the batch's longest row, all of its rows get other frequencies.
-            limits.append(
-                rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-            )
-    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
-
-
-def saved_dtype(folder: Path) -> str:
-    """What the weights were saved in, as the config says."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(saved.get("dtype") or saved.get("torch_dtype") or "float32")
-
-
-def attention_kernel(folder: Path, wanted: str) -> str:
-    """The kernel that computes what the model defines. SDPA has neither caps nor sinks: Transformers leaves the first
-    out without a word (Gemma 2) and refuses the second (GPT-OSS)."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    special = config.get("attn_logit_softcapping") or config.get("model_type") in ("gpt_oss",)
-    return "eager" if special and wanted == "sdpa" else wanted
-
-
-def _rope_parameters(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rope settings of a config: one set for all layers, or one for each type of layer."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return nested or [rope]
+# -- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_id(folder: Path) -> str:
+    """Hash the files that a tokenizer is loaded from, without notes of their origin or of how batches are padded."""
     digest = hashlib.sha256()
-    for path in (path for pattern in _TOKENIZER_FILES for path in sorted(folder.glob(pattern))):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    for path in _match_files(folder, _TOKENIZER_FILES):
+        data = path.read_bytes()
+        if path.name == _TOKENIZER_CONFIG:
+            settings = without_keys(model_config.read_object(path), _VOLATILE_IN_TOKENIZERS)
+            data = json.dumps(settings, sort_keys=True).encode()
+        digest.update(os.fsencode(f"{path.relative_to(folder)}\0{len(data)}\0"))
+        digest.update(data)
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_stamp(folder: Path) -> str:
+    """A text that changes with whatever a tokenizer is loaded from: its files, the config's hints, and the software."""
+    config = folder / model_config.FILE
+    parts = [
+        hash_bytes(folder, _TOKENIZER_FILES),
+        hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.exists() else "",
+    ]
+    for name in _TOKENIZER_SOFTWARE:
+        try:
+            parts.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def hash_bytes(folder: Path, patterns: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for path in _match_files(folder, patterns):
+        digest.update(os.fsencode(f"{path.relative_to(folder)}\0{path.stat().st_size}\0"))
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _match_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files that match, each once, in the order of the patterns."""
+    matches = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return list(dict.fromkeys(matches))
+
+
+# -- numerics --------------------------------------------------------------------------------------------------------
 
 
 def numerics(engine: str, packages: Iterable[str], **facts: str) -> dict[str, str]:
@@ -341,6 +330,6 @@ def numerics_id(record: dict[str, str]) -> str:
 
 
 def differences(mine: dict[str, Any], other: dict[str, Any]) -> str:
-    """`torch 2.13.0 -> 2.11.0, dtype ...`: what differs between two records, for a person."""
+    """Describe how two records differ: `torch 2.13.0 -> 2.11.0, dtype ...`."""
     keys = [key for key in sorted(mine.keys() | other.keys()) if mine.get(key) != other.get(key)]
     return ", ".join(f"{key} {other.get(key)} -> {mine.get(key)}" for key in keys) or "nothing"

@@ -1,4 +1,4 @@
-"""Work done by several processes at once, in whatever order, one after another where one process is enough."""
+"""Work spread over several processes, with results in any order; done in this process where one is enough."""
 
 import contextlib
 import multiprocessing
@@ -13,7 +13,7 @@ from itertools import chain, islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
-from pipeline.errors import ResourceError, UsageError
+from prefcache.pipeline.errors import ResourceError, UsageError
 
 T = TypeVar("T")
 _AHEAD = 2  # tasks per worker that wait for it: enough to keep it busy, few enough to keep memory flat
@@ -26,8 +26,11 @@ def cores() -> int:
 def run(
     start: Callable[[], Callable[..., T]], tasks: Iterable[tuple[Any, ...]], n_workers: int, alone: Callable[..., T]
 ) -> Iterator[T]:
-    """The results of `tasks`, as they come. A worker calls `start()` once, and what it returns for every task. A single
-    task, or a single worker, is done here by `alone`."""
+    """Yield the results of `tasks` as they come.
+
+    Each worker calls `start()` once, and the function that it returns for every task. A single task, or the tasks of a
+    single worker, are done in this process by `alone`.
+    """
     tasks = iter(tasks)
     first = list(islice(tasks, 2))
     tasks = chain(first, tasks)
@@ -50,51 +53,60 @@ def run(
 def _processes(start: Callable[[], Callable[..., Any]], n_workers: int) -> Iterator[Callable[..., Any]]:
     before = set(multiprocessing.active_children())
     started: set[Any] = set()
-    # Not fork: this process has threads.
-    executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin, (start,))
+    with uninterrupted():  # starts the process that tracks shared resources
+        # Not fork, since this process has threads.
+        executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin, (start,))
     try:
         yield partial(_submit, executor, started)
         executor.shutdown()
     except BrokenProcessPool:
-        executor.shutdown()  # its thread reaps the workers: until then, how they ended may be unknown here
+        executor.shutdown()  # its thread reaps the workers; before that, their exit codes may be unknown here
         if any(process.exitcode == -signal.SIGVTALRM for process in started - before):
             raise ResourceError(
                 "A worker process was ended by its timer: a chat template kept it busy in one operation that cannot be "
                 "interrupted. Name another one: prepare.chat_template: FILE.jinja."
             ) from None
         raise ResourceError(
-            "A worker process was killed, as the system does when memory runs out. What was finished is kept: run the "
-            "same command again with fewer of them (prepare.workers)."
+            "A worker process was killed, as the system does when memory runs out. Finished work is kept: run the same "
+            "command again with fewer workers (prepare.workers)."
         ) from None
     finally:
-        # After an error or an interrupt nobody waits for the tasks under way.
+        # After an error or an interrupt, do not wait for the running tasks.
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _submit(executor: ProcessPoolExecutor, started: set[Any], function: Callable[..., T], *task: Any) -> Future[T]:
-    with _uninterrupted():  # for this may start a worker
+    with uninterrupted():  # may start a worker
         future = executor.submit(function, *task)
     started.update(multiprocessing.active_children())
     return future
 
 
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Interrupts wait. A worker that starts meanwhile inherits the block, so that Ctrl-C does not meet it before it has
-    learnt to ignore it."""
-    came: list[tuple[int, Any]] = []
-    # Handlers too: a thread of some library may take the signal that this one blocks.
-    handlers = {n: signal.signal(n, lambda *what: came.append(what)) for n in (signal.SIGINT, signal.SIGTERM)}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def uninterrupted() -> Iterator[None]:
+    """Delay interrupts.
+
+    A process started meanwhile inherits the block, so that neither Ctrl-C nor a closing terminal ends it before it ignores
+    them.
+    """
+    pending: list[tuple[int, Any]] = []
+    handlers: dict[signal.Signals, Any] = {}
+    # Replace handlers too: a library's thread may receive the signal that this one blocks. Only the main thread has any.
+    if threading.current_thread() is threading.main_thread():
+        handlers = {n: signal.signal(n, lambda *what: pending.append(what)) for n in _INTERRUPTS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for each, handler in handlers.items():
             signal.signal(each, handler)
-        for number, frame in came[:1]:
+        for number, frame in pending[:1]:
             if callable(handler := handlers[signal.Signals(number)]):
                 handler(number, frame)
 
@@ -104,7 +116,8 @@ _do: Callable[..., Any]
 
 def _begin(start: Callable[[], Callable[..., Any]]) -> None:
     global _do
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
+    for each in (signal.SIGINT, signal.SIGHUP):  # the parent is told, and ends its workers
+        signal.signal(each, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _do = start()
@@ -121,8 +134,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def share() -> tuple[int, int]:
-    """Which of how many machines this is, as torchrun and batch systems say it."""
+def rank_and_world() -> tuple[int, int]:
+    """Return rank and world size, as torchrun and batch systems set them."""
     try:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
@@ -133,3 +146,15 @@ def share() -> tuple[int, int]:
             "RANK from 0 to WORLD_SIZE - 1. Unset both to work on one machine."
         )
     return rank, world
+
+
+def job() -> str | None:
+    """A word that the processes of one launch share; None for a single process.
+
+    Launches that set only RANK and WORLD_SIZE, as by hand or from a job array, differ by WORLD_SIZE alone.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return None
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return "/".join([str(world), *(os.environ.get(name, "") for name in names)])

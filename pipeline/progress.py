@@ -1,7 +1,4 @@
-"""What a stage says while it works: bars with rate and time left on a terminal, plain lines elsewhere.
-
-Everything here goes to stderr; stdout belongs to the result.
-"""
+"""Progress of a stage on stderr: bars with rate and time left on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -9,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from prefcache.pipeline.visible_text import visible
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Says lines and counts work. `quiet` says nothing but warnings."""
+    """Prints lines and counts work. If `quiet`, it prints only warnings."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -28,13 +27,13 @@ class Progress:
 
     def _print(self, line: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(printable(line), file=sys.stderr, flush=True)
+            print(visible(line), file=sys.stderr, flush=True)
 
     @contextmanager
     def count(self, what: str, total: int | None, unit: str) -> Iterator["Counter"]:
-        """Count up to `total` units of work, shown as they get done."""
+        """Show progress up to `total` units of work."""
         if self.quiet:
             yield Counter(total)
         elif sys.stderr.isatty():
@@ -69,7 +68,7 @@ class Progress:
 
 
 class Counter:
-    """How much of the work is done."""
+    """Counts finished units of work."""
 
     def __init__(self, total: int | None) -> None:
         self.total, self.done = total, 0
@@ -92,22 +91,22 @@ class _LineCounter(Counter):
     def __init__(self, total: int | None, what: str, unit: str, progress: Progress) -> None:
         super().__init__(total)
         self._what, self._unit, self._progress, self._note = what, unit, progress, ""
-        self._start = self._said = time.monotonic()
-        self._said_done = 0
+        self._start = self._printed_at = time.monotonic()
+        self._printed_done = 0
 
     def add(self, n: int, note: str = "") -> None:
         super().add(n)
         self._note = note
-        if time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
             self._line()
 
     def last_line(self) -> None:
-        if self.done != self._said_done:
+        if self.done != self._printed_done:
             self._line()
 
     def _line(self) -> None:
-        self._said, self._said_done = time.monotonic(), self.done
-        seconds = max(self._said - self._start, 1e-9)
+        self._printed_at, self._printed_done = time.monotonic(), self.done
+        seconds = max(self._printed_at - self._start, 1e-9)
         rate = self.done / seconds
         of = f"/{self.total:,}" if self.total else ""
         left = f", {_clock((self.total - self.done) / rate)} left" if self.total and self.done < self.total else ""
@@ -134,8 +133,3 @@ def _number(rate: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: what comes from data or a model must not drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

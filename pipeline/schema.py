@@ -6,8 +6,8 @@ the completion begins, so a cached row is either right or missing.
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ OK = "ok"
 OK_IN_FLOAT32 = "ok: computed in float32"
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
 
@@ -34,7 +34,7 @@ class Sequence(NamedTuple):
         return sequence_key(self.prompt_ids, self.completion_ids)
 
 
-def sequence_key(prompt_ids: SequenceOf[int] | np.ndarray, completion_ids: SequenceOf[int] | np.ndarray) -> bytes:
+def sequence_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
     """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32)."""
     return key_of_bytes(
         np.asarray(prompt_ids, dtype="<i4").tobytes(), np.asarray(completion_ids, dtype="<i4").tobytes()
@@ -49,7 +49,7 @@ def key_of_bytes(prompt: bytes, completion: bytes) -> bytes:
 
 
 def keys_of_prefixes(prompt: bytes, completion: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
-    """The keys of the prompt with the first so many tokens of the completion, for each of these ascending numbers."""
+    """The keys of the prompt with the first n tokens of the completion, for each n of `lengths`, which ascend."""
     digest, at = _begun(prompt), 0
     for length in lengths:
         # No token is hashed twice, however many lengths there are.
@@ -80,9 +80,35 @@ _ENCODED = [
     ("cut_prompt", pa.int32()),  # tokens left out at its beginning
 ]
 
-# What is cut off an answer is kept beside it (*_cut_ids; empty where nothing was cut). It is no part of the sequence or
-# of its key. But an answer's tokens have the same log-probs whatever follows them, so where the cache holds a longer cut,
-# or the whole, the shorter is a part of that; and the longer one's key takes the ids that are no longer there.
+# What is cut off an answer is kept next to it (*_cut_ids; empty if nothing was cut), but is not part of the sequence or its key. An
+# answer's tokens have the same log-probs whatever follows them, so if the cache holds a longer cut or the whole answer, the values
+# of the shorter one are its beginning. These ids are needed to compute the key of the longer one.
+
+
+@dataclass(frozen=True)
+class DataColumn:
+    """A number that the data gives an example, next to its texts; NULL where a record has none.
+
+    An entry in DATA_COLUMNS is all that a column takes: `prepare` reads it from the records and stores it, losses may
+    read it and are refused where the data lacks it, and the views `examples` and `pairs` show it.
+    """
+
+    name: str
+    kinds: tuple[str, ...]  # pairs, labels
+    remedy: str  # where a loss reads it and the data lacks it
+
+
+_GRADES = "Data whose answers have grades gives it (prefcache formats)."
+DATA_COLUMNS = (
+    DataColumn("chosen_score", ("pairs",), _GRADES),
+    DataColumn("rejected_score", ("pairs",), _GRADES),
+)
+
+
+def data_columns(kind: str) -> tuple[str, ...]:
+    """Return the names of the data columns of pairs or labels."""
+    return tuple(column.name for column in DATA_COLUMNS if kind in column.kinds)
+
 
 # One row per pair: a prompt with a chosen and a rejected answer.
 PAIRS = pa.schema(
@@ -90,8 +116,7 @@ PAIRS = pa.schema(
         *_EXAMPLE,
         ("chosen", pa.string()),
         ("rejected", pa.string()),
-        ("chosen_score", pa.float64()),  # the data's own grades, where it has any
-        ("rejected_score", pa.float64()),
+        *((name, pa.float64()) for name in data_columns("pairs")),
         ("prompt_ids", IDS),  # as the model sees them
         ("chosen_ids", IDS),
         ("rejected_ids", IDS),
@@ -113,6 +138,7 @@ LABELS = pa.schema(
         *_EXAMPLE,
         ("completion", pa.string()),
         ("label", pa.bool_()),
+        *((name, pa.float64()) for name in data_columns("labels")),
         ("prompt_ids", IDS),
         ("completion_ids", IDS),
         ("completion_key", KEY),
@@ -155,9 +181,9 @@ CACHE = pa.schema(
     ]
 )
 
-# One row per example at each visit of a run. Rewards are derived from it, in SQL. A pair has no columns of a label and the other
-# way round; a run without a reference has none of the reference's. A reference that moves is the one of that step. Log-probs are
-# plain sums, however the loss weighed tokens.
+# One row per example at each visit of a run. Rewards are derived from it, in SQL. A pair has none of a label's columns and vice
+# versa; a run without a reference has no ref_ columns. If the reference moves, they are those of the reference at that step.
+# Log-probs are plain sums, however the loss weighed tokens.
 STEPS = pa.schema(
     [
         ("step", pa.int64()),
@@ -178,8 +204,8 @@ STEPS = pa.schema(
     ]
 )
 
-# The metrics of one step, under TRL's names; of labels, chosen are the desirable answers and rejected the undesirable ones.
-# Beside them stand a loss's statistics, and `loss/NAME` of each term where there are several.
+# The metrics of one step, under TRL's names; for labels, chosen means the desirable answers and rejected the undesirable ones. Next
+# to them are a loss's statistics, and `loss/NAME` of each term where there are several.
 BATCH_METRICS = (
     "loss",
     "rewards/chosen",
@@ -210,15 +236,15 @@ EVENTS = pa.schema(
     ]
 )
 
-# How fast each step was, and the most memory that the process had taken by then. Apart from METRICS, which are the same numbers
-# each time that a run is made.
+# How fast each step was, and the most memory that the process had taken by then. Kept apart from METRICS, whose numbers are the
+# same each time a run is repeated.
 THROUGHPUT = pa.schema(
     [
         ("step", pa.int64()),
         ("seconds", pa.float64()),
         ("examples_per_second", pa.float64()),
         ("tokens_per_second", pa.float64()),
-        ("peak_memory_bytes", pa.int64()),  # of the GPU's where there is one
+        ("peak_memory_bytes", pa.int64()),  # of the GPU, if there is one
         ("flops", pa.float64()),  # of the process that writes, as flops.py counts them
         ("mfu", pa.float64()),  # its share of what its GPU could do in bf16 at best; NULL where that is not known
     ]

@@ -7,241 +7,281 @@ import importlib.util
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from pipeline import identity
-from pipeline.config import Config
-from pipeline.errors import PrefcacheError
-from pipeline.stored import artifact
-from pipeline.stored.cache import Cache
-from pipeline.stored.prepared import Prepared
-from pipeline.training import checkpoints, runfolder
-from pipeline.training.runlog import PROVENANCE
+from prefcache.command_results import DoctorResult, Finding, State, Why
+from prefcache.pipeline import identity, model_files
+from prefcache.pipeline.config import Config, engine_names
+from prefcache.pipeline.errors import PrefcacheError
+from prefcache.pipeline.preparing import prepared_inputs, record_outcomes
+from prefcache.pipeline.scoring import scored_inputs
+from prefcache.pipeline.scoring.engines import find_engine
+from prefcache.pipeline.stored import cache_maintenance
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.freshness import Freshness, check_rows, check_scoring
+from prefcache.pipeline.stored.memos import TokenizersMemo, WeightsMemo
+from prefcache.pipeline.stored.model_ids import identify
+from prefcache.pipeline.stored.prepared import Prepared, sequence_table
+from prefcache.pipeline.stored.records import Provenance, RunManifest, ScoredManifest
+from prefcache.pipeline.stored.scored import find_scored_cache
+from prefcache.pipeline.stored.scoring_plan import plan_scoring
+from prefcache.pipeline.training import checkpoints, existing_run
+from prefcache.pipeline.training.run_log import PROVENANCE
+from prefcache.pipeline.visible_text import count
 
-State = Literal["ok", "absent", "problem"]
 _GIB = 1 << 30
-_LITTLE = 2 * _GIB  # of disk, below which a checkpoint of a small model may not fit
+_MIN_FREE = 2 * _GIB  # of disk; a checkpoint of a small model may not fit in less
 
 
-@dataclass(frozen=True)
-class Finding:
-    """`absent` is what is not there and need not be."""
-
-    area: str
-    state: State
-    what: str
-    remedy: str | None = None
-
-
-def run(config: Config | None) -> dict[str, Any]:
-    """Without a config: the environment alone."""
-    found = [*_packages(), *_machine(config)]
+def run(config: Config | None, why: bool = False) -> DoctorResult:
+    """Examine the environment, and the config's experiment if there is one; with `why`, also what is out of date."""
+    findings = [*_check_packages(), *_check_machine(config)]
     if config is not None:
-        found += [*_model(config), *_prepared(config), *_cache(config), *_runs(config)]
-    return {"findings": [asdict(each) for each in found], "problems": sum(each.state == "problem" for each in found)}
+        findings += _guard("reference", _check_reference(config))
+        findings += _guard("data", _check_prepared(config))
+        findings += _guard("scores", _check_scores(config))
+        for path in sorted(Path(config.out).glob(f"*/{PROVENANCE}")):
+            findings += _guard("runs", _check_run(path.parent))
+    reasons = [*_check_freshness(config)] if config is not None and why else None
+    return DoctorResult(findings, sum(finding.state == "problem" for finding in findings), reasons)
+
+
+def _guard(area: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield the findings; an error that ends them is a problem of its area."""
+    try:
+        yield from findings
+    except PrefcacheError as error:
+        yield Finding(area, "problem", str(error))
 
 
 # -- the environment -------------------------------------------------------------------------------------------------
 
 
-def _packages() -> Iterator[Finding]:
-    """As prefcache's own metadata names them."""
-    there, absent = [f"prefcache {version('prefcache')}"], {}
+def _check_packages() -> Iterator[Finding]:
+    """Compare what is installed with prefcache's own metadata."""
+    extras = distribution("prefcache").metadata.get_all("Provides-Extra") or []
+    installed = [f"prefcache {version('prefcache')}"]
+    missing: dict[str, str | None] = {}
     for requirement in map(Requirement, distribution("prefcache").requires or []):
-        extra = _extra_of(requirement)
+        marker = requirement.marker
+        extra = None
+        if marker is not None and not marker.evaluate({"extra": ""}):
+            extra = next((name for name in extras if marker.evaluate({"extra": name})), None)
         if extra == "test":
             continue
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
-            absent[requirement.name] = extra
+            missing[requirement.name] = extra
             continue
         if found.partition("+")[0] not in requirement.specifier:
-            yield Finding(
-                "packages",
-                "problem",
-                f"{requirement.name} is {found}; {requirement.specifier} is wanted",
-                f"pip install '{requirement.name}{requirement.specifier}'",
-            )
-        there.append(f"{requirement.name} {found}")
-    yield Finding("packages", "ok", ", ".join(dict.fromkeys(there)))
-    for name, extra in absent.items():
+            what = f"{requirement.name} is {found}; {requirement.specifier} is required"
+            remedy = f"pip install '{requirement.name}{requirement.specifier}'"
+            yield Finding("packages", "problem", what, remedy)
+        installed.append(f"{requirement.name} {found}")
+    yield Finding("packages", "ok", ", ".join(dict.fromkeys(installed)))
+    for name, extra in missing.items():
+        package = f"'prefcache[{extra}]'" if extra else name
         state: State = "absent" if extra else "problem"
-        remedy = f"pip install 'prefcache[{extra}]'" if extra else f"pip install {name}"
-        yield Finding("packages", state, f"{name} is not installed", remedy)
+        yield Finding("packages", state, f"{name} is not installed", f"pip install {package}")
 
 
-def _extra_of(requirement: Requirement) -> str | None:
-    """The extra that asks for it."""
-    extras = distribution("prefcache").metadata.get_all("Provides-Extra") or []
-    if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-        return None
-    return next((each for each in extras if requirement.marker.evaluate({"extra": each})), None)
-
-
-def _machine(config: Config | None) -> Iterator[Finding]:
+def _check_machine(config: Config | None) -> Iterator[Finding]:
     import torch
 
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Finding(
-        "machine", "ok", f"{os.cpu_count()} cores, {memory / _GIB:.1f} GiB of memory, {available / _GIB:.1f} free"
+    total, free = (
+        os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") / _GIB for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
     )
+    yield Finding("machine", "ok", f"{os.cpu_count()} cores, {total:.1f} GiB of memory, {free:.1f} free")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(number)
-            yield Finding("machine", "ok", f"GPU {number}: {facts.name}, {facts.total_memory / _GIB:.0f} GiB")
-        yield _kernel()
+            gpu = torch.cuda.get_device_properties(number)
+            yield Finding("machine", "ok", f"GPU {number}: {gpu.name}, {gpu.total_memory / _GIB:.0f} GiB")
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            what = "packed rows in half precision: varlen_attn, one call; in float32: SDPA, two calls per pair"
+            yield Finding("machine", "ok", what)
+        else:
+            what = "this PyTorch has no torch.nn.attention.varlen, which packed rows use"
+            yield Finding("machine", "problem", what, "pip install -U torch")
     else:
-        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-        yield Finding(
-            "machine", "absent", f"no GPU: PyTorch {torch.__version__} {built} and sees none; the CPU is used"
-        )
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        what = f"no GPU: PyTorch {torch.__version__}, {build}, sees none; the CPU is used"
+        yield Finding("machine", "absent", what)
     for place in dict.fromkeys((config.out, config.cache) if config else (".",)):
-        free = shutil.disk_usage(_existing(Path(place))).free
-        text = f"{free / _GIB:.1f} GiB of disk are free for {place}"
-        yield (
-            Finding("machine", "problem", text, "Make room, or name another place.")
-            if free < _LITTLE
-            else Finding("machine", "ok", text)
-        )
-
-
-def _kernel() -> Finding:
-    """What packed rows attend with on a GPU."""
-    if importlib.util.find_spec("torch.nn.attention.varlen"):
-        return Finding(
-            "machine", "ok", "packed rows in half precision: varlen_attn, one call; in float32: SDPA, two calls a pair"
-        )
-    return Finding(
-        "machine",
-        "problem",
-        "this PyTorch has no torch.nn.attention.varlen, which packed rows use",
-        "pip install -U torch",
-    )
-
-
-def _existing(path: Path) -> Path:
-    """It, or the nearest of its parents that is there."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+        path = Path(place)
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        n_bytes = shutil.disk_usage(existing).free
+        what = f"{n_bytes / _GIB:.1f} GiB of disk are free for {place}"
+        if n_bytes < _MIN_FREE:
+            yield Finding("machine", "problem", what, "Free some, or name another place.")
+        else:
+            yield Finding("machine", "ok", what)
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
 
 
-def _model(config: Config) -> Iterator[Finding]:
+def _check_reference(config: Config) -> Iterator[Finding]:
+    from prefcache.pipeline.model.weights import check_tensors
+
+    reference = identity.find_reference(config)
+    adapter = f" with {reference.adapter}" if reference.adapter else ""
+    limit = model_files.longest_sequence(reference.folder)
+    yield Finding("reference", "ok", f"{reference.folder}{adapter}, sequences of up to {limit:,} tokens")
+    yield _check_layout(reference.folder)
     try:
-        reference = identity.find_reference(config)
+        if reason := check_tensors(reference):
+            yield Finding("reference", "absent", reason)
     except PrefcacheError as error:
         yield Finding("reference", "problem", str(error))
-        return
-    adapter = f" with {reference.adapter}" if reference.adapter else ""
-    limit = identity.longest_sequence(reference.folder)
-    yield Finding("reference", "ok", f"{reference.folder}{adapter}, sequences of up to {limit:,} tokens")
-    yield _rows(reference.folder)
-    yield from _engines(config, reference)
+    yield from _check_engines(config, reference)
 
 
-def _rows(folder: Path) -> Finding:
+def _check_layout(folder: Path) -> Finding:
     from transformers import AutoConfig
 
-    from pipeline.model import attention
+    from prefcache.pipeline.model import attention
 
-    kernel = identity.attention_kernel(folder, "sdpa")
-    if reason := attention.why_not(AutoConfig.from_pretrained(folder)):
-        return Finding(
-            "reference", "absent", f"rows are padded, attention {kernel}: no sharing of prompts, for {reason}"
-        )
-    return Finding(
-        "reference", "ok", "rows are shared or packed, whichever is found right on the data when a stage starts"
-    )
+    kernel = attention.choose_kernel(folder, "sdpa")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # Transformers raises many types for a config that does not fit its model
+        text = " ".join(str(error).split())[:300]
+        return Finding("reference", "problem", f"{folder}: Transformers accepts no model with this config ({text})")
+    if reason := attention.unsupported_reason(config):
+        what = f"rows are padded, attention {kernel}: prompts are not shared, because {reason}"
+        return Finding("reference", "absent", what)
+    what = "rows are shared or packed, whichever is exact on the data when a stage starts"
+    return Finding("reference", "ok", what)
 
 
-def _engines(config: Config, reference: identity.Reference) -> Iterator[Finding]:
-    from pipeline.scoring.engines import ENGINES, engine_module
-
-    for name in ENGINES:
-        used = name == config.score.engine
-        if name == "server" and not used:
-            continue  # there is none to ask
+def _check_engines(config: Config, reference: identity.Reference) -> Iterator[Finding]:
+    for name in engine_names():
+        spec, is_used = find_engine(name), name == config.score.engine
+        if spec.is_remote and not is_used:
+            continue
         try:
-            numerics = engine_module(name).numerics(reference, config.score)
+            numerics, python = spec.numerics(reference, config.score), spec.interpreter(config.score)
         except PrefcacheError as error:
-            yield Finding("engines", "problem" if used else "absent", f"{name}: {error}")
+            yield Finding("engines", "problem" if is_used else "absent", f"{name}: {error}")
             continue
         facts = ", ".join(f"{key} {value}" for key, value in numerics.items() if key != "engine")
-        yield Finding("engines", "ok", f"{name}{' (this config)' if used else ''}: {facts}")
+        where = f"{python.path} ({python.reason})" if python.path else python.reason
+        yield Finding("engines", "ok", f"{name}{' (this config)' if is_used else ''}: {facts}; runs in {where}")
 
 
-def _prepared(config: Config) -> Iterator[Finding]:
-    def state() -> Finding:
-        if not config.prepared.exists():
-            return Finding("data", "absent", f"{config.prepared} is not there yet", "make prepare")
-        manifest = Prepared(config.prepared).manifest
-        rows = sum(shard["rows"] for shard in manifest["shards"])
-        left_out = f", {manifest['quarantine']['rows']:,} records in quarantine"
-        return Finding("data", "ok", f"{config.prepared}: {rows:,} {manifest['kind']}{left_out}")
-
-    yield _or_problem("data", state)
-
-
-def _cache(config: Config) -> Iterator[Finding]:
-    def state() -> Finding:
-        # Not open_scored, which takes a manifest back that a damaged shard makes wrong.
-        if (manifest := artifact.read_manifest(config.scored)) is None:
-            return Finding("scores", "absent", f"{config.prepared} has not been scored", "make score")
-        if manifest["inputs"]["prepared"] != Prepared(config.prepared).id:
-            return Finding("scores", "problem", f"{config.scored} belongs to data that has changed since", "make score")
-        cache = Cache(Path(manifest["cache"]), manifest["reference"]["model_id"])
-        if cache.damaged:
-            some = next(iter(cache.damaged.values())).rstrip(".")
-            text = f"{cache.folder}: {len(cache.damaged):,} of its shards are damaged. {some}"
-            return Finding("scores", "problem", text, "make score: what is damaged is scored again")
-        rows = sum(record["rows"] for record in cache.records)
-        text = (
-            f"{cache.folder}: {rows:,} sequences in {len(cache.records):,} shards (prefcache verify reads every byte)"
-        )
-        return Finding("scores", "ok", text)
-
-    yield _or_problem("scores", state)
+def _check_prepared(config: Config) -> Iterator[Finding]:
+    # Memos only save time: without a valid one a stage takes longer and computes the same.
+    if reason := TokenizersMemo.damage(TokenizersMemo.path(Path(config.out))):
+        yield Finding("data", "problem", reason, "prefcache prepare CONFIG rebuilds it")
+    if not config.prepared.exists():
+        yield Finding("data", "absent", f"{config.prepared} does not exist yet", "prefcache prepare CONFIG")
+        return
+    prepared = Prepared(config.prepared)
+    prepared.quarantine()
+    manifest = prepared.manifest
+    rows = sum(shard.rows for shard in manifest.shards)
+    what = f"{config.prepared}: {rows:,} {manifest.kind}, {manifest.quarantine.rows:,} records in quarantine"
+    yield Finding("data", "ok", what)
 
 
-def _runs(config: Config) -> Iterator[Finding]:
-    for record in sorted(Path(config.out).glob(f"*/{PROVENANCE}")):
-        yield _or_problem("runs", partial(_run, record.parent))
+def _check_scores(config: Config) -> Iterator[Finding]:
+    if reason := WeightsMemo.damage(WeightsMemo.path(Path(config.cache))):
+        yield Finding("scores", "problem", reason, "prefcache score CONFIG rebuilds it")
+    if (manifest := ScoredManifest.find(config.scored)) is None:
+        yield Finding("scores", "absent", f"{config.prepared} has not been scored", "prefcache score CONFIG")
+        return
+    if manifest.inputs.prepared != Prepared(config.prepared).id:
+        what = f"{config.scored} belongs to data that has changed since"
+        yield Finding("scores", "problem", what, "prefcache score CONFIG")
+        return
+    cache = Cache(find_scored_cache(config.scored, manifest), manifest.reference.model_id, remember="nothing")
+    remedy = "prefcache score CONFIG scores again what these shards held"
+    if cache.damaged:
+        reason = next(iter(cache.damaged.values())).rstrip(".")
+        verb = "is" if len(cache.damaged) == 1 else "are"
+        what = f"{cache.folder}: {len(cache.damaged):,} of its shards {verb} damaged. {reason}"
+        yield Finding("scores", "problem", what, remedy)
+        return
+    cache.refuse_damage()
+    if contradictions := cache_maintenance.find_contradictions(cache):
+        what = f"{next(iter(contradictions.values()))}. Neither is served"
+        yield Finding("scores", "problem", what, remedy)
+        return
+    rows, n_shards = sum(record.rows for record in cache.records), len(cache.records)
+    what = f"{cache.folder}: {rows:,} sequences in {count(n_shards, 'shard')} (prefcache verify reads every byte)"
+    yield Finding("scores", "ok", what)
 
 
-def _run(run: Path) -> Finding:
-    facts = artifact.unseal(run / PROVENANCE, f"Move {run} away.")
-    if (manifest := artifact.read_manifest(run)) is None:
-        passed_over: list[str] = []
-        found = checkpoints.newest(run, passed_over.append)
-        begun = f"{run}: {facts['loss']}, not finished; it goes on from step {found[1]['step'] if found else 0}"
-        state: State = "problem" if passed_over else "absent"
-        return Finding("runs", state, " ".join([begun, *passed_over]), _again(run))
-    for file, reason, made_again in runfolder.damaged(run, manifest):
-        remedy = _again(run) if made_again else f"Delete {run} and train again."
-        return Finding("runs", "problem", f"{file} {reason}", remedy)
-    alerts = sum(manifest["alerts"].values())
-    raised = f", {alerts:,} alerts (select * from alerts)" if alerts else ""
-    return Finding("runs", "ok", f"{run}: {facts['loss']}, {manifest['steps']:,} steps, finished{raised}")
+def _check_run(folder: Path) -> Iterator[Finding]:
+    provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
+    # With the run's own settings, which the user need not repeat, but under its present name: a run that made room for
+    # another one had a different name when it was made.
+    resume = shlex.join(["prefcache", "train", str(folder / "config.yaml"), "--set", f"train.run={folder.name}"])
+    if (manifest := RunManifest.find(folder)) is None:
+        skipped: list[str] = []
+        checkpoint = checkpoints.find_newest(folder, skipped.append)
+        step = checkpoint[1].step if checkpoint else 0
+        what = " ".join([f"{folder}: {provenance.loss}, not finished; it resumes at step {step}", *skipped])
+        yield Finding("runs", "problem" if skipped else "absent", what, resume)
+        return
+    for file, reason, is_remade in existing_run.damaged_files(folder, manifest):
+        remedy = resume if is_remade else f"Delete {folder} and train again."
+        yield Finding("runs", "problem", f"{file} {reason}", remedy)
+        return
+    n_alerts = sum(manifest.alerts.values())
+    alerts = f", {count(n_alerts, 'alert')} (select * from alerts)" if n_alerts else ""
+    yield Finding("runs", "ok", f"{folder}: {provenance.loss}, {manifest.steps:,} steps, finished{alerts}")
 
 
-def _again(run: Path) -> str:
-    """By the run's own settings, which nobody has to remember."""
-    # Under the name that it has now: a run that gave way to another was called otherwise when it was made.
-    return shlex.join(["prefcache", "train", str(run / "config.yaml"), "--set", f"train.run={run.name}"])
+# -- up to date ------------------------------------------------------------------------------------------------------
 
 
-def _or_problem(area: str, state: Callable[[], Finding]) -> Finding:
-    try:
-        return state()
-    except PrefcacheError as error:
-        return Finding(area, "problem", str(error))
+def _check_freshness(config: Config) -> Iterator[Why]:
+    """Ask each stage's question, whether there is anything to do, without doing it."""
+    from prefcache.pipeline.training import run_inputs
+
+    for what, check in (
+        ("preparation", partial(_check_preparation, config)),
+        ("scoring", partial(_check_scoring, config)),
+        ("rows", partial(_check_rows, config)),
+        ("run", partial(run_inputs.check_freshness, config)),
+    ):
+        try:
+            freshness = check()
+        except PrefcacheError as error:
+            yield Why(what, False, str(error))
+        else:
+            yield Why(what, freshness.is_fresh, freshness.explain(), freshness.differences)
+
+
+def _check_preparation(config: Config) -> Freshness:
+    model = identity.find_reference(config).tokenizer
+    sources = [record_outcomes.reopen_source(entry, Path(config.out)) for entry in config.prepare.sources]
+    inputs = prepared_inputs.find_inputs(config.prepare, model, sources)
+    return prepared_inputs.check_freshness(config, model, inputs, remember=False)
+
+
+def _check_scoring(config: Config) -> Freshness:
+    reference, cache = _preview_cache(config)
+    inputs = scored_inputs.find_inputs(config, Prepared(config.prepared), reference, cache.reference.model_id)
+    return check_scoring(config.scored, inputs, cache)
+
+
+def _check_rows(config: Config) -> Freshness:
+    reference, cache = _preview_cache(config)
+    numerics = find_engine(config.score.engine).numerics(reference, config.score)
+    accepted = [identity.numerics_id(numerics), *config.score.accept_numerics]
+    sequences = sequence_table(Prepared(config.prepared).table())
+    return check_rows(cache, plan_scoring(cache, sequences, accepted, config.score.tokens_per_shard), numerics)
+
+
+def _preview_cache(config: Config) -> tuple[identity.Reference, Cache]:
+    reference = identity.find_reference(config)
+    described = identify(reference, Path(config.cache), remember=False)
+    return reference, Cache.preview(Path(config.cache), config.model, described)

@@ -3,6 +3,7 @@
 sources -> chunks of records -> parts, by all workers and ranks -> shards and manifest, by whoever finishes last
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,211 +11,246 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import identity, pool
-from pipeline.config import Config, Prepare
-from pipeline.errors import DataError
-from pipeline.preparing import assembly, parts
-from pipeline.preparing.recipe import Recipe, make_recipe
-from pipeline.preparing.sources import Chunk, Opened, open_source
-from pipeline.progress import Progress
-from pipeline.schema import HELD_OUT, PREPARED_VERSION, TRAIN
-from pipeline.stored import artifact, prepared
+from prefcache.command_results import PrepareResult, PrepareWaiting
+from prefcache.pipeline import identity, process_pool
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.errors import DataError, IntegrityError, UsageError
+from prefcache.pipeline.preparing import finalize, part_worker, prepared_inputs
+from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, resolve_config
+from prefcache.pipeline.preparing.sources import Chunk, DataSource, open_source
+from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.stored import artifact, claims, prepared
+from prefcache.pipeline.stored.freshness import check_preparation
+from prefcache.pipeline.stored.records import PartRecord, PreparedManifest
 
 REFUSED_FILE = "quarantine-refused.parquet"
-# What is decided in the assembly, so that parts stay good when it changes.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# The names of our shards; any other file in the folder is kept.
+_SHARD = rf"({TRAIN}|{HELD_OUT})-[0-9a-f]{{8}}-\d{{5,}}\.arrow"
+# Settings that apply after the parts are finished, so that parts stay valid when they change.
 _NOT_IN_PARTS = {"data", "workers", "max_quarantine", "rows_per_shard", "duplicates", "kl_pairs", "seed"}
 
 
-def run(config: Config, progress: Progress) -> dict[str, Any]:
+def run(config: Config, progress: Progress) -> PrepareResult | PrepareWaiting:
     model = identity.find_reference(config).tokenizer
-    opened = [open_source(entry, Path(config.out)) for entry in config.prepare.sources]
-    inputs = _inputs(config.prepare, model, opened)
-    if prepared.is_current(config.prepared, inputs):
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    with claims.claim_stage(Path(config.out), "prepare", "name another place (out)", process_pool.job()):
+        return _prepare(config, model, progress)
+
+
+def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult | PrepareWaiting:
+    sources = [open_source(entry, Path(config.out)) for entry in config.prepare.sources]
+    _refuse_own_files(config, sources)
+    inputs = prepared_inputs.find_inputs(config.prepare, model, sources)
+    freshness = prepared_inputs.check_freshness(config, model, inputs)
+    if freshness.is_fresh:
         progress.say(f"prepare: nothing to do, {config.prepared} is what this data and config give")
         artifact.touch_manifest(config.prepared)
-        return _summary(config, prepared.Prepared(config.prepared).manifest, changed=False)
-
-    recipe = make_recipe(config.prepare, model, opened, progress)
-    folder = config.prepared / f".parts-{_short(_of_parts(inputs))}"
-    n_parts = _make_parts(folder, recipe, opened, progress)
+        return _summarize(config, changed=False)
+    if freshness.is_stored:
+        progress.say(f"prepare: {freshness.explain()}")
+    _refuse_in_use(config)
+    resolved = resolve_config(config.prepare, model, sources, progress)
+    inputs["fingerprint"] = read_fingerprint(model, Path(config.out), resolved.tokenizer).model_dump()
+    folder = _parts_folder(config, inputs)
+    part_sources = _prepare_parts(folder, resolved, sources, progress)
     try:
-        made = _all_finished(folder, n_parts)
-        if made is not None:
-            _assemble(made, recipe, config, inputs, progress)
-            _tell_make(config, model, opened)
+        parts = _find_finished(folder, part_sources)
+        if parts is not None:
+            _refuse_in_use(config)
+            _refuse_bad_data(parts, config)
+            _finalize(parts, resolved, config, inputs, progress)
+            tokenizer = [path for name in _TOKENIZER_FILES if (path := model / name).exists()]
+            artifact.commit_make_inputs(
+                config.prepared, [*tokenizer, *(file for each in sources for file in each.files)]
+            )
     except FileNotFoundError:
-        made = None  # another rank has put the parts together meanwhile
-    if made is None and not prepared.is_current(config.prepared, inputs):
-        return _waiting(config, folder, n_parts)
-    return _summary(config, prepared.Prepared(config.prepared).manifest, changed=True)
+        parts = None  # another rank has finalized meanwhile
+    if parts is None and not check_preparation(config.prepared, inputs).is_fresh:
+        n_finished = sum(part_worker.record_file(folder, number).exists() for number in range(len(part_sources)))
+        return PrepareWaiting(prepared=config.prepared, parts=len(part_sources), finished=n_finished)
+    return _summarize(config, changed=True)
 
 
-def _inputs(prepare: Prepare, model: Path, opened: list[Opened]) -> dict[str, Any]:
-    """All that the output depends on."""
-    template = Path(prepare.chat_template) if prepare.chat_template else None
-    return {
-        "version": PREPARED_VERSION,
-        "data": [source.identity() for source in opened],
-        "tokenizer_id": identity.tokenizer_id(model),
-        "chat_template": artifact.checksum(template) if template and template.exists() else None,
-        "config": prepare.model_dump(mode="json", exclude={"workers"})
-        | {"data": [entry.model_dump(mode="json", exclude={"path"}) for entry in prepare.data]},
-    }
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
-def _of_parts(inputs: dict[str, Any]) -> dict[str, Any]:
-    read = [{name: value for name, value in entry.items() if name != "weight"} for entry in inputs["config"]["data"]]
-    config = {name: value for name, value in inputs["config"].items() if name not in _NOT_IN_PARTS}
-    return inputs | {"config": config | {"data": read}}
+def _refuse_own_files(config: Config, sources: list[DataSource]) -> None:
+    """Refuse data in the folder that this preparation replaces, such as its own quarantine."""
+    for file in (file for source in sources for file in source.files):
+        if file.resolve().is_relative_to(config.prepared.resolve()):
+            raise UsageError(
+                f"{file} lies in {config.prepared}, whose files prepare replaces. Copy it elsewhere, or name another place (out)."
+            )
 
 
-def _short(inputs: dict[str, Any]) -> str:
-    return artifact.checksum_bytes(artifact.canonical_json(inputs))[:8]
+def _refuse_in_use(config: Config) -> None:
+    """Refuse to replace data that a stage is reading: its output would belong to data that no longer exists.
+
+    On a disk shared by machines, its memory-mapped files would vanish, too.
+    """
+    if not (config.prepared / artifact.MANIFEST).exists():
+        return
+    for stage in ("score", "train"):
+        for path, holder in claims.find_holders(Path(config.out), stage):
+            raise UsageError(
+                f"{config.prepared} is being read by {stage} ({holder or path.name}), and this data or config gives other "
+                "examples. Wait for it, stop it, or name another place (out)."
+            )
+
+
+def _refuse_bad_data(parts: finalize.Parts, config: Config) -> None:
+    quarantined = parts.sum_counts("quarantined")
+    n_bad, n_good = sum(quarantined.values()), parts.n_rows
+    if n_good and n_bad <= config.prepare.max_quarantine * (n_bad + n_good):
+        return
+    if not n_bad:
+        names = ", ".join(entry.path or str(entry.hub) for entry in config.prepare.data)
+        raise DataError(f"{names}: no records, only blank lines.")
+    # The quarantine of a finished preparation belongs to its manifest, and stays.
+    is_prepared = (config.prepared / artifact.MANIFEST).exists()
+    path = config.prepared / (REFUSED_FILE if is_prepared else prepared.QUARANTINE_FILE)
+    finalize.commit_quarantine(path, parts)
+    first: dict[str, str] = {}
+    for record in parts.records:
+        first = record.first | first
+    by_count = sorted(quarantined.items(), key=lambda item: -item[1])
+    reasons = "; ".join(f"{n} {reason} (the first: {first[reason]})" for reason, n in by_count)
+    remedy = "Fix the data, or raise the threshold." if n_good else "No usable record is left."
+    raise DataError(
+        f"{n_bad} of {n_bad + n_good} records cannot be used ({reasons}); prepare.max_quarantine allows "
+        f"{config.prepare.max_quarantine:.0%}. Each is in {path} with its line and reason. {remedy}"
+    )
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _make_parts(folder: Path, recipe: Recipe, opened: list[Opened], progress: Progress) -> int:
-    """Every part of this process's share that is not there yet; returns how many parts there are in all."""
-    rank, world = pool.share()
+def _parts_folder(config: Config, inputs: dict[str, Any]) -> Path:
+    """Name the folder of the parts by what they depend on."""
+    data = [{name: value for name, value in entry.items() if name != "weight"} for entry in inputs["config"]["data"]]
+    settings = {name: value for name, value in inputs["config"].items() if name not in _NOT_IN_PARTS}
+    return config.prepared / f".parts-{_short_hash(inputs | {'config': settings | {'data': data}})}"
+
+
+def _short_hash(inputs: dict[str, Any]) -> str:
+    return artifact.checksum_bytes(artifact.canonical_json(inputs))[:8]
+
+
+def _prepare_parts(folder: Path, resolved: ResolvedConfig, sources: list[DataSource], progress: Progress) -> list[int]:
+    """Prepare the missing parts of this process's share. Return the source of every part of the preparation."""
+    rank, world = process_pool.rank_and_world()
     artifact.remove_leftovers(folder.parent)
-    counted = _Counted(opened, folder, rank, world)
-    n_workers = recipe.prepare.workers or pool.cores()
-    # Made here in any case: what is wrong with the template or the options is then not said by a worker.
-    alone = parts.start(recipe, folder)
+    part_sources: list[int] = []
+    n_prepared = n_finished = 0
+
+    def tasks() -> Iterator[tuple[int, int, Chunk]]:
+        nonlocal n_prepared, n_finished
+        for source, chunk in ((n, chunk) for n, each in enumerate(sources) for chunk in each.chunks()):
+            number = len(part_sources)
+            part_sources.append(source)
+            if number % world == rank:
+                if _find_finished_part(folder, number, source):
+                    n_finished += 1
+                else:
+                    n_prepared += 1
+                    yield number, source, chunk
+
+    n_workers = resolved.prepare.workers or process_pool.cores()
+    # Created here in any case, so that an error in the template or the options is raised here and not in a worker.
+    worker = part_worker.start_worker(resolved, folder)
     with progress.count("prepare", None, "records") as counter:
-        for record in pool.run(partial(parts.start, recipe, folder), counted.tasks(), n_workers, alone):
-            counter.add(record["records"])
-    if counted.found and counted.n_parts > counted.made:
-        progress.say(f"prepare: {counted.found:,} of {counted.n_parts:,} parts were there already")
-    return counted.n_parts
+        start = partial(part_worker.start_worker, resolved, folder)
+        for record in process_pool.run(start, tasks(), n_workers, worker):
+            counter.add(record.records)
+    if n_finished and len(part_sources) > n_prepared:
+        progress.say(f"prepare: {n_finished:,} of {len(part_sources):,} parts were there already")
+    return part_sources
 
 
-class _Counted:
-    """The tasks that are left, and what was seen while they were handed out."""
-
-    def __init__(self, opened: list[Opened], folder: Path, rank: int, world: int) -> None:
-        self._opened, self._folder, self._rank, self._world = opened, folder, rank, world
-        self.n_parts = self.found = self.made = 0
-
-    def tasks(self) -> Iterator[tuple[int, int, Chunk]]:
-        for source, opened in enumerate(self._opened):
-            for chunk in opened.chunks():
-                number, self.n_parts = self.n_parts, self.n_parts + 1
-                if number % self._world != self._rank:
-                    continue
-                if parts.finished(self._folder, number):
-                    self.found += 1
-                    continue
-                self.made += 1
-                yield number, source, chunk
+def _find_finished_part(folder: Path, number: int, source: int) -> PartRecord | None:
+    record = part_worker.find_finished(folder, number)
+    return record if record is not None and record.source == source else None
 
 
-def _all_finished(folder: Path, n_parts: int) -> assembly.Parts | None:
-    records = [parts.finished(folder, number) for number in range(n_parts)]
-    known = [record for record in records if record is not None]
-    return assembly.Parts(folder, known) if len(known) == n_parts else None
+def _find_finished(folder: Path, part_sources: list[int]) -> finalize.Parts | None:
+    """Return all parts, or None if some are not finished."""
+    records = []
+    for number, source in enumerate(part_sources):
+        record = _find_finished_part(folder, number, source)
+        if record is None:
+            return None
+        records.append(record)
+    return finalize.Parts(folder, records)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-def _assemble(made: assembly.Parts, recipe: Recipe, config: Config, inputs: dict[str, Any], progress: Progress) -> None:
+def _finalize(
+    parts: finalize.Parts, resolved: ResolvedConfig, config: Config, inputs: dict[str, Any], progress: Progress
+) -> None:
     folder, prepare = config.prepared, config.prepare
-    _refuse_bad_data(made, config)
-    quarantine = assembly.commit_quarantine(folder / prepared.QUARANTINE_FILE, made)
-    if len(made.records) > 1:
-        progress.say(f"prepare: {made.n_rows:,} examples in {len(made.records):,} parts, now put together")
-    weights = [prepare.data[record["source"]].weight for record in made.records]
-    shards, done = assembly.commit_shards(folder, made, recipe.kind, _short(inputs), prepare, weights)
-    facts = made.summed("done")
-    if recipe.template is None:
-        facts.pop("ended", None)  # plain text has none; that is no news
-    manifest = {
-        "inputs": inputs,
-        "kind": recipe.kind,
-        "formats": [asdict(reading) for reading in recipe.readings],
-        "records": sum(record["records"] for record in made.records),
-        "further": sum(record["further"] for record in made.records),
-        "quarantined": made.summed("quarantined"),
-        "boundaries": {name: facts.pop(name) for name in ("exact", "split") if name in facts},
-        "done": facts | {name: n for name, n in sorted(done.items()) if n},
-        "template": recipe.template,
-        "date": recipe.date,
-        "shards": shards,
-        "quarantine": quarantine,
-    }
-    artifact.commit_manifest(folder, manifest)
-    _tidy(folder, {shard["file"] for shard in shards})
+    quarantine = finalize.commit_quarantine(folder / prepared.QUARANTINE_FILE, parts)
+    if len(parts.records) > 1:
+        progress.say(f"prepare: {parts.n_rows:,} examples in {len(parts.records):,} parts, now put together")
+    weights = [prepare.data[record.source].weight for record in parts.records]
+    shards, row_counts = finalize.commit_shards(folder, parts, resolved.kind, _short_hash(inputs), prepare, weights)
+    done = parts.sum_counts("done")
+    if resolved.template is None:
+        done.pop("ended", None)  # plain text has no end tokens, so adding them is not worth a message
+    manifest = PreparedManifest.make(
+        inputs=inputs,
+        kind=resolved.kind,
+        formats=[asdict(source_format) for source_format in resolved.source_formats],
+        records=sum(record.records for record in parts.records),
+        further=sum(record.further for record in parts.records),
+        quarantined=parts.sum_counts("quarantined"),
+        boundaries={name: done.pop(name) for name in ("exact", "split") if name in done},
+        done=done | {name: n for name, n in sorted(row_counts.items()) if n},
+        template=resolved.template,
+        date=resolved.date,
+        shards=shards,
+        quarantine=quarantine,
+    )
+    manifest.commit(folder / artifact.MANIFEST)
+    _remove_old_files(folder, {shard["file"] for shard in shards})
 
 
-def _tidy(folder: Path, current: set[str]) -> None:
+def _remove_old_files(folder: Path, current: set[str]) -> None:
     for old in folder.glob("*.arrow"):
-        if old.name not in current:
+        if old.name not in current and re.fullmatch(_SHARD, old.name):
             old.unlink(missing_ok=True)
     (folder / REFUSED_FILE).unlink(missing_ok=True)
     for old in folder.glob(".parts-*"):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse_bad_data(made: assembly.Parts, config: Config) -> None:
-    quarantined = made.summed("quarantined")
-    n_bad, n_good = sum(quarantined.values()), made.n_rows
-    if n_good and n_bad <= config.prepare.max_quarantine * (n_bad + n_good):
-        return
-    if not n_bad:
-        names = ", ".join(entry.path or str(entry.hub) for entry in config.prepare.data)
-        raise DataError(f"{names}: no records, only blank lines.")
-    # The quarantine of a finished preparation is vouched for by its manifest, and stays.
-    path = config.prepared / (
-        REFUSED_FILE if (config.prepared / artifact.MANIFEST).exists() else prepared.QUARANTINE_FILE
+def _summarize(config: Config, *, changed: bool) -> PrepareResult:
+    manifest = prepared.Prepared(config.prepared).manifest
+    train, held_out = (
+        sum(shard.rows for shard in manifest.shards if shard.split == split) for split in (TRAIN, HELD_OUT)
     )
-    assembly.commit_quarantine(path, made)
-    remedy = "Mend the data, or raise the threshold." if n_good else "None is left to use."
-    raise DataError(
-        f"{n_bad} of {n_bad + n_good} records cannot be used ({_reasons(made, quarantined)}); prepare.max_quarantine allows "
-        f"{config.prepare.max_quarantine:.0%}. Each is in {path} with its line and reason. {remedy}"
+    done, n_in = manifest.done, manifest.records + manifest.further
+    n_unused = sum(manifest.quarantined.values()) + done.get("left_out", 0) + done.get("dropped", 0)
+    n_out = train + held_out + n_unused - done.get("repeated", 0)
+    if n_in != n_out:
+        raise IntegrityError(
+            f"{config.prepared / artifact.MANIFEST} counts {n_in} records, but says what became of {n_out}. "
+            f"Delete {config.prepared} and prepare again (prefcache prepare CONFIG)."
+        )
+    return PrepareResult(
+        prepared=config.prepared,
+        changed=changed,
+        kind=manifest.kind,
+        records=manifest.records,
+        train=train,
+        held_out=held_out,
+        further=manifest.further,
+        quarantined=manifest.quarantined,
+        boundaries=manifest.boundaries,
+        done=done,
+        date=manifest.date,
     )
-
-
-def _reasons(made: assembly.Parts, quarantined: dict[str, int]) -> str:
-    first: dict[str, str] = {}
-    for record in made.records:
-        first = record["first"] | first
-    return "; ".join(
-        f"{n} {reason} (the first: {first[reason]})" for reason, n in sorted(quarantined.items(), key=lambda i: -i[1])
-    )
-
-
-def _waiting(config: Config, folder: Path, n_parts: int) -> dict[str, Any]:
-    there = sum(parts.record_file(folder, number).exists() for number in range(n_parts))
-    return {"prepared": str(config.prepared), "waiting": True, "parts": n_parts, "finished": there}
-
-
-def _summary(config: Config, manifest: dict[str, Any], *, changed: bool) -> dict[str, Any]:
-    counts = {
-        split: sum(shard["rows"] for shard in manifest["shards"] if shard["split"] == split)
-        for split in (TRAIN, HELD_OUT)
-    }
-    done, kept = manifest["done"], sum(counts.values())
-    gone = sum(manifest["quarantined"].values()) + done.get("left_out", 0) + done.get("dropped", 0)
-    assert kept + gone - done.get("repeated", 0) == manifest["records"] + manifest["further"]
-    return {
-        "prepared": str(config.prepared),
-        "changed": changed,
-        "kind": manifest["kind"],
-        "records": manifest["records"],
-        **counts,
-        "further": manifest["further"],
-        "quarantined": manifest["quarantined"],
-        "boundaries": manifest["boundaries"],
-        "done": done,
-        "date": manifest["date"],
-    }
-
-
-def _tell_make(config: Config, model: Path, opened: list[Opened]) -> None:
-    tokenizer = [path for path in (model / "tokenizer.json", model / "tokenizer_config.json") if path.exists()]
-    files = [file for source in opened for file in source.files]
-    artifact.commit_make_inputs(config.prepared, [*files, *tokenizer])

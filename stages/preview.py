@@ -4,66 +4,73 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from pipeline import identity
-from pipeline.config import Config
-from pipeline.preparing.encoder import Encoder, Tokens
-from pipeline.preparing.example import Example, Unusable, plain_text
-from pipeline.preparing.lengths import Fitted
-from pipeline.preparing.parts import Maker, Quarantine
-from pipeline.preparing.recipe import make_recipe
-from pipeline.preparing.sources import Line, open_source
-from pipeline.progress import Progress
-from pipeline.schema import ANSWERS
+from prefcache.command_results import PreviewExample, PreviewPart, PreviewResult, PreviewToken, PreviewUnusable
+from prefcache.pipeline import identity
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.preparing.encoder import Encoder
+from prefcache.pipeline.preparing.example import Example, Unusable, plain_text
+from prefcache.pipeline.preparing.part_worker import PartWorker, Quarantine
+from prefcache.pipeline.preparing.resolved_config import resolve_config
+from prefcache.pipeline.preparing.sources import Line, open_source
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import ANSWERS
 
 
-def run(config: Config, progress: Progress, n: int) -> dict[str, Any]:
-    """The first `n` records of each source: their examples in tokens, or why there is none."""
+def run(config: Config, progress: Progress, n: int) -> PreviewResult:
+    """Return the examples of the first `n` records of each source in tokens, or why there are none."""
     model = identity.find_reference(config).tokenizer
     with tempfile.TemporaryDirectory() as spool:
-        opened = [open_source(entry, Path(spool)) for entry in config.prepare.sources]
-        recipe = make_recipe(config.prepare, model, opened, progress)
-        maker = Maker(recipe)
-        shown = []
-        for number, source in enumerate(opened):
+        sources = [open_source(entry, Path(spool)) for entry in config.prepare.sources]
+        resolved = resolve_config(config.prepare, model, sources, progress)
+        worker = PartWorker(resolved)
+        examples: list[PreviewExample | PreviewUnusable] = []
+        for number, source in enumerate(sources):
             lines = (line for chunk in source.chunks() for line in chunk.lines())
             for line in islice(lines, n):
-                shown += list(_shown(maker, line, number))
-    formats = {source.name: reading.format for source, reading in zip(opened, recipe.readings, strict=True)}
-    return {"kind": recipe.kind, "formats": formats, "date": recipe.date, "examples": shown}
+                examples += _preview_line(worker, line, number)
+    formats = {source.name: each.format for source, each in zip(sources, resolved.source_formats, strict=True)}
+    return PreviewResult(kind=resolved.kind, formats=formats, date=resolved.date, examples=examples)
 
 
-def _shown(maker: Maker, line: Line, source: int) -> Iterator[dict[str, Any]]:
-    where = {"source": line.source, "line": line.number}
-    unread = Quarantine()
-    for _, example in maker.examples(line, source, unread):
+def _preview_line(worker: PartWorker, line: Line, source: int) -> Iterator[PreviewExample | PreviewUnusable]:
+    quarantine = Quarantine()
+    for example in worker.read_examples(line, source, quarantine):
         try:
-            yield where | _example(maker, example, *maker.one(example))
+            yield _preview_example(line, worker, example)
         except Unusable as unusable:
-            yield where | {"reason": unusable.reason, "detail": unusable.detail}
-    for row in unread.rows:
-        yield where | {"reason": row["reason"], "detail": row["detail"]}
+            yield PreviewUnusable(source=line.source, line=line.number, reason=unusable.reason, detail=unusable.detail)
+    for row in quarantine.rows:
+        yield PreviewUnusable(source=line.source, line=line.number, reason=row["reason"], detail=row["detail"])
 
 
-def _example(maker: Maker, example: Example, full: Tokens, fitted: Fitted) -> dict[str, Any]:
-    kept, encoder = fitted.tokens, maker.encoder
-    # What keep_end leaves out is whole turns: the text begins anew after them, so they are shown as text.
-    left_out = len(example.prompt) - len(fitted.example.prompt) if fitted.cut_prompt else 0
-    turns = [turn for turn in example.prompt if isinstance(turn, dict) and turn["role"] != "system"][:left_out]
-    parts = [_part("prompt", encoder, kept.prompt, []) | {"cut_turns": plain_text(turns) if turns else ""}]
-    names = ANSWERS[maker.recipe.kind][: len(kept.answers)]
+def _preview_example(line: Line, worker: PartWorker, example: Example) -> PreviewExample:
+    full, truncated = worker.tokenize_one(example)
+    kept, cut_prompt = truncated.tokens, truncated.cut_prompt
+    # keep_end leaves out whole turns. The text begins anew after them, so they are shown as text.
+    n_cut = len(example.prompt) - len(truncated.example.prompt) if cut_prompt else 0
+    cut_turns = [turn for turn in example.prompt if isinstance(turn, dict) and turn["role"] != "system"][:n_cut]
+    parts = [_preview_part("prompt", worker.encoder, kept.prompt, [], plain_text(cut_turns) if cut_turns else "")]
+    names = ANSWERS[worker.resolved.kind][: len(kept.answers)]
     for name, ids, whole in zip(names, kept.answers, full.answers, strict=True):
-        # After keep_end the answers are as they were; after keep_start they have lost their end.
-        parts.append(_part(name, encoder, ids, whole[len(ids) :] if not fitted.cut_prompt else []))
-    label = {} if maker.recipe.kind == "pairs" else {"label": getattr(example, "label", None)}
-    return label | {"boundary": "exact" if kept.exact else "split", "cut_prompt": fitted.cut_prompt, "parts": parts}
+        # keep_end leaves the answers whole; after keep_start they have lost their end.
+        parts.append(_preview_part(name, worker.encoder, ids, whole[len(ids) :] if not cut_prompt else []))
+    return PreviewExample(
+        source=line.source,
+        line=line.number,
+        label=getattr(example, "label", None),
+        boundary="exact" if kept.exact else "split",
+        cut_prompt=cut_prompt,
+        parts=parts,
+    )
 
 
-def _part(name: str, encoder: Encoder, ids: list[int], cut: list[int]) -> dict[str, Any]:
-    pieces = encoder.pieces([*ids, *cut])
+def _preview_part(
+    name: str, encoder: Encoder, ids: list[int], cut: list[int], cut_turns: str | None = None
+) -> PreviewPart:
+    texts = encoder.token_texts([*ids, *cut])
     tokens = [
-        {"id": number, "text": piece, "special": number in encoder.specials, "cut": n >= len(ids)}
-        for n, (number, piece) in enumerate(zip([*ids, *cut], pieces, strict=True))
+        PreviewToken(number, text, special=number in encoder.specials, cut=n >= len(ids))
+        for n, (number, text) in enumerate(zip([*ids, *cut], texts, strict=True))
     ]
-    return {"name": name, "n_tokens": len(ids), "n_cut": len(cut), "tokens": tokens}
+    return PreviewPart(name=name, n_tokens=len(ids), n_cut=len(cut), tokens=tokens, cut_turns=cut_turns)

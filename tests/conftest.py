@@ -1,108 +1,32 @@
 """What the tests share: a tiny real model, small real data, and the command as a user runs it."""
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+
+from tests.helpers.project import (
+    CONSTRAINTS,
+    PREFCACHE,
+    ROOT,
+    Clone,
+    Done,
+    build_model,
+    checked,
+    invoke,
+    write_config,
+    write_pairs,
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models here are tiny: more threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-ROOT = Path(__file__).parent.parent
-CONSTRAINTS = ROOT / "tests/constraints.txt"
-PREFCACHE = Path(sys.executable).parent / "prefcache"
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "one",
-    "two",
-    "three",
-    "four",
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "runs",
-    "sleeps",
-    "eats",
-    "sings",
-    "a",
-    "the",
-    "and",
-    "why",
-]
-
-
-def pair(i: int) -> dict[str, str]:
-    """A small pair; every number gives another."""
-    words = [WORDS[(i * 7 + k * (k + i % 5 + 3)) % len(WORDS)] for k in range(12)]
-    return {
-        "prompt": f"{i}: why {' '.join(words[: 2 + i % 5])}?",
-        "chosen": f"the {' '.join(words[3 : 6 + i % 6])} {i}",
-        "rejected": f"a {' '.join(words[5 : 7 + i % 4])}",
-    }
-
-
-def write_pairs(path: Path, n: int, start: int = 0, mode: str = "w") -> Path:
-    with open(path, mode, encoding="utf-8") as file:
-        for i in range(start, start + n):
-            file.write(json.dumps(pair(i)) + "\n")
-    return path
-
-
-def build_model(folder: Path, seed: int = 0) -> Path:
-    """A tiny Llama with random weights, its tokenizer and a ChatML template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([" ".join(WORDS), "user assistant system\n"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = CHATML
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,  # wide enough that log-probs differ visibly between tokens
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -139,29 +63,11 @@ def torchao() -> Path:
     return folder
 
 
-@dataclass
-class Done:
-    """A command that has ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def prefcache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """The command with a user's arguments, in a temporary folder. In this process, which spares importing PyTorch."""
-    from stages.cli import main
-
+    """The command with a user's arguments, in the working directory, which is a temporary folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any, code: int | None = 0) -> Done:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return _checked(Done(result.exit_code, result.stdout, result.stderr), code)
-
-    return run
+    return lambda *arguments, code=0: invoke(Path.cwd(), *arguments, code=code)
 
 
 @pytest.fixture
@@ -172,14 +78,9 @@ def process(tmp_path: Path) -> Callable[..., Done]:
         command = [PREFCACHE, *map(str, arguments)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **options)
         assert "Traceback" not in done.stderr, done.stderr
-        return _checked(Done(done.returncode, done.stdout, done.stderr), code)
+        return checked(Done(done.returncode, done.stdout, done.stderr), code)
 
     return run
-
-
-def _checked(done: Done, code: int | None) -> Done:
-    assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture
@@ -189,39 +90,44 @@ def config(tmp_path: Path, model: Path) -> Path:
     return write_config(tmp_path, model)
 
 
-def write_config(folder: Path, model: Path, **train: Any) -> Path:
-    import yaml
-
-    tree = {
-        "model": str(model),
-        "out": "runs/tiny",
-        "prepare": {"data": "pairs.jsonl", "held_out": 0.2},
-        "score": {"tokens_per_shard": 400, "tokens_per_batch": 512},
-        "train": {"learning_rate": 1e-3, "batch_size": 8, "epochs": 2, "samples": 4, "sample_tokens": 8} | train,
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+@pytest.fixture(scope="session")
+def scored_once(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A folder whose 60 pairs were prepared and scored once."""
+    folder = tmp_path_factory.mktemp("scored")
+    write_pairs(folder / "pairs.jsonl", 60)
+    config = write_config(folder, model)
+    for stage in ("prepare", "score"):
+        invoke(folder, stage, config)
+    return folder
 
 
-@dataclass
-class Clone:
-    """A fresh copy of the repository, with this environment as its .venv, an empty home and no network."""
+@pytest.fixture
+def scored(scored_once: Path, tmp_path: Path) -> Path:
+    """The config of a copy of it, in the temporary folder. Its manifest knows the original's cache as well."""
+    shutil.copytree(scored_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "config.yaml"
 
-    folder: Path
-    demo_output: str = ""  # of the README's first command, once it has run
 
-    def run(self, command: str, code: int = 0) -> Done:
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.folder.parent / "home"),
-            "PYTHONPATH": str(self.folder),  # this copy's code, not the one the environment was installed from
-            "HF_HUB_OFFLINE": "1",
-        }
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900
-        )
-        return _checked(Done(done.returncode, done.stdout, done.stderr), code)
+@pytest.fixture
+def prepared(scored_once: Path, tmp_path: Path) -> Path:
+    """The config of a copy that is only prepared."""
+    shutil.copytree(scored_once, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache", "scored"))
+    return tmp_path / "config.yaml"
+
+
+@pytest.fixture(scope="session")
+def trained_once(scored_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it that was trained once."""
+    folder = shutil.copytree(scored_once, tmp_path_factory.mktemp("trained") / "it")
+    invoke(folder, "train", "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """The run of a copy, whose config is `config.yaml` in the temporary folder."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs/tiny/trained"
 
 
 @pytest.fixture(scope="session")

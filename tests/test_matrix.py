@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import WORDS, Done, build_model, pair
-from transformers import AutoModelForCausalLM
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.stored import artifact
-from pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.records import ScoredManifest
+from tests.helpers.project import WORDS, Done, build_model, pair
 
 N_PAIRS = 10
 LAYERS = ["q_proj", "v_proj", "down_proj"]
@@ -92,7 +93,7 @@ class World:
 
     def joined(self) -> dict[tuple[str, str], float]:
         """What a user's own query gives for each example, as the manifest names the numerics."""
-        accepted = artifact.read_manifest(self.out / "scored")["accepted_numerics"][0]
+        accepted = ScoredManifest.find(self.out / "scored").accepted_numerics[0]
         asked = "select example_id, c.logp_sum as chosen, r.logp_sum as rejected from examples"
         for name, side in (("c", "chosen"), ("r", "rejected")):
             asked += f" join reference {name} on {name}.used and {name}.key = {side}_key and {name}.numerics_id = '{accepted}'"
@@ -256,10 +257,49 @@ def from_hub(world: World) -> None:
 
 def other_version(world: World) -> None:
     """Stands in for another engine, which has versions and a name of its own."""
-    from pipeline import identity
+    from prefcache.pipeline import identity
 
     real = identity.version
     world.monkeypatch.setattr(identity, "version", lambda name: "99.0" if name == "transformers" else real(name))
+
+
+def two_models_in_one_folder(world: World) -> None:
+    """Two files with tensors of the same names; the index selects the first."""
+    build_model(world.root / "trained", seed=1)
+    os.replace(world.model / "model.safetensors", world.model / "a.safetensors")
+    shutil.copy(world.root / "trained/model.safetensors", world.model / "b.safetensors")
+    selected("a.safetensors")(world)
+
+
+def selected(file: str) -> Callable[[World], None]:
+    def write(world: World) -> None:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(world.model / file), file)}
+        (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return write
+
+
+def sharded(world: World) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(world.model)
+    (world.model / "model.safetensors").unlink()
+    plain.save_pretrained(world.model, max_shard_size="20KB")
+    assert len(list(world.model.glob("*.safetensors"))) > 3
+
+
+def pattern_order(world: World) -> None:
+    """PEFT takes the first pattern that fits, and saves them sorted."""
+    path = world.root / "adapter/adapter_config.json"
+    settings = json.loads(path.read_text())
+    settings["alpha_pattern"] = dict(reversed(settings["alpha_pattern"].items()))
+    path.write_text(json.dumps(settings))
+
+
+def resaved_tokenizer(world: World) -> None:
+    """By way of a loaded one, which notes where it came from and how a training loop padded with it."""
+    loaded = AutoTokenizer.from_pretrained(world.model)
+    loaded("x", truncation=True, max_length=9, padding="max_length")
+    loaded.save_pretrained(world.model)
+    assert "is_local" in (world.model / "tokenizer_config.json").read_text()
 
 
 def row_order(world: World) -> None:
@@ -327,6 +367,13 @@ KNOBS = [
     Knob("tokenizer", tokenizer, "keys"),
     Knob("weights", other_weights, "reference"),
     Knob("one bit of a weight file", one_bit, "reference"),
+    Knob("weight_map of the index", selected("b.safetensors"), "reference", two_models_in_one_folder),
+    Knob(
+        "order of an adapter's patterns",
+        pattern_order,
+        "reference",
+        adapter(alpha_pattern={"layers.0.self_attn.q_proj": 64, "q_proj": 2}),
+    ),
     Knob("rope_theta (stale elsewhere)", in_config(rope_theta=50.0), "reference"),
     Knob("epsilon of the norms", in_config(rms_norm_eps=0.1), "reference"),
     Knob("activation", in_config(hidden_act="gelu"), "reference"),
@@ -360,6 +407,10 @@ KNOBS = [
     Knob("time of the weight file", touched, "nothing"),
     Knob("generation_config.json", generation, "nothing"),
     Knob("dtype that the config notes", in_config(dtype="bfloat16"), "nothing"),
+    Knob("in how many files the weights lie", sharded, "nothing"),
+    Knob("ids of the ends", in_config(eos_token_id=5, bos_token_id=6), "nothing"),
+    Knob("name of the class", in_config(architectures=["LlamaModel"]), "nothing"),
+    Knob("tokenizer loaded and saved", resaved_tokenizer, "nothing"),
     Knob("adapter of another place", adapter_elsewhere, "nothing", adapter()),
     Knob("another name of the same revision", setting("revision", "again"), "nothing", from_hub),
 ]
@@ -412,13 +463,13 @@ def test_the_boundary_is_part_of_the_key_though_the_tokens_are_the_same(world):
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantised_weights_are_a_reference_of_their_own(world, quantization):
+def test_quantized_weights_are_a_reference_of_their_own(world, quantization):
     pytest.importorskip("bitsandbytes")
     world.prepare()
     plain, exact = world.score(), world.joined()
     world.settings["score.quantization"] = quantization
-    quantised = world.score()
-    assert quantised["cache"] != plain["cache"] and quantised["scored"] == plain["scored"]
+    quantized = world.score()
+    assert quantized["cache"] != plain["cache"] and quantized["scored"] == plain["scored"]
     assert world.joined() != exact and world.score()["tokens"] == 0
 
 

@@ -1,8 +1,8 @@
-"""Attention within the segments of a packed row: a prompt is computed once, and every answer sees it and itself only.
+"""Attention within the segments of a packed row: a prompt is computed once, and every answer sees only it and itself.
 
-A row holds groups one after another, each a prompt and its answers: `prompt, answer, answer, ...`. `use_segments` tells
-a Transformers model to attend that way; no file of the model is touched and no mask over the row is built. Whether a
-model computes the same this way is for its caller to check: see engines/transformers.py.
+A row holds groups one after another, each a prompt and its answers: `prompt, answer, answer, ...`. `use_segments` makes a
+Transformers model attend that way without touching the model's files or building a mask over the row. Whether a model computes
+the same this way is checked by forward.py.
 
 Shapes: H heads, T positions of the row, Q queries and K keys of one call, D width of a head.
 """
@@ -11,19 +11,20 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
 
-from pipeline.model.logprobs import sent
+from prefcache.pipeline.model.logprobs import to_device
 
 NAME = "prefcache_segments"
-# What Transformers calls layers whose attention is within reach of segments.
-_LAYERS = {"full_attention", "sliding_attention"}
-# Keys of a config that stand for what segments cannot express: chunks, states that run on, positions as biases.
-_SIGNS = (
+# The layer types, as Transformers calls them, whose attention segments can express.
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# Config keys of what segments cannot express: chunks, recurrent states, positions as biases.
+_UNSUPPORTED_KEYS = (
     "attention_chunk_size",
     "alibi",
     "ssm_cfg",
@@ -32,8 +33,8 @@ _SIGNS = (
     "linear_num_key_heads",
     "attn_layer_period",
 )
-# No file of theirs says it in the config.
-_MODELS = {
+# Models whose configs do not show it.
+_UNSUPPORTED_MODELS = {
     "bloom",
     "falcon",
     "mpt",
@@ -49,65 +50,111 @@ _MODELS = {
 
 
 class Branch(NamedTuple):
-    """An answer that is not the first of its group."""
+    """An answer after the first of its group."""
 
     prompt: slice
-    own: slice
+    answer: slice
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where in a row what attends to what."""
+    """Which positions of a row attend to which."""
 
     trunks: list[slice]  # a prompt and its first answer, causal
     branches: list[Branch]
     device: torch.device | str
-    spelt_out: bool = False  # without a fused kernel, as eager attention computes
+    eager: bool = False  # compute as eager attention does, without a fused kernel
 
     @cached_property
     def calls(self) -> list[tuple[slice, tuple[slice, ...]]]:
         """(queries, spans of their keys) in the order of the row."""
         trunks: list[tuple[slice, tuple[slice, ...]]] = [(trunk, (trunk,)) for trunk in self.trunks]
-        branches = [(branch.own, tuple(branch)) for branch in self.branches]
+        branches = [(branch.answer, tuple(branch)) for branch in self.branches]
         return sorted([*trunks, *branches], key=lambda call: call[0].start)
 
     @cached_property
-    def variable_lengths(self) -> dict[str, Any]:
-        """The same for one call over the whole row: the keys gathered, and where each call's queries and keys begin."""
+    def variable_lengths(self) -> "VariableLengths":
         n_q = [_length(queries) for queries, _ in self.calls]
         n_k = [sum(map(_length, spans)) for _, spans in self.calls]
-        keys = [torch.arange(span.start, span.stop) for _, spans in self.calls for span in spans]
-        return {
-            "keys": sent(torch.cat(keys), self.device),
-            "cu_q": _starts(n_q, self.device),
-            "cu_k": _starts(n_k, self.device),
-            "max_q": max(n_q),
-            "max_k": max(n_k),
-        }
+        keys = torch.cat([torch.arange(span.start, span.stop) for _, spans in self.calls for span in spans])
+        starts_q, starts_k = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(torch.int32) for n in (n_q, n_k))
+        keys, starts_q, starts_k = (to_device(indices, self.device) for indices in (keys, starts_q, starts_k))
+        return VariableLengths(keys, starts_q, starts_k, max(n_q), max(n_k))
+
+
+class VariableLengths(NamedTuple):
+    """The calls of a row as one: the keys to gather, and where each call's queries and keys begin."""
+
+    keys: torch.Tensor
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    max_queries: int
+    max_keys: int
 
 
 def _length(span: slice) -> int:
     return int(span.stop - span.start)
 
 
-def _starts(counts: list[int], device: torch.device | str) -> torch.Tensor:
-    return sent(F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(torch.int32), device)
+# -- what a model supports -------------------------------------------------------------------------------------------
 
 
-def why_not(config: Any) -> str | None:
-    """What in a model's config rules segments out; None where nothing does."""
+def choose_kernel(folder: Path, wanted: str) -> str:
+    """Return the attention that computes what the model in `folder` defines, without loading its weights.
+
+    This is `wanted`, except for models that SDPA does not compute: those with caps or sinks, and those whose class in
+    Transformers has no SDPA (BLOOM, GPT-J, Mamba). They take the model's own attention, which is eager.
+    """
+    # It imports pydantic, which the rest of this module does without.
+    from prefcache.pipeline import model_files
+
+    kernel = model_files.attention_kernel(folder, wanted)
+    if kernel != "sdpa":
+        return kernel
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # A folder that Transformers cannot load: loading it says why.
+        return kernel
+    return kernel if all(model_class._supports_sdpa for model_class in _model_classes(config)) else "eager"
+
+
+def _model_classes(config: Any) -> tuple[Any, ...]:
+    """The classes that Transformers may load as a causal language model for this config; usually one."""
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    return classes if isinstance(classes, tuple) else (classes,)
+
+
+def unsupported_reason(config: Any) -> str | None:
+    """Why a model with this config cannot be kept to segments, or None."""
+    for model_class in _model_classes(config):
+        if model_class._is_stateful:
+            return f"{model_class.__name__} carries a state from token to token"
+        if not model_class._can_set_attn_implementation():
+            return f"{model_class.__name__} computes its attention by itself"
     config = config.get_text_config()
-    if config.model_type in _MODELS:
+    if config.model_type in _UNSUPPORTED_MODELS:
         return f"{config.model_type} models take no segments"
-    if other := set(getattr(config, "layer_types", None) or ()) - _LAYERS:
-        return f"it has layers of {', '.join(sorted(other))}"
-    if found := [sign for sign in _SIGNS if getattr(config, sign, None)]:
-        return f"its config has {found[0]}"
+    if unsupported := set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS:
+        return f"it has layers of {', '.join(sorted(unsupported))}"
+    if key := next((key for key in _UNSUPPORTED_KEYS if getattr(config, key, None)), None):
+        return f"its config has {key}"
     return None
 
 
+def missing_positions_reason(model: Any) -> str | None:
+    """Why the decoder's signature rules packed rows out, or None."""
+    parameters = inspect.signature(type(model.get_decoder()).forward).parameters
+    # Further keywords of a decoder go to its attention, not to its positions.
+    if "input_ids" in parameters and "position_ids" not in parameters:
+        return "it computes positions from the row, so rows cannot be packed"
+    return None
+
+
+# -- the attention ---------------------------------------------------------------------------------------------------
+
+
 def use_segments(model: Any) -> None:
-    """From now on the model's forward wants `segments`."""
+    """Make the model's forward require the keyword `segments`."""
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
 
@@ -126,21 +173,22 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What Transformers calls in place of its own attention. A keyword `segments` that does not arrive is a TypeError."""
-    assert len(query) == 1 and attention_mask is None
-    special = segments.spelt_out or softcap is not None or s_aux is not None
-    dtype = _computed_in(query)
-    if query.is_cuda and not special and _fits_one_call(query, value, dtype):
-        q_HTD, k_HTD, v_HTD = (each[0].to(dtype) for each in (query, key, value))
-        return _in_one_call(q_HTD, k_HTD, v_HTD, segments, scaling, sliding_window).unsqueeze(0), None
-    found: list[torch.Tensor] = []
-    for q_HQD, k_HKD, v_HKD in _of_each_call(query[0], key[0], value[0], segments):
+    """Replace Transformers' own attention. If a model drops the keyword `segments`, this is a TypeError."""
+    assert len(query) == 1
+    assert attention_mask is None, "the model masks its attention by itself"
+    eager = segments.eager or softcap is not None or s_aux is not None
+    dtype = _compute_dtype(query)
+    if query.is_cuda and not eager and _fits_varlen_kernel(query, value, dtype):
+        q_HTD, k_HTD, v_HTD = (states[0].to(dtype) for states in (query, key, value))
+        return _varlen_attention(q_HTD, k_HTD, v_HTD, segments, scaling, sliding_window).unsqueeze(0), None
+    outputs: list[torch.Tensor] = []
+    for q_HQD, k_HKD, v_HKD in _split_calls(query[0], key[0], value[0], segments):
         n_q, n_k = q_HQD.shape[1], k_HKD.shape[1]
-        mask_QK = _mask(n_q, n_k, sliding_window, query.device, always=special or n_q < n_k)
-        if special:
-            found_HQD = _spelt_out(q_HQD, k_HKD, v_HKD, mask_QK, scaling, softcap, s_aux)
+        mask_QK = _mask(n_q, n_k, sliding_window, query.device, always=eager or n_q < n_k)
+        if eager:
+            out_HQD = _eager_attention(q_HQD, k_HKD, v_HKD, mask_QK, scaling, softcap, s_aux)
         else:
-            found_HQD = F.scaled_dot_product_attention(
+            out_HQD = F.scaled_dot_product_attention(
                 q_HQD[None],
                 k_HKD[None],
                 v_HKD[None],
@@ -149,54 +197,55 @@ def attend(
                 scale=scaling,
                 enable_gqa=True,
             )[0]
-        found.append(found_HQD.transpose(0, 1))
-    # As the model reads it next: each call's result is copied once.
-    return torch.cat(found).unsqueeze(0), None
+        outputs.append(out_HQD.transpose(0, 1))
+    # In the model's order of dimensions, so that each call's result is copied once.
+    return torch.cat(outputs).unsqueeze(0), None
 
 
-def _computed_in(query: torch.Tensor) -> torch.dtype:
-    """Under autocast, rotated queries and keys arrive in float32 and values do not: what they are computed in says autocast."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+def _compute_dtype(query: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype, if active: rotated queries and keys arrive in float32 there, and values do not."""
+    device_type = query.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
 
-def _fits_one_call(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> bool:
-    """What FlashAttention's kernel takes. DeepSeek's values, for one, are narrower than its keys."""
+def _fits_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether FlashAttention's kernel takes these shapes. DeepSeek's values, for one, are narrower than its keys."""
     width = query.shape[-1]
     return dtype in (torch.float16, torch.bfloat16) and value.shape[-1] == width <= 256 and width % 8 == 0
 
 
-def _of_each_call(
+def _split_calls(
     q_HTD: torch.Tensor, k_HTD: torch.Tensor, v_HTD: torch.Tensor, segments: Segments
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Queries, keys and values of each call. They are split off the row all at once: the gradient of a slice of the row
-    would be as large as the row, and there would be one for every call."""
-    calls = segments.calls
-    lengths = [_length(queries) for queries, _ in calls]
+    """Yield queries, keys and values of each call.
+
+    The row is split once: the gradient of a slice of it would be as large as the row, and there would be one for every call.
+    """
+    lengths = [_length(queries) for queries, _ in segments.calls]
     q, k, v = (torch.split(x_HTD, lengths, 1) for x_HTD in (q_HTD, k_HTD, v_HTD))
-    trunk = 0  # the call in which the prompt is that this branch sees
-    for i, (_, spans) in enumerate(calls):
+    trunk = 0  # the call that holds this branch's prompt
+    for i, (_, spans) in enumerate(segments.calls):
         if len(spans) == 1:
             trunk = i
             yield q[i], k[i], v[i]
         else:
-            assert spans[0].start == calls[trunk][0].start
-            n = _length(spans[0])
-            keys, values = (torch.cat([x[trunk][:, :n], x[i]], 1) for x in (k, v))
+            assert spans[0].start == segments.calls[trunk][0].start
+            n_prompt = _length(spans[0])
+            keys, values = (torch.cat([x[trunk][:, :n_prompt], x[i]], 1) for x in (k, v))
             yield q[i], keys, values
 
 
 def _mask(n_q: int, n_k: int, window: int | None, device: torch.device, *, always: bool) -> torch.Tensor | None:
-    """The last query sees all keys, the one before all but the last, ...; None where plain causal attention says it."""
+    """The last query sees all keys, the one before all but the last, ...; None if plain causal attention does that."""
     if not always and (window is None or n_k <= window):
         return None
     last_Q1 = torch.arange(n_k - n_q, n_k, device=device).unsqueeze(1)
-    at_K = torch.arange(n_k, device=device)
-    seen_QK = at_K <= last_Q1
-    return seen_QK if window is None else seen_QK & (at_K > last_Q1 - window)
+    key_K = torch.arange(n_k, device=device)
+    seen_QK = key_K <= last_Q1
+    return seen_QK if window is None else seen_QK & (key_K > last_Q1 - window)
 
 
-def _spelt_out(
+def _eager_attention(
     q_HQD: torch.Tensor,
     k_HKD: torch.Tensor,
     v_HKD: torch.Tensor,
@@ -205,7 +254,7 @@ def _spelt_out(
     softcap: float | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """For capped scores (Gemma 2) and heads that may attend to nothing (GPT-OSS), which no fused kernel takes."""
+    """Support capped scores (Gemma 2) and heads that may attend to nothing (GPT-OSS), which no fused kernel takes."""
     groups = len(q_HQD) // len(k_HKD)
     k_HKD, v_HKD = k_HKD.repeat_interleave(groups, 0), v_HKD.repeat_interleave(groups, 0)
     scores_HQK = q_HQD @ k_HKD.transpose(1, 2) * (q_HQD.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -221,7 +270,7 @@ def _spelt_out(
     return weights_HQK.to(v_HKD.dtype) @ v_HKD
 
 
-def _in_one_call(
+def _varlen_attention(
     q_HTD: torch.Tensor,
     k_HTD: torch.Tensor,
     v_HTD: torch.Tensor,
@@ -229,24 +278,24 @@ def _in_one_call(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One kernel for the whole row; prompts' keys are there once more for each further answer."""
+    """Compute the whole row in one kernel, with a prompt's keys repeated for each further answer."""
     from torch.nn.attention.varlen import varlen_attn
 
-    at = segments.variable_lengths
-    # PyTorch 2.11 takes fewer heads of keys as they are, and knows no keyword that says so.
-    takes_it = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    grouped: dict[str, Any] = {"enable_gqa": True} if takes_it and q_HTD.shape[0] != k_HTD.shape[0] else {}
+    lengths = segments.variable_lengths
+    # PyTorch 2.11 accepts fewer key heads without this keyword, which it does not have.
+    has_keyword = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if has_keyword and q_HTD.shape[0] != k_HTD.shape[0] else {}
     out_THD: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # it returns more only when asked for more
         q_HTD.transpose(0, 1).contiguous(),
-        k_HTD.transpose(0, 1)[at["keys"]],
-        v_HTD.transpose(0, 1)[at["keys"]],
-        at["cu_q"],
-        at["cu_k"],
-        at["max_q"],
-        at["max_k"],
+        k_HTD.transpose(0, 1)[lengths.keys],
+        v_HTD.transpose(0, 1)[lengths.keys],
+        lengths.query_starts,
+        lengths.key_starts,
+        lengths.max_queries,
+        lengths.max_keys,
         scale=scaling,
-        # To the left; the query itself comes on top. Queries are aligned with the last keys.
+        # To the left, not counting the query itself. Queries are aligned with the last keys.
         window_size=(-1 if window is None else window - 1, 0),
-        **grouped,
+        **options,
     )
     return out_THD

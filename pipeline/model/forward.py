@@ -1,136 +1,136 @@
-"""A model, and how sequences share one forward pass of it. Scorer and trainer compute log-probs here and nowhere else.
+"""How sequences share one forward pass of a model. Scorer and trainer compute log-probs here and nowhere else.
 
-    shared   no padding; a prompt is computed once for all of its answers, each answer sees it and itself only
+    shared   no padding; a prompt is computed once for all of its answers, each answer sees only it and itself
     packed   no padding
     padded   batches of the model's plain forward, padded on the right
 
-The first of these that is right for the model is taken: it is tried, at start, on some of the sequences that are to come.
+The first layout that is right for the model is used: each is tried at start on some of the sequences to come.
+A model for which none is right computes one sequence at a time; a model that is not causal is refused.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.errors import ResourceError, UsageError
-from pipeline.model import attention, packing
-from pipeline.model.logprobs import (
-    Logps,
-    Watch,
-    completion_logps,
-    lay_out,
-    plain_logps,
-    row_logps,
-    trained_after_the_decoder,
-)
-from pipeline.model.memory import is_out_of_memory
-from pipeline.schema import Sequence
+from prefcache.pipeline.errors import ResourceError, UsageError
+from prefcache.pipeline.model import attention, packing
+from prefcache.pipeline.model.chunked_lm_head import trained_beyond_head
+from prefcache.pipeline.model.logprobs import Logps, RouterHook, padded_logps, plain_logps
+from prefcache.pipeline.model.oom import is_out_of_memory
+from prefcache.pipeline.model.packed_row import lay_out, row_logps
+from prefcache.pipeline.schema import TokenSequence
 
-# Largest and mean deviation of a token from the same model's plain forward that is still rounding.
+# Largest and mean deviation per token from the same model's plain forward that still count as rounding.
 ROUNDING = {"float32": (1e-3, 1e-5), "float16": (0.1, 0.01), "bfloat16": (0.75, 0.05)}
-_TRIED = 24  # sequences: the longest, and some that share a prompt
-Compute = Callable[[SequenceOf[Sequence]], list[np.ndarray]]
+_TRIAL_SEQUENCES = 24
+_TRIAL_TOKENS = 1024  # for the trials whether a model is causal and may be padded
+Compute = Callable[[Sequence[TokenSequence]], list[np.ndarray]]
 
 
 class Forward:
-    """`kernel` is the model's own attention, which padded batches and generation use."""
+    """`kernel` is the model's own attention, used by padded batches and generation; `setting` names `wanted` in errors."""
 
     def __init__(self, model: Any, kernel: str, wanted: str, dtype: str, setting: str) -> None:
         self.model, self._kernel, self._wanted = model, kernel, wanted
         self._dtype, self._setting = dtype, setting
-        self._compute: Compute = self._all
-        self.way: str | None = None  # decided with the first sequences
-        self.why: str | None = None
+        self.layout: str | None = None  # chosen with the first sequences
+        self.layout_reason: str | None = None  # why not a better one
+        self._one_at_a_time = False  # padded batches of one, which have no padding
 
-    # -- how sequences share a forward -------------------------------------------------------------------------------
+    # -- the layout --------------------------------------------------------------------------------------------------
 
-    def choose(self, sequences: SequenceOf[Sequence], compute: Compute | None = None) -> None:
-        """The first way that gives, for some of these sequences, what the model's plain forward gives. `compute`, unless it is
-        a plain loop, makes log-probs by the way that is tried."""
+    def choose_layout(self, sequences: Sequence[TokenSequence], compute: Compute | None = None) -> None:
+        """Take the first layout that gives what the model's plain forward gives for some of these sequences.
+
+        `compute`, by default a plain loop, computes log-probs by the layout on trial.
+        """
+        refuse_lookahead(self.model, sequences, self._dtype)
         reasons = []
-        self._compute = compute or self._all
-        tried = {"auto": ("shared", "packed"), "padded": ()}.get(self._wanted, (self._wanted,))
-        for way in tried:
-            if (reason := self._wrong(way, _to_try(sequences))) is None:
+        candidates = {"auto": ("shared", "packed"), "padded": ()}.get(self._wanted, (self._wanted,))
+        for layout in candidates:
+            if (reason := self._try_layout(layout, _pick_trial(sequences), compute or self.compute_all)) is None:
                 break
-            reasons.append(f"not {way}: {reason}")
+            reasons.append(f"not {layout}: {reason}")
         else:
-            self.way = "padded"
-        self.why = "; ".join(reasons) or None
+            self.layout = "padded"
+            if self._wanted in ("auto", "padded") and (reason := _padding_problem(self.model, sequences, self._dtype)):
+                self._one_at_a_time = True
+                reasons.append(f"one sequence at a time: padded rows are {reason}")
+        self.layout_reason = "; ".join(reasons) or None
         if reasons and self._wanted != "auto":
             raise UsageError(f"{self._setting}={self._wanted} is not right for this model ({reason}). Set it to auto.")
 
-    def _wrong(self, way: str, sequences: list[Sequence]) -> str | None:
-        """Why this way of computing does not do for this model."""
+    def _try_layout(self, layout: str, sequences: list[TokenSequence], compute: Compute) -> str | None:
+        """Switch to this layout, or return why it is wrong for this model."""
         if self._kernel == "flash_attention_2":
             return "the attention is flash_attention_2"
-        if reason := attention.why_not(self.model.config):
+        if reason := attention.unsupported_reason(self.model.config) or attention.missing_positions_reason(self.model):
             return reason
         with torch.no_grad():
-            plain = np.concatenate([plain_logps(self.model, each).cpu().numpy() for each in sequences])
-        self.way = way
+            plain = np.concatenate([plain_logps(self.model, sequence).cpu().numpy() for sequence in sequences])
+        self.layout = layout
         try:
-            if others := trained_after_the_decoder(self.model):
-                return self._take_back(f"its head trains more than a matrix ({others[0]})")
-            attention.use_segments(self.model)
-            with torch.no_grad():
-                found = np.concatenate(self._compute(sequences))
+            if names := trained_beyond_head(self.model):
+                reason = f"its head trains more than a matrix ({names[0]})"
+            else:
+                attention.use_segments(self.model)
+                with torch.no_grad():
+                    reason = _deviation(np.concatenate(compute(sequences)), plain, ROUNDING[self._dtype])
         except Exception as error:  # A model that takes no segments may fail in any way.
             if is_out_of_memory(error) or isinstance(error, ResourceError):
                 raise
-            return self._take_back(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        deviation = np.abs(found - plain)[np.isfinite(plain)]
-        largest, mean = (float(f(deviation)) if len(deviation) else 0.0 for f in (np.max, np.mean))
-        if not (largest <= ROUNDING[self._dtype][0] and mean <= ROUNDING[self._dtype][1]):
-            return self._take_back(f"off by up to {largest:.2g} nats a token, {mean:.2g} on average")
-        return None
-
-    def _take_back(self, reason: str) -> str:
-        self.way = None
-        self.model.set_attn_implementation(self._kernel)
+            reason = f"its forward does not take packed rows ({type(error).__name__})"
+        if reason:
+            self.layout = None
+            self.model.set_attn_implementation(self._kernel)
         return reason
 
-    def _all(self, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-        found: dict[int, np.ndarray] = {}
-        for part in self.parts(sequences, max(each.n_tokens for each in sequences)):
-            of_part = self.logps([[sequences[i] for i in group] for group in part]).logps
-            found |= {i: logps.cpu().numpy() for i, logps in zip(flat(part), of_part, strict=True)}
-        return [found[i] for i in range(len(sequences))]
+    def compute_all(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """Log-probs of every sequence, in forwards no larger than the longest one."""
+        logps: dict[int, np.ndarray] = {}
+        for batch in self.plan_batches(sequences, max(sequence.n_tokens for sequence in sequences)):
+            batch_logps = self.logps([[sequences[i] for i in group] for group in batch]).logps
+            logps |= {i: logps_N.cpu().numpy() for i, logps_N in zip(flatten(batch), batch_logps, strict=True)}
+        return [logps[i] for i in range(len(sequences))]
 
     # -- the forward -------------------------------------------------------------------------------------------------
 
-    def groups(self, sequences: SequenceOf[Sequence]) -> list[list[int]]:
-        """Indices of what is computed together: answers with the same prompt, where that is shared."""
-        return packing.by_prompt(sequences) if self.way == "shared" else [[i] for i in range(len(sequences))]
+    def group(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """Indices of sequences that are computed together: answers to one prompt if prompts are shared, else each alone."""
+        if self.layout == "shared":
+            return packing.group_by_prompt(sequences)
+        return [[i] for i in range(len(sequences))]
 
-    def parts(self, sequences: SequenceOf[Sequence], budget: int) -> list[list[list[int]]]:
-        """What shares a forward of at most `budget` tokens: groups of indices. In a padded batch every sequence is one."""
-        if self.way == "padded":
-            return [
-                [[i] for i in batch] for batch in packing.token_budget_batches([s.n_tokens for s in sequences], budget)
-            ]
-        return packing.packed_rows(sequences, self.groups(sequences), budget)
+    def plan_batches(self, sequences: Sequence[TokenSequence], budget: int) -> list[list[list[int]]]:
+        """Groups of indices for each forward of at most `budget` tokens."""
+        if self.layout == "padded":
+            batches = packing.token_budget_batches([sequence.n_tokens for sequence in sequences], budget)
+            return [[[i] for i in batch] for batch in batches]
+        return packing.pack_rows(sequences, self.group(sequences), budget)
 
     def logps(
-        self, groups: SequenceOf[SequenceOf[Sequence]], *, squares: bool = False, watch: Watch | None = None
+        self,
+        groups: Sequence[Sequence[TokenSequence]],
+        *,
+        squares: bool = False,
+        router_hook: RouterHook | None = None,
     ) -> Logps:
-        """Of every sequence of the groups, in their order, the log-prob of each completion token, in one forward."""
-        if self.way == "padded":
-            every = [sequence for group in groups for sequence in group]
-            return completion_logps(self.model, every, squares=squares, watch=watch)
-        row = lay_out(groups)
-        branches = [attention.Branch(*branch) for branch in row.branches]
-        device = next(self.model.parameters()).device
-        segments = attention.Segments(row.trunks, branches, device, self._kernel == "eager")
-        return row_logps(self.model, row, segments, squares=squares, watch=watch)
+        """Log-prob of each completion token of every sequence, in the order of the groups, in one forward."""
+        if self.layout != "padded":
+            eager = self._kernel == "eager"
+            return row_logps(self.model, lay_out(groups), eager=eager, squares=squares, router_hook=router_hook)
+        sequences = [sequence for group in groups for sequence in group]
+        batches = [[sequence] for sequence in sequences] if self._one_at_a_time else [sequences]
+        results = [padded_logps(self.model, batch, squares=squares, router_hook=router_hook) for batch in batches]
+        return Logps(*([tensor for tensors in field for tensor in tensors] for field in zip(*results, strict=True)))
 
     @contextlib.contextmanager
-    def plainly(self) -> Iterator[None]:
-        """The model as it came, for what is not log-probs."""
-        if self.way in (None, "padded"):
+    def native_attention(self) -> Iterator[None]:
+        """Use the model's own attention, for saving and generation."""
+        if self.layout in (None, "padded"):
             yield
             return
         self.model.set_attn_implementation(self._kernel)
@@ -140,13 +140,93 @@ class Forward:
             attention.use_segments(self.model)
 
 
-def _to_try(sequences: SequenceOf[Sequence]) -> list[Sequence]:
-    """The longest with all that share its prompt, so that its window is exceeded if any is; and some others."""
-    longest_first = sorted(packing.by_prompt(sequences), key=lambda group: -max(sequences[i].n_tokens for i in group))
-    apart = longest_first[:: max(1, len(longest_first) // 8)]
-    chosen = flat([longest_first[0][:4], *(group[:4] for group in apart[1:])])
-    return [sequences[i] for i in chosen[:_TRIED]]
-
-
-def flat(groups: Iterable[Iterable[int]]) -> list[int]:
+def flatten(groups: Iterable[Iterable[int]]) -> list[int]:
     return [i for group in groups for i in group]
+
+
+# -- the trials ------------------------------------------------------------------------------------------------------
+
+
+def refuse_lookahead(model: Any, sequences: Sequence[TokenSequence], dtype: str) -> None:
+    """Raise UsageError if a token sees later ones, as in BERT unless its config says `is_decoder`.
+
+    A token's log-prob must not change when the second half of a sequence is reversed, nor when its last token is cut.
+    """
+    ids_T = _longest_ids(sequences)
+    half = len(ids_T) // 2
+    if half < 2:
+        return
+    reversed_T = np.concatenate([ids_T[:half], ids_T[half:][::-1]])
+    original, other, cut = (_all_logps(model, variant_T) for variant_T in (ids_T, reversed_T, ids_T[:-1]))
+    deviation = _deviation(other[: half - 1], original[: half - 1], ROUNDING[dtype]) or _deviation(
+        cut, original[:-1], _mean_tolerance(dtype)
+    )
+    if deviation is None:
+        return
+    hint = " Its config has is_decoder: false." if getattr(model.config, "is_decoder", None) is False else ""
+    raise UsageError(
+        f"{type(model).__name__} is not causal here: a token's log-prob is {deviation}, when later tokens are changed or "
+        f"fewer.{hint} Scores of such a model would know the answer; use a causal language model."
+    )
+
+
+def _padding_problem(model: Any, sequences: Sequence[TokenSequence], dtype: str) -> str | None:
+    """How far a sequence deviates in a batch with another one twice as long; None if only by rounding."""
+    ids_T = _longest_ids(sequences)
+    short_T = ids_T[::-1][: len(ids_T) // 2]
+    if len(short_T) < 2:
+        return None
+    with torch.no_grad():
+        batch = padded_logps(model, [TokenSequence(each_T[:1], each_T[1:]) for each_T in (short_T, ids_T)]).logps
+    return _deviation(batch[0].float().cpu().numpy(), _all_logps(model, short_T), _mean_tolerance(dtype))
+
+
+def _mean_tolerance(dtype: str) -> tuple[float, float]:
+    """Bound the mean only: with other shapes, half precision may send single tokens to other experts."""
+    return float("inf"), 4 * ROUNDING[dtype][1]
+
+
+def _longest_ids(sequences: Sequence[TokenSequence]) -> np.ndarray:
+    longest = max(sequences, key=lambda sequence: sequence.n_tokens)
+    return np.concatenate(longest)[:_TRIAL_TOKENS]
+
+
+def _all_logps(model: Any, ids_T: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        logps: np.ndarray = plain_logps(model, TokenSequence(ids_T[:1], ids_T[1:])).float().cpu().numpy()
+        return logps
+
+
+def _deviation(logps: np.ndarray, plain: np.ndarray, tolerance: tuple[float, float]) -> str | None:
+    """Describe a deviation beyond rounding, or return None. A nan is beyond it."""
+    deviation = np.abs(logps - plain)[np.isfinite(plain)]
+    largest, mean = (float(f(deviation)) if len(deviation) else 0.0 for f in (np.max, np.mean))
+    if largest <= tolerance[0] and mean <= tolerance[1]:
+        return None
+    return f"off by up to {largest:.2g} nats a token, {mean:.2g} on average"
+
+
+def _pick_trial(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Pick the longest sequence with others of its prompt, which exceed the attention window if any do, some more, and
+    three short ones.
+
+    The short ones are cut from the longest and fit in one row: two answers to a prompt, and another prompt. Sequences that are
+    alone in their rows would not show that a model mixes up what shares a row.
+    """
+    longest_first = sorted(
+        packing.group_by_prompt(sequences), key=lambda group: -max(sequences[i].n_tokens for i in group)
+    )
+    spread = longest_first[:: max(1, len(longest_first) // 8)]
+    indices = flatten([longest_first[0][:4], *(group[:4] for group in spread[1:])])
+    trial = [sequences[i] for i in indices[:_TRIAL_SEQUENCES]]
+    ids_T = np.concatenate(max(trial, key=lambda sequence: sequence.n_tokens))
+    n = len(ids_T) // 8
+    if n == 0:
+        return trial
+    prompt_T, first_T, second_T, other_T = (ids_T[i * n : (i + 1) * n + (i > 0)] for i in range(4))
+    return [
+        *trial,
+        TokenSequence(prompt_T, first_T),
+        TokenSequence(prompt_T, second_T),
+        TokenSequence(other_T, first_T),
+    ]

@@ -1,6 +1,6 @@
-"""A model's weights in memory, as scoring and training both load them: whole, quantised, with an adapter in their layers.
+"""Load a model's weights, for scoring and training alike: complete, quantized, with an adapter in their layers.
 
-Shapes: O and I, what a layer gives and takes.
+Shapes: O outputs and I inputs of a layer.
 """
 
 import copy
@@ -12,59 +12,103 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
 
-from pipeline.errors import UsageError
-from pipeline.identity import Reference
-from pipeline.model import products
-from pipeline.model.logprobs import use_float32_head
+from prefcache.pipeline.errors import PrefcacheError, UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.oom import is_out_of_memory
+from prefcache.pipeline.model_files import ADAPTER_WEIGHTS
+from prefcache.pipeline.safetensors_files import shorten_list
+from prefcache.pipeline.tokenizer import refuse_own_code
+
+logging.disable_progress_bar()  # ours counts sequences and steps
 
 
-def whole(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
-    """The model without its adapter; its weights are quantised if the reference says so."""
-    products.use_onednn()
+def load_base(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
+    """Load the model without its adapter, with quantized weights if the reference asks for them."""
+    options: dict[str, Any] = {"attn_implementation": kernel, "use_safetensors": True, "device_map": {"": device}}
     try:
-        return _loaded(reference, dtype, kernel, device)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # Transformers raises many kinds for a folder that is not right.
+        if reference.quantization is None:
+            model = _from_pretrained(reference.folder, dtype=getattr(torch, dtype), **options)
+        else:
+            model = _load_quantized(reference.folder, reference.quantization, getattr(torch, dtype), options)
+    except Exception as error:  # Transformers raises many kinds for a broken folder.
+        if is_out_of_memory(error) or isinstance(error, PrefcacheError):
+            raise
+        refuse_own_code(error, reference.folder)
         quantized = f" in {reference.quantization} (score.quantization)" if reference.quantization else ""
         raise UsageError(
-            f"{reference.folder} does not load as a causal language model{quantized} ({_reason(error)})."
+            f"{reference.folder} does not load as a causal language model{quantized} ({_describe(error)})."
         ) from None
+    # In eval mode RWKV halves the weights of later layers in place and hidden states with them, against overflow in float16.
+    # Trained weights would be saved halved, and halved again when loaded. Without it the model computes what it does in
+    # training mode, which differs only by the epsilon of the norms.
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = lambda: None
+    return model
 
 
-def _loaded(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
-    options: dict[str, Any] = {"attn_implementation": kernel, "use_safetensors": True, "device_map": {"": device}}
-    if reference.quantization is None:
-        return AutoModelForCausalLM.from_pretrained(reference.folder, dtype=getattr(torch, dtype), **options)
-    _refuse_without_bitsandbytes(reference.quantization)
-    # Quantised from float32 whatever the dtype, so that all dtypes compute with the very same quantised weights.
-    settings = _quantization(reference.quantization, getattr(torch, dtype))
-    loaded = AutoModelForCausalLM.from_pretrained(
-        reference.folder, dtype=torch.float32, quantization_config=settings, **options
+def _from_pretrained(folder: Path, **options: Any) -> Any:
+    """Load the model if the folder has exactly the tensors that it needs, in its shapes."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    for parameter in loaded.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    for module in loaded.modules():
-        if type(module).__name__ == "Linear8bitLt":
-            module.forward = partial(_weights_only, module)
-    return loaded
+    name = type(model).__name__
+    if missing := set(info["missing_keys"]):
+        raise UsageError(
+            f"{folder} lacks tensors of {name}: {shorten_list(missing)}. Random values would take their place. Save or fetch "
+            "the model again."
+        )
+    if info["mismatched_keys"]:
+        shapes = [f"{key} {list(theirs)} (expected {list(ours)})" for key, theirs, ours in info["mismatched_keys"]]
+        raise UsageError(
+            f"{folder} has tensors of other shapes than {name} in its config.json: {shorten_list(shapes)}. Put config and "
+            "weights of one model together."
+        )
+    # A model that was saved quantized may hold tensors that Transformers does not use, such as scales of activations.
+    unexpected = set() if getattr(model, "is_quantized", False) else set(info["unexpected_keys"])
+    if unexpected:
+        raise UsageError(
+            f"{folder} has tensors that {name} does not have: {shorten_list(unexpected)}. They would be left out. See whether "
+            "config.json is that of these weights, or save the model without them."
+        )
+    if info["error_msgs"]:
+        raise UsageError(f"{folder} does not load whole: {' '.join(map(str, info['error_msgs']))[:300]}")
+    return model
 
 
-def mend_generation_config(config: Any) -> None:
-    """Some models are published with a temperature but without do_sample, and then refuse to be saved."""
+def check_tensors(reference: Reference) -> str | None:
+    """Refuse a folder that lacks tensors, as loading does, without reading weights; or return why this is unknown."""
+    try:
+        _from_pretrained(reference.folder, use_safetensors=True, device_map={"": "meta"})
+    except UsageError:
+        raise
+    except Exception as error:  # It may be quantized in a way, or of a kind, that only the other engine knows.
+        refuse_own_code(error, reference.folder)
+        return f"whether {reference.folder} has all tensors of its model was not checked ({_describe(error)})"
+    return None
+
+
+def fix_generation_config(config: Any) -> None:
+    """Repair a config with a temperature but without do_sample, which some models ship with and then refuse to save."""
     try:
         config.validate(strict=True)
     except ValueError:
         config.do_sample = True
 
 
-# -- quantised weights -----------------------------------------------------------------------------------------------
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _refuse_without_bitsandbytes(quantization: str) -> None:
+# -- quantized weights -----------------------------------------------------------------------------------------------
+
+
+def _load_quantized(folder: Path, quantization: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     try:
         version("bitsandbytes")
     except PackageNotFoundError:
@@ -72,17 +116,27 @@ def _refuse_without_bitsandbytes(quantization: str) -> None:
             f"score.quantization={quantization} needs bitsandbytes. Install it (pip install 'prefcache[quantized]'), or "
             "leave score.quantization out."
         ) from None
-
-
-def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    # Quantized from float32 whatever the dtype, so that all dtypes compute with the very same quantized weights.
+    model = _from_pretrained(folder, dtype=torch.float32, quantization_config=config, **options)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_multiply_8bit_weights, module)
+    return model
 
 
-def _weights_only(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What an 8-bit layer computes here. Its own forward quantises the input as well, apart from columns that are large
-    anywhere in it: a token's log-prob would depend on later tokens and on what else is in the row."""
+def _multiply_8bit_weights(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Dequantize an 8-bit layer's weights and multiply.
+
+    The layer's own forward also quantizes its input, except for columns with a large value anywhere: a token's log-prob would
+    depend on later tokens and on the rest of the row.
+    """
     scale_O = layer.weight.SCB / 127
     weight_OI = (layer.weight.float() * scale_O.unsqueeze(1)).to(hidden.dtype)
     return F.linear(hidden, weight_OI, None if layer.bias is None else layer.bias.to(hidden.dtype))
@@ -91,54 +145,61 @@ def _weights_only(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 # -- adapters --------------------------------------------------------------------------------------------------------
 
 
-def with_frozen_adapter(base: Any, adapter: Path, device: str) -> Any:
-    """The base with the adapter in its layers, as a trainer computes it.
+def load_frozen_adapter(base: Any, adapter: Path, device: str) -> Any:
+    """Put an adapter into the base's layers, as a trainer computes it.
 
-    It is not merged: in bfloat16 the sum of both would be rounded, and most of a small adapter with it; quantised weights
-    take none; and where input and output embeddings are tied, merging into one would change the other.
+    It is not merged. In bfloat16 the sum of both would be rounded, and most of a small adapter with it; quantized weights cannot
+    take one; and with tied embeddings, merging into the input or output embeddings would change the other.
     """
-    loaded = with_adapter(base, adapter, device).get_base_model()
-    plain_head(loaded)
-    return loaded
+    model = load_adapter(base, adapter, device).get_base_model()
+    fold_head_adapter(model)
+    return model
 
 
-def with_adapter(base: Any, adapter: Path, device: torch.device | str, *, trainable: bool = False) -> Any:
-    """PEFT's model: it and the model in it share layers."""
+def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, trainable: bool = False) -> Any:
+    """Return PEFT's model, which shares its layers with the base."""
     # Takes seconds to import, and few models need it.
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
 
     try:
         with warnings.catch_warnings():
-            # PEFT only warns of weights that the adapter's config asks for and its file lacks.
+            # PEFT only warns about weights that the adapter's config asks for and its file lacks.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(base, str(adapter), torch_device=str(device), is_trainable=trainable)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
+            model = PeftModel.from_pretrained(
+                base, str(adapter), torch_device=str(device), is_trainable=trainable, trust_remote_code=False
+            )
+        # PEFT ignores tensors that have no place in the model, and reports them only when they are loaded again.
+        unexpected = set_peft_model_state_dict(model, load_file(adapter / ADAPTER_WEIGHTS)).unexpected_keys
     except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, PrefcacheError):
+            raise
         raise UsageError(
-            f"{adapter} does not load as an adapter of {base.name_or_path} ({_reason(error)}). Name the model that it was "
+            f"{adapter} does not load as an adapter of {base.name_or_path} ({_describe(error)}). Name the model that it was "
             "trained on."
         ) from None
+    if unexpected:
+        raise UsageError(
+            f"{adapter} has tensors for which its adapter_config.json has no place in the model: "
+            f"{shorten_list(unexpected)}. Name the model that it was trained on, and the config that was saved "
+            "with it."
+        )
+    return model
 
 
-def has_adapted_head(loaded: Any) -> bool:
-    head = loaded.get_output_embeddings()
+def has_adapted_head(model: Any) -> bool:
+    head = model.get_output_embeddings()
     return hasattr(head, "unload_and_optionally_merge_module") or hasattr(head, "base_layer")
 
 
-def plain_head(loaded: Any) -> None:
-    """The head is computed in float32 from its weight alone, so what the adapter does to it goes into a copy of that."""
-    if not has_adapted_head(loaded):
+def fold_head_adapter(model: Any) -> None:
+    """Merge an adapter of the head into a float32 copy of it, because the head is computed from its weight alone."""
+    if not has_adapted_head(model):
         return
-    head = copy.deepcopy(loaded.get_output_embeddings()).float()
+    head = copy.deepcopy(model.get_output_embeddings()).float()
     if hasattr(head, "unload_and_optionally_merge_module"):
         head = head.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     else:
         head.merge()
         head = head.get_base_layer()
-    loaded.set_output_embeddings(head)
-    use_float32_head(loaded, frozen=True)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    model.set_output_embeddings(head)
+    use_float32_head(model, frozen=True)

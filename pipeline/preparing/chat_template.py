@@ -1,8 +1,8 @@
-"""A chat template: a stranger's program that turns messages into text, run with limits.
+"""A chat template: a program of unknown origin that turns messages into text, run with limits.
 
-It renders in Jinja's sandbox, with at most so many seconds, bytes and characters; over these it ends in an error that
-names the template. It sees a fixed date and nothing random, so it gives the same text today and tomorrow. Text and
-arguments are those of Transformers' `apply_chat_template`.
+It renders in Jinja's sandbox with limits on time, memory and output; if it exceeds one, the error names the template.
+It sees a fixed date and nothing random, so that it gives the same text on any day. Text and arguments are those of
+Transformers' `apply_chat_template`.
 """
 
 import contextlib
@@ -23,21 +23,22 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.errors import UsageError
-from pipeline.preparing.example import Message, Unusable
-from pipeline.preparing.frames import Opaque, join, refuse_opaque
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing.example import Message, Unusable
+from prefcache.pipeline.preparing.placeholder_text import OpaqueText, join, refuse_opaque
 
 SECONDS = 5.0
 MEMORY = 512 << 20
 CHARACTERS = 32 << 20
-_BITS = 1 << 16
-# Counts this process's own work, not the time that it waits.
-KILLS = signal.ITIMER_VIRTUAL
-_PATIENCE = 10  # seconds
-_PIECES = 1_000_000
+_BITS = 1 << 16  # of a number
+_PIECES = 1_000_000  # of slice and batch
 _PRECISION = 300  # of round: it computes ten to that power
+# Ends the process. It counts the time that the process works, not the time that it waits.
+KILL_TIMER = signal.ITIMER_VIRTUAL
+_KILL_AFTER = 10  # seconds over the limit
 _OPERATORS = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod}
-# What handles an Opaque by Python's own means, so that a look into it is noticed. All others would see its mark.
+# Filters and tests that use an OpaqueText through its own methods, which notice a look into it. All others would see its
+# mark.
 _FILTERS = {
     "capitalize", "count", "default", "d", "first", "items", "length", "reverse", "last", "list", "lower", "map", "reject", "rejectattr",
     "select", "selectattr", "string", "trim", "upper", "title", "attr", "batch", "slice",
@@ -49,23 +50,24 @@ _TESTS = {
 
 
 class TemplateLimit(UsageError):
-    """The template took more than it may."""
+    """The template took more time, memory or output than it may."""
 
 
 class ChatTemplate:
     def __init__(
         self, text: str, tokens: Mapping[str, str], date: datetime.date, *, tool_text: str | None = None
     ) -> None:
-        """`tokens`: the special tokens that a template may print, by name. `tool_text`: in its place where there are tools."""
+        """`tokens`: the special tokens that a template may print, by name. `tool_text`: the template to use with tools."""
         self.text, self._tokens = text, dict(tokens)
         self.knows_tools = "tools" in text + (tool_text or "")
         self.knows_tool_calls = "tool_calls" in text + (tool_text or "")
-        self.prints_date = prints_date(text, tool_text)
-        sandbox = _sandbox(date)
+        sandbox = _create_sandbox(date)
         with self.limits():
             self._plain = _compile(sandbox, text)
             self._with_tools = _compile(sandbox, tool_text) if tool_text else self._plain
-            self.literals = _literals(sandbox, text)
+            # The texts in the template's expressions, which are what it may look for in a conversation.
+            constants = (node.value for node in sandbox.parse(text).find_all(nodes.Const))
+            self.literals = tuple(dict.fromkeys(text for text in constants if isinstance(text, str) and text.strip()))
 
     def render(
         self,
@@ -75,7 +77,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text, or Unusable where the template refuses these messages."""
+        """Return the text, or raise Unusable if the template refuses these messages."""
         template = self._with_tools if tools else self._plain
         names = {**self._tokens, **(kwargs or {})} | {
             "messages": messages,
@@ -84,36 +86,37 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _timed(template, names)
+            with _time_limit():
+                return _concat(template.generate(names))
         except (TemplateLimit, MemoryError) as error:
-            raise _over(error) from None
-        except Exception as error:  # A template is a stranger's program, and can raise anything.
+            raise _explain_limit(error) from None
+        except Exception as error:  # A template can raise anything.
             raise Unusable("template refuses", f"{type(error).__name__}: {error}") from None
 
     @staticmethod
     @contextlib.contextmanager
     def limits() -> Iterator[None]:
-        """The limits on memory and, in the main thread, on time. Enter it around many renderings: it costs more than one."""
+        """Limit memory and, in the main thread, time. Enter it around many renderings: it costs more than one of them."""
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = _address_space() + MEMORY
-        timed = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGALRM, _alarm) if timed else None
+        is_timed = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGALRM, _raise_time_limit) if is_timed else None
         try:
             if limit > MEMORY and (soft == resource.RLIM_INFINITY or limit < soft):
                 resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
             yield
         except MemoryError as error:
-            raise _over(error) from None
+            raise _explain_limit(error) from None
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-            if timed:
-                for timer in (signal.ITIMER_REAL, KILLS):
+            if is_timed:
+                for timer in (signal.ITIMER_REAL, KILL_TIMER):
                     signal.setitimer(timer, 0)
-                signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+                signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def prints_date(*texts: str | None) -> bool:
-    """Whether one of these templates asks what day it is."""
+    """Return whether one of these templates prints today's date."""
     return any("strftime_now" in text for text in texts if text)
 
 
@@ -124,20 +127,86 @@ def read_template(path: str) -> str:
         raise UsageError(f"prepare.chat_template: {path} cannot be read ({error}).") from None
 
 
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+def _address_space() -> int:
+    """Return the bytes of this process's address space; 0 if the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return 0
+
+
+def _raise_time_limit(signum: int, frame: Any) -> None:
+    raise TemplateLimit(f"over {SECONDS:.0f} s for one conversation")
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    # Outside limits(), an alarm would end the process.
+    if signal.getsignal(signal.SIGALRM) is not _raise_time_limit:
+        yield
+        return
+    # Repeated, because the first alarm may come where Python or Jinja swallows the error.
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)
+    # No alarm gets through one long operation of Python's own. Then the system ends the process.
+    signal.setitimer(KILL_TIMER, SECONDS + _KILL_AFTER)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(KILL_TIMER, 0)
+
+
+def _explain_limit(error: BaseException) -> TemplateLimit:
+    if isinstance(error, TemplateLimit) and str(error).startswith("The chat template"):
+        return error
+    excess = str(error) if isinstance(error, TemplateLimit) else f"over {MEMORY >> 20} MiB of memory"
+    return TemplateLimit(
+        f"The chat template takes too much: {excess}. Name another one: prepare.chat_template: FILE.jinja."
+    )
+
+
+def _concat(texts: Iterable[str]) -> str:
+    pieces, size, is_opaque = [], 0, False
+    for piece in texts:
+        pieces.append(piece)
+        size += str.__len__(piece)
+        is_opaque = is_opaque or isinstance(piece, OpaqueText)
+        if size > CHARACTERS:
+            raise TemplateLimit(f"over {CHARACTERS >> 20} million characters")
+    return join(pieces) if is_opaque else "".join(pieces)
+
+
 # -- the sandbox -----------------------------------------------------------------------------------------------------
 
 
+def _compile(sandbox: "_Sandbox", text: str) -> jinja2.Template:
+    remedy = "Name another: prepare.chat_template: FILE.jinja."
+    try:
+        with _time_limit():
+            return sandbox.from_string(text)
+    except (TemplateLimit, MemoryError) as error:
+        raise _explain_limit(error) from None
+    except jinja2.TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise UsageError(f"The chat template is not Jinja ({error}{line}). {remedy}") from None
+    except (RecursionError, ValueError, OverflowError, SyntaxError) as error:
+        raise UsageError(f"The chat template cannot be compiled ({error}). {remedy}") from None
+
+
 class _Compiler(CodeGenerator):
-    """Jinja's, but for `a ~ b`, which is joined like everything else."""
+    """Jinja's compiler, except that `a ~ b` and `a in b` go through the sandbox."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
             super().visit_Concat(node, frame)
             return
         self.write("environment.concat((")
-        for each in node.nodes:
+        for part in node.nodes:
             self.write("str(")
-            self.visit(each, frame)
+            self.visit(part, frame)
             self.write("), ")
         self.write("))")
 
@@ -152,7 +221,7 @@ class _Compiler(CodeGenerator):
 
 
 class _Searched:
-    """A text that is asked whether another is in it: one that cannot be looked into neither."""
+    """A plain text that is asked whether another is in it. Python asks this one, so it refuses an OpaqueText."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -162,22 +231,11 @@ class _Searched:
         return other in self._text
 
 
-def _joined(texts: Iterable[str]) -> str:
-    pieces, size, opaque = [], 0, False
-    for piece in texts:
-        pieces.append(piece)
-        size += str.__len__(piece)
-        opaque = opaque or isinstance(piece, Opaque)
-        if size > CHARACTERS:
-            raise TemplateLimit(f"over {CHARACTERS >> 20} million characters")
-    return join(pieces) if opaque else "".join(pieces)
-
-
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which keeps a template from Python's insides but not from huge numbers and strings."""
+    """Jinja's sandbox keeps a template from Python's internals; this one also from huge numbers and strings."""
 
     intercepted_binops = frozenset(_OPERATORS)
-    concat = staticmethod(_joined)
+    concat = staticmethod(_concat)
     code_generator_class = _Compiler
 
     @staticmethod
@@ -185,9 +243,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return _Searched(value) if type(value) is str else value
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        # A method of a plain text, such as `join`, would take an Opaque for one too.
+        # A method of a plain text, such as `join`, would see an OpaqueText's mark.
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str) and not isinstance(owner, Opaque):
+        if isinstance(owner, str) and not isinstance(owner, OpaqueText):
             refuse_opaque("call", *args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -203,7 +261,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _check_product(operator: str, left: Any, right: Any) -> None:
-    """Refuse before it is computed what would take forever: one such operation cannot be interrupted."""
+    """Refuse an endless operation before it is computed: one operation cannot be interrupted."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length()
         if bits > _BITS:
@@ -216,69 +274,58 @@ def _check_product(operator: str, left: Any, right: Any) -> None:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, with which templates mark what the model says. Here it is just its content."""
+    """`{% generation %}`, with which templates mark the assistant's tokens; here only its content counts."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # In a scope of its own, as in Transformers: what is set inside is not seen outside.
+        # In a scope of its own, as in Transformers: variables set inside are not seen outside.
         return nodes.Scope(body)
 
 
-def _sandbox(date: datetime.date) -> _Sandbox:
+def _create_sandbox(date: datetime.date) -> _Sandbox:
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     sandbox.filters["tojson"] = _to_json
-    sandbox.globals["raise_exception"] = _raise
+    sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = date.strftime
-    # What differs from one day to the next has no place in a cache.
+    # What differs from one run to the next has no place in a cache.
     del sandbox.filters["random"], sandbox.globals["lipsum"]
-    for name, check in (
-        ("sum", _sum_of_numbers),
-        ("round", _some_digits),
-        ("slice", _some_pieces),
-        ("batch", _some_pieces),
-    ):
-        sandbox.filters[name] = _checked(sandbox.filters[name], check)
-    for known, safe in ((sandbox.filters, _FILTERS), (sandbox.tests, _TESTS)):
-        for name in set(known) - safe:
-            known[name] = _careful(name, known[name])
-    # The same answers as Jinja's, without looking into a text (see frames.Opaque).
+    for name, check in (("sum", _check_sum), ("round", _check_round), ("slice", _check_n), ("batch", _check_n)):
+        sandbox.filters[name] = _add_check(sandbox.filters[name], check)
+    for functions, safe in ((sandbox.filters, _FILTERS), (sandbox.tests, _TESTS)):
+        for name in set(functions) - safe:
+            functions[name] = _add_opaque_check(name, functions[name])
+    # The same answers as Jinja's, without looking into an OpaqueText.
     for name in ("iterable", "sequence"):
-        sandbox.tests[name] = _true_of_text(sandbox.tests[name])
+        sandbox.tests[name] = lambda value, test=sandbox.tests[name]: isinstance(value, str) or test(value)
     return sandbox
 
 
-def _careful(name: str, function: Any) -> Any:
-    """The filter or test, which is not given an Opaque."""
-
-    @functools.wraps(function)  # with Jinja's marks, which say what it is passed beside its arguments
-    def careful(*arguments: Any, **named: Any) -> Any:
-        seen = [list(each) if isinstance(each, Iterator) else each for each in arguments]
-        refuse_opaque(name, *seen, named)
-        return function(*seen, **named)
-
-    return careful
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _sum_of_numbers(environment: Any, values: Any, attribute: Any = None, start: Any = 0) -> None:
-    if not isinstance(start, int | float):
-        raise TemplateLimit("a sum of other things than numbers")  # of lists it takes the square of their number
+def _add_opaque_check(name: str, function: Any) -> Any:
+    """Wrap a filter or test so that it never gets an OpaqueText."""
+
+    @functools.wraps(function)  # with Jinja's marks for functions that are passed the context
+    def checked(*arguments: Any, **named: Any) -> Any:
+        arguments = tuple(list(each) if isinstance(each, Iterator) else each for each in arguments)
+        refuse_opaque(name, *arguments, named)
+        return function(*arguments, **named)
+
+    return checked
 
 
-def _some_digits(value: Any, precision: int = 0, method: Any = "common") -> None:
-    if abs(precision) > _PRECISION:
-        raise TemplateLimit(f"a number of over {_PRECISION} digits")
-
-
-def _some_pieces(*given: Any, **named: Any) -> None:
-    if any(isinstance(each, int) and each > _PIECES for each in (*given, *named.values())):
-        raise TemplateLimit(f"over {_PIECES:,} pieces")
-
-
-def _checked(function: Any, check: Any) -> Any:
-    """The filter, for arguments that pass the check."""
+def _add_check(function: Any, check: Any) -> Any:
+    """Wrap a filter so that its arguments are checked first."""
 
     @functools.wraps(function)
     def checked(*arguments: Any, **named: Any) -> Any:
@@ -288,82 +335,16 @@ def _checked(function: Any, check: Any) -> Any:
     return checked
 
 
-def _literals(sandbox: _Sandbox, text: str) -> tuple[str, ...]:
-    """The texts that stand in the template's expressions, which are what it may look for in a conversation."""
-    found = (node.value for node in sandbox.parse(text).find_all(nodes.Const) if isinstance(node.value, str))
-    return tuple(dict.fromkeys(literal for literal in found if literal.strip()))
+def _check_sum(environment: Any, values: Any, attribute: Any = None, start: Any = 0) -> None:
+    if not isinstance(start, int | float):
+        raise TemplateLimit("a sum of other things than numbers")  # of lists, its time is quadratic
 
 
-def _true_of_text(test: Any) -> Any:
-    return lambda value: isinstance(value, str) or test(value)
+def _check_round(value: Any, precision: int = 0, method: Any = "common") -> None:
+    if abs(precision) > _PRECISION:
+        raise TemplateLimit(f"a number of over {_PRECISION} digits")
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _compile(sandbox: _Sandbox, text: str) -> jinja2.Template:
-    try:
-        _set_timer(SECONDS)
-        return sandbox.from_string(text)
-    except (TemplateLimit, MemoryError) as error:
-        raise _over(error) from None
-    except jinja2.TemplateError as error:
-        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise UsageError(
-            f"The chat template is not Jinja ({error}{line}). Name another: prepare.chat_template: FILE.jinja."
-        ) from None
-    except (RecursionError, ValueError, OverflowError, SyntaxError) as error:
-        raise UsageError(
-            f"The chat template cannot be compiled ({error}). Name another: prepare.chat_template: FILE.jinja."
-        ) from None
-    finally:
-        _set_timer(0)
-
-
-# -- limits ----------------------------------------------------------------------------------------------------------
-
-
-def _timed(template: jinja2.Template, names: dict[str, Any]) -> str:
-    _set_timer(SECONDS)
-    try:
-        return _joined(template.generate(names))
-    finally:
-        _set_timer(0)
-
-
-def _set_timer(seconds: float) -> None:
-    # Elsewhere than under limits(), an alarm would end the process.
-    if signal.getsignal(signal.SIGALRM) is _alarm:
-        # Again and again: the first alarm may fall where Python or Jinja lets no error through.
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0 if seconds else 0.0)
-        # One long operation of Python's own lets no alarm through. Then the system ends the process.
-        signal.setitimer(KILLS, seconds + _PATIENCE if seconds else 0)
-
-
-def _alarm(signum: int, frame: Any) -> None:
-    raise TemplateLimit(f"over {SECONDS:.0f} s for one conversation")
-
-
-def _over(error: BaseException) -> TemplateLimit:
-    if str(error).startswith("The chat template"):
-        assert isinstance(error, TemplateLimit)
-        return error
-    found = str(error) if isinstance(error, TemplateLimit) else f"over {MEMORY >> 20} MiB of memory"
-    return TemplateLimit(
-        f"The chat template takes too much: {found}. Name another one: prepare.chat_template: FILE.jinja."
-    )
-
-
-def _address_space() -> int:
-    """Bytes of this process's address space; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (OSError, ValueError):
-        return 0
+def _check_n(*arguments: Any, **named: Any) -> None:
+    if any(isinstance(each, int) and each > _PIECES for each in (*arguments, *named.values())):
+        raise TemplateLimit(f"over {_PIECES:,} pieces")

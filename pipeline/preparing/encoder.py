@@ -1,6 +1,6 @@
 """Text to token ids, exactly as the tokenizer gives them for the whole, without encoding the prompt with every answer.
 
-A special token ends whatever the tokenizer could merge: text after it is encoded alike whatever stands before. So the
+Tokenizers merge nothing across a special token: the text after it is encoded the same way whatever precedes it. So the
 ids of `prompt + answer` are those of the prompt up to its last special token, then those of the rest of the text. With
 no such token in the prompt, the whole is encoded with each answer.
 """
@@ -10,47 +10,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UsageError
-from pipeline.pieces import pieces
+from prefcache.pipeline.token_text import token_texts
+from prefcache.pipeline.tokenizer import load_tokenizer
 
-_MEMO = 4096
+_MOST_TAILS = 4096
 _NEAR_THE_END = 3  # a template may write a line end after the end token
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """A tokenizer as it travels to a worker: loading it there takes neither Transformers nor PyTorch."""
+    """A tokenizer as it is sent to a worker: loading it there takes neither Transformers nor PyTorch."""
 
     folder: str
-    backend: str | None  # as JSON of the tokenizers library; None where Transformers runs it in Python
+    backend: str | None  # as JSON of the tokenizers library; None if Transformers runs it in Python
     special: dict[str, str]  # bos_token, eos_token and the like, as templates print them
-    bos: int | None  # only where the tokenizer begins a text with it
+    bos: int | None  # None unless the tokenizer begins a text with it
     eos: int | None
     chat_template: str | None
     tool_template: str | None
 
 
-class Text(NamedTuple):
+class ExampleText(NamedTuple):
     """What the model sees: `prompt + answer` is a whole conversation."""
 
     prompt: str
     answers: tuple[str, ...]
-    plain: bool = False  # no chat template wrote it, so the tokenizer's beginning is added
-    closed: bool = False  # where plain: the answers bring an end of their own
+    plain: bool = False  # not from a chat template, so the tokenizer's beginning is added
+    closed: bool = False  # with plain: the answers bring an end token of their own
 
 
-class Tokens(NamedTuple):
+class ExampleTokens(NamedTuple):
     prompt: list[int]
     answers: tuple[list[int], ...]
     exact: bool  # prompt + answer are the ids of the whole, for every answer
-    ended: bool  # an end token was added, for the text had none
+    ended: bool  # an end token was added, because the text had none
 
 
-def load(folder: Path) -> TokenizerFacts:
-    """Whatever tokenizer the folder has."""
-    tokenizer = _from_transformers(folder)
+def load_facts(folder: Path) -> TokenizerFacts:
+    """Load whatever tokenizer the folder has."""
+    tokenizer = load_tokenizer(folder)
     template = tokenizer.chat_template
-    named = template if isinstance(template, dict) else {"default": template}
+    templates = template if isinstance(template, dict) else {"default": template}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     bos = tokenizer.bos_token_id
     return TokenizerFacts(
@@ -59,20 +59,20 @@ def load(folder: Path) -> TokenizerFacts:
         special={name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         bos=bos if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else None,
         eos=tokenizer.eos_token_id,
-        chat_template=named.get("default"),
-        tool_template=named.get("tool_use"),
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
     )
 
 
 class Encoder:
     def __init__(self, facts: TokenizerFacts) -> None:
         self._bos, self._eos = facts.bos, facts.eos
-        self._tails: dict[str, list[int]] = {}
-        self._texts: dict[int, bool] = {}
+        self._tail_ids: dict[str, list[int]] = {}
+        self._prints_text: dict[int, bool] = {}
+        self._separators: dict[int, str] = {}  # tokens between which text is encoded by itself
+        self._prefix = ""  # a separator that leaves the text after it as it is
         if facts.backend is None:
-            self._python: Any = _from_transformers(Path(facts.folder))
-            self._hard: dict[int, str] = {}
-            self._cutter = ""
+            self._python: Any = load_tokenizer(Path(facts.folder))
             self.specials = frozenset(self._python.all_special_ids) - {self._python.unk_token_id}
             return
         from tokenizers import Tokenizer
@@ -82,69 +82,79 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
-        # What stands for an unknown character ends nothing.
+        # The token for unknown characters ends nothing.
         unknown = facts.special.get("unk_token")
         self.specials = frozenset(n for n, token in added.items() if token.special and token.content != unknown)
-        # A token that is matched on normalised text, or only between words, does not part the text by itself.
-        parts = {
-            n: token for n, token in added.items() if token.content and not token.normalized and not token.single_word
-        }
-        inside = _inside_others([token.content for token in added.values()])
-        self._hard = {n: token.content for n, token in parts.items() if token.content not in inside}
-        # One that also swallows the space after it would change what it is put before.
-        self._cutter = next((self._hard[n] for n in self._hard if not parts[n].rstrip), "")
+        # A token that stands inside another one, not at its beginning, does not separate: the other may yet follow.
+        contents = [token.content for token in added.values()]
+        joined = "".join(f"\0{content}" for content in contents)
+        inside = {text for text in contents if text and joined.count(text) > joined.count(f"\0{text}")}
+        # Nor does one that is matched on normalised text, or only between words.
+        for n, token in added.items():
+            if token.content and not token.normalized and not token.single_word and token.content not in inside:
+                self._separators[n] = token.content
+                # One that also swallows the space after it would change the text that follows.
+                if not token.rstrip:
+                    self._prefix = self._prefix or token.content
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Without special tokens of the tokenizer's own: a rendered template brings its own."""
+        """Encode without special tokens of the tokenizer's own: a rendered template brings its own."""
         if self._python is not None:
-            found: list[list[int]] = self._python(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-            return found
+            return list(self._python(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         decoder = self._backend if self._python is None else self._python
         return str(decoder.decode(list(ids), skip_special_tokens=False))
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token."""
-        return pieces(self.decode, ids)
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token."""
+        return token_texts(self.decode, ids)
 
-    def encode(self, texts: Sequence[Text]) -> list[Tokens]:
-        """The prompt's ids are those of the prompt on its own. An answer's are the rest of the whole's where these begin
-        with the prompt's; else the text is cut there, and they are those of the answer on its own."""
+    def decoded_specials(self) -> set[str]:
+        """Return the texts of the special tokens."""
+        return {self.decode([n]) for n in self.specials}
+
+    def encode(self, texts: Sequence[ExampleText]) -> list[ExampleTokens]:
+        """Encode examples.
+
+        A prompt is encoded on its own. If the ids of prompt + answer begin with the prompt's, the answer's ids are the
+        rest; else the answer is encoded on its own, too.
+        """
         distinct = list(dict.fromkeys(text.prompt for text in texts))
         prompts = dict(zip(distinct, self.ids(distinct), strict=True))
-        tails = [self._tail(text.prompt, prompts[text.prompt]) for text in texts]
+        tails = [self._find_tail(text.prompt, prompts[text.prompt]) for text in texts]
         wholes = iter(
             self.ids([tail + answer for text, (tail, _) in zip(texts, tails, strict=True) for answer in text.answers])
         )
         return [
-            self._cut(text, prompts[text.prompt], tail_ids, [next(wholes) for _ in text.answers])
+            self._split(text, prompts[text.prompt], tail_ids, [next(wholes) for _ in text.answers])
             for text, (_, tail_ids) in zip(texts, tails, strict=True)
         ]
 
-    def _tail(self, prompt: str, ids: list[int]) -> tuple[str, list[int]]:
-        """The end of the prompt from its last special token on, as text and as ids; else all of it."""
-        n = next((n for n in range(len(ids) - 1, -1, -1) if ids[n] in self._hard), -1)
-        at = prompt.rfind(self._hard[ids[n]]) if n >= 0 else -1
+    def _find_tail(self, prompt: str, ids: list[int]) -> tuple[str, list[int]]:
+        """Return the end of the prompt from its last separator on, as text and as ids; else all of it."""
+        n = next((n for n in range(len(ids) - 1, -1, -1) if ids[n] in self._separators), -1)
+        at = prompt.rfind(self._separators[ids[n]]) if n >= 0 else -1
         if at < 0:
             return prompt, ids
         tail = prompt[at:]
-        if tail not in self._tails:
-            if len(self._tails) == _MEMO:
-                self._tails.clear()
-            self._tails[tail] = self.ids([tail])[0]
-        tail_ids = self._tails[tail]
-        # They differ where the token's text is part of something else.
+        if tail not in self._tail_ids:
+            if len(self._tail_ids) == _MOST_TAILS:
+                self._tail_ids.clear()
+            self._tail_ids[tail] = self.ids([tail])[0]
+        tail_ids = self._tail_ids[tail]
+        # They differ if the token's text is part of something else.
         return (tail, tail_ids) if tail_ids == ids[n:] else (prompt, ids)
 
-    def _cut(self, text: Text, prompt: list[int], tail: list[int], wholes: list[list[int]]) -> Tokens:
+    def _split(self, text: ExampleText, prompt: list[int], tail: list[int], wholes: list[list[int]]) -> ExampleTokens:
         n = len(tail)
-        # Each answer for itself: what its ids are does not depend on what it is compared with.
-        begins = [whole[:n] == tail for whole in wholes]
+        # Decided per answer, so that its ids do not depend on the other answer. An answer on its own is encoded after a
+        # token, because tokenizers may treat the beginning of a text differently.
+        is_exact = [whole[:n] == tail for whole in wholes]
         answers = [
-            whole[n:] if exact else self._alone(answer)
-            for whole, exact, answer in zip(wholes, begins, text.answers, strict=True)
+            whole[n:] if exact else self.ids([self._prefix + answer])[0][1 if self._prefix else 0 :]
+            for whole, exact, answer in zip(wholes, is_exact, text.answers, strict=True)
         ]
         ended = False
         for ids in answers:
@@ -153,44 +163,16 @@ class Encoder:
                 ended = True
         if text.plain and self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]
-        return Tokens(prompt, tuple(answers), all(begins), ended)
+        return ExampleTokens(prompt, tuple(answers), all(is_exact), ended)
 
-    def _is_ended(self, ids: list[int], text: Text) -> bool:
+    def _is_ended(self, ids: list[int], text: ExampleText) -> bool:
         if text.plain and not text.closed:
             return ids[-1] == self._eos
-        for number in reversed(ids[-_NEAR_THE_END:]):
-            if number in self.specials or number == self._eos:
+        for n in reversed(ids[-_NEAR_THE_END:]):
+            if n in self.specials or n == self._eos:
                 return True
-            if self._is_text(number):
+            if n not in self._prints_text:
+                self._prints_text[n] = bool(self.decode([n]).strip())  # more than spaces and line ends
+            if self._prints_text[n]:
                 return False
         return False
-
-    def _is_text(self, number: int) -> bool:
-        """Whether a token says something, and not just spaces and line ends."""
-        if number not in self._texts:
-            self._texts[number] = bool(self.decode([number]).strip())
-        return self._texts[number]
-
-    def _alone(self, answer: str) -> list[int]:
-        """Ids of a text as they are within a text: after a token, so that nothing is done that is done at a beginning."""
-        return self.ids([self._cutter + answer])[0][1 if self._cutter else 0 :]
-
-
-def _inside_others(tokens: list[str]) -> set[str]:
-    """Tokens that stand in another one, not at its beginning: where a text has them, the other may yet come of it."""
-    joined = "".join(f"\0{token}" for token in tokens)
-    return {token for token in tokens if token and joined.count(token) > joined.count(f"\0{token}")}
-
-
-def _from_transformers(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # else it warns of every text longer than the model
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # Whatever the loader says, the folder's tokenizer cannot be used.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"{folder} has no tokenizer that loads ({first}). Expected tokenizer.json beside the model."
-        ) from None

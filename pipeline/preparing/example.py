@@ -1,43 +1,42 @@
-"""An example: one record in our one shape, whatever file it came from.
+"""An example: one record in the one shape that everything after the formats works on.
 
 A `Pair` has a chosen and a rejected answer, a `Label` one answer and a yes or no. A `Ranking` holds several answers in
-order of merit; it becomes pairs before anything else sees it.
+order of merit; expand_rankings.py turns it into pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 Turns = str | list[Message]
 
 
-# Not frozen: that makes them three times slower to make, and there are millions.
+# Not frozen: there are millions of them, and a frozen dataclass takes three times as long to create.
 @dataclass(slots=True, kw_only=True)
-class Asked:
-    """A prompt, as plain text (one user turn) or as messages, and what the chat template is told beside it."""
+class Context:
+    """What the answers of an example share."""
 
-    prompt: Turns
+    prompt: Turns  # plain text (one user turn) or messages
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] | None = None
-    rendered: bool = False
-    """The texts are already what the model sees: no template is applied."""
+    rendered: bool = False  # the texts are already what the model sees: no template is applied
+    columns: dict[str, float] = field(default_factory=dict)  # those of schema.DATA_COLUMNS that the record has
 
-    def asked(self) -> dict[str, Any]:
-        """What is asked, for an example of the same question."""
+    def context(self) -> dict[str, Any]:
+        """Return these fields, for another example with the same prompt."""
         return {
             "prompt": self.prompt,
             "tools": self.tools,
             "template_kwargs": self.template_kwargs,
             "rendered": self.rendered,
+            "columns": self.columns,
         }
 
 
 @dataclass(slots=True, kw_only=True)
-class Pair(Asked):
+class Pair(Context):
     chosen: Turns
     rejected: Turns
-    chosen_score: float | None = None
-    rejected_score: float | None = None
 
     @property
     def answers(self) -> tuple[Turns, ...]:
@@ -45,7 +44,7 @@ class Pair(Asked):
 
 
 @dataclass(slots=True, kw_only=True)
-class Label(Asked):
+class Label(Context):
     completion: Turns
     label: bool
 
@@ -54,7 +53,7 @@ class Label(Asked):
         return (self.completion,)
 
 
-class Ranked(NamedTuple):
+class Candidate(NamedTuple):
     """One answer of a ranking. The higher `standing` wins, equal ones tie; `score` is the data's own grade, if any."""
 
     turns: Turns
@@ -63,15 +62,15 @@ class Ranked(NamedTuple):
 
 
 @dataclass(slots=True, kw_only=True)
-class Ranking(Asked):
-    answers: tuple[Ranked, ...]
+class Ranking(Context):
+    answers: tuple[Candidate, ...]
 
 
 Example = Pair | Label
 
 
 class Unusable(Exception):
-    """Why a record cannot become an example, and goes to quarantine: a reason that can be counted, and the detail."""
+    """Send a record to quarantine, with a reason that can be counted and a detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -79,14 +78,10 @@ class Unusable(Exception):
 
 
 def plain_text(turns: Turns) -> str:
-    """What a person reads: one turn's text, or `role: text` lines of several."""
+    """Return what a person reads: the text of one turn, or `role: text` lines of several."""
     if isinstance(turns, str):
         return turns
+    texts = [content if isinstance(content := message.get("content"), str) else "" for message in turns]
     if len(turns) == 1:
-        return _content(turns[0])
-    return "\n".join(f"{message['role']}: {_content(message)}" for message in turns)
-
-
-def _content(message: Message) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else ""
+        return texts[0]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(turns, texts, strict=True))

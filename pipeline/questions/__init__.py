@@ -1,7 +1,7 @@
-"""Questions that come up with every data set and every run, ready to ask: `prefcache ask`.
+"""Ready questions about any data set and run: `prefcache ask`.
 
-One .sql file each. Its first comment is its help; the comments after it declare its parameters, `-- name = default: help`, which
-the query reads as $name. To add a question, add a file.
+One .sql file each. Its first comment is its help; the comments after it declare its parameters as `-- name = default: help`,
+which the query reads as $name. To add a question, add a file.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UsageError, named
+from prefcache.pipeline.errors import UsageError, look_up
 
 _PARAMETER = re.compile(r"-- (\w+) = ([^:]+): (.+)")
 
@@ -21,8 +21,8 @@ class Parameter:
     default: Any
     help: str
 
-    def read(self, name: str, text: str) -> Any:
-        """A number where the default is one, else a word, also one of digits: a run may be called 1. null is none."""
+    def parse(self, name: str, text: str) -> Any:
+        """Parse a setting: a number if the default is one, else the text itself, since a run may be called 1. null is None."""
         if text == "null":
             return None
         if not isinstance(self.default, int | float):
@@ -44,28 +44,27 @@ class Question:
     sql: str
 
     def values(self, settings: Mapping[str, str]) -> dict[str, Any]:
-        """Of every parameter: what is said, or its default."""
-        none = "" if self.parameters else "It has none."
-        said = {
-            key: named(self.parameters, key, f"{self.name}.parameter", none).read(key, text)
-            for key, text in settings.items()
-        }
-        return {key: parameter.default for key, parameter in self.parameters.items()} | said
+        """Return the value of every parameter: as set, or its default."""
+        hint = "" if self.parameters else "It has none."
+        values = {name: parameter.default for name, parameter in self.parameters.items()}
+        for name, text in settings.items():
+            values[name] = look_up(self.parameters, name, f"{self.name}.parameter", hint).parse(name, text)
+        return values
 
 
-def question(name: str) -> Question:
-    return named(QUESTIONS, name, "question", "prefcache ask lists them.")
+def get_question(name: str) -> Question:
+    return look_up(QUESTIONS, name, "", "prefcache ask lists them.", what="question")
 
 
-def _read(file: Path) -> Question:
+def _parse(file: Path) -> Question:
     sql = file.read_text(encoding="utf-8")
-    first, _, rest = sql.partition("\n")
+    help_line, *lines = sql.splitlines()
     parameters = {}
-    for line in rest.splitlines():
-        if not (found := _PARAMETER.fullmatch(line)):
+    for line in lines:
+        if not (match := _PARAMETER.fullmatch(line)):
             break
-        parameters[found[1]] = Parameter(json.loads(found[2]), found[3])
-    return Question(file.stem, first.removeprefix("--").strip(), parameters, sql)
+        parameters[match[1]] = Parameter(json.loads(match[2]), match[3])
+    return Question(file.stem, help_line.removeprefix("--").strip(), parameters, sql)
 
 
-QUESTIONS = {file.stem: _read(file) for file in sorted(Path(__file__).parent.glob("*.sql"))}
+QUESTIONS = {file.stem: _parse(file) for file in sorted(Path(__file__).parent.glob("*.sql"))}

@@ -1,4 +1,4 @@
--- The hardest and the easiest sources of each run, by how many of their pairs are right at the last visit.
+-- The hardest and easiest sources of each run, by the share of pairs with the correct sign at their last visit.
 select
     run,
     source,

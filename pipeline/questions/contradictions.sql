@@ -1,5 +1,5 @@
--- Pairs that say the opposite of each other: the same prompt and two answers, chosen and rejected in turn.
--- limit = 20: most rows
+-- Pairs that contradict each other: the same prompt and answers, with chosen and rejected swapped.
+-- limit = 20: most rows to list
 with keyed as (
     select example_id, source, line, hash(chosen_key) as chosen, hash(rejected_key) as rejected
     from examples
@@ -8,7 +8,7 @@ with keyed as (
 
 both_ways as (
     select
-        -- Only these are joined: a pair of answers that occurs in one order alone has nothing to contradict it.
+        -- Join only these: answers that occur in one order only contradict nothing.
         least(chosen, rejected) as first_answer,
         greatest(chosen, rejected) as second_answer
     from keyed

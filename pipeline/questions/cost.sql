@@ -1,4 +1,4 @@
--- What the reference has to read, by source: sequences, tokens, and what is spared because a prompt is shared or a sequence repeats.
+-- The cost of scoring, by source: sequences, tokens, and the tokens that remain once shared prompts and repeated sequences count once.
 with numbered as (
     select
         source,

@@ -1,5 +1,5 @@
--- Pairs whose rejected answer the reference finds likelier per token, the most certain first.
--- limit = 20: most rows
+-- Pairs whose rejected answer is likelier per token under the reference, the clearest first.
+-- limit = 20: most rows to list
 select
     example_id,
     source,

@@ -1,10 +1,10 @@
--- Examples that stand in the data more than once, but for case and blanks around them, the most frequent first.
--- limit = 20: most rows
+-- Examples that occur more than once, ignoring case and surrounding blanks, the most frequent first.
+-- limit = 20: most rows to list
 with hashed as (
     select
         source,
         line,
-        -- One hash for what is compared; texts themselves would not fit into memory.
+        -- Compare hashes, because the texts would not fit into memory.
         hash(lower(trim(prompt)), lower(trim(coalesce(chosen, completion))), lower(trim(coalesce(rejected, label::varchar))))
             as content
     from examples

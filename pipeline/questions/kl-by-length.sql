@@ -1,4 +1,4 @@
--- How far each run's policy moved from the reference, per token, by the length of the answer: the mean log-ratio of the data's answers. An estimate by whole answers, for a run does not keep the log-probs of single tokens.
+-- How far each run's policy moved from the reference, per token, by answer length: the mean log-ratio of the data's answers. Whole answers are averaged, because a run does not store log-probs of single tokens.
 with latest as (
     select
         run,
@@ -19,7 +19,7 @@ answers as (
 select
     run,
     answer,
-    -- 1, 2, 4, 8, ...: answers up to twice as long stand together.
+    -- Group by powers of two: 1, 2 to 3, 4 to 7, 8 to 15, ...
     (2 ** floor(log2(n_tokens)))::int as from_tokens,
     count(*) as answers,
     sum(log_ratio) / sum(n_tokens) as log_ratio_per_token

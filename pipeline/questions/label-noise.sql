@@ -1,6 +1,6 @@
--- Pairs that are probably labelled the wrong way round: every reference that scored them is strongly against the label.
--- nats = 0.5: how much likelier per token the rejected answer has to be, by each of them
--- limit = 20: most rows
+-- Pairs that are probably labelled the wrong way round: every reference that scored them clearly prefers the rejected answer.
+-- nats = 0.5: how much likelier per token the rejected answer must be under each reference
+-- limit = 20: most rows to list
 select
     example_id,
     any_value(source) as source,

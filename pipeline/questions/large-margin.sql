@@ -1,6 +1,6 @@
--- For train.only: the training pairs that are clearest to the data's own grades and to a run's implicit rewards together (after arXiv 2502.14560, which keeps a tenth). Of data without grades, to the rewards alone. A pair's are those of its last visit: in a first epoch the early ones are of a policy that has learnt less.
--- run = null: the run whose rewards are taken; where it is null, the one that comes first by name
--- share = 0.1: of the training pairs
+-- For train.only: the training pairs with the clearest preference by the data's grades and a run's implicit rewards together (after arXiv 2502.14560, which keeps a tenth). Without grades, by the rewards alone. Rewards are those of a pair's last visit; after a first epoch, pairs visited early have rewards of a less trained policy.
+-- run = null: the run whose rewards are used; null means the first by name
+-- share = 0.1: share of the training pairs to keep
 with margins as (
     select example_id, rewards.margin as implicit, score_gap as external
     from rewards join pairs using (example_id)
@@ -9,7 +9,7 @@ with margins as (
         and run = coalesce($run, (select min(run) from steps))
 ),
 
--- As in the paper, a range of margins is stretched to probabilities: from the lowest hundredth to the highest.
+-- As in the paper, margins are scaled to probabilities: the 1st percentile becomes 0, the 99th becomes 1.
 ranges as (
     select
         quantile_cont(implicit, [0.01, 0.99]) as of_rewards,
@@ -17,7 +17,7 @@ ranges as (
     from margins
 ),
 
-believed as (
+scaled as (
     select
         example_id,
         implicit,
@@ -27,8 +27,8 @@ believed as (
     from margins cross join ranges
 ),
 
--- Of independent witnesses the odds multiply. One that says nothing has even odds.
-together as (
+-- The odds of independent sources multiply. A source without a value has even odds.
+combined as (
     select
         example_id,
         implicit,
@@ -38,10 +38,10 @@ together as (
         p_rewards / (1 - p_rewards) as odds_of_rewards,
         p_grades / (1 - p_grades) as odds_of_grades,
         odds_of_rewards * odds_of_grades / (1 + odds_of_rewards * odds_of_grades) as preference
-    from believed
+    from scaled
 )
 
 select example_id, preference, implicit, external
-from together
-where preference >= (select quantile_disc(preference, 1 - $share) from together)
+from combined
+where preference >= (select quantile_disc(preference, 1 - $share) from combined)
 order by preference desc, example_id

@@ -1,4 +1,4 @@
--- What became of the pairs of each run: right at every visit, learnt, forgotten, back and forth, or never right.
+-- What became of each run's pairs: always right, learnt, forgotten, back and forth, or never right.
 with pairs_of_runs as (
     select
         run,
@@ -8,8 +8,7 @@ with pairs_of_runs as (
         min(step) filter (where margin <= 0) as first_wrong,
         max(step) filter (where margin <= 0) as last_wrong
     from steps
-    -- Before the first step policy and reference mostly agree, and there is nothing to be right about; nor has there been at a
-    -- visit whose margin is still exactly 0.
+    -- Before the first step, and while a margin is exactly 0, policy and reference agree, so no pair is right or wrong yet.
     where margin <> 0 and step > 0
     group by run, split, example_id
 )

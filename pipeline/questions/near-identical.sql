@@ -1,17 +1,17 @@
--- Pairs whose two answers hardly differ, so that there is little to prefer.
--- similarity = 0.9: share of the words of both that both have, at least
--- limit = 20: most rows
+-- Pairs whose answers are nearly identical, so that there is little to prefer.
+-- similarity = 0.9: lowest share of common words among all words of both answers
+-- limit = 20: most rows to list
 with lowered as (
     select example_id, source, line, chosen, rejected, lower(chosen) as a, lower(rejected) as b
     from examples
     where
         chosen is not null
-        -- Where the lengths rule it out, no word is looked at.
+        -- Skip pairs whose lengths rule it out.
         and least(length(chosen), length(rejected)) >= ($similarity - 0.1) * greatest(length(chosen), length(rejected))
 ),
 
--- Comparing words is slow. Answers that hardly differ have some of these pieces in common; they may be missed where every
--- one of five has a difference in it.
+-- Comparing words is slow, so look first for one of five pieces of the chosen answer in the rejected one. Pairs with a
+-- difference in all five are missed.
 alike as (
     select * from lowered
     where
@@ -25,23 +25,23 @@ alike as (
 words as (
     select
         *,
-        list_distinct(regexp_extract_all(a, '\w+')) as of_chosen,
-        list_distinct(regexp_extract_all(b, '\w+')) as of_rejected
+        list_distinct(regexp_extract_all(a, '\w+')) as chosen_words,
+        list_distinct(regexp_extract_all(b, '\w+')) as rejected_words
     from alike
 ),
 
 compared as (
-    select *, len(list_intersect(of_chosen, of_rejected)) as n_shared from words
+    select *, len(list_intersect(chosen_words, rejected_words)) as n_shared from words
 )
 
 select
     example_id,
     source,
     line,
-    n_shared / greatest(len(of_chosen) + len(of_rejected) - n_shared, 1) as similarity,
+    n_shared / greatest(len(chosen_words) + len(rejected_words) - n_shared, 1) as similarity,
     left(chosen, 50) as chosen,
     left(rejected, 50) as rejected
 from compared
-where n_shared >= $similarity * (len(of_chosen) + len(of_rejected) - n_shared)
+where n_shared >= $similarity * (len(chosen_words) + len(rejected_words) - n_shared)
 order by similarity desc, example_id
 limit $limit

@@ -1,5 +1,5 @@
--- For train.only: the training pairs in which the reference itself sees the clearest preference for the chosen answer (after arXiv 2501.15109, which keeps 30% to 50%).
--- share = 0.4: of the training pairs
+-- For train.only: the training pairs in which the reference itself most clearly prefers the chosen answer (after arXiv 2501.15109, which keeps 30% to 50%).
+-- share = 0.4: share of the training pairs to keep
 with scored as (
     select example_id, margin_per_token
     from pairs

@@ -1,4 +1,4 @@
--- How far two references agree on the same pairs: signs, correlation and distance of their margins.
+-- How far the references agree on the same pairs: sign, correlation and distance of their margins.
 with others as (select * from pairs where not used)
 
 select

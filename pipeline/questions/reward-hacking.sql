@@ -1,4 +1,4 @@
--- Signs that rewards rise for the wrong reason, over each run's tenths: chosen answers that get less likely, rewards that go with length.
+-- Signs that rewards rise for the wrong reason, by tenths of each run: chosen answers become less likely, or rewards follow length.
 with training as (
     select
         *,
@@ -12,10 +12,10 @@ select
     tenth,
     count(*) as visits,
     avg(margin) as margin,
-    -- In nats, and not times beta: how likely the chosen answers became, against the reference.
+    -- In nats, without beta: how much likelier the chosen answers are under the policy than under the reference.
     avg(chosen_logp - ref_chosen_logp) as chosen_log_ratio,
     avg(rejected_logp - ref_rejected_logp) as rejected_log_ratio,
-    -- Right, and yet the chosen answer is less likely than it was.
+    -- The margin is positive although the chosen answer became less likely.
     avg((margin > 0 and chosen_logp < ref_chosen_logp)::int) as right_by_pushing_down,
     corr(n_chosen - n_rejected, margin) as margin_with_length
 from training

@@ -1,4 +1,4 @@
--- What truncation took, by source: examples and tokens that were cut, and whether cut pairs look different to the reference.
+-- What truncation removed, by source: examples and tokens, and whether the reference's margins differ between cut and whole pairs.
 select
     source,
     count(*) as pairs,

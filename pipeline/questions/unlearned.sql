@@ -1,6 +1,6 @@
--- Pairs that a run never gets right, forgets, or ends up wrong on after going back and forth, the worst first.
--- run = null: one run; all of them where it is null
--- limit = 20: most rows
+-- Pairs that a run never gets right, forgets, or gets wrong at its last visit, the worst first.
+-- run = null: a run; null means all runs
+-- limit = 20: most rows to list
 with visited as (
     select
         run,
@@ -9,7 +9,7 @@ with visited as (
         bool_or(margin > 0) as ever_right,
         max_by(margin, step) as margin
     from steps
-    -- A margin of exactly 0 is of a policy that is still its reference: nothing could have been learnt yet.
+    -- A margin of exactly 0 means that the policy is still its reference: nothing could have been learnt yet.
     where margin <> 0 and step > 0 and ($run is null or run = $run)
     group by run, example_id
 )

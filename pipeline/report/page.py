@@ -1,7 +1,8 @@
-"""The page: one HTML file with its style and its figures in it, and no script.
+"""Render the page: one HTML file that contains its style and figures, and no script.
 
-Everything that is printed is escaped by the template, and what would not be seen, or would move the text around it, is shown
-by name (visible.py). The same facts give the same bytes: there is no date on it.
+The template escapes everything it prints. Invisible characters, and those that would reorder the text around them, are shown
+by name (pipeline/visible_text.py), even if the template forgets to ask for it. The same facts give the same bytes: the page
+has no date.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,179 +12,165 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import yaml
 from markupsafe import Markup
 
-from pipeline.report import charts, words
-from pipeline.report.data import Data
-from pipeline.report.figures import INK, RUNS
-from pipeline.report.reference import Reference
-from pipeline.report.runs import Run, Shown, Token
-from pipeline.report.visible import visible
+from prefcache.pipeline.report import plots, prose
+from prefcache.pipeline.report.data_section import Data
+from prefcache.pipeline.report.reference_section import Reference
+from prefcache.pipeline.report.runs_section import Measured, MovedExample, Run, Token
+from prefcache.pipeline.report.svg import RUNS
+from prefcache.pipeline.stored.records import FileEntry, PreparedManifest, ScoredManifest
+from prefcache.pipeline.visible_text import visible, visible_pieces
 
-MOST_RUNS = len(RUNS)  # compared on one page, each in its colour
-_HERE = Path(__file__).parent
-_SHADES = (0.05, 0.2, 0.5, 2.0)  # nats, from which a token has the next colour
-_FEW = 2  # examples shown of those that each of several runs gained, and lost, most
+MOST_RUNS = len(RUNS)  # compared on one page, each in a colour of its own
+_FOLDER = Path(__file__).parent
+_SHADES = (0.05, 0.2, 0.5, 2.0)  # nats from which a token has the next colour
+_MOST_CHARACTERS = 1500  # of one text
+_EXAMPLES_PER_RUN = 2  # of the largest gains, and of the largest losses, when several runs are compared
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the page says."""
+    """Everything that the page shows."""
 
     experiment: str
-    config: str  # as a command names it
-    prepared: Mapping[str, Any]  # the manifest
+    config: str  # as on a command line
+    prepared: PreparedManifest
     prepared_id: str
-    scored: Mapping[str, Any] | None
+    scored: ScoredManifest | None
     data: Data
     reference: Reference | None
     runs: Sequence[Run]
 
 
 def render(facts: Facts) -> str:
-    """The file."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
+        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
+        # Runs before escaping. Markup, a subclass of str, is the page's own.
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters |= {
-        "visible": visible,
-        "figure": words.figure,
-        "interval": words.interval,
-        "tiny": words.tiny,
-        "token": _token,
+        "visible": lambda text, most=_MOST_CHARACTERS: visible(text, most),
+        "figure": prose.figure,
+        "interval": prose.interval,
+        "number": lambda value, form: prose.NONE if value is None else form.format(value),
+        "tiny": prose.tiny,
+        "pieces": _pieces,
         "colour": _colour,
     }
-    return environment.get_template("report.html.j2").render(_context(facts))
+    return environment.get_template("report.html.j2").render(_build_context(facts))
 
 
-def _context(facts: Facts) -> dict[str, Any]:
-    runs = facts.runs
-    of_all = [{"run": run.name, **alert} for run in runs for alert in run.alerts]
-    alerts = [{"number": number, **alert} for number, alert in enumerate(of_all, 1)]
-    of_what = facts.data, facts.reference, runs
+def _build_context(facts: Facts) -> dict[str, Any]:
+    runs, data, reference = facts.runs, facts.data, facts.reference
+    alerts = list(enumerate((alert for run in runs for alert in run.alerts), 1))
+    sections = {
+        "held-out": "Before and after" if runs else None,
+        "run": ("The runs" if len(runs) > 1 else "The run") if runs else None,
+        "samples": "Answers" if runs else None,
+        "examples": "Gains and losses" if runs else None,
+        "reference": "The reference" if reference else None,
+        "data": "The data",
+        "missing": None if reference and runs else "Missing",
+        "provenance": "Provenance",
+    }
     return {
         "title": ", ".join(run.name for run in runs) or facts.experiment,
         "experiment": facts.experiment,
-        "style": Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        "config": facts.config,
+        "style": Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
         "version": version("prefcache"),
-        "summary": list(words.summary(*of_what)),
-        "glance": list(words.glance(*of_what)),
-        "sections": list(_sections(facts)),
+        "summary": list(prose.summarize(data, reference, runs)),
+        "key_figures": list(prose.list_key_figures(data, reference, runs)),
+        "sections": {key: name for key, name in sections.items() if name},
         "runs": runs,
-        "measured": _measured(runs),
-        "overview": [words.overview(run) for run in runs],
-        "legend": list(_legend(runs)),
-        "curves": list(charts.of_runs(runs, alerts)),
+        "measures": list(_list_measures(runs)),
+        "medians": [{name: float(np.median(values)) for name, (_, values) in run.series.items()} for run in runs],
+        "colours": RUNS,
+        "curves": list(plots.draw_runs(runs, alerts)),
         "alerts": alerts,
-        "watched": any(run.watched for run in runs),
-        "samples": _samples(runs),
+        "watched": any(run.record.watched for run in runs),
+        "samples": list(_list_samples(runs)),
         "n_samples": max((len(run.record.samples) for run in runs), default=0),
-        "shown": list(_shown(runs)),
-        "reference": facts.reference,
-        "reference_figures": list(charts.of_reference(facts.reference)) if facts.reference else [],
-        "data": facts.data,
-        "data_figures": list(charts.of_data(facts.data)),
-        "missing": list(_missing(facts)),
-        "provenance": list(_provenance(facts)),
+        "moved": list(_list_moved(runs)),
+        "reference": reference,
+        "reference_figures": list(plots.draw_reference(reference)) if reference else [],
+        "data": data,
+        "data_figures": list(plots.draw_data(data)),
+        "provenance": list(_list_provenance(facts)),
     }
-
-
-def _sections(facts: Facts) -> Iterator[tuple[str, str]]:
-    if facts.runs:
-        yield "held-out", "Before and after"
-        yield "run", "The runs" if len(facts.runs) > 1 else "The run"
-        yield "samples", "Answers"
-        yield "examples", "Gained and lost"
-    if facts.reference:
-        yield "reference", "The reference"
-    yield "data", "The data"
-    if list(_missing(facts)):
-        yield "missing", "Not here yet"
-    yield "provenance", "Provenance"
-
-
-def _missing(facts: Facts) -> Iterator[dict[str, str]]:
-    if facts.reference is None:
-        yield {
-            "what": "The reference has not read this data. This runs it, once:",
-            "command": f"prefcache score {facts.config}",
-        }
-    if not facts.runs:
-        yield {
-            "what": "Nothing has been trained. This trains, and measures before and after:",
-            "command": f"prefcache train {facts.config}",
-        }
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def _measured(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Rows of the table: each measure, of each run."""
-    names = dict.fromkeys(measured.name for run in runs for measured in run.measured)
-    rows = []
-    for name in names:
-        of_runs = [(run.name, measured) for run in runs if (measured := run.of(name))]
-        for n, (run_name, measured) in enumerate(of_runs):
-            rows.append({"run": run_name, "measured": measured, "first": n == 0, "span": len(of_runs)})
-    return rows
+@dataclass(frozen=True)
+class _MeasureRow:
+    run: str
+    measured: Measured
+    span: int  # rows of the measure, on the first of them; else 0
 
 
-def _legend(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Of several runs, which all figures share. Figures of a single one have their own."""
-    if len(runs) > 1:
-        for run, colour in zip(runs, RUNS, strict=False):
-            yield {"name": run.name, "colour": colour, "dashed": False}
-        yield {"name": "rejected answers, where a run has two lines", "colour": INK, "dashed": True}
+def _list_measures(runs: Sequence[Run]) -> Iterator[_MeasureRow]:
+    """List each measure of each run."""
+    for name in dict.fromkeys(measured.name for run in runs for measured in run.measured):
+        found = [(run.name, measured) for run in runs if (measured := run.find_measure(name))]
+        for n, (run_name, measured) in enumerate(found):
+            yield _MeasureRow(run_name, measured, 0 if n else len(found))
 
 
-def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the first run shows, and beside it what the others answered to the same prompt."""
-    found = []
+@dataclass(frozen=True)
+class _Answer:
+    when: str
+    text: str
+    kind: str | None
+
+
+def _list_samples(runs: Sequence[Run]) -> Iterator[tuple[str, list[_Answer]]]:
+    """List the first run's samples, each with the answers of the other runs to the same prompt."""
     for sample in runs[0].samples if runs else ():
-        answers = [{"when": "before", "text": sample["before"], "kind": sample["before_kind"]}]
+        answers = [_Answer("before", sample.before, sample.before_kind)]
         for run in runs:
-            for other in run.record.samples:
-                if other["example_id"] == sample["example_id"]:
-                    when = "after" if len(runs) == 1 else f"after {run.name}"
-                    answers.append({"when": when, "text": other["after"], "kind": other["after_kind"]})
-                    break
-        found.append({"prompt": sample["prompt"], "answers": answers})
-    return found
+            other = next((each for each in run.record.samples if each.example_id == sample.example_id), None)
+            if other:
+                when = "after" if len(runs) == 1 else f"after {run.name}"
+                answers.append(_Answer(when, other.after, other.after_kind))
+        yield sample.prompt, answers
 
 
-def _shown(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _MovedGroup:
+    title: str
+    note: str
+    examples: Sequence[MovedExample]
+
+
+def _list_moved(runs: Sequence[Run]) -> Iterator[_MovedGroup]:
     for run in runs:
-        half = (len(run.shown) + 1) // 2
-        gained, lost = run.shown[:half], run.shown[half:][::-1]
+        # The first half gained most, the second half lost most.
+        half = (len(run.moved) + 1) // 2
+        gains, losses = run.moved[:half], run.moved[half:][::-1]
         if len(runs) > 1:
-            gained, lost = gained[:_FEW], lost[:_FEW]
-        named = f", {run.name}" if len(runs) > 1 else ""
-        for title, examples in ((f"Gained most{named}", gained), (_losses(lost) + named, lost)):
+            gains, losses = gains[:_EXAMPLES_PER_RUN], losses[:_EXAMPLES_PER_RUN]
+        name = f", {run.name}" if len(runs) > 1 else ""
+        lost = "Largest losses" if any(example.gain < 0 for example in losses) else "Smallest gains (no losses)"
+        for title, examples in ((f"Largest gains{name}", gains), (lost + name, losses)):
             if examples:
-                yield {"title": title, "note": _note(examples), "examples": examples}
+                tokens = (token for example in examples for answer in example.answers.values() for token in answer)
+                has_colours = all(token.ratio is not None for token in tokens)
+                note = "Not coloured: the run used no reference, or the cache lacks log-probs of single tokens."
+                yield _MovedGroup(title, "" if has_colours else note, examples)
 
 
-def _losses(examples: Sequence[Shown]) -> str:
-    return "Lost most" if any(example.gain < 0 for example in examples) else "Gained least (none lost)"
-
-
-def _note(examples: Sequence[Shown]) -> str:
-    uncoloured = any(token.ratio is None for each in examples for tokens in each.answers.values() for token in tokens)
-    return (
-        "Without colours: the run read no reference, or the cache has no log-probs of single tokens."
-        if uncoloured
-        else ""
-    )
-
-
-def _token(text: str) -> str:
-    """Where a line ends is part of what a model writes, and would not be seen."""
-    return visible(text).replace("\n", "\N{RETURN SYMBOL}\n").replace("\t", "\N{RIGHTWARDS ARROW TO BAR}\t")
+def _pieces(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
+    """Yield each token with its text, in which line ends and tabs are visible."""
+    for token, text in zip(tokens, visible_pieces([token.text for token in tokens]), strict=True):
+        yield token, text.replace("\n", "\N{RETURN SYMBOL}\n").replace("\t", "\N{RIGHTWARDS ARROW TO BAR}\t")
 
 
 def _colour(token: Token) -> str:
@@ -197,71 +184,65 @@ def _colour(token: Token) -> str:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """From what one thing was made."""
+class _Provenance:
+    """The inputs of one stage."""
 
     title: str
-    rows: list[tuple[str, str]]
+    rows: Sequence[tuple[str, str]]
     settings: str  # as YAML
 
 
-def _provenance(facts: Facts) -> Iterator[_Made]:
-    yield _of_data(facts)
-    if facts.scored:
-        yield _of_reference(facts.scored)
-    yield from map(_of_run, facts.runs)
-
-
-def _of_data(facts: Facts) -> _Made:
-    inputs = facts.prepared["inputs"]
-    rows = {
+def _list_provenance(facts: Facts) -> Iterator[_Provenance]:
+    inputs, scored = facts.prepared.inputs, facts.scored
+    rows: dict[str, Any] = {
         "prepared data": facts.prepared_id,
-        "made from": inputs["data"],
-        "tokenizer": inputs["tokenizer_id"],
-        "shards": [*facts.prepared["shards"], facts.prepared["quarantine"]],
-        "chat template": facts.prepared["template"],
-        "date in the template": facts.prepared["date"],
+        "made from": inputs.data,
+        "tokenizer": inputs.tokenizer_id,
+        "shards": [*facts.prepared.shards, facts.prepared.quarantine],
+        "chat template": facts.prepared.template,
+        "date in the template": facts.prepared.date,
     }
-    return _Made("Data", _rows(rows), _yaml(inputs["config"]))
+    yield _Provenance("Data", _format_rows(rows), _to_yaml(inputs.config))
+    if scored:
+        rows = {
+            "model": scored.reference.name,
+            "model id": scored.reference.model_id,
+            "cache": scored.cache,
+            **{f"numerics {name}": record for name, record in scored.numerics.items()},
+            "shards": scored.shards,
+            "versions": scored.inputs.versions,
+        }
+        yield _Provenance("Reference", _format_rows(rows), _to_yaml(scored.inputs.config))
+    for run in facts.runs:
+        provenance, manifest = run.record.provenance, run.record.manifest
+        config = run.record.folder / "config.yaml"
+        rows = {
+            "commands": [f"prefcache {stage} {config}" for stage in ("prepare", "score", "train")],
+            **{name.replace("_", " "): value for name, value in provenance.facts().items() if name != "inputs"},
+            **{f"from {name}": getattr(provenance.inputs, name) for name in _RUN_INPUTS},
+            "model files": manifest and manifest.model,
+            **{f"parts of {table}": entries for table, entries in run.record.parts.items()},
+        }
+        yield _Provenance(f"Run {run.name}", _format_rows(rows), run.record.config)
 
 
-def _of_reference(scored: Mapping[str, Any]) -> _Made:
-    rows = {
-        "model": scored["reference"]["name"],
-        "model id": scored["reference"]["model_id"],
-        "cache": scored["cache"],
-        **{f"numerics {name}": record for name, record in scored["numerics"].items()},
-        "shards": scored["shards"],
-        "versions": scored["inputs"]["versions"],
-    }
-    return _Made("Reference", _rows(rows), _yaml(scored["inputs"]["config"]))
+_RUN_INPUTS = ("prepared", "reference", "numerics", "policy")
 
 
-def _of_run(run: Run) -> _Made:
-    facts, manifest = run.record.provenance, run.record.manifest or {}
-    config = run.record.folder / "config.yaml"
-    rows = {
-        "commands": [f"prefcache {stage} {config}" for stage in ("prepare", "score", "train")],
-        **{name.replace("_", " "): value for name, value in facts.items() if name != "inputs"},
-        **{f"from {name}": facts["inputs"][name] for name in ("prepared", "reference", "numerics", "policy")},
-        "model files": manifest.get("model"),
-        **{f"parts of {table}": entries for table, entries in run.record.parts.items()},
-    }
-    return _Made(f"Run {run.name}", _rows(rows), run.record.config)
+def _format_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _format_value(value)) for name, value in facts.items() if value not in (None, [], {}, "")]
 
 
-def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, _plain(value)) for name, value in facts.items() if value not in (None, [], {}, "")]
-
-
-def _plain(value: Any) -> str:
-    """Of files their names and checksums, of other things what they are called and what they are; a line for each of many."""
+def _format_value(value: Any) -> str:
+    """Format files as names and checksums, other records as names and values, and lists as one item per line."""
+    if isinstance(value, FileEntry):
+        return f"{value.file} (xxh3 {value.xxh3_128})"
     if isinstance(value, Mapping):
-        if "xxh3_128" in value:
+        if {"file", "xxh3_128"} <= value.keys():
             return f"{value['file']} (xxh3 {value['xxh3_128']})"
-        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
-    return "\n".join(map(_plain, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {_format_value(each)}" for name, each in value.items())
+    return "\n".join(map(_format_value, value)) if isinstance(value, list) else str(value)
 
 
-def _yaml(settings: Mapping[str, Any]) -> str:
+def _to_yaml(settings: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

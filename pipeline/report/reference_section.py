@@ -1,18 +1,26 @@
-"""What the report says of the reference: whether it agrees with the data, and how exactly it was computed."""
+"""Read what the report shows of the reference: whether it agrees with the data, and how exactly it was computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import duckdb
 import numpy as np
 
-from pipeline.report.intervals import Estimate, share
-from pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.report.confidence_intervals import Estimate, share
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.stored.records import Parity, ScoredManifest
 
 _BIN = 0.25  # nats
-_BINS = 80  # the last one has all that is below
+_BINS = 80  # the last one includes everything below
 TOKEN_EDGES = -_BIN * np.arange(_BINS, -1, -1)
+# The sequences of answers, by the data's judgement. One that occurs in several examples counts each time.
+_ANSWERS = {
+    "pairs": (
+        "select 'chosen' as answer, chosen_key as key from examples union all "
+        "select 'rejected', rejected_key from examples"
+    ),
+    "labels": "select if(label, 'desirable', 'undesirable') as answer, completion_key as key from examples",
+}
 
 
 @dataclass(frozen=True)
@@ -32,65 +40,46 @@ class Reference:
     sequences: int
     failed: int
     numerics: Mapping[str, Mapping[str, str]]
-    parity: Mapping[str, Any] | None
+    parity: Parity | None
     margins: np.ndarray  # of pairs
     agreements: list[Agreement]
-    answers: dict[str, np.ndarray]  # log-prob per token of each answer, by what it is
+    answers: dict[str, np.ndarray]  # log-prob per token of each answer, by the data's judgement
     tokens: dict[str, np.ndarray]  # counts of single tokens' log-probs, between TOKEN_EDGES
 
 
-def read(con: duckdb.DuckDBPyConnection, manifest: Mapping[str, Any], kind: str) -> Reference:
-    pairs = _pairs(con) if kind == "pairs" else {}
+def read(con: duckdb.DuckDBPyConnection, manifest: ScoredManifest, kind: str) -> Reference:
+    pairs = con.execute(
+        "select split, margin, margin_per_token from pairs where used and margin is not null order by example_id"
+    ).fetchnumpy()
+    agreements = []
+    for split in (TRAIN, HELD_OUT):
+        in_split = pairs["split"] == split
+        if in_split.any():
+            whole, per_token = (share(pairs[name][in_split] > 0) for name in ("margin", "margin_per_token"))
+            agreements.append(Agreement(split, int(in_split.sum()), whole, per_token))
     return Reference(
-        manifest["reference"]["name"],
-        manifest["reference"]["model_id"],
-        manifest["sequences"],
-        manifest["failed"],
-        manifest["numerics"],
-        manifest["parity"],
-        pairs.get("margin", np.empty(0)),
-        _agreements(pairs),
-        _answers(con, kind),
-        _tokens(con, kind),
+        manifest.reference.name,
+        manifest.reference.model_id,
+        manifest.sequences,
+        manifest.failed,
+        manifest.numerics,
+        manifest.parity,
+        np.asarray(pairs["margin"]),
+        agreements,
+        _read_answers(con, kind),
+        _count_tokens(con, kind),
     )
 
 
-def _pairs(con: duckdb.DuckDBPyConnection) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = con.execute(
-        "select split, margin, margin_per_token from pairs where used and margin is not null order by example_id"
-    ).fetchnumpy()
-    return found
-
-
-def _agreements(pairs: Mapping[str, np.ndarray]) -> list[Agreement]:
-    found = []
-    for split in (TRAIN, HELD_OUT):
-        of_split = pairs["split"] == split if pairs else np.zeros(0, bool)
-        if of_split.any():
-            whole, per_token = (share(pairs[name][of_split] > 0) for name in ("margin", "margin_per_token"))
-            found.append(Agreement(split, int(of_split.sum()), whole, per_token))
-    return found
-
-
-# The sequences of answers, by what the data thinks of them. One that stands in several examples counts each time.
-_ANSWERS = {
-    "pairs": (
-        "select 'chosen' as answer, chosen_key as key from examples union all "
-        "select 'rejected', rejected_key from examples"
-    ),
-    "labels": "select if(label, 'desirable', 'undesirable') as answer, completion_key as key from examples",
-}
-
-
-def _answers(con: duckdb.DuckDBPyConnection, kind: str) -> dict[str, np.ndarray]:
-    found = con.execute(
+def _read_answers(con: duckdb.DuckDBPyConnection, kind: str) -> dict[str, np.ndarray]:
+    columns = con.execute(
         f"with answers as ({_ANSWERS[kind]}) select answer, logp_per_token from answers join reference using (key) "
         "where used and logp_per_token is not null order by answer, logp_per_token"
     ).fetchnumpy()
-    return {str(name): found["logp_per_token"][found["answer"] == name] for name in np.unique(found["answer"])}
+    return {str(name): columns["logp_per_token"][columns["answer"] == name] for name in np.unique(columns["answer"])}
 
 
-def _tokens(con: duckdb.DuckDBPyConnection, kind: str) -> dict[str, np.ndarray]:
+def _count_tokens(con: duckdb.DuckDBPyConnection, kind: str) -> dict[str, np.ndarray]:
     rows = con.execute(
         f"with answers as ({_ANSWERS[kind]}), "
         "tokens as (select answer, unnest(logps) as logp from answers join reference using (key) where used) "
@@ -98,8 +87,8 @@ def _tokens(con: duckdb.DuckDBPyConnection, kind: str) -> dict[str, np.ndarray]:
         "where isfinite(logp) group by all order by all",
         {"width": _BIN, "last": _BINS - 1},
     ).fetchall()
-    found: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
     for answer, below, n in rows:
-        # Rounding may put a certain token a hair above 0.
-        found.setdefault(answer, np.zeros(_BINS))[_BINS - 1 - max(0, below)] += n
-    return found
+        # Rounding may put a certain token slightly above 0.
+        counts.setdefault(answer, np.zeros(_BINS))[_BINS - 1 - max(0, below)] += n
+    return counts

@@ -1,7 +1,7 @@
-"""Figures as inline SVG: matplotlib draws them, the page's style sheet colours them.
+"""Draw figures as inline SVG: matplotlib draws them, the page's style sheet colours them.
 
-A figure is drawn in colours that stand for roles, which are then replaced by CSS variables, so that one drawing serves a
-light page, a dark one and paper. Its text stays text, in the page's font. The same numbers give the same bytes.
+A figure is drawn in placeholder colours, one per role, which are then replaced by CSS variables, so that one drawing works on a
+light page, on a dark one and on paper. Text stays text, in the page's font. The same numbers give the same bytes.
 """
 
 import io
@@ -18,15 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-RUNS = tuple(f"run-{n}" for n in range(1, 9))  # colours of runs that are compared
+from prefcache.pipeline.visible_text import visible
+
+RUNS = tuple(f"run-{n}" for n in range(1, 9))  # the colours of compared runs
 CHOSEN, REJECTED, ALERT, INK, _FAINT = "chosen", "rejected", "alert", "ink", "faint"
 _ROLES = (INK, _FAINT, CHOSEN, REJECTED, ALERT, *RUNS)
-# Drawn in these, which nothing else uses.
+# Placeholders that occur nowhere else.
 _COLOURS = {role: f"#0f0f{n:02x}" for n, role in enumerate(_ROLES, 16)}
 
 _SIZE = 5.0, 3.0  # inches; 360 by 216 points, as wide as a phone's column
-_MOST_POINTS = 240  # of a line; what has more is averaged
-_NOISY = 24  # points from which a line is drawn faintly, with its running mean over it
+_MOST_POINTS = 240  # of a line; longer ones are averaged
+_NOISY = 24  # points from which a line is drawn faintly, under its running mean
 
 _STYLE = {
     "axes.axisbelow": True,
@@ -65,13 +67,14 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    label: str  # beside the figure; empty: the page's legend tells
-    told: str  # what it is, in words
+    label: str  # in the figure's legend; empty if the page has a common one
+    description: str  # in words
     x: np.ndarray
     y: np.ndarray
     colour: str  # one of the roles
     dashed: bool = False
-    dots: bool = False  # few values, which are marked and not smoothed
+    dots: bool = False  # draw unconnected points
+    exact: bool = False  # draw values as they are, without means
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class Bars:
 class Figure:
     key: str
     title: str
-    description: str  # in words, for who cannot see it
+    description: str  # in words, for those who cannot see it
     svg: Markup
 
 
-def curves(
+def draw_curves(
     key: str,
     title: str,
     lines: Sequence[Line],
@@ -97,13 +100,13 @@ def curves(
     marks: Sequence[tuple[int, int]] = (),
     level: float | None = None,
 ) -> Figure:
-    """Lines over the steps of runs. `marks` are steps and the numbers under which the alerts there are listed."""
+    """Draw lines over the steps of runs. `marks` are steps with the numbers of the alerts raised there."""
     drawing, axes = _axes()
     with matplotlib.rc_context(_settings()):
         if level is not None:
             axes.axhline(level, color=_COLOURS[INK], linewidth=0.8, linestyle=(0, (1, 2)))
         for line in lines:
-            _draw(axes, line)
+            _draw_line(axes, line)
         for step, number in marks:
             axes.axvline(step, color=_COLOURS[ALERT], linewidth=1, linestyle=(0, (3, 2)))
             axes.annotate(
@@ -122,21 +125,27 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _legend(axes, [line.label for line in lines])
-        return Figure(key, title, _told(lines), _svg(drawing, key, title, _told(lines)))
+        values = [
+            f"{line.description} goes from {line.y[0]:.4g} at step {line.x[0]:.0f} to {line.y[-1]:.4g} at step {line.x[-1]:.0f}"
+            for line in lines
+            if len(line.x)
+        ]
+        description = "; ".join(values) + "."
+        return Figure(key, title, description, _to_svg(drawing, key, title, description))
 
 
-def histogram(
+def draw_histogram(
     key: str,
     title: str,
     bars: Sequence[Bars],
     edges: np.ndarray,
     unit: str,
-    what: str,
+    counted: str,
     level: float | None = None,
     *,
     log: bool = False,
 ) -> Figure:
-    """Outlines over the same bins. `what` is counted, `unit` is what the bins are of; `log`: counts on such a scale."""
+    """Draw counts of `counted` over common bins of `unit`; with `log`, on a logarithmic scale."""
     drawing, axes = _axes()
     with matplotlib.rc_context(_settings()):
         if level is not None:
@@ -146,7 +155,7 @@ def histogram(
             axes.stairs(each.counts, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
             axes.stairs(each.counts, edges, color=colour, linewidth=1.5, label=each.label or None)
         axes.set_xlabel(unit)
-        axes.set_ylabel(what)
+        axes.set_ylabel(counted)
         if log:
             axes.set_yscale("log", nonpositive="clip")
             axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
@@ -157,8 +166,8 @@ def histogram(
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         _legend(axes, [each.label for each in bars])
-        told = "; ".join(_told_bars(each, edges, unit) for each in bars) + "."
-        return Figure(key, title, told, _svg(drawing, key, title, told))
+        description = "; ".join(_describe_bars(each, edges, unit) for each in bars) + "."
+        return Figure(key, title, description, _to_svg(drawing, key, title, description))
 
 
 def _axes() -> tuple[Drawing, Axes]:
@@ -168,36 +177,43 @@ def _axes() -> tuple[Drawing, Axes]:
 
 
 def _settings() -> Any:
-    """Ours alone: a matplotlibrc on this machine must not change a figure."""
+    """Return fixed settings, so that a matplotlibrc on this machine changes no figure."""
     default = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
     return default | _STYLE
 
 
-def _draw(axes: Axes, line: Line) -> None:
-    x, y = averaged(line.x, line.y)
+def _draw_line(axes: Axes, line: Line) -> None:
+    x, y = (pick_points if line.exact else average_points)(line.x, line.y)
     style: dict[str, Any] = {"color": _COLOURS[line.colour], "linestyle": (0, (4, 2)) if line.dashed else "solid"}
     if line.dots:
         axes.plot(x, y, color=style["color"], linestyle="none", marker="o", markersize=4.5, label=line.label or None)
-    elif len(x) < _NOISY:
+    elif line.exact or len(x) < _NOISY:
         axes.plot(x, y, **style, linewidth=1.6, label=line.label or None)
     else:
         axes.plot(x, y, color=style["color"], linewidth=0.9, alpha=0.35)
-        axes.plot(x, smoothed(y), **style, linewidth=1.8, label=line.label or None)
+        axes.plot(x, smooth(y), **style, linewidth=1.8, label=line.label or None)
 
 
-def averaged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A line of no more points than can be told apart: each the mean of as many neighbours."""
+def average_points(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a line to as many points as can be told apart, each the mean of its neighbours."""
     if len(x) <= _MOST_POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), _MOST_POINTS)
     return np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])
 
 
-def smoothed(y: np.ndarray) -> np.ndarray:
-    """The mean of each value and its neighbours, a twelfth of them on either side at the most."""
+def pick_points(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a line to evenly spaced points of its own, including the first and the last."""
+    if len(x) <= _MOST_POINTS:
+        return x, y
+    at = np.linspace(0, len(x) - 1, _MOST_POINTS).round().astype(int)
+    return x[at], y[at]
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Replace each value by the mean over a window of about a twelfth of the line."""
     reach = len(y) // 24
-    found = [y[max(0, i - reach) : i + reach + 1].mean() for i in range(len(y))]
-    return np.array(found)
+    return np.array([y[max(0, i - reach) : i + reach + 1].mean() for i in range(len(y))])
 
 
 def _legend(axes: Axes, labels: Sequence[str]) -> None:
@@ -210,38 +226,29 @@ def _legend(axes: Axes, labels: Sequence[str]) -> None:
 # -- in words --------------------------------------------------------------------------------------------------------
 
 
-def _told(lines: Sequence[Line]) -> str:
-    found = [
-        f"{line.told} goes from {line.y[0]:.4g} at step {line.x[0]:.0f} to {line.y[-1]:.4g} at step {line.x[-1]:.0f}"
-        for line in lines
-        if len(line.x)
-    ]
-    return "; ".join(found) + "."
-
-
-def _told_bars(bars: Bars, edges: np.ndarray, unit: str) -> str:
+def _describe_bars(bars: Bars, edges: np.ndarray, unit: str) -> str:
     total = bars.counts.sum()
     if not total:
-        return f"{bars.label or 'all'}: none"
+        return f"{bars.label or 'all'}: no values"
     middle = int(np.searchsorted(np.cumsum(bars.counts), total / 2))
-    return f"{bars.label or 'all'}: {total:,.0f}, the middle one at about {(edges[middle] + edges[middle + 1]) / 2:.3g} {unit}"
+    return f"{bars.label or 'all'}: {total:,.0f}, median about {(edges[middle] + edges[middle + 1]) / 2:.3g} {unit}"
 
 
 # -- SVG for a page --------------------------------------------------------------------------------------------------
 
 
-def _svg(drawing: Drawing, key: str, title: str, description: str) -> Markup:
+def _to_svg(drawing: Drawing, key: str, title: str, description: str) -> Markup:
     sink = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    drawing.savefig(sink, format="svg", metadata=nothing, transparent=True)
-    root = _plain(ElementTree.fromstring(sink.getvalue()))
-    _own_ids(root, key)
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    drawing.savefig(sink, format="svg", metadata=no_metadata, transparent=True)
+    root = _strip_namespaces(ElementTree.fromstring(sink.getvalue()))
+    _prefix_ids(root, key)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{key}-title {key}-told"}
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, {"id": f"{key}-{'told' if place else 'title'}"})
-        element.text = text
+    root.attrib |= {"role": "img", "aria-labelledby": f"{key}-title {key}-description"}
+    for place, (tag, name, text) in enumerate((("title", "title", title), ("desc", "description", description))):
+        element = ElementTree.Element(tag, {"id": f"{key}-{name}"})
+        element.text = visible(text)  # it contains names of runs
         root.insert(place, element)
     text = ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
     for role, colour in _COLOURS.items():
@@ -249,8 +256,8 @@ def _svg(drawing: Drawing, key: str, title: str, description: str) -> Markup:
     return Markup(text)
 
 
-def _plain(root: ElementTree.Element) -> ElementTree.Element:
-    """Without namespaces, which HTML knows by itself, and without the fonts and the style sheet of the drawing."""
+def _strip_namespaces(root: ElementTree.Element) -> ElementTree.Element:
+    """Remove namespaces, which HTML does not need, and the fonts and style sheet of the drawing."""
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag.endswith("}style")]:
             parent.remove(child)
@@ -266,8 +273,8 @@ def _plain(root: ElementTree.Element) -> ElementTree.Element:
     return root
 
 
-def _own_ids(root: ElementTree.Element, key: str) -> None:
-    """Ids that no other figure of the page has; those that nothing refers to go."""
+def _prefix_ids(root: ElementTree.Element, key: str) -> None:
+    """Make ids unique on the page, and remove those that nothing refers to."""
     referred = set(re.findall(r"#([\w.-]+)", " ".join(value for each in root.iter() for value in each.attrib.values())))
     for element in root.iter():
         if (name := element.attrib.pop("id", None)) in referred:

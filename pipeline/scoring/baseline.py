@@ -1,46 +1,50 @@
-"""A frozen model from its files, and the plain forward that every engine is compared with."""
+"""The baseline: a frozen model from its files, and the plain forward that every engine is checked against."""
 
 import os
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from pipeline.errors import ResourceError
-from pipeline.identity import Reference, attention_kernel
-from pipeline.model.logprobs import plain_logps
-from pipeline.model.weights import whole, with_frozen_adapter
-from pipeline.schema import Sequence
+from prefcache.pipeline.errors import ResourceError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model.attention import choose_kernel
+from prefcache.pipeline.model.forward import refuse_lookahead
+from prefcache.pipeline.model.logprobs import plain_logps
+from prefcache.pipeline.model.oom import is_out_of_memory
+from prefcache.pipeline.model.weights import load_base, load_frozen_adapter
+from prefcache.pipeline.schema import TokenSequence
 
 logging.disable_progress_bar()
 
 
 def load_frozen(reference: Reference, dtype: str, attention: str, device: str) -> Any:
-    """The reference in memory: without gradients, in eval mode. It is a Transformers model, also with an adapter."""
-    kernel = attention_kernel(reference.folder, attention)
+    """Load the reference in eval mode, without gradients. It is a Transformers model even where it has an adapter."""
+    kernel = choose_kernel(reference.folder, attention)
     if device == "cuda":
-        # Of several processes on a machine each has a GPU of its own; a batch system may show each but one.
+        # Each process of a machine uses one GPU; a batch system may show a process only its own.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         device = f"cuda:{torch.cuda.current_device()}"
-    loaded = whole(reference, dtype, kernel, device)
+    loaded = load_base(reference, dtype, kernel, device)
     if reference.adapter is not None:
-        loaded = with_frozen_adapter(loaded, reference.adapter, device)
+        loaded = load_frozen_adapter(loaded, reference.adapter, device)
     return loaded.eval().requires_grad_(False)
 
 
-# -- the plain forward -----------------------------------------------------------------------------------------------
-
-
-def plain_scores(reference: Reference, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-    """Log-probs by the plain one-by-one float32 forward of Transformers, of the same quantised weights if they are."""
+def score_plainly(reference: Reference, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+    """Return log-probs by Transformers' plain float32 forward of one sequence at a time, with quantized weights if the reference's are."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         plain = load_frozen(reference, "float32", "sdpa", device)
         with torch.inference_mode():
+            if sequences:
+                refuse_lookahead(plain, sequences, "float32")
             return [plain_logps(plain, sequence).cpu().numpy() for sequence in sequences]
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
             f"{reference.folder} does not fit in memory in float32, in which a sample is checked. Set "
             "score.parity_sample=0 to score without that check."

@@ -1,7 +1,7 @@
-"""Scoring: an engine that has been checked, and the chunks of work that it turns into rows of the cache.
+"""The scorer: an engine that was checked, and the chunks of a plan that it turns into shards of the cache.
 
-Several scorers may work on one cache, here or on other machines. Each does its own share first and then helps with what
-is left, so none waits for one that has died; a chunk is claimed before it is computed, and its first record wins.
+Several scorers may fill one cache, here or on other machines. Each does its own share first and then helps with the rest,
+so none waits for one that died. A chunk is claimed before it is computed, and its first record wins.
 """
 
 from collections.abc import Iterator
@@ -10,27 +10,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import identity
-from pipeline.config import Score
-from pipeline.errors import IdentityError, IntegrityError
-from pipeline.identity import Reference
-from pipeline.progress import Progress
-from pipeline.schema import CACHE, OK, OK_IN_FLOAT32, Sequence
-from pipeline.scoring.engines import Engine, engine_module
-from pipeline.stored.cache import Cache, Plan, identify
-from pipeline.stored.prepared import Sequences
+from prefcache.pipeline import identity
+from prefcache.pipeline.config import Score
+from prefcache.pipeline.errors import IdentityError, IntegrityError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import CACHE, OK, OK_IN_FLOAT32, TokenSequence
+from prefcache.pipeline.scoring.engines import Engine, find_engine
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.cache_writer import CacheWriter
+from prefcache.pipeline.stored.model_ids import is_same_model
+from prefcache.pipeline.stored.prepared import Sequences
+from prefcache.pipeline.stored.scoring_plan import Plan
 
-# Largest deviation of one token's log-prob from the plain float32 forward that is still rounding.
+# Largest deviation of one token's log-prob from the plain float32 forward that still counts as rounding.
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
-
-_REMEDIES = {
-    "transformers": "Try {}score.rows=padded or score.attention=eager, and report it.",
-    "vllm": "Try {}score.vllm.prefix_caching=false or score.engine=transformers, and report it.",
-    "server": "See whether it serves these very weights, and in which dtype (score.dtype), or try score.engine=transformers.",
-}
-_NONE = (
-    "Its weights may be broken; score.parity_sample=0 scores without this check, and says of each row what it lacks."
-)
 
 
 class Scorer:
@@ -48,153 +42,177 @@ class Scorer:
         self._score, self._reference, self._numerics = score, reference, numerics
         self._numerics_id = identity.numerics_id(numerics)
         self._cache, self._sequences, self._progress = cache, sequences, progress
+        self._writer = CacheWriter(cache)
         self._engine: Engine | None = None
         self._parity: dict[str, Any] | None = None
-        self._retries = True  # until one has rescued nothing: then rounding is not what fails
+        self._stamps: list[str] | None = None  # of the model's files when they last matched the cache's model
+        self._retries_in_float32 = True  # until a retry rescued nothing: then rounding is not the cause
 
     def check(self, sample: list[int]) -> None:
-        """Load the engine and compare it with the plain float32 forward on some slots."""
-        from pipeline.scoring.engines.loading import plain_scores
+        """Load the engine and compare it with the plain float32 forward on a sample of slots."""
+        from prefcache.pipeline.model.weights import check_tensors
+        from prefcache.pipeline.scoring.baseline import score_plainly
 
-        chosen = [self._sequences[slot] for slot in sample]
-        # A large model takes minutes before there is anything to count, vLLM one at least.
-        plainly = f"plainly for {len(chosen)} sequences, then " if chosen else ""
-        self._progress.say(f"score: loads {self._reference.folder}, {plainly}for engine {self._score.engine}")
-        # First the plain model, then the engine: never two models in memory.
-        plain = plain_scores(self._reference, chosen) if chosen else []
-        self._engine = engine = engine_module(self._score.engine).load(self._reference, self._score)
-        self._parity = self._compared(engine, engine.score(chosen), plain) if chosen else None
-
-    def _compared(self, engine: Engine, found: list[np.ndarray], plain: list[np.ndarray]) -> dict[str, Any]:
-        how = f"engine {self._score.engine} ({self._numerics['dtype']})"
-        n_lost = sum(bool(np.isfinite(x).all() and not np.isfinite(y).all()) for x, y in zip(plain, found, strict=True))
-        theirs, right = np.concatenate(found), np.concatenate(plain)
-        there = np.isfinite(theirs)
-        # What is not finite is computed in float32 when its chunk is. A value where that has none is no rounding.
-        deviation = np.nan_to_num(np.abs(theirs[there] - right[there]), nan=np.inf)
-        if 2 * n_lost > len(found) or not len(deviation):
-            raise IntegrityError(
-                f"{how} gives no finite log-prob of {n_lost if n_lost else 'any'} of {len(found)} sequences, where the "
-                f"plain float32 forward gives {'one' if n_lost else 'none either'}. {self._remedy() if n_lost else _NONE}"
-            )
-        worst, allowed = float(deviation.max()), TOLERANCE[self._numerics["dtype"]]
-        if worst > allowed:
-            raise IntegrityError(
-                f"{how} deviates from the plain float32 forward by up to {worst:.3g} nats per token on "
-                f"{len(found)} sequences; {allowed} is allowed. {self._remedy()}"
-            )
-        parity = {
-            "sequences": len(found),
-            "p50": float(np.quantile(deviation, 0.5)),
-            "p99": float(np.quantile(deviation, 0.99)),
-            "max": worst,
-        }
-        if n_lost:
-            self._progress.warn(f"{how} gives no finite log-prob of {n_lost} of {len(found)} sequences in the sample")
-        facts = ", ".join(f"{name} {value}" for name, value in engine.facts.items())
-        self._progress.say(
-            f"score: {how} within {parity['max']:.1e} nats per token of the plain float32 forward "
-            f"({len(found)} sequences); {facts}"
-        )
-        return parity
-
-    def _remedy(self) -> str:
-        exact = "" if self._numerics["dtype"] == "float32" else "score.dtype=float32, "
-        return _REMEDIES[self._score.engine].format(exact)
+        sequences = [self._sequences[slot] for slot in sample]
+        # A large model takes minutes, and vLLM one at least, before there is anything to count.
+        plainly = f"plainly for {len(sequences)} sequences, then " if sequences else ""
+        self._progress.say(f"score: loading {self._reference.folder}, {plainly}for engine {self._score.engine}")
+        # Loading a model here warns about missing tensors; without a sample another engine loads it out of sight.
+        if not sequences and self._score.engine != "transformers" and (reason := check_tensors(self._reference)):
+            self._progress.warn(reason)
+        # The plain model is gone before the engine loads: never two models in memory.
+        plain = score_plainly(self._reference, sequences) if sequences else []
+        self._engine = engine = find_engine(self._score.engine).load(self._reference, self._score)
+        if sequences:
+            scores = engine.score(sequences)
+            self._parity = measure_parity(self._score, self._numerics, engine.facts, scores, plain, self._progress)
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
 
     def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
-        """Score what is missing; yields the tokens of each chunk that is done, by this process or another."""
-        chunks = in_order(plan, rank, world)
+        """Score what is missing; yield the tokens of each finished chunk, whoever finished it."""
+        chunks = order_chunks(plan, rank, world)
         for wait in (False, True):
-            left = []
+            taken = []
             for slots in chunks:
                 if (n_tokens := self.score(slots, wait)) is None:
-                    left.append(slots)
+                    taken.append(slots)
                 else:
                     yield n_tokens
-            chunks = left
+            chunks = taken
 
     def score(self, slots: np.ndarray, wait: bool) -> int | None:
-        """The tokens of a chunk that is in the cache now; None where another scorer is at it, which `wait` waits for."""
+        """Score a chunk and return its tokens. Return None if another scorer has claimed it, unless `wait` waits for it."""
         chunk = [self._sequences[slot] for slot in slots]
         keys = [sequence.key() for sequence in chunk]
-        with self._cache.claim(keys, self._numerics_id, wait=wait) as claim:
+        with self._writer.claim(keys, self._numerics_id, wait=wait) as claim:
             if claim == "taken":
                 return None
             if claim == "mine":
-                rows = self._rows(keys, chunk)
-                self._refuse_other_weights()
-                self._cache.commit(rows, self._numerics, self._numerics_id, self._parity)
+                rows = self._compute_rows(keys, chunk)
+                self._refuse_changed_weights()
+                self._writer.commit(rows, self._numerics, self._numerics_id, self._parity)
         return sum(sequence.n_tokens for sequence in chunk)
 
-    def _refuse_other_weights(self) -> None:
-        """That what has just computed is what the cache is of. Loaded weights may be the file itself, mapped: one that
-        is written over meanwhile changes them. While it is not touched, this costs a look at its size and times."""
-        if identify(self._reference, self._cache.folder.parent)["model_id"] != self._cache.reference["model_id"]:
+    def _refuse_changed_weights(self) -> None:
+        """Refuse rows of a model that is no longer the cache's: loaded weights may be the mapped file, which others can overwrite.
+
+        Where the files were not touched, this only looks at their sizes and times.
+        """
+        stamps = self._reference.stamps()
+        if stamps == self._stamps:
+            return
+        if not is_same_model(self._cache.reference.model_id, self._reference, self._cache.folder.parent):
             raise IdentityError(
                 f"{self._reference.folder} has changed since scoring began. Nothing was kept that was computed with other "
-                "weights: run the same command again, and leave the folder alone meanwhile."
+                "weights: run the same command again, and do not change the folder meanwhile."
             )
+        self._stamps = stamps
 
-    def _rows(self, keys: list[bytes], chunk: list[Sequence]) -> pa.Table:
+    def _compute_rows(self, keys: list[bytes], chunk: list[TokenSequence]) -> pa.Table:
         assert self._engine is not None
-        scores, tried = self._engine.score(chunk), self._retries
-        rescued = self._in_float32(chunk, scores)
+        scores, retried = self._engine.score(chunk), self._retries_in_float32
+        rescued = self._rescue(chunk, scores)
         rows = []
-        for i, (key, sequence, logps) in enumerate(zip(keys, chunk, scores, strict=True)):
-            logps = rescued.get(i, logps)
+        for i, (key, sequence) in enumerate(zip(keys, chunk, strict=True)):
+            logps = rescued.get(i, scores[i])
             assert logps.dtype == np.float32 and len(logps) == len(sequence.completion_ids)
-            finite = bool(np.isfinite(logps).all())
+            if is_finite := bool(np.isfinite(logps).all()):
+                status = OK_IN_FLOAT32 if i in rescued else OK
+            else:
+                at = int(np.flatnonzero(~np.isfinite(logps))[0])
+                also = ", also in float32" if retried else ""
+                status = f"failed: the log-prob of answer token {at} is {logps[at]}{also}"
             rows.append(
                 {
                     "key": key,
                     "n_prompt": len(sequence.prompt_ids),
                     "n_completion": len(sequence.completion_ids),
-                    "logp_sum": float(logps.sum(dtype=np.float64)) if finite else None,
-                    "logps": logps if finite and self._score.logps else None,
+                    "logp_sum": float(logps.sum(dtype=np.float64)) if is_finite else None,
+                    "logps": logps if is_finite and self._score.logps else None,
                     "numerics_id": self._numerics_id,
-                    "status": (OK_IN_FLOAT32 if i in rescued else OK) if finite else _failure(logps, tried),
+                    "status": status,
                 }
             )
         return pa.Table.from_pylist(rows, schema=CACHE)
 
-    def _in_float32(self, chunk: list[Sequence], scores: list[np.ndarray]) -> dict[int, np.ndarray]:
-        """What the plain float32 forward makes of those that have no finite log-prob."""
-        from pipeline.scoring.engines.loading import plain_scores
+    def _rescue(self, chunk: list[TokenSequence], scores: list[np.ndarray]) -> dict[int, np.ndarray]:
+        """Recompute sequences without finite log-probs by the plain float32 forward; return those that have some there."""
+        from prefcache.pipeline.scoring.baseline import score_plainly
 
         failed = [i for i, logps in enumerate(scores) if not np.isfinite(logps).all()]
-        if not failed or not self._retries:
+        if not failed or not self._retries_in_float32:
             return {}
-        again = plain_scores(self._reference, [chunk[i] for i in failed])
-        rescued = {i: logps for i, logps in zip(failed, again, strict=True) if np.isfinite(logps).all()}
-        self._retries = bool(rescued)
+        plain = score_plainly(self._reference, [chunk[i] for i in failed])
+        rescued = {i: logps for i, logps in zip(failed, plain, strict=True) if np.isfinite(logps).all()}
+        self._retries_in_float32 = bool(rescued)
         self._progress.warn(
-            f"{len(failed)} sequences got a log-prob that is not finite; {len(rescued)} of them have one in float32"
+            f"{len(failed)} sequences have a log-prob that is not finite; {len(rescued)} of them have finite ones in float32"
         )
         return rescued
 
 
-def _failure(logps: np.ndarray, tried: bool) -> str:
-    """Why there is no value, as the status of the row."""
-    at = int(np.flatnonzero(~np.isfinite(logps))[0])
-    return f"failed: the log-prob of answer token {at} is {logps[at]}{', also in float32' if tried else ''}"
+def measure_parity(
+    score: Score,
+    numerics: dict[str, str],
+    facts: dict[str, Any],
+    scores: list[np.ndarray],
+    plain: list[np.ndarray],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return how far an engine's log-probs are from the plain ones; fail where that is more than rounding."""
+    dtype, n = numerics["dtype"], len(scores)
+    name = f"engine {score.engine} ({dtype})"
+    remedy = find_engine(score.engine).remedy.format("" if dtype == "float32" else "score.dtype=float32, ")
+    n_lost = sum(
+        bool(np.isfinite(plain_T).all() and not np.isfinite(logps_T).all())
+        for plain_T, logps_T in zip(plain, scores, strict=True)
+    )
+    logps, plain_logps = np.concatenate(scores), np.concatenate(plain)
+    is_finite = np.isfinite(logps)
+    # Sequences without finite log-probs are recomputed in float32 with their chunk. A finite log-prob where the plain
+    # forward has none is more than rounding.
+    deviation = np.nan_to_num(np.abs(logps[is_finite] - plain_logps[is_finite]), nan=np.inf)
+    if 2 * n_lost > n or (n_lost and not len(deviation)):
+        raise IntegrityError(
+            f"{name} returns no finite log-prob for {n_lost} of {n} sequences, where the plain float32 forward does. {remedy}"
+        )
+    if not len(deviation):
+        raise IntegrityError(
+            f"{name} returns no finite log-prob for any of {n} sequences, and neither does the plain float32 forward. The "
+            "weights may be broken; score.parity_sample=0 scores without this check and marks every such row as failed."
+        )
+    worst = float(deviation.max())
+    if worst > TOLERANCE[dtype]:
+        raise IntegrityError(
+            f"{name} deviates from the plain float32 forward by up to {worst:.3g} nats per token on {n} sequences; "
+            f"{TOLERANCE[dtype]} is allowed. {remedy}"
+        )
+    if n_lost:
+        progress.warn(f"{name} returns no finite log-prob for {n_lost} of {n} sequences in the sample")
+    description = ", ".join(f"{fact} {value}" for fact, value in facts.items())
+    progress.say(
+        f"score: {name} within {worst:.1e} nats per token of the plain float32 forward ({n} sequences); {description}"
+    )
+    p50, p99 = (float(np.quantile(deviation, q)) for q in (0.5, 0.99))
+    return {"sequences": n, "p50": p50, "p99": p99, "max": worst}
 
 
-def in_order(plan: Plan, rank: int, world: int) -> list[np.ndarray]:
-    """The chunks of a plan: the share of this process, then the others'."""
+def order_chunks(plan: Plan, rank: int, world: int) -> list[np.ndarray]:
+    """Return the chunks of a plan: the share of this process first, then the others'."""
     return [*plan.chunks[rank::world], *(chunk for i, chunk in enumerate(plan.chunks) if i % world != rank)]
 
 
 def sample_slots(plan: Plan, sequences: Sequences, n: int) -> list[int]:
-    """The longest and the shortest sequence and random ones, each beside its prompt's other answer: what shares a
-    forward is tried together, as it will be computed."""
+    """Return the slots of the longest, the shortest and random sequences, each followed by its prompt's other answer.
+
+    Sequences that share a forward are checked together, as they will be computed.
+    """
     slots: dict[int, None] = {}
     for slot in map(int, plan.probe):
-        for each in (slot, slot ^ 1):
-            if len(sequences[each].completion_ids):
-                slots[each] = None
+        for answer in (slot, slot ^ 1):
+            if len(sequences[answer].completion_ids):
+                slots[answer] = None
     return list(slots)[:n]

@@ -1,4 +1,4 @@
-"""How a file gets to disk, and how it is believed later.
+"""How a file gets to disk, and how it is verified later.
 
 Commit protocol, everywhere: a temporary name in the same folder, fsync, rename, fsync the folder; the record or
 manifest that vouches for the files the same way, last. JSON that vouches for something carries its own checksum.
@@ -11,68 +11,71 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from safetensors import SafetensorError
 
-from pipeline.errors import IntegrityError, ResourceError, UsageError
+from prefcache.pipeline import stored_paths
+from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 
 MANIFEST = "manifest.json"
-_SEAL = "seal_xxh3_128"
+SEAL = "seal_xxh3_128"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HOST = socket.gethostname().replace("-", "_")
 
 
-def _full(path: Path, reason: str) -> ResourceError:
-    return ResourceError(
-        f"{path}: the disk took no more ({reason}). What was finished is kept: make room, then run the same command again."
-    )
-
-
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says what to do."""
     try:
         yield
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None or int(code[1]) not in _FULL_DISK:
-            raise
-        raise _full(path, os.strerror(int(code[1]))) from error
-    except OSError as error:
-        if error.errno in _FULL_DISK:
-            raise _full(path, str(error.strerror)) from error
-        if isinstance(error, PermissionError) or error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if isinstance(error, SafetensorError):
+            match = re.search(r"os error (\d+)", str(error))
+            code = int(match[1]) if match else None
+        if code in _FULL_DISK:
+            raise ResourceError(
+                f"{path}: the disk is full ({os.strerror(code)}). Finished work is kept: free some space, then run the same "
+                "command again."
+            ) from error
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UsageError(
-                f"{path}: cannot be written ({error.strerror}). Name a folder that you may write to."
+                f"{path}: cannot be written ({os.strerror(code)}). Name a folder that you may write to."
             ) from error
         raise
 
 
 def refuse_unwritable(path: Path) -> None:
-    """A file that could not be written at `path`; for who has much to do before it is."""
+    """Raise UsageError if no file could be written at `path`. Call it before long work."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Name a file for what is written.")
-    at = next(folder for folder in path.absolute().parents if folder.exists())
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
     try:
-        # Rights alone do not tell: a file system may be read-only, or not one for files of ours.
-        tempfile.TemporaryFile(dir=at).close()
+        # Permissions alone do not tell: a file system may be read-only, or not take such files.
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be written ({at}: {error.strerror}). Name a folder that you may write to."
+            f"{path}: cannot be written ({folder}: {error.strerror}). Name a folder that you may write to."
         ) from None
+
+
+# The name of a temporary of any machine: hidden, with the process that writes it.
+TEMPORARY = re.compile(r"\..+\.[^-]+-[0-9]+\.tmp", re.DOTALL)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,43 +83,70 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_synced(path: Path, data: bytes | memoryview, durable: bool = True) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
+class Stream:
+    """A file that is being written; its bytes are counted and hashed as they pass."""
+
+    closed = False
+    is_first = True  # False where another writer won the name
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._digest, self.n_bytes = file, xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        block = memoryview(data)
+        self._file.write(block)
+        self._digest.update(block)
+        self.n_bytes += block.nbytes
+        return block.nbytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def entry(self, path: Path, **facts: Any) -> dict[str, Any]:
+        return {"file": path.name, "bytes": self.n_bytes, "xxh3_128": self._digest.hexdigest(), **facts}
 
 
-def commit_bytes(path: Path, data: bytes | memoryview, *, once: bool = False, durable: bool = True) -> bool:
-    """Put `data` at `path`, whole or not at all. With `once` the first writer wins; returns whether it was this one.
+@contextlib.contextmanager
+def commit_stream(path: Path, *, once: bool = False, durable: bool = True) -> Iterator[Stream]:
+    """Write to the yielded stream, of any length; it appears at `path` whole, or not at all.
 
-    Not `durable`, it does not wait for the disk: for what a checksum vouches for and what can be made again.
+    With `once` the first writer wins, and `is_first` of the stream says whether it was this one. If not `durable`, do not
+    wait for the disk: for files that a checksum verifies and that can be made again.
     """
     temporary = _temporary(path)
-    won = True
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_synced(temporary, data, durable)
+            with open(temporary, "wb") as file:
+                stream = Stream(file)
+                yield stream
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
             if once:
                 # A hard link, unlike a rename, fails where the name is taken.
                 try:
                     os.link(temporary, path)
                 except FileExistsError:
-                    won = False
+                    stream.is_first = False
             else:
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         if durable:
-            _sync_folder(path.parent)
-    return won
+            sync_folder(path.parent)
+
+
+def commit_bytes(path: Path, data: bytes | memoryview, *, once: bool = False, durable: bool = True) -> bool:
+    """Write `data` to `path`, whole or not at all; return whether this writer was first. See commit_stream."""
+    with commit_stream(path, once=once, durable=durable) as stream:
+        stream.write(data)
+    return stream.is_first
 
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that is gone after the block; if the process dies in it, `remove_leftovers` deletes it."""
+    """A folder next to `path`, deleted after the block; if the process dies in it, by `remove_leftovers`."""
     temporary = _temporary(path)
     with _disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,8 +158,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def commit_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded folder; it appears at `path` complete, in place of what was there, or not at all."""
+def commit_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Fill the yielded folder; it appears at `path` complete, replacing what was there, or not at all.
+
+    Without `replace`, UsageError if something has appeared at `path` meanwhile.
+    """
     with scratch_folder(path) as temporary:
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -137,16 +170,28 @@ def commit_folder(path: Path) -> Iterator[Path]:
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
             else:
-                _sync_folder(file)
-        _sync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(path)
+                sync_folder(file)
+        sync_folder(temporary)
+        if os.path.lexists(path):
+            if not replace:
+                raise UsageError(
+                    f"{path} has appeared meanwhile, and is not replaced. Name another place, or delete it."
+                )
+            remove_folder(path)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; if it is a link, only the link: its target may be somebody else's."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporaries of processes of this machine that are gone."""
+    """Delete the temporaries of this machine's processes that have ended."""
     for path in list(folder.rglob(f".*.{_HOST}-*.tmp")):
         process = path.name.removesuffix(".tmp").rpartition("-")[2]
         if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
@@ -173,24 +218,41 @@ def canonical_json(value: Any) -> bytes:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """`content` as readable JSON that carries a checksum of itself."""
-    assert _SEAL not in content
-    sealed = {**content, _SEAL: checksum_bytes(canonical_json(content))}
+    """Write `content` as readable JSON with a checksum of itself."""
+    assert SEAL not in content
+    sealed = {**content, SEAL: checksum_bytes(canonical_json(content))}
     return json.dumps(sealed, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def unseal(path: Path, remedy: str = "") -> dict[str, Any]:
-    """The content of a sealed JSON file, or IntegrityError with what to do about it."""
+    """Read the content of a sealed JSON file; IntegrityError, with the remedy, if it is not as it was written."""
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        expected = content.pop(_SEAL)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise IntegrityError(f"{path} cannot be read as a sealed JSON record ({error}). {remedy}".strip()) from error
-    if checksum_bytes(canonical_json(content)) != expected:
+        # Opening a named pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _unreadable(path, "is not a regular file", remedy)
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, f"cannot be read: {error.strerror}", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, "is not JSON", remedy) from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, "is not a JSON object", remedy)
+    if SEAL not in content:
+        raise _unreadable(path, "has no checksum", remedy)
+    expected = content.pop(SEAL)
+    try:
+        found = checksum_bytes(canonical_json(content))
+    except (ValueError, RecursionError) as error:  # such as half a surrogate pair
+        raise _unreadable(path, "is not JSON as it is written here", remedy) from error
+    if found != expected:
         raise IntegrityError(
             f"{path} does not match its own checksum: it was changed after it was written. {remedy}".strip()
         )
     return content
+
+
+def _unreadable(path: Path, reason: str, remedy: str) -> IntegrityError:
+    return IntegrityError(f"{path} {reason}. {remedy}".strip())
 
 
 # -- files that a manifest vouches for -------------------------------------------------------------------------------
@@ -202,87 +264,68 @@ def commit_file(path: Path, data: bytes | memoryview, *, durable: bool = True, *
     return {"file": path.name, "bytes": len(data), "xxh3_128": checksum_bytes(data), **facts}
 
 
-class Stream:
-    """A file while it is written: what it holds so far is hashed and counted."""
-
-    closed = False
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._digest, self.n_bytes = file, xxhash.xxh3_128(), 0
-
-    def write(self, data: Any) -> int:
-        block = memoryview(data)
-        self._file.write(block)
-        self._digest.update(block)
-        self.n_bytes += block.nbytes
-        return block.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def entry(self, path: Path, **facts: Any) -> dict[str, Any]:
-        return {"file": path.name, "bytes": self.n_bytes, "xxh3_128": self._digest.hexdigest(), **facts}
-
-
-@contextlib.contextmanager
-def commit_stream(path: Path) -> Iterator[Stream]:
-    """Write to the yielded stream, which is in memory at no time; it appears at `path` whole, or not at all."""
-    temporary = _temporary(path)
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield Stream(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-
-
 def describe(path: Path) -> dict[str, Any]:
-    """The entry of a file that another library wrote."""
+    """Make the entry of a file that another library wrote."""
     return {"file": path.name, "bytes": path.stat().st_size, "xxh3_128": checksum(path)}
 
 
-def damage(folder: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with the file of a manifest entry; None when it is as it was written."""
-    path = folder / entry["file"]
+class Vouched(Protocol):
+    """What a manifest or a record says about a file."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def xxh3_128(self) -> str: ...
+
+
+def damage(folder: Path, entry: Vouched) -> str | None:
+    """What is wrong with the file of a manifest entry; None if it is as it was written."""
+    path = folder / entry.file
+    if not is_inside(folder, entry.file):
+        return "is not a file of its folder, or is a link that leads out of it"
     try:
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"has {size} bytes, {entry['bytes']} were written"
-        return None if checksum(path) == entry["xxh3_128"] else "has other bytes than were written (checksum)"
+        if size != entry.bytes:
+            return f"has {size} bytes, {entry.bytes} were written"
+        return None if checksum(path) == entry.xxh3_128 else "has other bytes than were written (checksum)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def commit_manifest(folder: Path, content: dict[str, Any]) -> None:
-    commit_bytes(folder / MANIFEST, seal(content))
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a file of this name is in the folder itself, and not where a path or a symbolic link leads."""
+    # Only a link can lead out; resolving every file would cost more than checking for one.
+    path = folder / name
+    return stored_paths.is_bare(name) and (not path.is_symlink() or path.resolve().parent == folder.resolve())
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage, or None where the stage has not finished."""
-    path = folder / MANIFEST
-    return unseal(path, f"Delete {path} and run the stage again.") if path.exists() else None
+def member(folder: Path, name: str) -> Path:
+    """The path of a file that is about to be written or deleted; IntegrityError if it would not be in the folder."""
+    if not is_inside(folder, name):
+        raise IntegrityError(
+            f"{folder / name} is not a file of {folder}: nothing outside of that folder is written or deleted. Find out "
+            "who made it, and remove it."
+        )
+    return folder / name
 
 
 def retract_manifest(folder: Path) -> None:
-    """Take back what a manifest vouched for and no longer can, so that make runs the stage again."""
+    """Delete a manifest that no longer holds, so that make runs the stage again."""
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def touch_manifest(folder: Path) -> None:
-    """Tell make that the manifest is up to date with inputs whose times changed but whose content did not."""
+    """Tell make that the manifest is up to date: the times of inputs have changed, not their content."""
     os.utime(folder / MANIFEST)
 
 
 def commit_make_inputs(folder: Path, paths: Iterable[Path | str]) -> None:
-    """Tell make what the manifest was made from. An input that vanishes is no error of make's: the stage reports it."""
-    # Make gives meaning to most other characters; an input of such a name is left to the stage.
+    """Tell make what the manifest was made from; an input that vanishes is reported by the stage, not by make."""
+    # Most other characters mean something to make; only the stage follows an input with such a name.
     inputs = sorted({str(path) for path in paths if re.fullmatch(r"[\w./+,@~-]+", str(path))})
     lines = [f"{folder / MANIFEST}: {path}\n{path}:\n" for path in inputs]
     commit_bytes(folder / "inputs.mk", "".join(lines).encode())
@@ -292,7 +335,7 @@ def commit_make_inputs(folder: Path, paths: Iterable[Path | str]) -> None:
 
 
 def arrow_stream(table: pa.Table) -> memoryview:
-    """The stream format, which `datasets` memory-maps."""
+    """Write the stream format, which `datasets` memory-maps."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -304,7 +347,7 @@ def open_arrow_stream(path: Path) -> pa.Table:
 
 
 def parquet(table: pa.Table, *, float_lists: Iterable[str] = ()) -> memoryview:
-    """zstd with page checksums; float lists byte-split, which is what makes them compress."""
+    """Write Parquet with zstd and page checksums; float lists byte-split, so that they compress."""
     split = [f"{name}.list.element" for name in float_lists]
     plain = [name for name in table.schema.names if name not in set(float_lists)]
     sink = pa.BufferOutputStream()

@@ -7,18 +7,18 @@ other names and then switches the manifest, so a reader sees the old set or the 
 import bisect
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import IntegrityError, UsageError
-from pipeline.schema import ANSWERS, HELD_OUT, PREPARED, TRAIN, Sequence
-from pipeline.stored import artifact
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.schema import ANSWERS, HELD_OUT, PREPARED, TRAIN, TokenSequence
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
 
 QUARANTINE_FILE = "quarantine.parquet"
-# What prepare did beside reading, by its name in the manifest, in the words of a person who reads a number before them.
+# What prepare did besides reading: names in the manifest, and words to follow a number.
 DONE = {
     "duplicates": "have the tokens of an earlier example",
     "dropped": "of these were dropped",
@@ -27,7 +27,7 @@ DONE = {
     "unmatched": "have no mismatched answer: there is no other answer",
     "cut_prompts": "lost the oldest turns of their prompt (cut_prompt says how many tokens)",
     "cut_answers": "lost the end of an answer (cut_chosen, cut_rejected, cut_completion)",
-    "ended": "got an end token, for the template writes none",
+    "ended": "got an end token, because the template writes none",
     "merged_system": "had a system message, for which the template has no place; it went before the first user turn",
     "unseen_tools": "have tools, which the template does not print",
     "restored": "answers would have been changed by the template and were put in as they are",
@@ -39,40 +39,46 @@ class Prepared:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = artifact.read_manifest(folder)
+        manifest = PreparedManifest.find(folder)
         if manifest is None:
-            raise UsageError(f"{folder} holds no finished preparation. Prepare first (make prepare).")
-        for entry in manifest["shards"]:
+            raise UsageError(f"{folder} holds no finished preparation. Prepare first (prefcache prepare CONFIG).")
+        self._remedy = f"Delete {folder} and prepare again (prefcache prepare CONFIG)."
+        for entry in manifest.shards:
             if reason := artifact.damage(folder, entry):
-                raise IntegrityError(
-                    f"{folder / entry['file']} {reason}. Delete {folder} and prepare again (make prepare)."
-                )
+                raise IntegrityError(f"{folder / entry.file} {reason}. {self._remedy}")
         self.manifest = manifest
-        self.kind: str = manifest["kind"]
+        self.kind: str = manifest.kind
         self.id: str = artifact.checksum(folder / artifact.MANIFEST)
 
+    def quarantine(self) -> Path:
+        """The file of unusable records, verified."""
+        entry = self.manifest.quarantine
+        if reason := artifact.damage(self.folder, entry):
+            raise IntegrityError(f"{self.folder / entry.file} {reason}. {self._remedy}")
+        return self.folder / entry.file
+
     def table(self, split: str | None = None) -> pa.Table:
-        """The examples of one split, or of all: first training, then held out."""
-        order = [s for name in (TRAIN, HELD_OUT) for s in self.manifest["shards"] if s["split"] == name]
-        tables = [
-            artifact.open_arrow_stream(self.folder / shard["file"])
-            for shard in order
-            if split in (None, shard["split"])
-        ]
+        """The examples of one split, or of both: first training, then held out."""
+        order = [s for name in (TRAIN, HELD_OUT) for s in self.manifest.shards if s.split == name]
+        tables = [self._rows(shard) for shard in order if split in (None, shard.split)]
         return pa.concat_tables(tables) if tables else PREPARED[self.kind].empty_table()
 
-
-def is_current(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Whether the folder holds, undamaged, what these inputs give."""
-    try:
-        manifest = Prepared(folder).manifest
-        return manifest["inputs"] == inputs and not artifact.damage(folder, manifest["quarantine"])
-    except (UsageError, IntegrityError):
-        return False
+    def _rows(self, shard: ShardEntry) -> pa.Table:
+        path, remedy = self.folder / shard.file, self._remedy
+        try:
+            table = artifact.open_arrow_stream(path)
+        except (OSError, pa.ArrowException) as error:
+            raise IntegrityError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}). {remedy}") from None
+        wanted = {"example_id", "prompt_ids", *(f"{name}_ids" for name in ANSWERS[self.kind])}
+        if missing := wanted - {*table.column_names}:
+            raise IntegrityError(f"{path} has no column {min(missing)}, which {self.kind} have. {remedy}")
+        if len(table) != shard.rows:
+            raise IntegrityError(f"{path} has {len(table)} rows; its manifest says {shard.rows}. {remedy}")
+        return table
 
 
 class IdLists:
-    """A column of id lists as numpy views of the memory map: no copy, no Python list."""
+    """A column of id lists as numpy views of the memory map, without copies or Python lists."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._parts = [(part.offsets.to_numpy(), part.values.to_numpy()) for part in column.chunks if len(part)]
@@ -86,16 +92,16 @@ class IdLists:
         return ids
 
 
-def answers_of(examples: pa.Table) -> tuple[str, str]:
-    """What the two answers of an example are called: chosen and rejected, or completion and kl."""
+def answer_names(examples: pa.Table) -> tuple[str, str]:
+    """The names of an example's two answers: chosen and rejected, or completion and kl."""
     return next(names for names in ANSWERS.values() if f"{names[0]}_ids" in examples.column_names)
 
 
 def sequence_table(examples: pa.Table) -> pa.Table:
-    """What a scorer has to know of every sequence: its key, its slot in Sequences, its tokens and its answer's, and a
-    number that sequences with the same prompt share."""
+    """One row per sequence, as a scorer plans with it: key, slot in Sequences, number of tokens and of the answer's tokens,
+    and a number that sequences with the same prompt share."""
     row, prompt, parts = np.arange(len(examples), dtype=np.int64), _list_hashes(examples["prompt_ids"]), []
-    for side, name in enumerate(answers_of(examples)):
+    for side, name in enumerate(answer_names(examples)):
         n_completion = examples[f"n_{name}"]
         n = pc.add(examples["n_prompt"], n_completion)
         key = examples[f"{name}_key"]
@@ -106,8 +112,11 @@ def sequence_table(examples: pa.Table) -> pa.Table:
 
 
 def _list_hashes(column: pa.ChunkedArray) -> np.ndarray:
-    """A number for each list, equal for equal lists. Good for putting like beside like, not for telling them apart."""
-    found = [np.empty(0, np.uint64)]
+    """A number for each list, equal for equal lists: good for grouping equal lists, not for telling lists apart."""
+    # Powers of an odd number, which repeat modulo 2**64 only after 2**62.
+    longest = max([0, *(int(np.diff(part.offsets.to_numpy()).max(initial=0)) for part in column.chunks)])
+    powers = np.cumprod(np.full(longest, 0x9E3779B97F4A7C15, dtype=np.uint64), dtype=np.uint64)
+    hashes = [np.empty(0, np.uint64)]
     for part in column.chunks:
         offsets, values = part.offsets.to_numpy(), part.values.to_numpy()
         for start in range(0, len(part), 65_536):
@@ -115,21 +124,13 @@ def _list_hashes(column: pa.ChunkedArray) -> np.ndarray:
             ids = values[at[0] : at[-1]].astype(np.uint64) + np.uint64(1)
             lengths = np.diff(at)
             position = np.arange(len(ids)) - np.repeat(at[:-1] - at[0], lengths)
-            mixed = ids * _powers(int(lengths.max(initial=0)))[position]
-            found.append(_sums(mixed ^ (mixed >> np.uint64(29)), at - at[0]))
-    return np.concatenate(found)
-
-
-def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Of each list, modulo 2**64; 0 for an empty one."""
-    until = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
-    sums: np.ndarray = until[offsets[1:]] - until[offsets[:-1]]
-    return sums
-
-
-def _powers(n: int) -> np.ndarray:
-    """Of an odd number, which modulo 2**64 repeat only after 2**62."""
-    return np.cumprod(np.full(n, 0x9E3779B97F4A7C15, dtype=np.uint64), dtype=np.uint64)
+            mixed = ids * powers[position]
+            until = np.cumsum(
+                np.concatenate([np.zeros(1, np.uint64), mixed ^ (mixed >> np.uint64(29))]), dtype=np.uint64
+            )
+            offsets_in_block = at - at[0]
+            hashes.append(until[offsets_in_block[1:]] - until[offsets_in_block[:-1]])
+    return np.concatenate(hashes)
 
 
 class Sequences:
@@ -137,9 +138,9 @@ class Sequences:
 
     def __init__(self, table: pa.Table) -> None:
         self._prompt = IdLists(table["prompt_ids"])
-        first, second = answers_of(table)
+        first, second = answer_names(table)
         self._answers = IdLists(table[f"{first}_ids"]), IdLists(table[f"{second}_ids"])
 
-    def __getitem__(self, slot: int) -> Sequence:
+    def __getitem__(self, slot: int) -> TokenSequence:
         row, side = divmod(int(slot), 2)
-        return Sequence(self._prompt[row], self._answers[side][row])
+        return TokenSequence(self._prompt[row], self._answers[side][row])

@@ -1,6 +1,6 @@
-"""Rows into the kind of file that its name asks for: .parquet and .arrow by columns, .jsonl and .csv by rows.
+"""Writers for the kind of file that a name asks for: .parquet and .arrow by columns, .jsonl and .csv by rows.
 
-The file is there whole or not at all. Text ones are compressed where the name ends in .gz or .zst. A column of texts can be read back.
+A file appears whole or not at all (see overwrite_guard.py). Text is compressed if the name ends in .gz or .zst.
 """
 
 import base64
@@ -17,8 +17,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from pipeline.errors import UsageError
-from pipeline.stored import artifact
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored import artifact, overwrite_guard
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BY_COLUMNS = (".parquet", ".arrow")
@@ -33,24 +33,24 @@ class Columns(Protocol):
     def write_table(self, table: pa.Table) -> None: ...
 
 
-def kind_of(path: Path) -> str:
-    """`.jsonl` of scored.jsonl.gz, or UsageError for what is not written."""
+def file_kind(path: Path) -> str:
+    """Return the kind of a file's name, `.jsonl` for scored.jsonl.gz; UsageError for others."""
     name = path.name.lower()
     compression = next((ending for ending in _COMPRESSED if name.endswith(ending)), "")
     kind = Path(name.removesuffix(compression)).suffix
     if kind not in BY_COLUMNS + BY_ROWS or (compression and kind in BY_COLUMNS):
         raise UsageError(
-            f"{path}: its ending says no kind of file that is written here. Expected {', '.join(BY_COLUMNS + BY_ROWS)}; "
-            "the last two also with .gz or .zst."
+            f"{path}: unsupported extension {''.join(path.suffixes[-2:] if compression else path.suffixes[-1:]) or '(none)'}; use "
+            ".parquet, .arrow, .jsonl or .csv, the last two also with .gz or .zst."
         )
     return kind
 
 
 @contextlib.contextmanager
-def by_columns(path: Path, schema: pa.Schema) -> Iterator[Columns]:
-    with artifact.commit_stream(path) as stream:
+def open_columns(path: Path, schema: pa.Schema) -> Iterator[Columns]:
+    with overwrite_guard.open_stream(path) as stream:
         file = pa.PythonFile(stream, "w")
-        if kind_of(path) == ".parquet":
+        if file_kind(path) == ".parquet":
             with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
                 yield writer
         else:
@@ -59,50 +59,39 @@ def by_columns(path: Path, schema: pa.Schema) -> Iterator[Columns]:
 
 
 @contextlib.contextmanager
-def by_rows(path: Path, columns: list[str]) -> Iterator[Rows]:
-    """JSON Lines, whose rows hold what they hold; or CSV with these columns."""
+def open_rows(path: Path, columns: list[str]) -> Iterator[Rows]:
+    """Write JSON Lines, whose rows may have any keys, or CSV with these columns."""
     compression = next((name for ending, name in _COMPRESSED.items() if path.name.lower().endswith(ending)), None)
-    with artifact.commit_stream(path) as stream:
+    with overwrite_guard.open_stream(path) as stream:
         file = pa.PythonFile(_LeftOpen(stream), "w")
         with pa.CompressedOutputStream(file, compression) if compression else contextlib.nullcontext(file) as out:
-            yield _Csv(out, columns) if kind_of(path) == ".csv" else _JsonLines(out)
+            yield _Csv(out, columns) if file_kind(path) == ".csv" else _JsonLines(out)
 
 
 def read_texts(path: Path, column: str, reader: str) -> pa.ChunkedArray:
-    """One column of such a file. `reader`: who needs it, for the error where there is none."""
+    """Read one column of such a file. `reader` says in the error who needs it."""
     try:
-        found = _READERS[kind_of(path)](path, column)
-        return found[column].cast(pa.string())
+        kind = file_kind(path)
+        if kind == ".parquet":
+            table = pq.read_table(path, columns=[column], page_checksum_verification=True)
+        elif kind == ".arrow":
+            table = artifact.open_arrow_stream(path)
+        elif kind == ".jsonl":
+            schema = pa.schema([(column, pa.string())])
+            parse = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+            table = pa_json.read_json(pa.input_stream(str(path)), parse_options=parse)
+        else:
+            convert = pa_csv.ConvertOptions(column_types={column: pa.string()}, include_columns=[column])
+            lines = pa_csv.ParseOptions(newlines_in_values=True)
+            table = pa_csv.read_csv(pa.input_stream(str(path)), convert_options=convert, parse_options=lines)
+        return table[column].cast(pa.string())
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).strip("'").partition("\n")[0]
         raise UsageError(f"{path} cannot be read as a file with a column {column}; {reader}. ({reason})") from None
 
 
-def _read_parquet(path: Path, column: str) -> pa.Table:
-    return pq.read_table(path, columns=[column], page_checksum_verification=True)
-
-
-def _read_arrow(path: Path, column: str) -> pa.Table:
-    return artifact.open_arrow_stream(path).select([column])
-
-
-def _read_lines(path: Path, column: str) -> pa.Table:
-    schema = pa.schema([(column, pa.string())])
-    options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    return pa_json.read_json(pa.input_stream(str(path)), parse_options=options)
-
-
-def _read_csv(path: Path, column: str) -> pa.Table:
-    options = pa_csv.ConvertOptions(column_types={column: pa.string()}, include_columns=[column])
-    lines = pa_csv.ParseOptions(newlines_in_values=True)
-    return pa_csv.read_csv(pa.input_stream(str(path)), convert_options=options, parse_options=lines)
-
-
-_READERS = {".parquet": _read_parquet, ".arrow": _read_arrow, ".jsonl": _read_lines, ".csv": _read_csv}
-
-
 class _LeftOpen:
-    """A stream that whoever compresses into it may close."""
+    """A stream that stays open when a compressor closes it."""
 
     closed = False
 

@@ -1,91 +1,132 @@
-"""Checkpoints: complete or not there. Safetensors and JSON only; a manifest of checksums vouches for all files.
+"""Checkpoints: whole or absent, in safetensors and JSON only, with a manifest of checksums over all files.
 
-One whose state names an earlier step as the best (best.py) needs that one's checkpoint: it is kept as long, and without it
-the later one does not count as whole.
+A checkpoint that names an earlier step as the best (best_checkpoint.py) needs that step's checkpoint: that one is kept for as long,
+and without it the later one counts as damaged.
 """
 
-import shutil
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from pipeline.errors import IntegrityError
-from pipeline.model.trainable import each_tensor
-from pipeline.stored import artifact
+from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.model.trainable import read_tensors
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import BestEntry, CheckpointManifest, NewerError
 
+WEIGHTS = "weights.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
+_NAME = re.compile(r"step-[0-9]{8}")
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint holds besides tensors.
+
+    The order of the examples and every random draw follow from the seed and the step. Log-probs and alerts are in the run's
+    tables, which are flushed before each checkpoint.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    running_stats: dict[str, dict[str, float]] = field(default_factory=dict)  # of losses, by term and statistic
+    best: BestEntry | None = None
+
+    @classmethod
+    def from_manifest(cls, manifest: CheckpointManifest) -> "CheckpointState":
+        return cls(manifest.step, manifest.num_tokens, manifest.memory, manifest.best)
+
+    def manifest(self, files: list[dict[str, object]]) -> CheckpointManifest:
+        best = self.best.facts() if self.best else None
+        return CheckpointManifest.make(
+            step=self.step, num_tokens=self.num_tokens, memory=self.running_stats, best=best, files=files
+        )
 
 
 def save(
     run: Path,
-    step: int,
     save_weights: Callable[[Path], None],
     optimizer: dict[str, torch.Tensor],
-    state: dict[str, Any],
+    state: CheckpointState,
     keep: int,
 ) -> None:
-    folder = at(run, step)
+    """Commit a checkpoint, then delete all but the newest `keep` and the best ones that those name."""
+    folder = path(run, state.step)
     with artifact.commit_folder(folder) as temporary:
         save_weights(temporary)
         save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer.items()}, temporary / _OPTIMIZER)
         files = [artifact.describe(file) for file in sorted(temporary.iterdir())]
-        artifact.commit_manifest(temporary, {"step": step, **state, "files": files})
-    # A later one was passed over as damaged, and is no reason to drop this one.
-    found = [old for old in _newest_first(run) if old.name <= folder.name]
-    for old in set(found) - {*found[:keep], *map(_best_of, found[:keep])}:
-        shutil.rmtree(old)
+        state.manifest(files).commit(temporary / artifact.MANIFEST)
+    # Later ones were passed over as damaged and must not push this one out.
+    saved = [old for old in _newest_first(run) if old.name <= folder.name]
+    for old in set(saved) - {*saved[:keep], *map(_best_of, saved[:keep])}:
+        artifact.remove_folder(old)
 
 
-def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole; a damaged one is named and passed over."""
+def find_newest(
+    run: Path, warn: Callable[[str], None], more_files: Callable[[int], set[str]] = lambda step: set()
+) -> tuple[Path, CheckpointState] | None:
+    """Return the newest whole checkpoint; warn of damaged ones and pass them over. `more_files` names a step's further files."""
     for folder in _newest_first(run):
         try:
-            state = _verified(folder)
+            manifest = _verified_manifest(folder)
+            if missing := more_files(manifest.step) - {entry.file for entry in manifest.files}:
+                raise IntegrityError(f"{folder} has a manifest that does not list {min(missing)}.")
             if (best := _best_of(folder)) is not None:
-                _verified(best)
-            return folder, state
+                _verified_manifest(best)
+            return folder, CheckpointState.from_manifest(manifest)
+        except NewerError:
+            raise
         except IntegrityError as error:
             warn(f"{error} Going back to the checkpoint before it.")
     return None
 
 
-def go_back(run: Path, step: int) -> None:
-    """Forget what came after a step: those that `newest` passed over."""
+def discard_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which `find_newest` passed over."""
     for folder in _newest_first(run):
-        if folder > at(run, step):
-            shutil.rmtree(folder)
+        if folder > path(run, step):
+            artifact.remove_folder(folder)
 
 
-def at(run: Path, step: int) -> Path:
+def path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08}"
 
 
-def optimizer(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """One tensor after another: a process that holds a shard may have no room for all."""
-    return each_tensor(folder / _OPTIMIZER)
+def read_optimizer(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield one tensor after another: a process that holds a shard may have no room for all."""
+    return read_tensors(folder / _OPTIMIZER)
 
 
 def _newest_first(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    """List the run's checkpoints. Folders under other names, such as a user's copies, are left alone."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir()), reverse=True)
 
 
 def _best_of(folder: Path) -> Path | None:
-    """The checkpoint that this one names as the best; None where it names none or is damaged."""
+    """The checkpoint that this one names as the best; None if it names none or is damaged."""
     try:
-        best = (artifact.read_manifest(folder) or {}).get("best")
+        manifest = CheckpointManifest.find(folder)
     except IntegrityError:
         return None
-    return at(folder.parent.parent, best["step"]) if best else None
+    return path(folder.parent.parent, manifest.best.step) if manifest and manifest.best else None
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    manifest = artifact.read_manifest(folder)
+def _verified_manifest(folder: Path) -> CheckpointManifest:
+    manifest = CheckpointManifest.find(folder)
     if manifest is None:
         raise IntegrityError(f"{folder} has no manifest.")
-    for entry in manifest["files"]:
+    if folder != path(folder.parent.parent, manifest.step):
+        raise IntegrityError(f"{folder} holds the state of step {manifest.step}.")
+    if manifest.best and manifest.best.step > manifest.step:
+        raise IntegrityError(f"{folder} names a later step, {manifest.best.step}, as the best.")
+    if missing := {WEIGHTS, _OPTIMIZER} - {entry.file for entry in manifest.files}:
+        raise IntegrityError(f"{folder} has a manifest that does not list {min(missing)}.")
+    for entry in manifest.files:
         if reason := artifact.damage(folder, entry):
-            raise IntegrityError(f"{folder / entry['file']} {reason}.")
+            raise IntegrityError(f"{folder / entry.file} {reason}.")
     return manifest

@@ -1,19 +1,20 @@
-"""What a training step reads: examples with their reference log-probs, in the sampler's order."""
+"""What a training step reads: examples with their reference log-probs, in the order of the steps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.model.logprobs import sent
-from pipeline.model.packing import balanced, shares, token_budget_batches
-from pipeline.schema import Sequence as TokenSequence
-from pipeline.stored.prepared import IdLists
-from pipeline.training.objective import GIVEN_WEIGHT
-from pipeline.training.selection import Choice
-from pipeline.training.token_logps import TokenLogps
+from prefcache.pipeline.model.logprobs import to_device
+from prefcache.pipeline.model.packing import balanced_batches, split_evenly, token_budget_batches
+from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.stored.prepared import IdLists
+from prefcache.pipeline.training.objective import GIVEN_WEIGHT
+from prefcache.pipeline.training.reference_token_logps import TokenLogps
+from prefcache.pipeline.training.selection import Choice
 
 Columns = Mapping[str, np.ndarray]
 
@@ -24,82 +25,94 @@ class Batch:
 
     rows: list[int]  # in the prepared table
     columns: dict[str, torch.Tensor]
-    answers: dict[str, list[TokenSequence | None]]  # None: this example has no such answer
+    answers: dict[str, list[TokenSequence | None]]  # None: this example lacks the answer
     reference_tokens: dict[str, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reference gave some examples, by answer: sums of shape [B], nan where there is no such answer; and each one's
-    tokens, where they are read."""
+    """A reference's log-probs of some examples, by answer: sums of shape [B], nan for a missing answer; tokens if they are read."""
 
     indices: np.ndarray
     sums: dict[str, np.ndarray]
     tokens: dict[str, list[np.ndarray]]
 
 
-class Examples:
-    """The examples of one split of which all is known that the objective needs, by row."""
+@dataclass(frozen=True)
+class SplitData:
+    """One split: its prepared table, and what the data and the cache give for each of its rows."""
 
-    def __init__(
-        self,
-        table: pa.Table,
-        answers: Sequence[str],
-        optional: Sequence[str],
-        columns: Columns,
-        tokens: Mapping[str, TokenLogps] | None = None,
-        learned: Sequence[str] | None = None,
-        choose: Callable[[np.ndarray], Choice] = Choice,
-    ) -> None:
-        """`columns` are what the data and the cache give, nan where they give nothing; `optional` answers may be missing.
-        `learned` are those of the answers that a step computes, if not all. `choose` is asked which of the rows are taken."""
-        complete = np.ones(len(table), bool)
-        self.left_out: dict[str, int] = {}  # column -> examples that lack it, and nothing before it
-        for name, values in columns.items():
-            if _answer_of(name) not in optional:
-                lacking = complete & np.isnan(values)
-                if lacking.any():
-                    self.left_out[name] = int(lacking.sum())
-                complete &= ~np.isnan(values)
-        choice = choose(np.flatnonzero(complete))
+    table: pa.Table
+    columns: Columns  # nan for a missing value
+    answers: Sequence[str]  # computed in one forward
+    optional: Sequence[str] = ()  # answers that an example may lack; they have a forward of their own
+    learned: Sequence[str] | None = None  # the answers that a step computes, if not all
+    tokens: Mapping[str, TokenLogps] = field(default_factory=dict)  # the reference's, by answer
+
+    @cached_property
+    def incomplete_rows(self) -> dict[str, np.ndarray]:
+        """Rows that lack a value, by the first column that they lack."""
+        complete, incomplete = np.ones(len(self.table), bool), {}
+        for name, values in self.columns.items():
+            if _answer_of(name) not in self.optional:
+                rows = np.flatnonzero(complete & np.isnan(values))
+                if len(rows):
+                    incomplete[name] = rows
+                    complete[rows] = False
+        return incomplete
+
+    @property
+    def complete_rows(self) -> np.ndarray:
+        complete = np.ones(len(self.table), bool)
+        for rows in self.incomplete_rows.values():
+            complete[rows] = False
+        return np.flatnonzero(complete)
+
+
+class Examples:
+    """The examples of a split that have all that the objective reads; with a choice, only the chosen ones."""
+
+    def __init__(self, data: SplitData, choice: Choice | None = None) -> None:
+        table, answers, optional = data.table, data.answers, data.optional
+        choice = choice or Choice(data.complete_rows)
         self._rows, self.ranks, self.said = choice.rows, choice.ranks, choice.said
+        self.left_out = {column: len(rows) for column, rows in data.incomplete_rows.items()}
+        self._columns = dict(data.columns)
         if choice.weight is not None:
-            columns = {**columns, GIVEN_WEIGHT: np.full(len(table), np.nan)}
-            columns[GIVEN_WEIGHT][choice.rows] = choice.weight
+            self._columns[GIVEN_WEIGHT] = np.full(len(table), np.nan)
+            self._columns[GIVEN_WEIGHT][choice.rows] = choice.weight
+        self._tokens: dict[str, TokenLogps | dict[int, np.ndarray]] = dict(data.tokens)
+        self._example_id, self._prompt = table["example_id"], table["prompt"]
         self._prompt_ids = IdLists(table["prompt_ids"])
         self._answer_ids = {name: IdLists(table[f"{name}_ids"]) for name in (*answers, *optional)}
         # Without the reference's log-prob, nothing could be learned from the policy's.
         self._has = {
             name: np.logical_and.reduce(
                 [table[f"{name}_ids"].is_valid().to_numpy()]
-                + [~np.isnan(values) for column, values in columns.items() if _answer_of(column) == name]
+                + [~np.isnan(values) for column, values in self._columns.items() if _answer_of(column) == name]
             )
             for name in optional
         }
-        self._columns = dict(columns)
-        self._tokens: dict[str, TokenLogps | dict[int, np.ndarray]] = dict(tokens or {})
-        self._example_id, self._prompt = table["example_id"], table["prompt"]
         self._n_answer = {name: table[f"n_{name}"].fill_null(0).to_numpy() for name in self._answer_ids}
-        lengths = {name: table["n_prompt"].to_numpy() + n.astype(np.int64) for name, n in self._n_answer.items()}
-        # Tokens of the forward that an example's answers share, by the way they do (forward.py). The last token of an answer
-        # is no input. Optional answers have a forward of their own.
-        of_answers = np.stack([lengths[name] for name in answers])
         n_prompt = table["n_prompt"].to_numpy().astype(np.int64)
+        lengths = {name: n_prompt + n.astype(np.int64) for name, n in self._n_answer.items()}
+        # Tokens of the forward that an example's answers share, by layout. The last token of an answer is not an input.
+        answer_lengths = np.stack([lengths[name] for name in answers])
         together = {
-            "padded": len(answers) * of_answers.max(0),
-            "packed": (of_answers - 1).sum(0),
-            "shared": (of_answers - 1).sum(0) - (len(answers) - 1) * n_prompt,
+            "padded": len(answers) * answer_lengths.max(0),
+            "packed": (answer_lengths - 1).sum(0),
+            "shared": (answer_lengths - 1).sum(0) - (len(answers) - 1) * n_prompt,
         }
-        apart = [lengths[name] for name in optional]
-        self._sizes = {way: np.maximum.reduce([sizes, *apart]) for way, sizes in together.items()}
-        self._n_tokens = np.sum([lengths[name] for name in learned or answers], axis=0)
+        alone = [lengths[name] for name in optional]
+        self._sizes = {layout: np.maximum.reduce([sizes, *alone]) for layout, sizes in together.items()}
+        self._n_tokens = np.sum([lengths[name] for name in data.learned or answers], axis=0)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def missing_kind(self) -> str | None:
-        """The kind of labels of which there is none; None where there are both, or pairs."""
+        """The kind of labels that no example has; None if both occur, or for pairs."""
         if "label" not in self._columns or not len(self):
             return None
         label = self._columns["label"][self._rows]
@@ -111,63 +124,67 @@ class Examples:
         return Batch(
             rows,
             {
-                name: sent(torch.as_tensor(values[rows], dtype=torch.float64), device)
+                name: to_device(torch.as_tensor(values[rows], dtype=torch.float64), device)
                 for name, values in self._columns.items()
             },
             {name: [self._sequence(name, row) for row in rows] for name in answers},
             {
-                name: [sent(torch.from_numpy(self._tokens[name][row]), device) for row in rows]
+                name: [to_device(torch.from_numpy(self._tokens[name][row]), device) for row in rows]
                 for name in answers
                 if name in self._tokens
             },
         )
-
-    def forget_reference(self) -> None:
-        """Its log-probs are nan until others take their place, so that none that is out of date can be read unnoticed."""
-        self._tokens = {}
-        self._columns |= {
-            name: np.full_like(values, np.nan) for name, values in self._columns.items() if name.startswith("ref_")
-        }
-
-    def take_reference(self, scores: Scores) -> None:
-        """Let these log-probs be the reference's."""
-        rows = self._rows[scores.indices]
-        for name, sums in scores.sums.items():
-            self._columns[f"ref_{name}_logp"][rows] = sums
-        self._tokens |= {name: dict(zip(rows.tolist(), each, strict=True)) for name, each in scores.tokens.items()}
 
     def _sequence(self, answer: str, row: int) -> TokenSequence | None:
         if answer in self._has and not self._has[answer][row]:
             return None
         return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row])
 
-    def micro_batches(
-        self, indices: np.ndarray, budget: int, most: int | None = None, way: str = "padded"
-    ) -> list[np.ndarray]:
-        """`indices` in parts of at most `most` examples, none of whose forwards has more than `budget` tokens."""
-        parts = np.split(indices, range(most, len(indices), most)) if most else [indices]
-        cut = token_budget_batches if way == "padded" else balanced
-        return [part[chosen] for part in parts for chosen in cut(self.sizes(part, way).tolist(), budget)]
+    # -- the reference -----------------------------------------------------------------------------------------------
 
-    def sizes(self, indices: np.ndarray, way: str) -> np.ndarray:
-        """Tokens that each takes of a forward."""
-        sizes: np.ndarray = self._sizes[way][self._rows[indices]]
+    def forget_reference(self) -> None:
+        """Set its log-probs to nan until others replace them, so that no stale one is read unnoticed."""
+        self._tokens = {}
+        self._columns |= {
+            name: np.full_like(values, np.nan) for name, values in self._columns.items() if name.startswith("ref_")
+        }
+
+    def take_reference(self, scores: Scores) -> None:
+        """Use these log-probs as the reference's."""
+        rows = self._rows[scores.indices]
+        for name, sums in scores.sums.items():
+            self._columns[f"ref_{name}_logp"][rows] = sums
+        self._tokens |= {name: dict(zip(rows.tolist(), lists, strict=True)) for name, lists in scores.tokens.items()}
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    def sizes(self, indices: np.ndarray, layout: str) -> np.ndarray:
+        """Tokens that each example takes in a forward."""
+        sizes: np.ndarray = self._sizes[layout][self._rows[indices]]
         return sizes
 
-    def shares(self, indices: np.ndarray, n: int, way: str) -> list[np.ndarray]:
-        """`indices` for `n` processes, each about as many tokens of forwards, so that none waits long for the others."""
-        sizes = self.sizes(indices, way).tolist()
-        return [indices[sorted(part)] if part else indices[:0] for part in shares(sizes, n)]
+    def micro_batches(
+        self, indices: np.ndarray, budget: int, max_examples: int | None = None, layout: str = "padded"
+    ) -> list[np.ndarray]:
+        """Split `indices` so that no forward has more than `budget` tokens and no part more than `max_examples`."""
+        parts = np.split(indices, range(max_examples, len(indices), max_examples)) if max_examples else [indices]
+        split = token_budget_batches if layout == "padded" else balanced_batches
+        return [part[batch] for part in parts for batch in split(self.sizes(part, layout).tolist(), budget)]
+
+    def shares(self, indices: np.ndarray, n: int, layout: str) -> list[np.ndarray]:
+        """Split `indices` among `n` processes into shares of about as many tokens, so that none waits long for the others."""
+        sizes = self.sizes(indices, layout).tolist()
+        return [indices[sorted(part)] if part else indices[:0] for part in split_evenly(sizes, n)]
 
     def longest(self, n: int) -> list[TokenSequence]:
         """Sequences of the longest example and of others from all over the data, `n` examples in all."""
         if not len(self):
             return []
-        by_size = np.argsort(-self._sizes["padded"][self._rows], kind="stable")
-        chosen = dict.fromkeys([int(by_size[0]), *map(int, np.linspace(0, len(self) - 1, n - 1))])
+        longest = int(np.argmax(self._sizes["padded"][self._rows]))
+        chosen = dict.fromkeys([longest, *map(int, np.linspace(0, len(self) - 1, n - 1))])
         rows = [int(self._rows[i]) for i in chosen]
-        found = (self._sequence(name, row) for row in rows for name in self._answer_ids)
-        return [sequence for sequence in found if sequence is not None]
+        sequences = (self._sequence(name, row) for row in rows for name in self._answer_ids)
+        return [sequence for sequence in sequences if sequence is not None]
 
     def n_answer_tokens(self, answer: str, indices: np.ndarray) -> np.ndarray:
         n: np.ndarray = self._n_answer[answer][self._rows[indices]]
@@ -175,6 +192,8 @@ class Examples:
 
     def n_tokens(self, indices: np.ndarray) -> int:
         return int(self._n_tokens[self._rows[indices]].sum())
+
+    # -- ids and text ------------------------------------------------------------------------------------------------
 
     def example_ids(self, indices: np.ndarray) -> list[str]:
         return list(self._example_id.take(pa.array(self._rows[indices])).to_pylist())
@@ -189,23 +208,26 @@ def _answer_of(column: str) -> str:
     return column.removeprefix("ref_").removesuffix("_logp")
 
 
+# -- the order of the steps ------------------------------------------------------------------------------------------
+
+
 def n_steps(n_examples: int, batch_size: int, epochs: float) -> int:
     return max(1, round(epochs * -(-n_examples // batch_size)))
 
 
 def evaluates(step: int, n_steps: int, every: int | None) -> bool:
-    """Whether the held-out examples are looked at after a step."""
+    """Whether the held-out examples are evaluated after a step."""
     return step == n_steps or (every is not None and step % every == 0)
 
 
 def steps(
     n_examples: int, batch_size: int, epochs: float, seed: int, after: int, ranks: Sequence[np.ndarray] = ()
 ) -> Iterator[tuple[int, float, np.ndarray]]:
-    """(step from 1, epoch reached, examples of the step), from the step after `after` on.
+    """Yield (step from 1, epoch reached, examples of the step), from the step after `after`.
 
     The order depends on the seed, the epoch and the number of examples alone, so a resumed run, another number of
-    processes and a run with a live reference all see the same batches. `ranks`, of each epoch or one for all, are what it is
-    sorted by; of equal ones it stays the order.
+    processes and a run with a live reference all see the same batches. `ranks`, one array for each epoch or one for all, sort it;
+    equal ranks keep it.
     """
     per_epoch = -(-n_examples // batch_size)
     shuffled = None

@@ -1,4 +1,4 @@
-"""TRL's DPO and KTO settings as a config of ours, and a word on every key: what it became, or why it has no meaning here.
+"""Convert TRL's DPO and KTO settings into a config of ours, and account for every key: what it became, or why it has no meaning here.
 
 Where a file leaves out what would change a result, TRL's default is written down, since ours may differ.
 """
@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import validated
-from pipeline.errors import UsageError
-from pipeline.training.objective import Objective
+from prefcache.pipeline.config_file import validate
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.training.objective import Objective
 
-# theirs -> ours, where the value is the same.
+# Sections of our configs; TRL's files are flat.
+_SECTIONS = ("prepare", "score", "train")
+# theirs -> ours, with the same value.
 _SAME = {
     "model_name_or_path": "model",
     "model_revision": "revision",
@@ -48,7 +50,7 @@ _LORA = {
     "use_rslora": "rslora",
     "use_dora": "dora",
 }
-# What TRL does where its file says nothing, of what would change a result.
+# TRL's defaults that change a result.
 _DEFAULTS = {
     "beta": 0.1,
     "loss_type": "sigmoid",
@@ -73,7 +75,7 @@ _SWITCHES = {
     "load_best_model_at_end",
     "sync_ref_model",
 }
-_OF_BEST = {"metric_for_best_model", "greater_is_better"}
+_BEST = {"metric_for_best_model", "greater_is_better"}
 _MOVING = {"ref_model_sync_steps": "every", "ref_model_mixup_alpha": "alpha"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 _OPTIMIZERS = {
@@ -85,7 +87,7 @@ _OPTIMIZERS = {
     "adamw_torch_4bit": "adamw_4bit",
 }
 _LOSS_ARGUMENTS = {
-    # Of these losses only; TRL reads them for no other.
+    # TRL reads these for the given losses only.
     "label_smoothing": ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"),
     "discopop_tau": ("discopop",),
     "desirable_weight": ("kto", "apo_zero_unpaired"),
@@ -98,10 +100,10 @@ _IGNORED = {
     "padding_free": "rows are never padded",
     "pad_to_multiple_of": "rows are never padded",
     "pad_token": "rows are never padded",
-    "disable_dropout": "the policy trains without dropout always",
+    "disable_dropout": "the policy always trains without dropout",
     "remove_unused_columns": "prepare keeps what it needs",
-    "gradient_checkpointing_kwargs": "layers are recomputed in the one way that keeps gradients the same",
-    "activation_offloading": "not here; see train.gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "layers are recomputed without changing gradients",
+    "activation_offloading": "not supported; see train.gradient_checkpointing",
     "use_liger_kernel": "the head never builds the logits of all tokens",
     "logging_steps": "every step is logged",
     "logging_first_step": "every step is logged",
@@ -109,16 +111,16 @@ _IGNORED = {
     "eval_strategy": "train.eval_every says when",
     "save_strategy": "train.checkpoint_every says when",
     "report_to": "metrics go to Parquet (prefcache sql), and to what train.report_to names",
-    "fsdp": "train.shard: fsdp shards the model where it has to be",
-    "fsdp_config": "train.shard: fsdp shards the model where it has to be",
+    "fsdp": "train.shard: fsdp shards the model if it must be",
+    "fsdp_config": "train.shard: fsdp shards the model if it must be",
     "deepspeed": "train.shard: fsdp shards what ZeRO 3 does",
     "run_name": "train.run names a run",
     "do_train": "each stage is a command",
     "do_eval": "each stage is a command",
-    "overwrite_output_dir": "a finished run of other settings is moved aside",
+    "overwrite_output_dir": "a finished run with other settings is renamed",
     "bf16_full_eval": "evaluation computes as training does",
     "tf32": "not set here",
-    "torch_compile": "layers are not compiled; their values would be the same",
+    "torch_compile": "layers are not compiled; the values would be the same",
     "dtype": "score.dtype is the reference's; what is trained is float32",
     "torch_dtype": "score.dtype is the reference's; what is trained is float32",
     "lora_dropout": "adapters train without dropout, so that the margin starts at 0",
@@ -133,7 +135,7 @@ _PREFIXES = {
     "push_to_hub": "`prefcache push` sends a finished run's model to the hub",
 }
 _CANNOT = {
-    "trust_remote_code": "no remote code is run",
+    "trust_remote_code": "remote code is never run",
     "fp16": "training is in float32 or bf16",
     "lora_modules_to_save": "adapters only: no further weights are trained",
     "dataset_streaming": "prepare reads all of the data once",
@@ -142,10 +144,16 @@ _CANNOT = {
 
 @dataclass
 class Converted:
-    config: dict[str, Any] = field(default_factory=dict)  # a tree, as its YAML
+    config: dict[str, Any] = field(default_factory=dict)  # a tree, as in its YAML
     became: dict[str, str] = field(default_factory=dict)  # theirs -> our key and value
     ignored: dict[str, str] = field(default_factory=dict)  # theirs -> why it has no meaning here
     cannot: dict[str, str] = field(default_factory=dict)  # theirs -> what will differ
+
+    @property
+    def data_paths(self) -> tuple[str, ...]:
+        """The files or folders of data that the file names."""
+        sources = self.config.get("prepare", {}).get("data", [])
+        return tuple(str(source["path"]) for source in sources if "path" in source)
 
     def put(self, theirs: str, ours: str, value: Any) -> None:
         tree = self.config
@@ -155,172 +163,158 @@ class Converted:
         tree[last] = value
         self.became[theirs] = f"{ours}: {value}"
 
+    def check(self) -> None:
+        """Check that this is a config that trains, apart from what the file cannot say."""
+        tree = {"model": "model", "out": "out", **self.config}
+        tree["prepare"] = {"data": ["data"], **tree.get("prepare", {})}
+        Objective(validate(tree, "As a config of ours: ").train)
 
-def convert(theirs: Mapping[str, Any]) -> Converted:
-    """A file of TRL's as ours. UsageError where it names a loss that there is not."""
-    said = {key: value for key, value in theirs.items() if value is not None}
-    given = _DEFAULTS | said
-    found = Converted()
-    _model_and_data(given, found)
-    _losses(given, found)
-    _batches(given, said, found)
-    _best(said, found)
-    _optimizer(given, found)
-    _adapter(given, found)
-    _moving_reference(given, found)
+
+def convert(theirs: Mapping[str, Any], name: str = "The file") -> Converted:
+    """Convert a TRL file; refuse one that is already a prefcache config."""
+    if sections := [key for key in _SECTIONS if isinstance(theirs.get(key), Mapping)]:
+        raise UsageError(
+            f"{name} is already a prefcache config: it has {', '.join(f'`{key}:`' for key in sections)}. Use it as it is, as in "
+            "`prefcache prepare CONFIG`."
+        )
+    explicit = {key: value for key, value in theirs.items() if value is not None}
+    given = _DEFAULTS | explicit
+    converted = Converted()
+    _convert_data(given, converted)
+    losses = _convert_losses(given, converted)
+    _convert_batches(given, explicit, converted)
+    _convert_best(explicit, converted)
+    _convert_optimizer(given, converted)
+    if given.get("use_peft"):
+        converted.config.setdefault("train", {})["lora"] = {}
+        converted.became["use_peft"] = "train.lora"
+        for key, ours in _LORA.items():
+            if key in given:
+                converted.put(key, f"train.lora.{ours}", given[key])
+    if given.get("sync_ref_model"):
+        converted.became["sync_ref_model"] = "train.moving_reference"
+        for key, ours in _MOVING.items():
+            converted.put(key, f"train.moving_reference.{ours}", given[key])
     for key, ours in _SAME.items():
-        if key in given and key not in found.became and _applies(key, given, found):
-            found.put(key, ours, given[key])
-    for key in said:
-        if key not in found.became:
-            _left_over(key, said[key], found)
-    return found
+        if key in given and key not in converted.became and _applies(key, given, losses):
+            converted.put(key, ours, given[key])
+    for key, value in explicit.items():
+        if key not in {*converted.became, *converted.ignored, *converted.cannot}:
+            _explain(key, value, converted)
+    return converted
 
 
-def _applies(key: str, given: Mapping[str, Any], found: Converted) -> bool:
-    losses = _names(given)
+def _applies(key: str, given: Mapping[str, Any], losses: list[str]) -> bool:
+    """Whether TRL reads a key, given its other keys."""
     if key in _LOSS_ARGUMENTS and not set(losses) & set(_LOSS_ARGUMENTS[key]):
         return False
-    if key == "label_smoothing" and not given[key]:
-        return False
+    if key == "label_smoothing":
+        return bool(given[key])
     if key == "f_divergence_type":
         return bool(given[key] != "reverse_kl")
-    if key == "f_alpha_divergence_coef":
-        return given.get("f_divergence_type") == "alpha_divergence"
-    return key != "max_prompt_length" or given[key] is not None
+    return key != "f_alpha_divergence_coef" or given.get("f_divergence_type") == "alpha_divergence"
 
 
-def _names(given: Mapping[str, Any]) -> list[str]:
-    kinds = given["loss_type"]
-    return [kinds] if isinstance(kinds, str) else list(kinds)
+def _explain(key: str, value: Any, converted: Converted) -> None:
+    """Explain why a key has no counterpart."""
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
+    if key in _CANNOT:
+        if value not in (False, 0, None, []):
+            converted.cannot[key] = _CANNOT[key]
+    elif key in _IGNORED or prefix:
+        converted.ignored[key] = _IGNORED.get(key) or _PREFIXES[str(prefix)]
+    elif key in {*_SAME, *_LORA, *_BEST, *_MOVING, *_SWITCHES}:
+        converted.ignored[key] = "it is the default, or not read by this loss"
+    else:
+        converted.cannot[key] = "not known here"
 
 
-def _model_and_data(given: Mapping[str, Any], found: Converted) -> None:
+def _convert_data(given: Mapping[str, Any], converted: Converted) -> None:
     if given.get("datasets"):
-        sources = [_source(each.get("path"), each.get("name"), each.get("split")) for each in given["datasets"]]
-        found.put("datasets", "prepare.data", sources)
+        sources = [_source(entry.get("path"), entry.get("name"), entry.get("split")) for entry in given["datasets"]]
+        converted.put("datasets", "prepare.data", sources)
     elif "dataset_name" in given:
-        split = given.get("dataset_train_split")
-        found.put("dataset_name", "prepare.data", [_source(given["dataset_name"], given.get("dataset_config"), split)])
+        source = _source(given["dataset_name"], given.get("dataset_config"), given.get("dataset_train_split"))
+        converted.put("dataset_name", "prepare.data", [source])
         for key in ("dataset_config", "dataset_train_split"):
             if key in given:
-                found.became[key] = "prepare.data"
+                converted.became[key] = "prepare.data"
     for key, bits in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
         if given.get(key):
-            found.put(key, "score.quantization", bits)
+            converted.put(key, "score.quantization", bits)
 
 
 def _source(name: Any, subset: Any, split: Any) -> dict[str, Any]:
-    """TRL looks for a folder first and on the hub then, as our plain strings do; with a subset or split it is the hub's."""
+    """A name alone is a folder or else on the hub, for TRL as for us; with a subset or split it is on the hub."""
     if subset is None and split in (None, "train"):
         return {"path": name}
     return {"hub": name, **({"name": subset} if subset else {}), **({"split": split} if split else {})}
 
 
-def _losses(given: Mapping[str, Any], found: Converted) -> None:
-    names = _names(given)
+def _convert_losses(given: Mapping[str, Any], converted: Converted) -> list[str]:
+    names = [given["loss_type"]] if isinstance(given["loss_type"], str) else list(given["loss_type"])
     weights = given.get("loss_weights") or [1.0] * len(names)
     if len(weights) != len(names):
         raise UsageError(f"loss_weights has {len(weights)} values for {len(names)} losses. Give one for each.")
     loss = names[0] if len(names) == 1 else dict(zip(names, map(float, weights), strict=True))
-    found.put("loss_type", "train.loss", loss)
+    converted.put("loss_type", "train.loss", loss)
     if "loss_weights" in given:
-        found.became["loss_weights"] = "train.loss"
+        converted.became["loss_weights"] = "train.loss"
     if given.get("use_weighting"):
-        found.put("use_weighting", "train.weighting", "wpo")
+        converted.put("use_weighting", "train.weighting", "wpo")
     if "kto" in names or "apo_zero_unpaired" in names:
-        found.config.setdefault("prepare", {})["examples"] = "labels"
+        converted.config.setdefault("prepare", {})["examples"] = "labels"
+    return names
 
 
-def _batches(given: Mapping[str, Any], said: Mapping[str, Any], found: Converted) -> None:
-    of_device, times = int(given["per_device_train_batch_size"]), int(given["gradient_accumulation_steps"])
-    found.put("per_device_train_batch_size", "train.batch_size", of_device * times)
-    found.became["gradient_accumulation_steps"] = (
+def _convert_batches(given: Mapping[str, Any], explicit: Mapping[str, Any], converted: Converted) -> None:
+    n_per_device, n_accumulated = int(given["per_device_train_batch_size"]), int(given["gradient_accumulation_steps"])
+    converted.put("per_device_train_batch_size", "train.batch_size", n_per_device * n_accumulated)
+    converted.became["gradient_accumulation_steps"] = (
         "train.batch_size, which is over all processes: multiply it by their number"
     )
-    if isinstance(warmup := said.get("warmup_steps"), int | float):
-        # Below 1 it is a share of all steps.
-        if warmup < 1:
-            found.put("warmup_steps", "train.warmup_ratio", float(warmup))
-            found.became["warmup_ratio"] = "train.warmup_ratio"
+    if isinstance(warmup := explicit.get("warmup_steps"), int | float):
+        if warmup < 1:  # a share of all steps
+            converted.put("warmup_steps", "train.warmup_ratio", float(warmup))
+            converted.became["warmup_ratio"] = "train.warmup_ratio"
         else:
-            found.cannot["warmup_steps"] = "the warm-up is a share of all steps; set train.warmup_ratio"
-    if isinstance(steps := said.get("eval_steps"), int):
-        found.put("eval_steps", "train.eval_every", steps)
+            converted.cannot["warmup_steps"] = "the warm-up is a share of all steps; set train.warmup_ratio"
+    if isinstance(steps := explicit.get("eval_steps"), int):
+        converted.put("eval_steps", "train.eval_every", steps)
     for key in ("save_steps", "save_total_limit"):
-        if key in said and not (isinstance(said[key], int) and said[key] > 0):
-            found.ignored[key] = "a number of steps or of checkpoints is expected; ours is the default"
-    if said.get("bf16"):
-        found.put("bf16", "train.precision", "bf16")
+        if key in explicit and not (isinstance(explicit[key], int) and explicit[key] > 0):
+            converted.ignored[key] = "expected a number of steps or of checkpoints; our default is used"
+    if explicit.get("bf16"):
+        converted.put("bf16", "train.precision", "bf16")
 
 
-def _best(said: Mapping[str, Any], found: Converted) -> None:
-    if not said.get("load_best_model_at_end"):
+def _convert_best(explicit: Mapping[str, Any], converted: Converted) -> None:
+    if not explicit.get("load_best_model_at_end"):
         return
-    if "eval_steps" not in found.became:
-        found.cannot["load_best_model_at_end"] = (
+    if "eval_steps" not in converted.became:
+        converted.cannot["load_best_model_at_end"] = (
             "evaluations are some steps apart; set train.eval_every, and train.best"
         )
         return
-    best = {"metric": said.get("metric_for_best_model", "loss")}
-    if "greater_is_better" in said:
-        best["greater_is_better"] = said["greater_is_better"]
-    found.put("load_best_model_at_end", "train.best", best)
-    found.became |= dict.fromkeys(_OF_BEST & said.keys(), "train.best")
+    best = {"metric": explicit.get("metric_for_best_model", "loss")}
+    if "greater_is_better" in explicit:
+        best["greater_is_better"] = explicit["greater_is_better"]
+    converted.put("load_best_model_at_end", "train.best", best)
+    converted.became |= dict.fromkeys(_BEST & explicit.keys(), "train.best")
 
 
-def _optimizer(given: Mapping[str, Any], found: Converted) -> None:
+def _convert_optimizer(given: Mapping[str, Any], converted: Converted) -> None:
     for key, ours, known in (
         ("lr_scheduler_type", "train.scheduler", _SCHEDULERS),
         ("optim", "train.optimizer", _OPTIMIZERS),
     ):
         if given.get(key) in known:
-            found.put(key, ours, known[given[key]])
+            converted.put(key, ours, known[given[key]])
         elif key in given:
-            found.cannot[key] = f"there is {', '.join(dict.fromkeys(known.values()))} ({ours})"
+            converted.cannot[key] = f"{ours} is one of {', '.join(dict.fromkeys(known.values()))}"
     if given["lr_scheduler_type"] == "constant":
-        found.put("warmup_ratio", "train.warmup_ratio", 0.0)  # which TRL does not read then
+        converted.put("warmup_ratio", "train.warmup_ratio", 0.0)  # TRL ignores it then
     betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}
-    if said := [key for key in betas if key in given]:
-        for key in said:
-            found.put(key, "train.betas", [given.get(name, own) for name, own in betas.items()])
-
-
-def _adapter(given: Mapping[str, Any], found: Converted) -> None:
-    if not given.get("use_peft"):
-        return
-    found.config.setdefault("train", {})["lora"] = {}
-    found.became["use_peft"] = "train.lora"
-    for key, ours in _LORA.items():
+    for key in betas:
         if key in given:
-            value = given[key]
-            found.put(key, f"train.lora.{ours}", value)
-
-
-def _moving_reference(given: Mapping[str, Any], found: Converted) -> None:
-    if given.get("sync_ref_model"):
-        found.became["sync_ref_model"] = "train.moving_reference"
-        for key, ours in _MOVING.items():
-            found.put(key, f"train.moving_reference.{ours}", given[key])
-
-
-def _left_over(key: str, value: Any, found: Converted) -> None:
-    if key in found.ignored or key in found.cannot:
-        return
-    prefix = next((each for each in _PREFIXES if key.startswith(each)), None)
-    if key in _CANNOT:
-        if value not in (False, 0, None, []):
-            found.cannot[key] = _CANNOT[key]
-    elif key in _IGNORED or prefix:
-        found.ignored[key] = _IGNORED.get(key) or _PREFIXES[str(prefix)]
-    elif key in {*_SAME, *_LORA, *_OF_BEST, *_MOVING, *_SWITCHES}:
-        found.ignored[key] = "it is the default, or not read by this loss"
-    else:
-        found.cannot[key] = "not known here"
-
-
-def check(found: Converted) -> None:
-    """That what was made is a config that trains, but for what the file could not say."""
-    tree = {"model": "model", "out": "out", **found.config}
-    tree["prepare"] = {"data": ["data"], **tree.get("prepare", {})}
-    Objective(validated(tree, "As a config of ours: ").train)
+            converted.put(key, "train.betas", [given.get(name, default) for name, default in betas.items()])

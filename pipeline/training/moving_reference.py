@@ -1,53 +1,45 @@
-"""A reference that moves, in the memory of the policy alone: TR-DPO, Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656.
+"""A reference that moves (TR-DPO, Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656) with one model in memory.
 
-Every so many steps the reference becomes alpha * policy + (1 - alpha) * reference. Which examples come until it moves again is
-known, so it scores those, each once, and its log-probs take the place of the cache's. For that its weights stand in the policy's
-own parameters, whose values wait on disk; the pass has no gradients, and those of the step before are gone. So there is no moment
-at which the device holds two models.
+Every so many steps the reference becomes alpha * policy + (1 - alpha) * reference. Which examples come until the next move is known,
+so the new reference scores each of them once, and its log-probs replace the cache's. For this its weights are put into the policy's
+own parameters, whose values wait on disk; the pass has no gradients, and those of the step before have been freed. The device never
+holds two models.
 
-It moves before the first step that is trained against the new one, thus never after the last step. An evaluation sees the
-reference of its step. All that the next step needs is in every checkpoint: the log-probs in force and, unless the reference is a
-past policy as a whole, its weights.
+A move happens before the first step trained against the new reference, so never after the last step. An evaluation reads the
+reference of its step. Every checkpoint holds what the next step needs: the current log-probs and, unless the reference is a past
+policy as a whole, its weights.
 """
 
 import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 import torch
 
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.model import trainable
-from pipeline.schema import HELD_OUT, TRAIN
-from pipeline.stored import artifact
-from pipeline.training import batches
-from pipeline.training.batches import Examples, Scores
-from pipeline.training.objective import Objective
-from pipeline.training.policy import WEIGHTS, Policy, save_weights
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.model import trainable
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.training import dataset
+from prefcache.pipeline.training.checkpoints import WEIGHTS
+from prefcache.pipeline.training.dataset import Examples, Scores
+from prefcache.pipeline.training.objective import Objective
+from prefcache.pipeline.training.policy import Policy, save_weights
 
 # In a checkpoint.
 _WEIGHTS = "reference.safetensors"
 _SCORES = "reference-scores.safetensors"
 
 
-def refuse_another_start(train: Train, policy: str, reference: str | None) -> None:
-    """The first mixture is of the weights that scored and the policy's, and training has what the policy starts from alone."""
-    if train.moving_reference and train.moving_reference.alpha < 1 and policy != reference:
-        raise UsageError(
-            f"train.moving_reference.alpha={train.moving_reference.alpha:g} mixes the policy's weights with the reference's, and the "
-            "policy starts from others, where training loads no reference. Set alpha to 1, or let the policy start from the "
-            "reference (leave train.model out)."
-        )
-
-
 def refuse_never(train: Train, n_examples: int) -> None:
-    n_steps = batches.n_steps(n_examples, train.batch_size, train.epochs)
+    """Refuse a reference that would not move before the last step."""
+    n_steps = dataset.n_steps(n_examples, train.batch_size, train.epochs)
     if train.moving_reference and train.moving_reference.every >= n_steps:
         raise UsageError(
             f"train.moving_reference.every is {train.moving_reference.every:,} and the run has {n_steps:,} steps, so the reference "
@@ -62,192 +54,169 @@ class MovingReference:
         assert train.moving_reference is not None
         self._train, self._objective = train, objective
         self._examples, self._policy, self._run = examples, policy, run
+        self._folder = run / "reference"  # with the reference's weights
         self._every, self._alpha = train.moving_reference.every, train.moving_reference.alpha
-        self._n_steps = batches.n_steps(len(examples[TRAIN]), train.batch_size, train.epochs)
-        self._scores: dict[str, Scores] = {}  # none before it has moved: the cache's are in force
+        self._n_steps = dataset.n_steps(len(examples[TRAIN]), train.batch_size, train.epochs)
+        self._scores: dict[str, Scores] = {}  # empty until the first move: the cache's log-probs are current
+        self._mixes = self._alpha < 1  # else the reference is a past policy, whose weights are not needed again
         if self._mixes and policy.sharded:
             raise UsageError(
                 f"train.moving_reference.alpha={self._alpha:g} mixes whole weights, and the model is sharded. Set alpha to 1, or "
                 "train.shard to none."
             )
-        if self._mixes:
-            _refuse_what_does_not_mix(policy.parameters, adapter=train.lora is not None)
+        if self._mixes and train.lora is not None:
+            for name in policy.parameters:
+                if not (".lora_A." in name or ".lora_B." in name):
+                    raise UsageError(
+                        f"train.moving_reference.alpha: the adapter has {name}, and only LoRA's factors can be mixed so that the "
+                        "reference is the mean of the weights (DoRA's magnitudes cannot). Set alpha to 1, or train.lora.dora to false."
+                    )
 
     @property
-    def said(self) -> str:
-        """For a person."""
+    def description(self) -> str:
         becomes = f"{self._alpha:g} policy + {1 - self._alpha:g} reference" if self._mixes else "the policy"
         return f"the reference moves every {self._every:,} steps: it becomes {becomes}"
 
-    @property
-    def _mixes(self) -> bool:
-        """Else the reference is a past policy, whose weights nobody asks for again."""
-        return self._alpha < 1
-
-    @property
-    def _folder(self) -> Path:
-        """With the reference's weights."""
-        return self._run / "reference"
-
     # -- along the run -----------------------------------------------------------------------------------------------
 
-    def begin(self, checkpoint: Path | None) -> None:
-        """As it is in a checkpoint of this run; without one, the policy as it starts."""
+    def restore(self, checkpoint: Path | None) -> None:
+        """Restore the reference from a checkpoint of this run; without one, start with the policy's initial weights."""
         if checkpoint and (checkpoint / _SCORES).exists():
-            self._take(_read(checkpoint / _SCORES, self._objective))
+            self._replace_scores(_read_scores(checkpoint / _SCORES, self._objective))
         if self._mixes and self._policy.accelerator.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
                 if checkpoint:
-                    _name_twice(checkpoint / _WEIGHTS, folder / WEIGHTS)
+                    _link_or_copy(checkpoint / _WEIGHTS, folder / WEIGHTS)
                 else:
                     save_weights(folder, self._policy.parameters)
         self._policy.accelerator.wait_for_everyone()
 
-    def before(self, step: int) -> None:
-        """Move, if the reference does so between this step and the one before it."""
+    def move_before(self, step: int) -> None:
+        """Move the reference, if a move is due between this step and the one before it."""
         done = step - 1
         if done == 0 or done % self._every:
             return
-        if self._mixes:
-            with artifact.scratch_folder(self._run / "policy") as aside:
-                save_weights(aside, self._policy.parameters)
-                self._become_the_mixture()
-                self._score(done)
-                self._policy.load_weights(aside)
-        else:
+        if not self._mixes:
             self._score(done)
+            return
+        with artifact.scratch_folder(self._run / "policy") as aside:
+            save_weights(aside, self._policy.parameters)
+            self._mix_weights()
+            self._score(done)
+            self._policy.load_weights(aside, reshaped=True)  # a mixture of adapters has another rank
 
     def save(self, checkpoint: Path) -> None:
-        """What is needed of it to go on from there. Its weights are a second name of the file, not a copy."""
+        """Write what a run resumed from this checkpoint needs. The weights are a second name of the file, not a copy."""
         if self._scores:
-            _write(checkpoint / _SCORES, self._scores)
+            _write_scores(checkpoint / _SCORES, self._scores)
         if self._mixes:
-            _name_twice(self._folder / WEIGHTS, checkpoint / _WEIGHTS)
+            _link_or_copy(self._folder / WEIGHTS, checkpoint / _WEIGHTS)
 
-    def _become_the_mixture(self) -> None:
-        """The reference's new weights, in the policy's parameters and on disk."""
-        _mix(self._policy.parameters, self._folder / WEIGHTS, self._alpha)
-        devices = self._policy.accelerator
-        devices.wait_for_everyone()  # all have read the old ones
-        if devices.is_main_process:
+    def checkpoint_files(self, step: int) -> set[str]:
+        """The files that `save` adds to the checkpoint of a step."""
+        return ({_WEIGHTS} if self._mixes else set()) | ({_SCORES} if step > self._every else set())
+
+    def _mix_weights(self) -> None:
+        """Put the reference's new weights into the policy's parameters, in place and one after another, and on disk."""
+        parameters, accelerator = self._policy.parameters, self._policy.accelerator
+        for name, other in trainable.read_tensors(self._folder / WEIGHTS):
+            own = parameters[name]
+            trainable.assign(own, _mix(name, own.data, other.to(own.device), self._alpha))
+        accelerator.wait_for_everyone()  # all have read the old weights
+        if accelerator.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
                 save_weights(folder, self._policy.parameters)
-        devices.wait_for_everyone()
+        accelerator.wait_for_everyone()
 
     # -- what it scores ----------------------------------------------------------------------------------------------
 
     def _score(self, done: int) -> None:
-        """With the weights as they are, all that is read until it moves again."""
-        self._take({})  # what is in force is of another reference
-        found = {TRAIN: self._scored(TRAIN, self._coming(done))}
-        if (n := len(self._examples[HELD_OUT])) and self._evaluation_comes(done):
-            found[HELD_OUT] = self._scored(HELD_OUT, [np.arange(n)])
-        self._take(found)
-
-    def _evaluation_comes(self, done: int) -> bool:
+        """With the current weights, score all that is read until the next move."""
+        self._replace_scores({})  # the current ones are another reference's
+        scores = {TRAIN: self._score_parts(TRAIN, self._upcoming(done))}
         steps = range(done + 1, min(done + self._every, self._n_steps) + 1)
-        return any(batches.evaluates(step, self._n_steps, self._train.eval_every) for step in steps)
+        is_evaluated = any(dataset.evaluates(step, self._n_steps, self._train.eval_every) for step in steps)
+        if (n := len(self._examples[HELD_OUT])) and is_evaluated:
+            scores[HELD_OUT] = self._score_parts(HELD_OUT, [np.arange(n)])
+        self._replace_scores(scores)
 
-    def _coming(self, done: int) -> list[np.ndarray]:
-        """The examples of the steps until it moves again, step by step, each where it comes first."""
+    def _upcoming(self, done: int) -> list[np.ndarray]:
+        """The examples of the steps until the next move, step by step, each at its first occurrence."""
         train, examples = self._train, self._examples[TRAIN]
-        steps = batches.steps(len(examples), train.batch_size, train.epochs, train.seed, done, examples.ranks)
+        steps = dataset.steps(len(examples), train.batch_size, train.epochs, train.seed, done, examples.ranks)
         seen = np.zeros(len(examples), bool)
-        coming = []
+        upcoming = []
         for _, _, indices in itertools.islice(steps, self._every):
-            coming.append(indices[~seen[indices]])
+            upcoming.append(indices[~seen[indices]])
             seen[indices] = True
-        return [indices for indices in coming if len(indices)]
+        return [indices for indices in upcoming if len(indices)]
 
-    def _scored(self, split: str, parts: list[np.ndarray]) -> Scores:
+    def _score_parts(self, split: str, parts: list[np.ndarray]) -> Scores:
         answers, tokens = self._objective.reference_answers, self._objective.reads_tokens
-        return _joined([self._policy.score(self._examples[split], part, answers, tokens=tokens) for part in parts])
+        scores = [self._policy.score(self._examples[split], part, answers, tokens=tokens) for part in parts]
+        return Scores(
+            np.concatenate([part.indices for part in scores]),
+            {name: np.concatenate([part.sums[name] for part in scores]) for name in scores[0].sums},
+            {name: [logps for part in scores for logps in part.tokens[name]] for name in scores[0].tokens},
+        )
 
-    def _take(self, scores: dict[str, Scores]) -> None:
+    def _replace_scores(self, scores: dict[str, Scores]) -> None:
         for examples in self._examples.values():
             examples.forget_reference()
-        for split, of_split in scores.items():
-            self._examples[split].take_reference(of_split)
+        for split, split_scores in scores.items():
+            self._examples[split].take_reference(split_scores)
         self._scores = scores
 
 
-def _joined(parts: list[Scores]) -> Scores:
-    return Scores(
-        np.concatenate([part.indices for part in parts]),
-        {name: np.concatenate([part.sums[name] for part in parts]) for name in parts[0].sums},
-        {name: [each for part in parts for each in part.tokens[name]] for name in parts[0].tokens},
-    )
+def _mix(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Mix two tensors: whole weights directly, an adapter's factors side by side.
 
-
-# -- weights ---------------------------------------------------------------------------------------------------------
-
-
-def _mix(parameters: Mapping[str, torch.nn.Parameter], file: Path, alpha: float) -> None:
-    """Make of the policy's parameters, in place and one after another, the mixture with the reference's in the file."""
-    for name, other in trainable.each_tensor(file):
-        own = parameters[name]
-        trainable.put(own, _mixed(name, own.data, other.to(own.device), alpha))
-
-
-def _mixed(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Whole weights by themselves. What an adapter adds is B A, and a mean of products is no product of means; but it is the
-    product of the factors laid side by side: a B A + (1 - a) B' A' = [a B, (1 - a) B'] [A; A'].
-
-    So the rank grows with each move, up to where the oldest part weighs less than float32 resolves.
+    An adapter adds B A, and a mean of products is not the product of means. But
+    a B A + (1 - a) B' A' = [a B, (1 - a) B'] [A; A'],
+    so the rank grows with each move, up to where the oldest part weighs less than float32 resolves.
     """
-    most = math.ceil(math.log(torch.finfo(torch.float32).eps) / math.log1p(-alpha)) + 1
+    n_most = math.ceil(math.log(torch.finfo(torch.float32).eps) / math.log1p(-alpha)) + 1
     if ".lora_A." in name:
-        return torch.cat([own, other], 0)[: most * own.shape[0]]
+        return torch.cat([own, other], 0)[: n_most * own.shape[0]]
     if ".lora_B." in name:
-        return torch.cat([alpha * own, (1 - alpha) * other], 1)[:, : most * own.shape[1]]
+        return torch.cat([alpha * own, (1 - alpha) * other], 1)[:, : n_most * own.shape[1]]
     return own.mul_(alpha).add_(other, alpha=1 - alpha)
-
-
-def _refuse_what_does_not_mix(names: Iterable[str], *, adapter: bool) -> None:
-    other = next((name for name in names if not (".lora_A." in name or ".lora_B." in name)), None)
-    if adapter and other:
-        raise UsageError(
-            f"train.moving_reference.alpha: the adapter has {other}, and only LoRA's factors can be mixed so that the reference is "
-            "the mean of the weights (DoRA's lengths cannot). Set alpha to 1, or train.lora.dora to false."
-        )
 
 
 # -- in a checkpoint -------------------------------------------------------------------------------------------------
 
 
-def _name_twice(file: Path, name: Path) -> None:
-    """A copy where the file system has no second names."""
+def _link_or_copy(file: Path, name: Path) -> None:
     try:
         os.link(file, name)
-    except OSError:
+    except OSError:  # the file system has no hard links
         shutil.copyfile(file, name)
 
 
-def _write(file: Path, scores: Mapping[str, Scores]) -> None:
-    found: dict[str, np.ndarray] = {}
-    for split, each in scores.items():
-        found[f"{split}/indices"] = each.indices
-        found |= {f"{split}/sums/{name}": sums for name, sums in each.sums.items()}
-        for name, lists in each.tokens.items():
-            found[f"{split}/counts/{name}"] = np.array([len(values) for values in lists])
-            found[f"{split}/tokens/{name}"] = np.concatenate(lists)
-    safetensors.numpy.save_file(found, file)
+def _write_scores(file: Path, scores: Mapping[str, Scores]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for split, split_scores in scores.items():
+        arrays[f"{split}/indices"] = split_scores.indices
+        arrays |= {f"{split}/sums/{name}": sums for name, sums in split_scores.sums.items()}
+        for name, lists in split_scores.tokens.items():
+            arrays[f"{split}/counts/{name}"] = np.array([len(values) for values in lists])
+            arrays[f"{split}/tokens/{name}"] = np.concatenate(lists)
+    safetensors.numpy.save_file(arrays, file)
 
 
-def _read(file: Path, objective: Objective) -> dict[str, Scores]:
-    found = safetensors.numpy.load_file(file)
-    splits = [name.removesuffix("/indices") for name in found if name.endswith("/indices")]
-    answers = objective.reference_answers
+def _read_scores(file: Path, objective: Objective) -> dict[str, Scores]:
+    arrays = safetensors.numpy.load_file(file)
 
     def tokens(split: str, name: str) -> list[np.ndarray]:
-        ends = np.cumsum(found[f"{split}/counts/{name}"])
-        return np.split(found[f"{split}/tokens/{name}"], ends[:-1])
+        ends = np.cumsum(arrays[f"{split}/counts/{name}"])
+        return np.split(arrays[f"{split}/tokens/{name}"], ends[:-1])
 
+    answers = objective.reference_answers
     return {
         split: Scores(
-            found[f"{split}/indices"],
-            {name: found[f"{split}/sums/{name}"] for name in answers},
+            arrays[f"{split}/indices"],
+            {name: arrays[f"{split}/sums/{name}"] for name in answers},
             {name: tokens(split, name) for name in answers} if objective.reads_tokens else {},
         )
-        for split in splits
+        for split in (name.removesuffix("/indices") for name in arrays if name.endswith("/indices"))
     }

@@ -5,25 +5,46 @@ batch, each loss gives a value per example, and their weighted sum is averaged o
 Shapes: B examples.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.schema import ANSWERS
+from prefcache.pipeline.training.losses import LOSSES, Loss, Statistic, get_loss, hyperparameters
+from prefcache.pipeline.training.losses.lazy_torch import torch
 
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.schema import ANSWERS
-from pipeline.training.losses import LOSSES, Loss, Statistic, get_loss, hyperparameters
-
-Columns = Mapping[str, torch.Tensor]
+Columns = Mapping[str, "torch.Tensor"]
 # What running statistics carry from step to step, by term and statistic: plain numbers, for a checkpoint's JSON.
-Memory = dict[str, dict[str, float]]
-# A policy's log-probs of these answers say how far it has moved, and teach it nothing.
+RunningStats = dict[str, dict[str, float]]
+# The policy's log-probs of these answers measure how far it has moved, and are not trained on.
 WITHOUT_GRADIENT = ("kl",)
-WEIGHT = "weight"  # train.weighting's, from the policy
-GIVEN_WEIGHT = "given_weight"  # train.weight's, from the data
-PLAIN = "plain/"  # before the name of a column: without what train.tokens makes of it
+WEIGHT = "weight"  # of train.weighting, from the policy
+GIVEN_WEIGHT = "given_weight"  # of train.weight, from the data
+PLAIN = "plain/"  # prefix of a column without the effect of train.tokens
+
+
+class Statistics(NamedTuple):
+    """The statistics of a batch."""
+
+    values: dict[str, torch.Tensor]  # by term and name
+    running: RunningStats  # to carry to the next step
+    logged: dict[str, float]
+
+
+class Losses(NamedTuple):
+    """The losses of some examples. Shape of each tensor: [B]."""
+
+    total: torch.Tensor
+    terms: dict[str, torch.Tensor]  # by loss, before its weight
+
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Columns of a run's table: `loss`, and `loss/TERM` if there are several."""
+        terms = {f"loss/{name}": values_B for name, values_B in self.terms.items()} if len(self.terms) > 1 else {}
+        return {"loss": self.total, **terms}
 
 
 @dataclass(frozen=True)
@@ -32,14 +53,25 @@ class Term:
     weight: float
     arguments: dict[str, Any]
 
-    def statistic(self, statistic: Statistic, columns: Columns, memory: Memory, learning: bool) -> tuple[Any, Memory]:
+    def key(self, statistic: str) -> str:
+        return f"{self.loss.name}/{statistic}"
+
+    def compute(
+        self, statistic: Statistic, columns: Columns, running: RunningStats, learning: bool
+    ) -> tuple[Any, RunningStats]:
         arguments = {name: self.arguments[name] for name in statistic.hyperparameters}
-        given = [columns[name] for name in statistic.columns]
+        inputs = [columns[name] for name in statistic.columns]
         if not statistic.running:
-            return statistic.function(*given, **arguments), {}
-        key = f"{self.loss.name}/{statistic.name}"
-        value, after = statistic.function(*given, **arguments, running=memory.get(key), learning=learning)
+            return statistic.function(*inputs, **arguments), {}
+        key = self.key(statistic.name)
+        value, after = statistic.function(*inputs, **arguments, running=running.get(key), learning=learning)
         return value, {key: after}
+
+    def find_input(self, name: str, columns: Columns, statistics: Columns) -> torch.Tensor:
+        if (key := self.key(name)) in statistics:
+            return statistics[key]
+        plain = f"{PLAIN}{name}"
+        return columns[plain if self.loss.plain and plain in columns else name]
 
 
 class Objective:
@@ -48,17 +80,21 @@ class Objective:
     def __init__(self, train: Train) -> None:
         weights = {train.loss: 1.0} if isinstance(train.loss, str) else train.loss
         losses = [get_loss(name) for name in weights]
-        arguments = _arguments(losses, train)
-        self.terms = [
-            Term(loss, weight, hyperparameters(loss, arguments[loss.name]))
-            for loss, weight in zip(losses, weights.values(), strict=True)
-        ]
+        arguments = _assign_arguments(losses, train)
+        self.terms = [Term(loss, weights[loss.name], hyperparameters(loss, arguments[loss.name])) for loss in losses]
         self._train = train
-        self.kind = _one_kind(losses)
+        self.kind = _common_kind(losses)
         self.columns = tuple(dict.fromkeys(name for loss in losses for name in loss.columns))
-        self.statistics = any(loss.statistics for loss in losses)
+        self.has_statistics = any(loss.statistics for loss in losses)
         self.over_batch = any(loss.over_batch for loss in losses)
-        _refuse_what_does_not_combine(losses, train)
+        _refuse_useless_weights(train, losses)
+        _refuse_useless_tokens(train, losses)
+        _refuse_useless_reference(train, losses)
+        if train.scope == "micro" and train.micro_batch_size is None and (self.has_statistics or self.over_batch):
+            raise UsageError(
+                "train.scope micro takes statistics over each micro-batch, so these need a fixed size: set "
+                "train.micro_batch_size."
+            )
 
     @property
     def name(self) -> str:
@@ -67,50 +103,55 @@ class Objective:
         return " + ".join(f"{term.weight:g} {term.loss.name}" for term in self.terms)
 
     @property
-    def _rewarding(self) -> Term:
+    def _reward_term(self) -> Term:
         """The term whose rewards are the run's: the first that has a beta."""
         return next((term for term in self.terms if "beta" in term.arguments), self.terms[0])
 
     @property
     def beta(self) -> float:
         """The scale of rewards."""
-        return float(self._rewarding.arguments.get("beta", self._train.beta or 1.0))
+        return float(self._reward_term.arguments.get("beta", self._train.beta or 1.0))
 
     @property
     def per_token(self) -> bool:
         """Whether rewards are per token."""
-        return self._rewarding.loss.per_token
+        return self._reward_term.loss.per_token
 
     @property
-    def described(self) -> dict[str, dict[str, Any]]:
-        """Each term's weight and hyperparameters, defaults and all."""
+    def loss_arguments(self) -> dict[str, dict[str, Any]]:
+        """Each term's weight and hyperparameters, including defaults."""
         return {term.loss.name: {"weight": term.weight, **term.arguments} for term in self.terms}
 
     @property
-    def said(self) -> str:
-        """What the config sets otherwise than a loss itself would, for a reader: a beta may have been meant for another loss."""
+    def overrides(self) -> str:
+        """The hyperparameters that differ from a loss's own, to print: a beta may have been meant for another loss."""
         return ", ".join(
-            f"{term.loss.name}'s {name} {value} (its own: {own})"
+            f"{term.loss.name}'s {name} {value} (its own: {default})"
             for term in self.terms
-            for name, own in term.loss.hyperparameters.items()
-            if (value := term.arguments[name]) != own
+            for name, default in term.loss.hyperparameters.items()
+            if (value := term.arguments[name]) != default
         )
+
+    # -- the answers that are read -----------------------------------------------------------------------------------
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Those whose log-probs the policy computes with gradients."""
-        read = _answers(self.columns)
-        return tuple(name for name in read if name not in WITHOUT_GRADIENT)
+        """Answers whose log-probs the policy computes with gradients."""
+        return tuple(name for name in _policy_answers(self.columns) if name not in WITHOUT_GRADIENT)
+
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        return tuple(name for name in _policy_answers(self.columns) if name in WITHOUT_GRADIENT)
 
     @property
     def visited(self) -> tuple[str, ...]:
-        """Those that an evaluation looks at: sft learns from chosen answers alone, and is judged by both."""
+        """Answers that an evaluation computes: sft learns from chosen answers alone, and is judged by both."""
         both = ANSWERS[self.kind]
         return tuple(name for name in both if name not in WITHOUT_GRADIENT or name in self.without_gradient)
 
     @property
     def reference_answers(self) -> tuple[str, ...]:
-        """Those whose log-probs the cache has to give."""
+        """Answers whose log-probs the cache has to give."""
         if self._train.reference_free:
             return ()
         return tuple(
@@ -119,85 +160,67 @@ class Objective:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the reference's sums do not suffice."""
+        """Whether the reference's log-probs are read per token."""
         return bool(self.reference_answers) and self._train.tokens.of_reference
 
     @property
     def first_pass(self) -> tuple[str, ...]:
         """Answers whose log-probs are needed of the whole batch before the gradient of any example is known."""
         if self.over_batch:
-            return _answers(self.columns)
-        read = _answers(name for term in self.terms for statistic in term.loss.statistics for name in statistic.columns)
+            return _policy_answers(self.columns)
+        read = _policy_answers(
+            name for term in self.terms for statistic in term.loss.statistics for name in statistic.columns
+        )
         # How tokens and examples are weighed may depend on both of a pair's answers.
-        moving = self.answers if set(read) & set(self.answers) else ()
-        return (*moving, *(name for name in read if name in WITHOUT_GRADIENT))
+        trained = self.answers if set(read) & set(self.answers) else ()
+        return (*trained, *(name for name in read if name in WITHOUT_GRADIENT))
 
-    @property
-    def without_gradient(self) -> tuple[str, ...]:
-        return tuple(name for name in _answers(self.columns) if name in WITHOUT_GRADIENT)
+    # -- values ------------------------------------------------------------------------------------------------------
 
-    def with_statistics(
-        self, columns: Columns, memory: Memory, *, learning: bool
-    ) -> tuple[dict[str, torch.Tensor], Memory, dict[str, float]]:
-        """Of the whole batch's columns: the statistics by term and name, what to remember, and numbers to log."""
+    def compute_statistics(self, columns: Columns, running_stats: RunningStats, *, learning: bool) -> Statistics:
+        """Compute the statistics of the whole batch; without `learning`, the running ones stay as they are."""
         some = next(iter(columns.values()))
-        found: dict[str, torch.Tensor] = {}
-        after: Memory = dict(memory)
-        logged: dict[str, float] = {}
+        statistics = Statistics({}, dict(running_stats) if learning else running_stats, {})
         with torch.no_grad():
             for term in self.terms:
                 for statistic in term.loss.statistics:
-                    value, remembered = term.statistic(statistic, columns, memory, learning)
+                    value, after = term.compute(statistic, columns, running_stats, learning)
                     tensor = torch.as_tensor(value, dtype=some.dtype, device=some.device)
-                    found[_key(term, statistic.name)] = tensor
-                    after |= remembered
+                    statistics.values[term.key(statistic.name)] = tensor
+                    if learning:
+                        statistics.running.update(after)
                     if tensor.ndim == 0:
-                        logged[statistic.name] = float(tensor)
-        return found, after if learning else memory, logged
+                        statistics.logged[statistic.name] = float(tensor)
+        return statistics
 
-    def values(self, columns: Columns, statistics: Columns) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Each example's loss, and each term's share of it under its name, before its weight."""
-        parts, total = {}, None
+    def compute_losses(self, columns: Columns, statistics: Columns) -> Losses:
+        """Compute each example's loss and its terms."""
+        n, terms, total = len(next(iter(columns.values()))), {}, None
         for term in self.terms:
-            given = [_given(term, name, columns, statistics) for name in term.loss.reads]
-            part = term.loss.function(*given, **term.arguments)
-            if part.shape != (n := (len(next(iter(columns.values()))),)):
+            inputs = [term.find_input(name, columns, statistics) for name in term.loss.reads]
+            values_B = term.loss.function(*inputs, **term.arguments)
+            if values_B.shape != (n,):
                 raise UsageError(
-                    f"Loss {term.loss.name!r} gave values of shape {tuple(part.shape)} for {n[0]:,} examples. It has to return "
+                    f"Loss {term.loss.name!r} gave values of shape {tuple(values_B.shape)} for {n:,} examples. It has to return "
                     "one for each of them; their mean is taken later."
                 )
             for weight in (WEIGHT, GIVEN_WEIGHT):
-                part = part * columns[weight] if weight in columns else part
-            parts[term.loss.name] = part
-            total = term.weight * part if total is None else total + term.weight * part
+                values_B = values_B * columns[weight] if weight in columns else values_B
+            terms[term.loss.name] = values_B
+            total = term.weight * values_B if total is None else total + term.weight * values_B
         assert total is not None
-        return total, parts
+        return Losses(total, terms)
 
 
-def _given(term: Term, name: str, columns: Columns, statistics: Columns) -> torch.Tensor:
-    if (key := _key(term, name)) in statistics:
-        return statistics[key]
-    if term.loss.plain and f"{PLAIN}{name}" in columns:
-        return columns[f"{PLAIN}{name}"]
-    return columns[name]
-
-
-def _key(term: Term, statistic: str) -> str:
-    return f"{term.loss.name}/{statistic}"
-
-
-def part_of(statistics: Columns, positions: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
-    """Statistics for some of the batch's `n` examples: those that have one value per example are cut."""
+def select_examples(statistics: Columns, positions: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
+    """Statistics for some of the batch's `n` examples: those with a value per example are indexed."""
     return {name: value[positions] if value.ndim and len(value) == n else value for name, value in statistics.items()}
 
 
-def _answers(columns: Iterable[str]) -> tuple[str, ...]:
-    """The answers whose log-probs of the policy are among the columns."""
-    return tuple(
-        dict.fromkeys(
-            name.removesuffix("_logp") for name in columns if name.endswith("_logp") and not name.startswith("ref_")
-        )
-    )
+def _policy_answers(columns: Iterable[str]) -> tuple[str, ...]:
+    """The answers whose log-probs by the policy are among the columns."""
+    names = (name for name in columns if name.endswith("_logp") and not name.startswith("ref_"))
+    return tuple(dict.fromkeys(name.removesuffix("_logp") for name in names))
 
 
 def losses_for(available: set[str]) -> list[str]:
@@ -205,44 +228,45 @@ def losses_for(available: set[str]) -> list[str]:
     return [name for name, loss in LOSSES.items() if available.issuperset(loss.columns)]
 
 
-# -- what goes together ----------------------------------------------------------------------------------------------
+# -- the losses of a run ---------------------------------------------------------------------------------------------
 
 
-def _arguments(losses: list[Loss], train: Train) -> dict[str, dict[str, Any]]:
-    """Each loss's share of train.beta and train.loss_args: `key` goes to all that have it, `loss.key` to one."""
-    given: dict[str, dict[str, Any]] = {loss.name: {} for loss in losses}
+def _assign_arguments(losses: list[Loss], train: Train) -> dict[str, dict[str, Any]]:
+    """Assign train.beta and train.loss_args to losses: `key` to all that have it, `loss.key` to one."""
+    arguments: dict[str, dict[str, Any]] = {loss.name: {} for loss in losses}
     if train.beta is not None:
         for loss in losses:
             if "beta" in loss.hyperparameters:
-                given[loss.name]["beta"] = train.beta
+                arguments[loss.name]["beta"] = train.beta
     for key, value in sorted(train.loss_args.items(), key=lambda entry: "." in entry[0]):
-        of, dot, name = key.rpartition(".")
-        meant = [loss for loss in losses if (not dot or loss.name == of) and name in loss.hyperparameters]
+        loss_name, dot, name = key.rpartition(".")
+        meant = [loss for loss in losses if (not dot or loss.name == loss_name) and name in loss.hyperparameters]
         if not meant or key == "beta":
-            raise UsageError(_no_such_argument(losses, key))
+            raise UsageError(_unknown_argument(losses, key))
         for loss in meant:
-            given[loss.name][name] = value
-    return given
+            arguments[loss.name][name] = value
+    return arguments
 
 
-def _no_such_argument(losses: list[Loss], key: str) -> str:
+def _unknown_argument(losses: list[Loss], key: str) -> str:
     if key == "beta":
-        return "train.loss_args.beta: say it as train.beta, or LOSS.beta for one loss of several."
-    of, dot, name = key.rpartition(".")
-    if dot and of not in {loss.name for loss in losses}:
-        return f"train.loss_args.{key}: {of} is not among the losses of this run ({', '.join(each.name for each in losses)})."
-    have = "; ".join(
-        f"{loss.name} has {', '.join(each for each in loss.hyperparameters if each != 'beta') or 'none'}"
-        for loss in losses
-        if not dot or loss.name == of
-    )
-    with_it = [loss.name for loss in LOSSES.values() if name in loss.hyperparameters]
-    elsewhere = f" Losses with {name}: {', '.join(with_it)}." if with_it else ""
-    called = " + ".join(loss.name for loss in losses if not dot or loss.name == of)
-    return f"train.loss_args.{key}: loss {called!r} has no {name!r}; {have}.{elsewhere}"
+        return "train.loss_args.beta: set train.beta instead, or LOSS.beta for one of several losses."
+    loss_name, dot, name = key.rpartition(".")
+    asked = [loss for loss in losses if not dot or loss.name == loss_name]
+    if not asked:
+        names = ", ".join(loss.name for loss in losses)
+        return f"train.loss_args.{key}: {loss_name} is not among the losses of this run ({names})."
+    known = [
+        f"{loss.name} has {', '.join(name for name in loss.hyperparameters if name != 'beta') or 'none'}"
+        for loss in asked
+    ]
+    others = [loss.name for loss in LOSSES.values() if name in loss.hyperparameters]
+    elsewhere = f" Losses with {name}: {', '.join(others)}." if others else ""
+    called = " + ".join(loss.name for loss in asked)
+    return f"train.loss_args.{key}: loss {called!r} has no {name!r}; {'; '.join(known)}.{elsewhere}"
 
 
-def _one_kind(losses: list[Loss]) -> str:
+def _common_kind(losses: list[Loss]) -> str:
     by_kind: dict[str, list[str]] = {}
     for loss in losses:
         by_kind.setdefault(loss.kind, []).append(loss.name)
@@ -254,8 +278,10 @@ def _one_kind(losses: list[Loss]) -> str:
     return next(iter(by_kind))
 
 
-def _refuse_what_does_not_combine(losses: list[Loss], train: Train) -> None:
-    tokens = train.tokens
+# -- settings that no loss of the run could follow -------------------------------------------------------------------
+
+
+def _refuse_useless_weights(train: Train, losses: list[Loss]) -> None:
     if isinstance(train.loss, dict) and not any(train.loss.values()):
         raise UsageError(
             f"train.loss: every weight is 0 ({', '.join(train.loss)}), so there is nothing to learn. Leave it out, or give one a "
@@ -267,41 +293,45 @@ def _refuse_what_does_not_combine(losses: list[Loss], train: Train) -> None:
             f"{weighed} has no meaning for {', '.join(coupled)}: there, examples are not weighed one by "
             "one. Leave it out, or take another loss."
         )
-    reads_both = {"chosen_logp", "rejected_logp"} <= {name for loss in losses for name in loss.columns}
-    if not reads_both and (tokens.ld_alpha is not None or tokens.sampo):
-        which = "ld_alpha" if tokens.ld_alpha is not None else "sampo"
-        raise UsageError(
-            f"train.tokens.{which} compares the lengths of a pair's answers, and {losses[0].name} reads answers that come "
-            "alone. Leave it out, or take a loss that compares two."
-        )
-    if tokens.weighs and all(loss.plain for loss in losses):
-        raise UsageError(
-            f"train.tokens weighs an answer's tokens, and {losses[0].name} reads plain sums. Leave it out, or add a loss that "
-            "compares answers."
-        )
-    reads_reference = any(name.startswith("ref_") for loss in losses for name in loss.columns)
-    if train.reference_free and not reads_reference:
-        raise UsageError(
-            f"train.reference_free takes the reference's log-probs to be 0, and {', '.join(loss.name for loss in losses)} "
-            "reads none anyway. Leave it out."
-        )
-    if train.moving_reference and (train.reference_free or not reads_reference):
-        raise UsageError(
-            "train.moving_reference moves the reference, and this run reads none. Leave it out, or take a loss that has a reference."
-        )
-    if tokens.clamp is not None and (train.reference_free or not reads_reference):
-        raise UsageError(
-            "train.tokens.clamp limits each token's ratio to the reference, and this run reads none. Leave it out, or take a "
-            "loss that has a reference."
-        )
     if train.density_ratio and not any("density_ratio" in loss.columns for loss in losses):
         readers = ", ".join(loss.name for loss in LOSSES.values() if "density_ratio" in loss.columns)
         raise UsageError(
             f"train.density_ratio weighs prompts for losses that read density_ratio ({readers}), and "
             f"{', '.join(loss.name for loss in losses)} does not. Leave it out, or take one of them."
         )
-    if train.scope == "micro" and train.micro_batch_size is None and any(x.statistics or x.over_batch for x in losses):
+
+
+def _refuse_useless_tokens(train: Train, losses: list[Loss]) -> None:
+    tokens = train.tokens
+    reads_both = {"chosen_logp", "rejected_logp"} <= {name for loss in losses for name in loss.columns}
+    if not reads_both and (tokens.ld_alpha is not None or tokens.sampo):
+        which = "ld_alpha" if tokens.ld_alpha is not None else "sampo"
         raise UsageError(
-            "train.scope micro takes a batch's statistics over each micro-batch, so it has to be said how large those are: "
-            "set train.micro_batch_size."
+            f"train.tokens.{which} compares the lengths of a pair's answers, and {losses[0].name} reads single "
+            "answers. Leave it out, or take a loss that compares two."
+        )
+    if tokens.weighs and all(loss.plain for loss in losses):
+        raise UsageError(
+            f"train.tokens weighs an answer's tokens, and {losses[0].name} reads plain sums. Leave it out, or add a loss that "
+            "compares answers."
+        )
+
+
+def _refuse_useless_reference(train: Train, losses: list[Loss]) -> None:
+    reads_reference = any(loss.reads_reference for loss in losses)
+    if train.reference_free and not reads_reference:
+        raise UsageError(
+            f"train.reference_free takes the reference's log-probs to be 0, and {', '.join(loss.name for loss in losses)} "
+            "reads none anyway. Leave it out."
+        )
+    if reads_reference and not train.reference_free:
+        return
+    if train.moving_reference:
+        raise UsageError(
+            "train.moving_reference moves the reference, and this run reads none. Leave it out, or take a loss that has a reference."
+        )
+    if train.tokens.clamp is not None:
+        raise UsageError(
+            "train.tokens.clamp limits each token's ratio to the reference, and this run reads none. Leave it out, or take a "
+            "loss that has a reference."
         )

@@ -1,24 +1,25 @@
-"""What every part of a run needs, and what its steps have led to."""
+"""The objects that every part of a run uses (`Session`), and the outcome of its steps (`Trained`)."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import identity
-from pipeline.config import Config
-from pipeline.progress import Progress
-from pipeline.schema import TRAIN
-from pipeline.stored.cache import Cache
-from pipeline.training import batches, best
-from pipeline.training.batches import Examples
-from pipeline.training.moving_reference import MovingReference
-from pipeline.training.objective import Objective
-from pipeline.training.policy import Policy
-from pipeline.training.runlog import RunLog
+from prefcache.pipeline import identity
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import TRAIN
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.records import BestEntry
+from prefcache.pipeline.training import dataset
+from prefcache.pipeline.training.dataset import Examples
+from prefcache.pipeline.training.moving_reference import MovingReference
+from prefcache.pipeline.training.objective import Objective
+from prefcache.pipeline.training.policy import Policy
+from prefcache.pipeline.training.run_log import RunLog
 
 
 @dataclass
 class Session:
-    """What every part of a run needs."""
+    """The objects that every part of a run uses."""
 
     config: Config
     start: identity.Reference
@@ -39,14 +40,14 @@ class Session:
     @property
     def n_steps(self) -> int:
         train = self.config.train
-        return batches.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs)
+        return dataset.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run's steps have led to."""
+    """The outcome of a run's steps."""
 
     steps: int
     seconds: float
-    best: best.Found | None  # None: the last step's weights are the ones that count
+    best: BestEntry | None  # None: the last step's weights are the ones that count
     evaluation: dict[str, float]  # of the weights that count

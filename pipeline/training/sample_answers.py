@@ -1,11 +1,11 @@
-"""Answers to the same prompts before and after training, and of which kind they are."""
+"""Answers to the same prompts before and after training, and their kinds (train.kinds)."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import Kinds
+from prefcache.pipeline.config import Kinds
 
 FILE = "samples.parquet"
 
@@ -13,7 +13,7 @@ FILE = "samples.parquet"
 def rows(
     example_ids: Sequence[str], prompts: Sequence[str], before: Sequence[str], after: Sequence[str], kinds: Kinds | None
 ) -> list[dict[str, Any]]:
-    """Of schema.SAMPLES."""
+    """Rows of the table schema.SAMPLES."""
     return [
         {
             "example_id": example_id,
@@ -28,7 +28,7 @@ def rows(
 
 
 def how_unchanged(sample: dict[str, Any]) -> tuple[bool, bool]:
-    """Sorts first the answers that became another kind, then those that only became others."""
+    """A sort key: first the answers that changed their kind, then those that changed at all."""
     return sample["before_kind"] == sample["after_kind"], sample["before"] == sample["after"]
 
 
@@ -44,5 +44,5 @@ def _kind(answer: str, kinds: Kinds | None) -> str | None:
 def count_kinds(answers: list[str], kinds: Kinds | None) -> dict[str, int] | None:
     if kinds is None:
         return None
-    counted = Counter(_kind(answer, kinds) for answer in answers)
-    return {name: counted[name] for name in ("preferred", "rejected", "neither")}
+    counts = Counter(_kind(answer, kinds) for answer in answers)
+    return {name: counts[name] for name in ("preferred", "rejected", "neither")}

@@ -1,10 +1,10 @@
 """Which examples are trained on, how much each counts and in what order: train.only, where, weight and order_by.
 
-train.only is a file (only.py). Each of the others is a SQL expression over one table, `examples`, with a row per example of the training split and the reference's log-probs
-beside the data's own columns. A config may come from elsewhere, so an expression is as safe as `prefcache sql` and narrower: it
-reads columns, with any deterministic function or window over them, and nothing else. Deterministic, because every process of a
-run and every resumption of it has to find the same examples in the same order. The held-out split is never touched: runs that
-choose differently stay comparable.
+train.only names a file (example_filter.py). The others are SQL expressions over one table, `examples`: a row per example of the
+training split, with the reference's log-probs next to the data's own columns. A config may come from anywhere, so an expression is
+as safe as `prefcache sql` and narrower: it reads columns, through deterministic functions and windows, and nothing else. They must
+be deterministic because every process of a run, and every resumption, has to choose the same examples in the same order. The
+held-out split is never filtered, so runs with different selections stay comparable.
 """
 
 import difflib
@@ -12,22 +12,25 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Train
-from pipeline.errors import DataError, ResourceError, UsageError
-from pipeline.schema import IDS, KEY, PREPARED
-from pipeline.stored import duck
-from pipeline.training.only import Only
-from pipeline.views import MEMORY_LIMIT
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import DataError, ResourceError, UsageError
+from prefcache.pipeline.schema import IDS, KEY, PREPARED
+from prefcache.pipeline.stored import duckdb_connection
+from prefcache.pipeline.training.example_filter import ExampleFilter
+from prefcache.pipeline.views import MEMORY_LIMIT, query_worker
 
-# Beside the data's own columns: what is computed of them and of the reference's log-probs.
+T = TypeVar("T")
+_SECONDS = 600.0  # an expression's time limit
+
+# Columns besides the data's own: the reference's log-probs, and what is computed.
 _REFERENCE = {"pairs": ("ref_chosen_logp", "ref_rejected_logp"), "labels": ("ref_completion_logp",)}
 _COMPUTED = {
     "pairs": {
@@ -38,16 +41,16 @@ _COMPUTED = {
     },
     "labels": {},
 }
-_OF_REFERENCE = ("ref_", "margin")  # how the names of columns begin that the reference gives
+_REFERENCE_PREFIXES = ("ref_", "margin")  # of columns that need the reference
 EPOCH = "epoch"  # counts from 1; only train.order_by has it
 
-# What an expression is made of. Neither subqueries nor stars and parameters, nor what a later DuckDB invents.
+# The parts of an expression; not subqueries, stars, parameters, or what a later DuckDB adds.
 _NODES = {
     *("CONSTANT", "COLUMN_REF", "FUNCTION", "OPERATOR", "COMPARISON", "CONJUNCTION", "BETWEEN", "CASE", "CAST"),
     *("COLLATE", "LAMBDA", "LAMBDA_REF", "TYPE", "WINDOW"),
 }
 _MACROS = {"if", "nullif", "split_part", "fdiv", "fmod", "geomean", "weighted_avg"}
-# Earlier versions of DuckDB do not list these.
+# Not listed by earlier versions of DuckDB.
 _WINDOWS = {
     *("row_number", "rank", "dense_rank", "percent_rank", "cume_dist", "ntile", "lag", "lead"),
     *("first_value", "last_value", "nth_value"),
@@ -58,16 +61,16 @@ _NUMBER = r"U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT)|FLOAT|DOUBLE|BOOLEAN|DEC
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of the training split, ascending, and what is known of each. Shape of weight and of every entry of ranks: rows."""
+    """The chosen rows of the training split, ascending. `weight` and each entry of `ranks` have one value per row."""
 
     rows: np.ndarray
     weight: np.ndarray | None = None  # 1 on average
-    ranks: tuple[np.ndarray, ...] = ()  # equal where train.order_by says nothing; of each epoch, or one for all
+    ranks: tuple[np.ndarray, ...] = ()  # by train.order_by, with ties; one entry per epoch, or one for all
     said: tuple[str, ...] = ()
 
 
 class Selection:
-    """The file and the three expressions of a run, checked before anything is loaded."""
+    """A run's file and expressions, checked before anything is loaded."""
 
     def __init__(self, train: Train, kind: str) -> None:
         self._kind = kind
@@ -75,7 +78,7 @@ class Selection:
         self._expressions = {
             name: _Expression(f"train.{name}", sql, kind) for name, sql in given.items() if sql is not None
         }
-        self._only = Only(train.only) if train.only is not None else None
+        self._filter = ExampleFilter(train.only) if train.only is not None else None
         self._n_epochs = math.ceil(train.epochs)
         if (where := self._expressions.get("where")) and where.type != "BOOLEAN":
             raise UsageError(f"{where} is of type {where.type}; expected a condition, such as margin > 0.")
@@ -83,16 +86,16 @@ class Selection:
             raise UsageError(f"{weight} is of type {weight.type}; expected a number for each example.")
 
     def __bool__(self) -> bool:
-        return bool(self._expressions) or self._only is not None
+        return bool(self._expressions) or self._filter is not None
 
     @property
     def identity(self) -> dict[str, str]:
-        """What stands for keys of the config in what a run is known by: not a file's name, but what is in it."""
-        return {} if self._only is None else {"only": self._only.id}
+        """What identifies a run in place of a config key: the content of train.only's file, not its path."""
+        return {} if self._filter is None else {"only": self._filter.id}
 
     @property
     def reference_answers(self) -> tuple[str, ...]:
-        """Answers whose log-probs the cache has to give, whatever the loss reads."""
+        """The answers whose reference log-probs the expressions need, whatever the loss reads."""
         names = {name for expression in self._expressions.values() for name in expression.names}
         both = any(name.startswith("margin") for name in names)
         return tuple(
@@ -101,128 +104,143 @@ class Selection:
 
     @property
     def reader(self) -> str:
-        """Who reads the reference: `train.where reads margin`."""
+        """The first expression that needs the reference, as `train.where reads margin`."""
         return next(
             f"{expression.key} reads {name}"
             for expression in self._expressions.values()
             for name in expression.names
-            if name.startswith(_OF_REFERENCE)
+            if name.startswith(_REFERENCE_PREFIXES)
         )
 
     def choose(self, table: pa.Table, reference: Mapping[str, np.ndarray], rows: np.ndarray) -> Choice:
-        """Of the training split's table, among `rows`, on which the objective has all that it reads.
+        """Choose among `rows` of the training split's table, on which the objective has all that it reads.
 
-        `reference` has `ref_X_logp` of the answers that are read, nan where there is none.
+        `reference` has `ref_X_logp` of the answers that are read, nan where missing.
         """
         if not len(rows):
             return Choice(rows)
-        given, said = _given(self._kind, table, reference), []
-        if self._only:
-            rows, found = self._only.among(table, rows)
-            said.append(found)
+        columns, notes = _input_table(self._kind, table, reference), []
+        if self._filter:
+            rows, note = self._filter.apply(table, rows)
+            notes.append(note)
         if where := self._expressions.get("where"):
-            chosen, unknown = where.values(given, rows)
-            n, n_unknown = len(rows), int(unknown.sum())
-            chosen = chosen.astype(bool) & ~unknown
+            is_true, is_null = where.evaluate(columns, rows)
+            chosen, n_null = is_true.astype(bool) & ~is_null, int(is_null.sum())
             if not chosen.any():
-                raise DataError(_none_chosen(where, given, rows, n_unknown))
-            null = f"; it is null for {n_unknown:,}" if n_unknown else ""
+                null = f" For {n_null:,} of them it is null, which is not true." if n_null else ""
+                ranges = "; ".join(where.ranges(columns, rows))
+                raise DataError(
+                    f"{where} chooses none of {len(rows):,} train examples.{null} Loosen it{f': {ranges}' if ranges else ''}."
+                )
+            null = f"; it is null for {n_null:,}" if n_null else ""
+            notes.append(f"train: {int(chosen.sum()):,} of {len(rows):,} train examples chosen by train.where{null}")
             rows = rows[chosen]
-            said.append(f"train: {len(rows):,} of {n:,} train examples chosen by train.where{null}")
         weights = None
         if weight := self._expressions.get("weight"):
-            weights = _checked(weight, *weight.values(given, rows), table, rows)
-            visited = weights > 0
-            if not visited.any():
+            weights, is_null = weight.evaluate(columns, rows)
+            _refuse_negative(weight, weights, is_null, table, rows)
+            is_visited = weights > 0
+            if not is_visited.any():
                 raise DataError(f"{weight} is 0 for all {len(rows):,} examples that could be trained on. Change it.")
-            if not visited.all():
-                said.append(f"train: {int((~visited).sum()):,} of them weigh 0 by train.weight and are not visited")
-            rows, weights = rows[visited], _averaging_1(weights[visited])
-        ranks = self._ranks(given, rows)
-        return Choice(rows, weights, ranks, tuple(said))
-
-    def _ranks(self, given: pa.Table, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        order = self._expressions.get("order_by")
-        if order is None:
-            return ()
-        n_epochs = self._n_epochs if EPOCH in order.names else 1
-        found: list[np.ndarray] = []
-        # All of them now: what fails in the third epoch is found before the first.
-        for epoch in range(1, n_epochs + 1):
-            ranks, _ = order.values(given, rows, epoch)
-            ranks = ranks.astype(np.int32)
-            found.append(found[-1] if found and np.array_equal(found[-1], ranks) else ranks)
-        return tuple(found)
+            if n_skipped := int((~is_visited).sum()):
+                notes.append(f"train: {n_skipped:,} of them weigh 0 by train.weight and are not visited")
+            rows, weights = rows[is_visited], _normalize(weights[is_visited])
+        ranks: list[np.ndarray] = []
+        if order := self._expressions.get("order_by"):
+            # All epochs now, so that what fails in the third is found before the first.
+            for epoch in range(1, self._n_epochs + 1 if EPOCH in order.names else 2):
+                values = order.evaluate(columns, rows, epoch)[0].astype(np.int32)
+                ranks.append(ranks[-1] if ranks and np.array_equal(ranks[-1], values) else values)
+        return Choice(rows, weights, tuple(ranks), tuple(notes))
 
 
 class _Expression:
-    """One expression: its names are those of columns, and it runs in a DuckDB that reads nothing else."""
+    """One SQL expression over the examples' columns, evaluated in a DuckDB that can read nothing else."""
 
     def __init__(self, key: str, sql: str, kind: str) -> None:
         self.key, self._sql, self._kind = key, sql, kind
         self._is_order = key.endswith("order_by")
         value = f"dense_rank() over (order by\n{sql}\n)" if self._is_order else f"(\n{sql}\n)"
         self._query = f"select row_, {value} as value from examples"
-        empty = _given(kind, PREPARED[kind].empty_table(), {})
-        con = self._open(empty, np.empty(0, np.int64))
-        # The whole query is looked at, not the expression, which might close a bracket that is not its own.
-        self.names = self._checked_names(con)
-        described = self._run(con, f"describe {self._query}").fetchall()
-        self.type: str = described[1][1].strip('"')
+        self.names, self.type = self._run_bounded(self._describe)
 
     def __str__(self) -> str:
         return f"{self.key} ({self._sql.strip()})"
 
-    def values(self, given: pa.Table, rows: np.ndarray, epoch: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Of these rows, in their order: the values, and which of them are null."""
-        as_ = "integer" if self._is_order else "boolean" if self.type == "BOOLEAN" else "double"
-        query = f"select row_, cast(value as {as_}) as value from ({self._query})"
-        con = self._open(given, rows, epoch)
-        try:
-            found = self._run(con, query).fetchnumpy()
-        except (duckdb.Error, RuntimeError) as error:
-            raise self._translated(error) from None
-        finally:
-            con.close()
-        assert len(found["row_"]) == len(rows)
-        order = np.argsort(np.asarray(found["row_"]))
-        value = np.ma.asarray(found["value"])[order]
-        return value.filled(0), np.ma.getmaskarray(value)
+    def evaluate(self, columns: pa.Table, rows: np.ndarray, epoch: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return the values on these rows, in their order, and which of them are null."""
+        value_type = "integer" if self._is_order else "boolean" if self.type == "BOOLEAN" else "double"
+        query = f"select row_, cast(value as {value_type}) as value from ({self._query})"
 
-    def ranges(self, given: pa.Table, rows: np.ndarray) -> list[str]:
-        """From where to where the columns go that it reads."""
-        con, found = self._open(given, rows), []
-        for name in self.names:
-            ends = con.execute(f"select left(min({name})::varchar, 40), left(max({name})::varchar, 40) from examples")
-            low, high = ends.fetchall()[0]
-            found.append(f"{name} is null for all" if low is None else f"{name} goes from {low} to {high}")
-        return found
+        def compute() -> tuple[np.ndarray, np.ndarray]:
+            con = self._open(columns, rows, epoch)
+            try:
+                result = self._execute(con, query).fetchnumpy()
+            except (duckdb.Error, RuntimeError) as error:
+                raise self._translate(error) from None
+            finally:
+                con.close()
+            assert len(result["row_"]) == len(rows)
+            value = np.ma.asarray(result["value"])[np.argsort(np.asarray(result["row_"]))]
+            return value.filled(0), np.ma.getmaskarray(value)
 
-    def _open(self, given: pa.Table, rows: np.ndarray, epoch: int = 1) -> duckdb.DuckDBPyConnection:
-        con = duck.connect()
+        return self._run_bounded(compute)
+
+    def ranges(self, columns: pa.Table, rows: np.ndarray) -> list[str]:
+        """Describe the smallest and largest value of each column that the expression reads."""
+
+        def describe() -> list[str]:
+            con, lines = self._open(columns, rows), []
+            for name in self.names:
+                ends = con.execute(
+                    f"select left(min({name})::varchar, 40), left(max({name})::varchar, 40) from examples"
+                )
+                low, high = ends.fetchall()[0]
+                lines.append(f"{name} is null for all" if low is None else f"{name} goes from {low} to {high}")
+            return lines
+
+        return self._run_bounded(describe)
+
+    def _run_bounded(self, work: Callable[[], T]) -> T:
+        """Run in a process with limits on time and on memory that DuckDB does not count, as `prefcache sql` does."""
+        simpler = "Simplify it."
+        return query_worker.call(work, query_worker.Bounds(str(self), _SECONDS, simpler, simpler))
+
+    def _describe(self) -> tuple[list[str], str]:
+        empty = _input_table(self._kind, PREPARED[self._kind].empty_table(), {})
+        con = self._open(empty, np.empty(0, np.int64))
+        # The whole query is checked, not the expression, which might close a bracket that is not its own.
+        names = self._checked_names(con)
+        # DuckDB computes an expression of constants to describe it.
+        return names, str(self._execute(con, f"describe {self._query}").fetchall()[1][1]).strip('"')
+
+    def _open(self, columns: pa.Table, rows: np.ndarray, epoch: int = 1) -> duckdb.DuckDBPyConnection:
+        con = duckdb_connection.connect()
         con.execute("set python_enable_replacements = false")
         con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
-        # With several, the last bit of a sum and the order of equal rows would depend on which of them was first.
+        # With several threads, the last bit of a sum and the order of equal rows would depend on timing.
         con.execute("set threads = 1")
-        is_given = np.zeros(len(given), bool)
+        is_given = np.zeros(len(columns), bool)
         is_given[rows] = True
-        con.register("given", given.append_column("is_given", pa.array(is_given)))
-        more = [f"{sql} as {name}" for name, sql in _COMPUTED[self._kind].items()]
-        more += [f"{epoch}::bigint as {EPOCH}"] if self._is_order else []
-        kept = ", ".join([*_data_columns(self._kind), *_REFERENCE[self._kind], *more, "row_"])
-        con.execute(f"create view examples as select {kept} from given where is_given")
-        duck.lock(con)
+        con.register("given", columns.append_column("is_given", pa.array(is_given)))
+        # As the view `examples` of `prefcache sql` has them.
+        fields = [field for field in PREPARED[self._kind] if field.type != IDS]
+        selected = [f"lower(hex({f.name})) as {f.name}" if f.type == KEY else f.name for f in fields]
+        selected += [*_REFERENCE[self._kind], *(f"{sql} as {name}" for name, sql in _COMPUTED[self._kind].items())]
+        selected += [f"{epoch}::bigint as {EPOCH}"] if self._is_order else []
+        con.execute(f"create view examples as select {', '.join([*selected, 'row_'])} from given where is_given")
+        duckdb_connection.lock(con)
         return con
 
-    def _run(self, con: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
+    def _execute(self, con: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
         try:
             return con.execute(query)
         except (duckdb.Error, RuntimeError) as error:
-            raise self._translated(error) from None
+            raise self._translate(error) from None
 
-    def _translated(self, error: Exception) -> BaseException:
+    def _translate(self, error: Exception) -> BaseException:
         if isinstance(error, duckdb.OutOfMemoryException):
-            return ResourceError(f"{self} needs more than {MEMORY_LIMIT} of memory. Say it in a simpler way.")
+            return ResourceError(f"{self} needs more than {MEMORY_LIMIT} of memory. Simplify it.")
         if isinstance(error, duckdb.BinderException) and "GROUP BY" in str(error):
             return UsageError(
                 f"{self} has an aggregate; say over which examples: avg(margin) over (), for all of them."
@@ -231,15 +249,19 @@ class _Expression:
             return UsageError(f"{self}: {' '.join(str(error).partition('LINE ')[0].split())}")
         return KeyboardInterrupt() if "interrupted" in str(error) else error
 
-    # -- what it may be made of --------------------------------------------------------------------------------------
+    # -- what it may contain -----------------------------------------------------------------------------------------
 
     def _checked_names(self, con: duckdb.DuckDBPyConnection) -> list[str]:
-        """The columns that it reads. Whatever is no expression over columns is refused."""
+        """Return the columns that the expression reads; refuse anything that is not an expression over columns."""
         tree = json.loads(con.execute("select json_serialize_sql($1)", [self._query]).fetchall()[0][0])
         if tree["error"]:
-            raise UsageError(f"{self} is no SQL expression: {tree['error_message']}.")
-        value = self._only_value(tree["statements"])
-        functions, own = _deterministic(), _lambda_parameters(value)
+            raise UsageError(f"{self} is not a SQL expression: {tree['error_message']}.")
+        value = self._expression_node(tree["statements"])
+        functions = _deterministic_functions()
+        lambdas = [node["lhs"] for node in _nodes(value) if node.get("class") == "LAMBDA"]
+        parameters = {
+            name.lower() for side in lambdas for node in _nodes(side) for name in node.get("column_names", ())
+        }
         known = [*column_names(self._kind), *([EPOCH] if self._is_order else [])]
         names = []
         for node in _nodes(value):
@@ -247,27 +269,27 @@ class _Expression:
                 what = "a query of its own" if node["class"] == "SUBQUERY" else node["class"].replace("_", " ").lower()
                 raise UsageError(
                     f"{self} has {what}; expected an expression over an example's columns. To compare an example with the "
-                    "others, take a window: avg(margin) over ()."
+                    "others, use a window: avg(margin) over ()."
                 )
             if (function := node.get("function_name", "").lower()) and function not in functions:
                 raise UsageError(
-                    f"{self}: {function} is no function here; expected deterministic functions of values, for every process "
-                    "and every resumed run has to find the same."
+                    f"{self}: {function} is not a function that expressions may call; expected deterministic functions of values, "
+                    "because every process and every resumed run must compute the same."
                 )
-            if "column_names" in node and node["column_names"][0].lower() not in own:
+            if "column_names" in node and node["column_names"][0].lower() not in parameters:
                 names.append(self._column(node["column_names"], known))
         return list(dict.fromkeys(names))
 
-    def _only_value(self, statements: list[dict[str, Any]]) -> dict[str, Any]:
-        """What stands in the expression's place, where the query is still the one that was written around it."""
+    def _expression_node(self, statements: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the expression's node, once the query around it is known to be intact."""
         node = statements[0]["node"] if len(statements) == 1 else {}
         items, table = node.get("select_list", []), node.get("from_table", {})
-        plain = node.get("type") == "SELECT_NODE" and len(items) == 2 and table.get("table_name") == "examples"
-        more = ("where_clause", "group_expressions", "having", "sample", "qualify", "modifiers")
+        is_intact = node.get("type") == "SELECT_NODE" and len(items) == 2 and table.get("table_name") == "examples"
+        clauses = ("where_clause", "group_expressions", "having", "sample", "qualify", "modifiers")
         is_order = self._is_order and items[1:] and items[1].get("type") == "WINDOW_RANK_DENSE"
-        if not plain or any(node.get(part) for part in more) or (self._is_order and not is_order):
+        if not is_intact or any(node.get(clause) for clause in clauses) or (self._is_order and not is_order):
             what = "an order, such as margin desc, n_prompt" if self._is_order else "one SQL expression"
-            raise UsageError(f"{self}: expected {what}, and nothing beside it.")
+            raise UsageError(f"{self}: expected {what} and nothing else.")
         value: dict[str, Any] = items[1]
         return value
 
@@ -281,93 +303,74 @@ class _Expression:
         if name == EPOCH:
             raise UsageError(f"{self}: only train.order_by has the column {EPOCH}.")
         near = difflib.get_close_matches(name, known, n=3)
-        hint = f"the nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}"
-        quoted = " Text stands in single quotes." if not near else ""
-        raise UsageError(f"{self}: there is no column {name!r}; {hint}.{quoted}")
+        hint = (
+            f"the nearest: {', '.join(near)}."
+            if near
+            else f"the columns: {', '.join(known)}. Put text in single quotes."
+        )
+        raise UsageError(f"{self}: there is no column {name!r}; {hint}")
 
 
 def column_names(kind: str) -> list[str]:
-    """What an expression may name, for data of this kind."""
+    """The columns that an expression may read, for data of this kind."""
     data = [field.name for field in PREPARED[kind] if field.type != IDS]
     return [*data, *_REFERENCE[kind], *_COMPUTED[kind]]
 
 
-def _data_columns(kind: str) -> list[str]:
-    """As the view `examples` of `prefcache sql` has them."""
-    fields = [field for field in PREPARED[kind] if field.type != IDS]
-    return [f"lower(hex({f.name})) as {f.name}" if f.type == KEY else f.name for f in fields]
-
-
-def _given(kind: str, table: pa.Table, reference: Mapping[str, np.ndarray]) -> pa.Table:
-    """The table's columns but for token ids, the reference's log-probs (null where there is none), and the number of each row."""
-    given = table.select([field.name for field in PREPARED[kind] if field.type != IDS])
+def _input_table(kind: str, table: pa.Table, reference: Mapping[str, np.ndarray]) -> pa.Table:
+    """The table without its token ids, with the reference's log-probs (null where missing) and row numbers."""
+    columns = table.select([field.name for field in PREPARED[kind] if field.type != IDS])
     nothing = np.full(len(table), np.nan)
     for name in _REFERENCE[kind]:
-        given = given.append_column(name, pa.array(reference.get(name, nothing), pa.float64(), from_pandas=True))
-    return given.append_column("row_", pa.array(np.arange(len(table))))
+        columns = columns.append_column(name, pa.array(reference.get(name, nothing), pa.float64(), from_pandas=True))
+    return columns.append_column("row_", pa.array(np.arange(len(table))))
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every node of a parsed expression, whatever the version of DuckDB calls what lies between."""
+    """Yield every node of a parsed expression, whatever this version of DuckDB calls the levels between."""
     if isinstance(tree, dict):
         yield tree
     for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
         yield from _nodes(child)
 
 
-def _lambda_parameters(tree: Any) -> set[str]:
-    sides = [node["lhs"] for node in _nodes(tree) if node.get("class") == "LAMBDA"]
-    return {name.lower() for side in sides for node in _nodes(side) for name in node.get("column_names", ())}
-
-
 @functools.cache
-def _deterministic() -> frozenset[str]:
-    """Functions of values alone. Of DuckDB's macros, some of which look at the database or the clock, a few."""
-    found = duckdb.connect().execute(
+def _deterministic_functions() -> frozenset[str]:
+    """Functions of their arguments alone; few macros, since some of DuckDB's read the database or the clock."""
+    listed = duckdb.connect().execute(
         "select lower(function_name) as name, bool_or(function_type = 'macro') from duckdb_functions() "
         "where function_type in ('scalar', 'aggregate', 'window', 'macro') "
         "group by name having bool_and(stability is not distinct from 'CONSISTENT' or function_type = 'macro')"
     )
-    known = {
+    allowed = {
         name
-        for name, is_macro in found.fetchall()
+        for name, is_macro in listed.fetchall()
         if not is_macro or name in _MACROS or name.startswith(("list_", "array_"))
     }
-    return frozenset((known | _WINDOWS) - _RANDOM)
+    return frozenset((allowed | _WINDOWS) - _RANDOM)
 
 
-# -- where there is nothing, or nothing right ------------------------------------------------------------------------
-
-
-def _none_chosen(where: _Expression, given: pa.Table, rows: np.ndarray, n_unknown: int) -> str:
-    n = len(rows)
-    null = f" For {n_unknown:,} of them it is null, which is not true." if n_unknown else ""
-    ranges = "; ".join(where.ranges(given, rows))
-    return f"{where} chooses none of {n:,} train examples.{null} Loosen it{f': {ranges}' if ranges else ''}."
-
-
-def _checked(
-    weight: _Expression, values: np.ndarray, is_null: np.ndarray, table: pa.Table, rows: np.ndarray
-) -> np.ndarray:
+def _refuse_negative(
+    weight: "_Expression", values: np.ndarray, is_null: np.ndarray, table: pa.Table, rows: np.ndarray
+) -> None:
     is_wrong = is_null | ~np.isfinite(values) | (values < 0)
     if is_wrong.any():
         first = int(np.flatnonzero(is_wrong)[0])
-        found = "null" if is_null[first] else f"{values[first]:g}"
+        value = "null" if is_null[first] else f"{values[first]:g}"
         example_id = table["example_id"][int(rows[first])].as_py()
         raise DataError(
-            f"{weight} is {found} for example {example_id}, one of {int(is_wrong.sum()):,} such; expected a number that is not "
-            "negative. Say what these weigh (coalesce(..., 1)), or leave them out (train.where)."
+            f"{weight} is {value} for example {example_id}, one of {int(is_wrong.sum()):,} such; expected a number that is not "
+            "negative. Give these a weight (coalesce(..., 1)), or leave them out (train.where)."
         )
-    return values
 
 
-def _averaging_1(weights: np.ndarray) -> np.ndarray:
-    """So that a factor common to all weights, and how many examples there are, change nothing.
+def _normalize(weights: np.ndarray) -> np.ndarray:
+    """Scale weights to a mean of 1, so that neither a common factor nor the number of examples matters.
 
-    A step's loss is the sum of these weights times losses over the number of its examples, as without weights, and not over
-    the sum of its own weights: that would cancel whatever the step's examples have in common. Steps of one example would not be
-    weighed at all, nor sources that are trained on one after the other.
+    A step's loss divides the weighted sum by the number of its examples, as without weights. Dividing by the sum of the step's own
+    weights would cancel what its examples have in common: steps of one example would have no weights at all, nor would sources
+    that are trained on one after the other.
     """
     scaled = weights / weights.max()  # a sum of the largest numbers would overflow
-    found: np.ndarray = scaled / scaled.mean()
-    return found
+    normalized: np.ndarray = scaled / scaled.mean()
+    return normalized

@@ -1,4 +1,4 @@
-"""Many runs over one cache: every combination of some settings, each a run with a name that says which."""
+"""Sweeps: many runs over one cache, one for every combination of some settings, each named by its settings."""
 
 import itertools
 import re
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import yaml
 
-from pipeline.errors import UsageError
+from prefcache.pipeline.errors import UsageError
 
 _MOST = 1000
+# A group in brackets or quotes is kept together.
+_GROUPS = r"\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'"
 
 
 @dataclass(frozen=True)
@@ -18,52 +20,41 @@ class Combination:
 
 
 def combinations(text: str) -> list[Combination]:
-    """Of `train.loss=sigmoid,ipo train.beta=0.05,0.1`: the four runs that it means, in the order written."""
-    axes = [_axis(word) for word in _words(text)]
+    """Return the runs of `train.loss=sigmoid,ipo train.beta=0.05,0.1`, here four, in the order written."""
+    axes = [_parse_axis(word) for word in re.findall(rf"(?:{_GROUPS}|\S)+", text)]
     if not axes:
         raise UsageError("--sweep: names nothing; expected KEY=VALUE,VALUE ..., as in 'train.beta=0.05,0.1'.")
     keys = [key for key, _ in axes]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UsageError(f"--sweep: names {twice} twice; give all of its values at once.")
-    found = [_combination(chosen) for chosen in itertools.product(*([(key, v) for v in vs] for key, vs in axes))]
-    if len(found) > _MOST:
-        raise UsageError(f"--sweep: that is {len(found):,} runs; {_MOST:,} are the most. Name fewer values.")
-    if len({each.name for each in found}) < len(found):
-        raise UsageError(f"--sweep: some of its runs would have one name. Values differ only in signs: {text}.")
-    return found
+    runs = []
+    for values in itertools.product(*(values for _, values in axes)):
+        settings = list(zip(keys, values, strict=True))
+        label = "+".join(f"{key.removeprefix('train.')}={value}" for key, value in settings)
+        # Only characters that a folder's name may have on any system.
+        name = re.sub(r"-*([=+]|$)-*", r"\1", re.sub(r"[^\w.=+-]+", "-", label))
+        overrides = (*(f"{key}={value}" for key, value in settings), f"train.run={name}")
+        runs.append(Combination(name, overrides))
+    if len(runs) > _MOST:
+        raise UsageError(f"--sweep: that is {len(runs):,} runs; at most {_MOST:,} are allowed. Name fewer values.")
+    if len({run.name for run in runs}) < len(runs):
+        raise UsageError(f"--sweep: some runs would have the same name. Values differ only in signs: {text}.")
+    return runs
 
 
-def _words(text: str) -> list[str]:
-    """What stands between blanks, but for blanks in brackets or quotes."""
-    words: list[str] = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|\S)+", text)
-    return words
-
-
-def _axis(word: str) -> tuple[str, list[str]]:
-    key, equals, values = word.partition("=")
-    if not equals or not values:
+def _parse_axis(word: str) -> tuple[str, list[str]]:
+    key, equals, text = word.partition("=")
+    if not equals or not text:
         raise UsageError(f"--sweep {word}: expected KEY=VALUE,VALUE, as in train.beta=0.05,0.1.")
     if not key.startswith("train.") or key == "train.run":
         raise UsageError(
             f"--sweep {key}: expected keys of train, which all share one cache. For other data or another reference, name another "
             "config; runs of a sweep are named by what they vary."
         )
-    return key, _values(word, values)
-
-
-def _values(word: str, text: str) -> list[str]:
-    """Separated by commas, those in brackets or quotes aside; a value is YAML."""
-    parts: list[str] = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+", text)
-    for part in parts:
+    values: list[str] = re.findall(rf"(?:{_GROUPS}|[^,])+", text)
+    for value in values:
         try:
-            yaml.safe_load(part)
+            yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UsageError(f"--sweep {word}: {part} is not YAML.") from None
-    return parts
-
-
-def _combination(chosen: tuple[tuple[str, str], ...]) -> Combination:
-    """The run's name has only what a folder may be called on any system."""
-    said = "+".join(f"{key.removeprefix('train.')}={value}" for key, value in chosen)
-    name = re.sub(r"-*([=+]|$)-*", r"\1", re.sub(r"[^\w.=+-]+", "-", said))
-    return Combination(name, (*(f"{key}={value}" for key, value in chosen), f"train.run={name}"))
+            raise UsageError(f"--sweep {word}: {value} is not YAML.") from None
+    return key, values

@@ -1,4 +1,4 @@
--- Alerts of every run, in the order of its steps: what was seen, why it matters and what to try.
+-- The alerts of every run in the order of its steps: what was seen, why it matters and what to try.
 select
     runs.run,
     events.step,

@@ -1,4 +1,4 @@
--- Checkpoints of every run, from which it can go on: their step, the tokens trained on by then, size and folder.
+-- The checkpoints that each run can resume from: step, tokens trained on so far, size and folder.
 select
     run,
     step,

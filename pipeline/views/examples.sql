@@ -1,4 +1,4 @@
--- Prepared pairs and labels: text, where it came from, lengths in tokens, what was cut, and the keys of their sequences.
+-- Prepared pairs and labels: texts, source and line, lengths in tokens, what truncation removed, and the keys of their sequences.
 select
     example_id,
     split,
@@ -7,10 +7,10 @@ select
     prompt,
     chosen,
     rejected,
-    chosen_score,
-    rejected_score,
+    /* data columns of pairs */
     completion,
     label,
+    /* data columns of labels */
     n_prompt,
     n_chosen,
     n_rejected,

@@ -1,4 +1,4 @@
--- Metrics of every step of every run under their usual names ("rewards/margins"), the held-out ones with eval_ before them. What a run's loss measures beside these ("loss/sft") is a column where any run has it, empty for the others.
+-- The metrics of every step of every run under their usual names ("rewards/margins"); held-out ones start with eval_. A metric that only some losses have ("loss/sft") is a column if any run has it, and empty for the others.
 select
     runs.run,
     metrics.* exclude (filename)

@@ -1,4 +1,4 @@
--- Pairs with what the reference says of them, a row for each reference that scored any of it. Where several did, `where used` keeps the one that this experiment's runs read. The computed columns are those of train.where.
+-- Pairs with the reference's log-probs and margin, one row for each reference that scored them. With several references, `where used` selects the one that this experiment's runs read. train.where can use the computed columns.
 select
     reference,
     model_id,
@@ -10,8 +10,7 @@ select
     prompt,
     chosen,
     rejected,
-    chosen_score,
-    rejected_score,
+    /* data columns of pairs */
     n_prompt,
     n_chosen,
     n_rejected,

@@ -1,9 +1,9 @@
--- Records that could not become examples: where they stand, why, and what was read there.
+-- Records that could not be used: source and line, the reason, and the raw record.
 select
     source,
     line,
     reason,
     detail,
-    -- What is no UTF-8 is shown escaped.
+    -- Bytes that are not UTF-8 are shown escaped.
     coalesce(try(decode(raw)), raw::varchar) as raw
 from stored.quarantine

@@ -1,10 +1,10 @@
--- Cached log-probs: one row per scored sequence, reference and numerics; join its key with the keys of examples. `used`: the rows that this experiment's runs read.
+-- Cached log-probs, one row per sequence, reference and numerics. Join its key with the keys in examples. `used` marks the rows that this experiment's runs read.
 with named as (
     select cached.*, caches.reference, caches.model_id
     from stored.cached join stored.caches on parse_dirpath(cached.filename) = caches.folder
 ),
 
--- Two scorers at once may both have written a sequence.
+-- Two scorers that ran at the same time may both have written a sequence.
 single as (
     select * from named
     qualify row_number() over (partition by model_id, key, numerics_id order by logp_sum nulls last, filename) = 1

@@ -1,11 +1,11 @@
--- The latest rewards of each pair or label in each run, and whether they are right: the chosen answer ahead, or of the label's sign. Without a reference, log-probs have no sign to judge a label by, and correct is empty.
+-- The latest rewards of each pair or label in each run, and whether they are correct: the chosen answer has the higher reward, or the reward's sign matches the label. Without a reference, `correct` is empty for labels, because log-probs are always negative.
 with latest as (
     select
         run,
         example_id,
         any_value(split) as split,
-        -- Each for itself, for what a query does not ask for is then not computed. An example that stands in one step twice has
-        -- the same values twice.
+        -- One aggregate per column, so that DuckDB skips those that a query does not read. An example that occurs twice in a
+        -- step has the same values both times.
         arg_max_null(chosen_reward, step) as chosen_reward,
         arg_max_null(rejected_reward, step) as rejected_reward,
         arg_max_null(margin, step) as margin,

@@ -1,4 +1,4 @@
--- Training runs, finished or not: loss, settings, what they started from and how far they came.
+-- Training runs, finished or not: loss, settings, starting model and progress.
 select
     run,
     finished,

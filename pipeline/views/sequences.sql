@@ -1,4 +1,4 @@
--- What the reference is run over: a row for each answer of each example. An answer that stands in several has one key and is scored once.
+-- The sequences that the reference scores: one row for each answer of each example. Equal sequences have one key and are scored once.
 with answers as (
     select *, 'chosen' as answer, chosen_key as key, n_chosen as n_answer, cut_chosen as n_cut, chosen as text
     from stored.prepared
@@ -7,7 +7,7 @@ with answers as (
     union all
     select *, 'completion', completion_key, n_completion, cut_completion, completion from stored.prepared
     union all
-    -- The text of a mismatched answer is that of the example kl_of.
+    -- A mismatched answer has the text of the example named in kl_of.
     select *, 'kl', kl_key, n_kl, null, null from stored.prepared
 )
 

@@ -1,10 +1,10 @@
--- Every pair or label at every visit of every run: log-probs of policy and reference, rewards, margin and loss. Where the reference moves (train.moving_reference), it is the one of that visit.
+-- Every visit of every pair or label in every run: log-probs of policy and reference, rewards, margin and loss. If the reference moves (train.moving_reference), its log-probs are those at that visit.
 with named as (
     select visits.*, runs.run, runs.beta, runs.per_token
     from stored.visits join stored.runs on parse_dirpath(parse_dirpath(visits.filename)) = runs.folder
 ),
 
--- A loss without a reference has a reference of 0. Some losses have rewards per token.
+-- Without a reference, its log-prob counts as 0. Some losses have rewards per token.
 rewarded as (
     select
         *,

@@ -1,5 +1,5 @@
--- How fast each step of every run was, and the most memory that its process had taken by then (of the GPU where there is one).
--- flops: the arithmetic of its forwards and backwards, in its first process. mfu: which share that is of what its GPU could do.
+-- The speed of each step of every run, and the peak memory of its process so far (on a GPU, the GPU's).
+-- flops: the arithmetic of the forward and backward passes in the first process. mfu: its share of what the GPU could do.
 select
     runs.run,
     timed.step,

@@ -1,10 +1,10 @@
 """The command `prefcache`: parse, load the config, call one stage, turn errors into exit codes.
 
-Nothing heavy is imported before a command is known, so that help answers at once. A command is a function in one of the
+Nothing heavy is imported before a command is known, so that --help is fast. A command is a function in one of the
 files here.
 """
 
-from stages.cli import asking, keeping, knowing, making
-from stages.cli.program import main
+from prefcache.cli import cache, info, pipeline, query, setup
+from prefcache.cli.app import main
 
-__all__ = ["asking", "keeping", "knowing", "main", "making"]
+__all__ = ["cache", "info", "main", "pipeline", "query", "setup"]

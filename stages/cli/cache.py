@@ -1,60 +1,69 @@
-"""What is done with a cache as a whole: into files and out of them, compared, verified, tidied up."""
-
-from pathlib import Path
+"""Export, import, compare, verify and clean up cached log-probs."""
 
 import click
 
-from stages.cli.program import loaded, main, print_result, stage
+from prefcache.cli.app import force, main, open_config, output_path, print_result, stage
 
 
 @main.command()
-@click.option("--output", required=True, metavar="FILE", help="Where the rows go: .parquet, .arrow, .jsonl or .csv.")
-@click.option("--per-token", is_flag=True, help="Write every token's log-prob as well.")
+@click.option(
+    "--output", "--out", required=True, metavar="FILE", help="File for the rows: .parquet, .arrow, .jsonl or .csv."
+)
+@click.option("--per-token", is_flag=True, help="Also write the log-prob of every token.")
+@force
 @stage
 def export(
-    config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, output: str, per_token: bool
+    config: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    output: str,
+    per_token: bool,
+    force: bool,
 ) -> None:
     """Write the data's rows with the reference's log-probs.
 
     \b
         prefcache export data/demo/config.yaml --output runs/demo.parquet
-        prefcache export data/demo/config.yaml --output runs/demo.jsonl.gz --per-token
+        prefcache export my.yaml --output scored.jsonl.gz --per-token
 
-    The rows of the config's data, in their order and with all their columns, and beside them what the reference gives to their answers. The experiment has to be prepared and scored.
+    Writes the rows of the config's data in their order, with all their columns and the reference's log-probs of their answers. Prepare and score the experiment first. CSV files hold texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
-    with loaded(config, overrides, quiet) as (settings, progress):
-        from stages import export
+    path = output_path(output, config)
+    assert path is not None
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache import export
 
-        print_result(export.run(settings, Path(output), per_token, progress), as_json, "exported")
+        print_result(export.run(settings, path, per_token, progress, force, config), as_json)
 
 
 @main.command("import")
 @click.option("--chosen", metavar="COLUMN", help="The chosen answers' log-probs.  [default: ref_chosen_logps]")
 @click.option("--rejected", metavar="COLUMN", help="The rejected answers' log-probs.  [default: ref_rejected_logps]")
-@click.option("--completion", metavar="COLUMN", help="Of labelled data: the answers' log-probs.  [default: ref_logps]")
+@click.option("--completion", metavar="COLUMN", help="For labelled data: the answers' log-probs.  [default: ref_logps]")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
-    help="What they were computed in; how exact they must be follows from it.",
+    help="Dtype in which they were computed; it sets how exact they must be.",
 )
 @stage
 def import_(
     config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dtype: str, **columns: str | None
 ) -> None:
-    """Take log-probs that were made elsewhere into the cache.
+    """Import log-probs computed elsewhere into the cache.
 
     \b
-        prefcache import --set model=data/demo/reference --set prepare.data=runs/scored.parquet --set out=runs/theirs
-        prefcache import my.yaml --chosen their_chosen --rejected their_rejected --dtype bfloat16
+        prefcache import my.yaml
+        prefcache import my.yaml --chosen their_chosen --dtype bfloat16
 
-    The experiment has to be prepared. They are columns of the config's data, sums over an answer's tokens. A sample is compared with the plain float32 forward (score.parity_sample=0: none). They are used where score.accept_numerics names them; the command that does is printed.
+    Prepare the experiment first. The log-probs are columns of the config's data, each a sum over the tokens of an answer. A sample is compared with the plain float32 forward (score.parity_sample=0 skips this). To use them, name them in score.accept_numerics; the command to do so is printed.
     """
-    with loaded(config, overrides, quiet) as (settings, progress):
-        from stages import adopt
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache import import_logps
 
-        print_result(adopt.run(settings, columns, dtype, progress), as_json, "imported")
+        print_result(import_logps.run(settings, columns, dtype, progress), as_json)
 
 
 @main.command()
@@ -63,48 +72,48 @@ def import_(
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def parity(config: str, a: str, b: str, overrides: tuple[str, ...], quiet: bool, as_json: bool, n: int) -> None:
-    """Compare two engines or dtypes over the same sequences.
+    """Compare two engines or dtypes on the same sequences.
 
     \b
         prefcache parity data/demo/config.yaml plain transformers
-        prefcache parity data/demo/config.yaml transformers transformers:bfloat16 -n 64
-        prefcache parity data/demo/config.yaml transformers:eager transformers:packed
+        prefcache parity my.yaml transformers transformers:bfloat16 -n 64
+        prefcache parity my.yaml transformers:eager transformers:packed
 
-    A and B are `plain` (the one-by-one float32 forward) or ENGINE[:DTYPE][:ATTENTION][:ROWS], with transformers, vllm or server for ENGINE; what is not said is as in the config. The experiment has to be prepared. The sample is the longest examples and random ones.
+    A and B are `plain` (the one-by-one float32 forward) or ENGINE[:DTYPE][:ATTENTION][:ROWS], with transformers, vllm or server for ENGINE; parts that you leave out are taken from the config. Prepare the experiment first. The sample has the longest examples and random ones.
     """
-    with loaded(config, overrides, quiet) as (settings, progress):
-        from stages import parity
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache import parity
 
-        print_result(parity.run(settings, a, b, n, progress), as_json, "compared")
+        print_result(parity.run(settings, a, b, n, progress), as_json)
 
 
 @main.command()
 @click.argument("caches", nargs=-1, metavar="[CACHE]...")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Check every byte and every row of a cache.
 
     \b
         prefcache verify
-        prefcache verify cache/demo-4f1c0a9b77e2 --json
+        prefcache verify cache/reference-4f1c0a9b77e2 --json
 
-    CACHE is the `cache` of a config, or one reference's folder in it; unless said, cache. Exit code 4 where anything is damaged.
+    CACHE is the `cache` folder of a config (default: cache), or the folder of one reference in it. Exit code 4 if anything is damaged.
     """
-    from pipeline.progress import Progress
-    from stages import upkeep
+    from prefcache import verify
+    from prefcache.pipeline.progress import Progress
 
-    result = upkeep.verify(list(caches) or ["cache"], Progress(quiet))
-    print_result(result, as_json, "verified")
-    upkeep.refuse_damage(result)
+    result = verify.run(caches or ["cache"], Progress(quiet))
+    print_result(result, as_json)
+    verify.refuse_damage(result)
 
 
 @main.command()
 @click.argument("caches", nargs=-1, metavar="[CACHE]...")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Report what would be done, and do nothing.")
 @click.option(
     "--target-mib",
     type=click.FloatRange(min=0, min_open=True),
@@ -112,7 +121,7 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     show_default=True,
     help="Size of a merged shard, before compression.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, as_json: bool) -> None:
     """Remove leftovers from a cache and merge small shards.
@@ -121,11 +130,11 @@ def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, a
         prefcache gc
         prefcache gc cache --dry-run
 
-    What no process can need any more goes; no value is lost or changed. Safe to interrupt, and while others score or train.
+    Deletes files that no process can still need. No value is lost or changed. Safe to interrupt, and safe while others score or train.
     """
-    from pipeline.progress import Progress
-    from stages import upkeep
+    from prefcache import gc, verify
+    from prefcache.pipeline.progress import Progress
 
-    result = upkeep.gc(list(caches) or ["cache"], Progress(quiet), target_mib, dry_run)
-    print_result(result, as_json, "collected")
-    upkeep.refuse_damage(result)
+    result = gc.run(caches or ["cache"], Progress(quiet), target_mib, dry_run)
+    print_result(result, as_json)
+    verify.refuse_damage(result)

@@ -1,16 +1,13 @@
-"""The stages, and what is done with a model that was trained."""
+"""The three stages, preview before them, and merge, push and from-trl."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from pipeline.errors import UsageError
-from stages.cli.program import loaded, main, print_result, stage
-
-if TYPE_CHECKING:
-    from pipeline.training.sweep import Combination
+from prefcache.cli.app import force, force_with_input, main, open_config, print_result, stage
+from prefcache.pipeline.errors import UsageError
 
 
 @main.command()
@@ -20,18 +17,20 @@ def prepare(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
 
     \b
         prefcache prepare data/demo/config.yaml
-        prefcache prepare --set model=MODEL --set prepare.data=pairs.jsonl --set out=runs/mine
+        prefcache prepare --set model=M --set prepare.data=F --set out=runs/m
 
-    The format is recognised from the columns; `prefcache formats` lists those that are known. Unusable records go to OUT/prepared/quarantine.parquet with the reason. Safe to interrupt: finished parts are kept. With RANK and WORLD_SIZE set, several machines share the work.
+    The format is recognised from the columns; `prefcache formats` lists the known ones. Unusable records go to OUT/prepared/quarantine.parquet with the reason; if there are too many (prepare.max_quarantine), the exit code is 3. Safe to interrupt: finished parts are kept. With RANK and WORLD_SIZE set, several machines share the work.
     """
-    with loaded(config, overrides, quiet) as (settings, progress):
-        from stages import prepare
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache import prepare
 
-        print_result(prepare.run(settings, progress), as_json, "prepared")
+        print_result(prepare.run(settings, progress), as_json)
 
 
 @main.command()
-@click.option("-n", "n", type=click.IntRange(min=1), default=3, show_default=True, help="Records of each source.")
+@click.option(
+    "-n", "n", type=click.IntRange(min=1), default=3, show_default=True, help="Records to show from each source."
+)
 @click.option("--ids", is_flag=True, help="Print the token ids as well.")
 @stage
 def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, n: int, ids: bool) -> None:
@@ -41,26 +40,29 @@ def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
         prefcache preview data/demo/config.yaml
         prefcache preview --set model=MODEL --set prepare.data=pairs.jsonl --ids
 
-    Tokens of prompt and answers have colours of their own, special tokens stand out, and what would be cut is struck through. Nothing is written.
+    Prompt and answer tokens have different colours, special tokens are marked, and tokens that would be cut are struck through. Writes nothing.
     """
     # Nothing is written, so a place to write to need not be named.
-    with loaded(config, ("out=.", *overrides), quiet) as (settings, progress):
-        from stages import preview, tables
+    with open_config(config, ("out=.", *overrides), quiet) as (settings, progress):
+        from prefcache import preview, terminal_output
 
         result = preview.run(settings, progress, n)
         if as_json:
-            print_result(result, as_json, "previewed")
+            print_result(result, as_json)
         else:
-            tables.previewed(result, ids)
+            terminal_output.print_preview(result, ids)
 
 
 @main.command()
-@click.option("--dry-run", is_flag=True, help="Say what there is to score, and score nothing.")
+@click.option("--dry-run", is_flag=True, help="Report what there is to score, without scoring it.")
 @click.option("--input", "inputs", multiple=True, metavar="DATA", help="Score these files instead of a config's data.")
 @click.option("--model", metavar="MODEL", help="With --input: the reference, a folder or a hub id.")
-@click.option("--output", metavar="FILE", help="With --input: where the rows go, .parquet, .arrow, .jsonl or .csv.")
-@click.option("--cache", metavar="FOLDER", help="With --input: folder of the log-probs.  [default: cache]")
-@click.option("--per-token", is_flag=True, help="With --input: write every token's log-prob as well.")
+@click.option(
+    "--output", "--out", metavar="FILE", help="With --input: file for the rows, .parquet, .arrow, .jsonl or .csv."
+)
+@click.option("--cache", metavar="FOLDER", help="With --input: folder of the cached log-probs.  [default: cache]")
+@click.option("--per-token", is_flag=True, help="With --input: also write the log-prob of every token.")
+@force_with_input
 @stage
 def score(
     config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, dry_run: bool, **files: Any
@@ -71,24 +73,25 @@ def score(
         prefcache score data/demo/config.yaml
         prefcache score data/demo/config.yaml --dry-run
 
-    Safe to interrupt: finished shards are kept. When nothing is missing, no model is loaded.
+    Safe to interrupt: finished shards are kept. If nothing is missing, no model is loaded. Exit code 4 if a sample differs from the plain float32 forward by more than rounding.
 
     \b
-        prefcache score --input data/demo/pairs.jsonl --model data/demo/reference --output runs/scored.parquet
+        prefcache score --input d.jsonl --model org/name --output d.parquet
 
-    With --input no config is needed: the same rows come out with ref_chosen_logps, ref_rejected_logps, the numbers of tokens, and prefcache_status, which says of a row without values why. DATA is whatever prepare reads, and may be given more than once. --set has the other settings, such as prepare.max_length.
+    --input needs no config. It writes the rows of DATA with ref_chosen_logps, ref_rejected_logps, the token counts, and prefcache_status, which says why a row has no values. DATA is anything that prepare reads; repeat --input for several. Change other settings, such as prepare.max_length, with --set. CSV files hold texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
     if files["inputs"]:
         _score_files(config, overrides, quiet, as_json, dry_run, **files)
         return
     if strange := next((name for name, value in files.items() if value), None):
         raise UsageError(
-            f"--{strange.replace('_', '-')} belongs to --input. With a config, say it there; `prefcache export` writes the rows."
+            f"--{strange.replace('_', '-')} needs --input. To write a config's rows use `prefcache export "
+            f"{config or 'CONFIG'} --output FILE`."
         )
-    with loaded(config, overrides, quiet) as (settings, progress):
-        from stages import score
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache import score
 
-        print_result(score.run(settings, progress, dry_run), as_json, "scored")
+        print_result(score.run(settings, progress, dry_run), as_json)
 
 
 def _score_files(
@@ -103,6 +106,7 @@ def _score_files(
     output: str | None,
     cache: str | None,
     per_token: bool,
+    force: bool,
 ) -> None:
     """Prepare, score and export in one go, in a working folder of its own."""
     if config is not None:
@@ -116,24 +120,26 @@ def _score_files(
             raise UsageError(f"Both {flag} and --set {key} say what {key} is. Leave one of them out.")
     if model is None and "model" not in set_as_well:
         raise UsageError("--input needs --model MODEL: the reference, a folder or a hub id.")
-    # Rows come out in the order of the data, and nobody reads mismatched answers but who asks for them.
+    # Rows come out in the order of the data. Mismatched answers are made only if --set asks for them.
     settings = ["out=.", "prepare.held_out=0", "prepare.kl_pairs=false", *overrides]
     settings += [f"{key}={json.dumps(value)}" for key, value in named.values() if value is not None]
-    with loaded(None, tuple(settings), quiet) as (asked, progress):
-        from stages import export, prepare, score
+    with open_config(None, tuple(settings), quiet) as (asked, progress):
+        from prefcache import export, prepare, score
+        from prefcache.command_results import ScoreFilesResult
 
         if output is not None:
-            export.check_output(Path(output))
-        with export.standalone(asked, progress) as scratch:
-            results = {"prepared": prepare.run(scratch, progress)}
+            export.check_output(asked, Path(output), force)
+        # A working folder that the next command of this kind finds again; none is made for a dry run.
+        with export.use_temporary_folder(asked) if dry_run else export.keep_working_folder(asked, progress) as scratch:
+            prepared = prepare.run(scratch, progress)
             if output is not None:
-                export.check_data(scratch, Path(output), per_token)
-            results["scored"] = score.run(scratch, progress, dry_run)
+                export.check_data(scratch, per_token)
+            scored = score.run(scratch, progress, dry_run)
             if dry_run or output is None:
-                print_result(results["scored"], as_json, "scored")
+                print_result(scored, as_json)
                 return
-            results["exported"] = export.run(scratch, Path(output), per_token, progress)
-            print_result(results, as_json, "scored_files")
+            exported = export.run(scratch, Path(output), per_token, progress, force)
+            print_result(ScoreFilesResult(prepared, scored, exported), as_json)
 
 
 @main.command()
@@ -146,70 +152,62 @@ def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: 
 
     \b
         prefcache train data/demo/config.yaml
-        prefcache train data/demo/config.yaml --set train.loss=ipo --set train.run=ipo
-        prefcache train data/demo/config.yaml --sweep "train.loss=sigmoid,ipo train.beta=0.05,0.1"
+        prefcache train my.yaml --set train.loss=ipo --set train.run=ipo
+        prefcache train my.yaml --sweep "train.loss=sigmoid,ipo train.beta=0.1,1"
 
-    The trained model is in OUT/RUN/model. Interrupted, the same command goes on from the last checkpoint. A sweep trains one run after another, each in a folder that is named by its settings, and compares them by the held-out examples.
+    The trained model is in OUT/RUN/model. After an interruption, the same command continues from the last checkpoint. A sweep trains one run after another, each in a folder named after its settings, and compares them on the held-out examples. Exit code 4 if a loss or gradient is not finite, 5 if the scores belong to other data or another reference, 7 at the first alert if train.alerts is strict.
     """
-    if sweep is None:
-        _train(config, overrides, quiet, as_json, [])
-        return
-    from pipeline.training.sweep import combinations
+    from prefcache import train
+    from prefcache.command_results import SweepResult
+    from prefcache.pipeline.training.sweep import combinations
 
-    _train(config, overrides, quiet, as_json, combinations(sweep))
-
-
-def _train(
-    config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, sweep: "list[Combination]"
-) -> None:
-    """One run, or those of a sweep. All settings are checked before the first of them trains."""
-    from pipeline import config as configuration
-    from stages import train
-
-    runs = [(*overrides, *each.overrides) for each in sweep] or [overrides]
-    if sweep:
+    runs = [overrides] if sweep is None else [(*overrides, *each.overrides) for each in combinations(sweep)]
+    if sweep is not None:
+        # All settings are checked before the first run trains.
         for each in runs:
-            train.check(configuration.load(config, each))
+            with open_config(config, each, quiet=True) as (settings, _):
+                train.check(settings)
     results = []
     for each in runs:
-        with loaded(config, each, quiet) as (settings, progress):
-            results.append(train.run(settings, progress))
-    # Only the process that wrote has a result.
-    if results[0] is not None:
-        print_result({"runs": results} if sweep else results[0], as_json, "swept" if sweep else "trained")
+        with open_config(config, each, quiet) as (settings, progress):
+            # Only the process that wrote has a result.
+            if (result := train.run(settings, progress)) is not None:
+                results.append(result)
+    if results:
+        print_result(results[0] if sweep is None else SweepResult(results), as_json)
 
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option("--output", metavar="FOLDER", help="Where the model goes.  [default: RUN/merged]")
+@click.option("--output", metavar="FOLDER", help="Folder for the merged model.  [default: RUN/merged]")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of its weights.  [default: what the adapter's model was saved in]",
+    help="Dtype of its weights.  [default: that of the adapter's base model]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json: bool) -> None:
-    """Add a trained adapter to its model's own weights.
+    """Merge a trained adapter into its model's weights.
 
     \b
         prefcache merge runs/demo/lora
         prefcache merge runs/demo/lora --output runs/kind --dtype float32
 
-    RUN is the folder of a run with train.lora, or of any adapter as PEFT saves it. What comes out is a whole model, which needs no PEFT. Its log-probs are compared with those of the adapter beside its model, and nothing is written where they differ by more than rounding.
+    RUN is the folder of a run with train.lora, or of any adapter that PEFT saved. The result is a whole model that needs no PEFT. Its log-probs are compared with those of the unmerged adapter; if they differ by more than rounding, nothing is written.
     """
-    from pipeline.progress import Progress
-    from stages import merge
+    from prefcache import merge
+    from prefcache.pipeline.progress import Progress
 
     result = merge.run(Path(run), Path(output) if output else None, dtype, Progress(quiet))
-    print_result(result, as_json, "merged")
+    print_result(result, as_json)
 
 
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.argument("name", metavar="NAME")
-@click.option("--public", is_flag=True, help="Everyone may see it. A repository that is there stays as it is.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing while working.")
+@click.option("--public", is_flag=True, help="Create a public repository. An existing one keeps its visibility.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
     """Send a finished run's model to the hub.
@@ -218,40 +216,44 @@ def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
         prefcache push runs/demo/trained me/kind
         prefcache push runs/demo/trained me/kind --public
 
-    What is sent are the files of RUN/model: the weights, the tokenizer and the model card, whose text names what it was made from. The repository is private unless said otherwise, and is made where it is missing. The token is that of `hf auth login`, or HF_TOKEN.
+    Sends the files of RUN/model: weights, tokenizer and model card, whose text names the reference and the data. The repository is created if it does not exist, and private unless you pass --public. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from pipeline.progress import Progress
-    from stages import push
+    from prefcache import push
+    from prefcache.pipeline.progress import Progress
 
-    print_result(push.run(Path(run), name, public, Progress(quiet)), as_json, "pushed")
+    print_result(push.run(Path(run), name, public, Progress(quiet)), as_json)
 
 
-@main.command("from-trl")
+@main.command("from-trl", short_help="Convert TRL's DPO or KTO settings.")
 @click.argument("file", metavar="FILE")
-@click.option("--output", metavar="CONFIG", help="Where the config goes.  [default: stdout]")
-def from_trl(file: str, output: str | None) -> None:
-    """Turn a YAML file of TRL's DPO or KTO settings into a config.
+@click.option("--output", "--out", metavar="CONFIG", help="File for the config.  [default: stdout]")
+@force
+def from_trl(file: str, output: str | None, force: bool) -> None:
+    """Convert a YAML file of TRL's DPO or KTO settings into a config.
 
     \b
         prefcache from-trl dpo.yaml --output my.yaml
         prefcache prepare my.yaml
 
-    What each of its keys became is said on stderr, and which have no meaning here, and why. What TRL's defaults decide is written down. The config serves all stages, since the reference is run in one of its own.
+    Reports on stderr what each key became, and which keys have no meaning here and why. TRL's defaults are written out where they differ. The config serves all stages: prepare, score and train.
     """
     import yaml
 
-    from pipeline import config
-    from pipeline.progress import printable
-    from pipeline.stored import artifact
-    from pipeline.training import from_trl
+    from prefcache.pipeline import config_file
+    from prefcache.pipeline.stored import overwrite_guard
+    from prefcache.pipeline.training import from_trl
+    from prefcache.pipeline.visible_text import visible
 
-    found = from_trl.convert(config.read_yaml(Path(file)))
-    from_trl.check(found)
+    found = from_trl.convert(config_file.read_yaml(Path(file)), file)
+    found.check()
+    if output is not None:
+        inputs = overwrite_guard.Inputs(data=found.data_paths).with_files(file)
+        overwrite_guard.refuse_overwrite(Path(output), inputs, force=force)
     for title, entries in (("", found.became), ("has no meaning here: ", found.ignored), ("DIFFERS: ", found.cannot)):
         for theirs, ours in entries.items():
-            click.echo(printable(f"{theirs}: {title}{ours}"), err=True)
+            click.echo(visible(f"{theirs}: {title}{ours}"), err=True)
     text = yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True)
     if output is None:
         click.echo(text, nl=False)
     else:
-        artifact.commit_bytes(Path(output), text.encode())
+        overwrite_guard.write_bytes(Path(output), text.encode())

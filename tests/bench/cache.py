@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 TOKENS = 50
-MODEL, NUMERICS = "a" * 32, "nbench"
+MODEL, NUMERICS = "a" * 32, "nf20656a5048dd3e"  # of {"engine": "bench"}
 
 
 def main() -> None:
@@ -91,10 +91,10 @@ def _run(part: str, folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path, n_rows: int, shard_rows: int) -> None:
-    from pipeline.stored.cache import Cache
+    from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 
     reference = {"model_id": MODEL, "weights": {}, "config": {}}
-    cache = Cache.create(folder / "cache", "bench", reference)
+    cache = CacheWriter(create_cache(folder / "cache", "bench", reference))
     keys = np.random.default_rng(0).integers(0, 256, (n_rows, 16), np.uint8)
     for begin in range(0, n_rows, shard_rows):
         cache.commit(_rows(keys[begin : begin + shard_rows], begin), {"engine": "bench"}, NUMERICS, None)
@@ -109,7 +109,7 @@ def build(folder: Path, n_rows: int, shard_rows: int) -> None:
 
 
 def _rows(keys: np.ndarray, seed: int) -> pa.Table:
-    from pipeline.schema import CACHE
+    from prefcache.pipeline.schema import CACHE
 
     n = len(keys)
     logps = -np.random.default_rng(seed + 2).exponential(1.5, (n, TOKENS)).astype(np.float32)
@@ -149,10 +149,10 @@ def _peak_mib() -> float:
 
 
 def _open(folder: Path, steps: dict[str, float]) -> tuple[Any, pa.Table]:
-    from pipeline.stored import artifact
+    from prefcache.pipeline.stored import artifact
 
     began = time.perf_counter()
-    from pipeline.stored.cache import Cache
+    from prefcache.pipeline.stored.cache import Cache
 
     steps["import"] = time.perf_counter() - began
     (found,) = (path for path in (folder / "cache").iterdir() if path.is_dir())
@@ -172,6 +172,8 @@ def train(folder: Path, steps: dict[str, float]) -> None:
 
 
 def plan(folder: Path, steps: dict[str, float]) -> None:
+    from prefcache.pipeline.stored.scoring_plan import plan_scoring
+
     cache, pairs = _open(folder, steps)
     n = np.full(len(pairs), 170, np.int32)
     slot = 2 * np.arange(len(pairs))
@@ -182,24 +184,25 @@ def plan(folder: Path, steps: dict[str, float]) -> None:
         for i, name in enumerate(("chosen", "rejected"))
     ]
     began = time.perf_counter()
-    found = cache.plan(pa.concat_tables(tables), [NUMERICS], 250_000)
+    found = plan_scoring(cache, pa.concat_tables(tables), [NUMERICS], 250_000)
     steps["plan"] = time.perf_counter() - began
     assert not found.n_missing
 
 
 def verify(folder: Path, steps: dict[str, float]) -> None:
-    from pipeline.progress import Progress
-    from stages import upkeep
+    from prefcache import verify
+    from prefcache.pipeline.progress import Progress
 
-    result = upkeep.verify([str(folder / "cache")], Progress(quiet=True))
-    assert not result["damaged"]
+    result = verify.run([str(folder / "cache")], Progress(quiet=True))
+    assert not result.damaged
 
 
 def gc(folder: Path, steps: dict[str, float]) -> None:
-    from pipeline.progress import Progress
-    from stages import upkeep
+    from prefcache import gc
+    from prefcache.pipeline.progress import Progress
+    from prefcache.pipeline.stored.cache_maintenance import TARGET_MIB
 
-    upkeep.gc([str(folder / "cache")], Progress(quiet=True))
+    gc.run([str(folder / "cache")], Progress(quiet=True), TARGET_MIB)
 
 
 PARTS = {"train": train, "plan": plan, "verify": verify, "gc": gc}

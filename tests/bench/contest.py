@@ -12,8 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +142,19 @@ class Work:
         self.positions = self.head_positions = 0
         aten = torch.ops.aten
 
-        def embedding(weight: SequenceOf[int], ids: SequenceOf[int], *_: Any, **__: Any) -> int:
+        def embedding(weight: Sequence[int], ids: Sequence[int], *_: Any, **__: Any) -> int:
             self.positions += math.prod(ids)
             return 0
 
-        def mm(left: SequenceOf[int], right: SequenceOf[int], *_: Any, **__: Any) -> int:
+        def mm(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
             if tuple(right) == (hidden, vocabulary):
                 self.head_positions += left[0]
             return 2 * left[0] * left[1] * right[1]
 
-        def attention(query: SequenceOf[int], key: SequenceOf[int], value: SequenceOf[int], *_: Any, **__: Any) -> int:
+        def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
             return int(flop_counter.sdpa_flop_count(query, key, value))
 
-        def attention_backward(gradient: SequenceOf[int], *inputs: SequenceOf[int], **__: Any) -> int:
+        def attention_backward(gradient: Sequence[int], *inputs: Sequence[int], **__: Any) -> int:
             return int(flop_counter.sdpa_backward_flop_count(gradient, *inputs[:3]))
 
         self.counter = flop_counter.FlopCounterMode(

@@ -103,17 +103,17 @@ def ours(folder: Path) -> dict[str, Any]:
     """From the file to the manifest. Importing and loading the tokenizer through Transformers is not counted, as nowhere."""
     import shutil
 
-    from pipeline import config
-    from pipeline.preparing import recipe
-    from pipeline.preparing.encoder import load
-    from pipeline.progress import Progress
-    from pipeline.stored import prepared
-    from stages import prepare
+    from prefcache import prepare
+    from prefcache.pipeline import config_file
+    from prefcache.pipeline.preparing import resolved_config
+    from prefcache.pipeline.preparing.encoder import load_facts
+    from prefcache.pipeline.progress import Progress
+    from prefcache.pipeline.stored import prepared
 
     shutil.rmtree(folder / "out", ignore_errors=True)
-    facts = load(folder / "model")
-    recipe.encoder.load = lambda _: facts  # type: ignore[attr-defined]
-    settings = config.load(
+    facts = load_facts(folder / "model")
+    resolved_config.encoder.load_facts = lambda _: facts  # type: ignore[attr-defined]
+    settings = config_file.load(
         None,
         [
             f"model={folder / 'model'}",

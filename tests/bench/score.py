@@ -38,8 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +135,11 @@ def _to_measure(only: list[str] | None) -> list[str]:
 
 
 def _has_vllm() -> bool:
-    from pipeline.config import Score
+    from prefcache.pipeline.config import Score
 
     return (
-        importlib.util.find_spec("pipeline.scoring.engines.vllm") is not None and (ROOT / Score().vllm.python).exists()
+        importlib.util.find_spec("prefcache.pipeline.scoring.engines.vllm") is not None
+        and (ROOT / Score().vllm.python).exists()
     )
 
 
@@ -154,10 +154,10 @@ def _longer(pair: TokenPair) -> int:
 
 
 def _plain(model: Path, pairs: list[TokenPair]) -> list[np.ndarray]:
-    from pipeline.identity import Reference
-    from pipeline.scoring.engines.loading import plain_scores
+    from prefcache.pipeline.identity import Reference
+    from prefcache.pipeline.scoring.baseline import score_plainly
 
-    return plain_scores(Reference(model), _sequences(pairs))
+    return score_plainly(Reference(model), _sequences(pairs))
 
 
 def _deviation(found: list[list[float]], plain: list[np.ndarray], pairs: list[TokenPair]) -> float:
@@ -317,29 +317,29 @@ class Contender:
 
 
 def _sequences(pairs: list[TokenPair]) -> list[Any]:
-    from pipeline.schema import Sequence
+    from prefcache.pipeline.schema import TokenSequence
 
-    return [Sequence(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return [TokenSequence(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
 
 
 def ours(name: str, model: Path) -> Contender:
-    from pipeline.config import Score
-    from pipeline.identity import Reference
-    from pipeline.scoring.engines import engine_module
+    from prefcache.pipeline.config import Score
+    from prefcache.pipeline.identity import Reference
+    from prefcache.pipeline.scoring.engines import find_engine
 
-    engine = engine_module("transformers").load(Reference(model), Score())
+    engine = find_engine("transformers").load(Reference(model), Score())
     return Contender(lambda pairs: engine.score(_sequences(pairs)), engine.close)
 
 
 def vllm(name: str, model: Path) -> Contender:
-    from pipeline.config import Score
-    from pipeline.identity import Reference
-    from pipeline.scoring.engines import engine_module
+    from prefcache.pipeline.config import Score
+    from prefcache.pipeline.identity import Reference
+    from prefcache.pipeline.scoring.engines import find_engine
 
     score = Score.model_validate(
         {"engine": "vllm", "dtype": "float32", "vllm": {"prefix_caching": name == "vllm-prefix"}}
     )
-    engine = engine_module("vllm").load(Reference(model), score)
+    engine = find_engine("vllm").load(Reference(model), score)
 
     def positions(pairs: list[TokenPair]) -> tuple[int, int]:
         # Nothing is padded, prompts are computed for each answer, and the head sees every position of a request.
@@ -496,7 +496,7 @@ def second_run(folder: Path, n_rounds: int, n_pairs: int | None) -> dict[str, An
     return {"seconds": seconds, "tokens": scored["tokens"], "imported": imported, "reached": median < 2}
 
 
-def _prefcache(folder: Path, *arguments: str, python: SequenceOf[str] = ()) -> subprocess.CompletedProcess[str]:
+def _prefcache(folder: Path, *arguments: str, python: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     program = str(Path(sys.executable).parent / "prefcache")
     command = [sys.executable, *python, program, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

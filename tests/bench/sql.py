@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 SHARD = 100_000
-MODEL, NUMERICS = "a" * 64, "nbench"
+MODEL, NUMERICS = "a" * 64, "nf20656a5048dd3e"  # of {"engine": "bench"}
 OVER_TEXT = {"near-identical", "duplicates", "contradictions", "cost"}
 MOST_SECONDS = {True: 60, False: 3}
 WORDS = 4096
@@ -56,17 +56,17 @@ def main() -> None:
 
 
 def measure(folder: Path) -> None:
-    from pipeline import views
-    from pipeline.questions import QUESTIONS
-    from stages.inspect import Experiment
+    from prefcache.pipeline import views
+    from prefcache.pipeline.questions import QUESTIONS
+    from prefcache.query import Experiment
 
     experiment = Experiment(str(folder / "out"))
-    needed = set().union(*(views.behind(question.sql) for question in QUESTIONS.values()))
-    with _Used() as used:
-        experiment.open(needed)
+    # Every view has to be opened for it, and none is read.
+    with _Used() as used, experiment.ask(f"select 1 from {', '.join(views.VIEWS)} limit 0", None, 600) as result:
+        list(result.rows())
     _say("(opening)", used, "")
     for name, question in QUESTIONS.items():
-        with _Used() as used, experiment.asked(question.sql, question.values({}), 600) as result:
+        with _Used() as used, experiment.ask(question.sql, question.values({}), 600) as result:
             n_rows = sum(1 for _ in result.rows())
         over = "texts" if name in OVER_TEXT else "numbers"
         late = "" if used.seconds <= MOST_SECONDS[name in OVER_TEXT] else "  too slow"
@@ -109,35 +109,47 @@ class _Used:
 
 
 def build(folder: Path, n: int) -> None:
-    from pipeline.stored import artifact
-    from pipeline.stored.cache import Cache
+    from prefcache.pipeline.stored import artifact, records
+    from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 
     rng = np.random.default_rng(0)
-    cache = Cache.create(folder / "cache", "bench", {"model_id": MODEL, "weights": {}, "config": {}})
+    cache = CacheWriter(create_cache(folder / "cache", "bench", {"model_id": MODEL, "weights": {}, "config": {}}))
     shards, began = [], time.perf_counter()
     log = _Log(folder / "out" / "trained")
     for first in range(0, n, SHARD):
         pairs = _pairs(rng, first, min(SHARD, n - first))
         name = f"train-{first:09}.arrow"
-        shards.append(artifact.commit_file(folder / "out/prepared" / name, artifact.arrow_stream(pairs), split="train"))
+        shards.append(
+            artifact.commit_file(
+                folder / "out/prepared" / name, artifact.arrow_stream(pairs), split="train", rows=len(pairs)
+            )
+        )
         sums = {side: _score(rng, cache, pairs, side) for side in ("chosen", "rejected")}
         log.visits(rng, first, pairs, sums)
-    quarantine = artifact.commit_file(folder / "out/prepared/quarantine.parquet", artifact.parquet(_no_quarantine()))
-    artifact.commit_manifest(folder / "out/prepared", {"kind": "pairs", "shards": shards, "quarantine": quarantine})
+    quarantine = artifact.commit_file(
+        folder / "out/prepared/quarantine.parquet", artifact.parquet(_no_quarantine()), rows=0
+    )
+    manifest = records.PreparedManifest.make(inputs={}, kind="pairs", shards=shards, quarantine=quarantine)
+    manifest.commit(folder / "out/prepared" / artifact.MANIFEST)
     log.commit()
-    scored = {"cache": str(cache.folder), "reference": {"model_id": MODEL}, "accepted_numerics": [NUMERICS]}
-    artifact.commit_manifest(folder / "out/scored", scored)
+    scored = records.ScoredManifest.make(
+        inputs={"prepared": ""},
+        cache=str(cache.cache.folder),
+        reference={"name": "bench", "model_id": MODEL},
+        accepted_numerics=[NUMERICS],
+    )
+    scored.commit(folder / "out/scored" / artifact.MANIFEST)
     print(f"written in {time.perf_counter() - began:.0f} s")
 
 
 def _no_quarantine() -> pa.Table:
-    from pipeline.schema import QUARANTINE
+    from prefcache.pipeline.schema import QUARANTINE
 
     return QUARANTINE.empty_table()
 
 
 def _pairs(rng: np.random.Generator, first: int, n: int) -> pa.Table:
-    from pipeline.schema import PAIRS
+    from prefcache.pipeline.schema import PAIRS
 
     lengths = {side: rng.poisson(mean, n).astype(np.int32) + 1 for side, mean in _MEAN.items()}
     columns: dict[str, Any] = {
@@ -189,7 +201,7 @@ def _hex(rng: np.random.Generator, n: int) -> pa.Array:
 
 def _score(rng: np.random.Generator, cache: Any, pairs: pa.Table, side: str) -> np.ndarray:
     """Commits what a reference might say of these answers; returns the sums."""
-    from pipeline.schema import CACHE
+    from prefcache.pipeline.schema import CACHE
 
     length, n = pairs[f"n_{side}"].to_numpy(), len(pairs)
     logps = -rng.exponential(1.5, length.sum()).astype(np.float32)
@@ -206,17 +218,17 @@ class _Log:
     """A run that visits every pair once, in steps of 32."""
 
     def __init__(self, run: Path) -> None:
-        from pipeline.stored import artifact
-        from pipeline.training.runlog import PROVENANCE, RunLog
+        from prefcache.pipeline.stored.records import Provenance
+        from prefcache.pipeline.training.run_log import PROVENANCE, RunLog
 
         self._run, self._log = run, RunLog(run)
         inputs = {"train": {"batch_size": 32}, "reference": MODEL}
-        artifact.commit_bytes(run / PROVENANCE, artifact.seal({"inputs": inputs, "loss": "sigmoid", "beta": 0.1}))
+        Provenance.make(inputs=inputs, loss="sigmoid", beta=0.1).commit(run / PROVENANCE)
         self._parts: list[dict[str, Any]] = []
 
     def visits(self, rng: np.random.Generator, first: int, pairs: pa.Table, sums: dict[str, np.ndarray]) -> None:
-        from pipeline.schema import STEPS
-        from pipeline.stored import artifact
+        from prefcache.pipeline.schema import STEPS
+        from prefcache.pipeline.stored import artifact
 
         n = len(pairs)
         columns: dict[str, Any] = {name: pairs[name] for name in ("split", "example_id", "n_chosen", "n_rejected")}
@@ -230,9 +242,11 @@ class _Log:
         self._parts.append(artifact.commit_file(part, artifact.parquet(table)))
 
     def commit(self) -> None:
-        from pipeline.stored import artifact
+        from prefcache.pipeline.stored import artifact
+        from prefcache.pipeline.stored.records import RunManifest
 
-        artifact.commit_manifest(self._run, {"parts": self._parts})
+        facts = {"steps": 0, "examples": 0, "held_out": 0, "loss": "sigmoid", "seconds": 0, "model": []}
+        RunManifest.make(**facts, parts=self._parts).commit(self._run / artifact.MANIFEST)
 
 
 if __name__ == "__main__":

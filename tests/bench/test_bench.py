@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench import corpus
-from conftest import ROOT
+
+from tests.bench import corpus
+from tests.helpers.project import ROOT
 
 
 def bench(*arguments: str) -> str:
@@ -28,6 +29,7 @@ def test_bench_prepare_compares_the_same_tokens():
     assert re.search(r"tokens/s of the bare tokenizer that prepare reaches +\d+\.\d\d", printed)
 
 
+@pytest.mark.slow
 def test_bench_prepare_measures_memory():
     assert re.search(
         r"300 pairs: \d+ MiB in the parent", bench("tests.bench.prepare", "--memory", "300", "--vocabulary", "1000")
@@ -59,12 +61,14 @@ def test_bench_score_counts_what_is_computed(tmp_path: Path):
     assert 0 < ours["loaded_mib"] <= ours["peak_mib"]
 
 
+@pytest.mark.slow
 def test_bench_score_times_a_second_run_that_computes_nothing():
     printed = bench("tests.bench.score", "--small", "--second-run", "--rounds", "1")
     assert re.search(r"Second run of `prefcache score`, \d+ sequences: 0 tokens scored, \d+\.\d\d s", printed)
     assert "Imported: neither torch nor transformers" in printed
 
 
+@pytest.mark.slow
 def test_bench_train_counts_what_a_step_computes(tmp_path: Path):
     options = "--small --pairs 8 --rounds 1 --threads 1 --regime chat --only ours ours-1 trl-2x4-precomputed --json"
     printed = bench("tests.bench.train", *options.split(), str(tmp_path / "found.json"))
@@ -92,6 +96,7 @@ def test_bench_train_compares_the_loader():
     assert re.search(r"Examples\.batch [\d,]+, datasets\[i\] [\d,]+, datasets\[list\] [\d,]+", printed)
 
 
+@pytest.mark.slow
 def test_bench_gpu_runs_every_part_on_any_machine(tmp_path: Path):
     printed = bench("tests.bench.gpu", "--tiny", "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())

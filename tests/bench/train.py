@@ -15,7 +15,6 @@ sequence at a time. Memory is the peak of resident memory in the rounds, weights
     ours-1                the same in micro-batches of one pair
     ours-packed           rows: packed: every prompt once for each answer
     ours-padded           rows: padded
-    ours-mkl              products of matrices by PyTorch's own choice; on an AMD processor ours are oneDNN's
     ours-live             a frozen reference in memory, which runs in every step by the same forward
     trl-BxA               DPOTrainer.train(), from its first step on, with a live reference: B pairs a batch, A batches a step
     trl-BxA-precomputed   the same with precompute_ref_log_probs, done before
@@ -48,7 +47,7 @@ from tests.bench.corpus import TokenPair
 STEP = 8  # pairs
 RATE = 1e-5
 TOLERANCE = 1e-3  # of a step's loss
-OURS = ("ours", "ours-1", "ours-packed", "ours-padded", "ours-mkl", "ours-live")
+OURS = ("ours", "ours-1", "ours-packed", "ours-padded", "ours-live")
 TRL = tuple(
     f"trl-{shape}{reference}{order}"
     for reference in ("", "-precomputed")
@@ -153,9 +152,9 @@ def _grouped(pairs: list[TokenPair]) -> list[TokenPair]:
 
 def _sequences(pairs: list[TokenPair]) -> list[Any]:
     """All chosen, then all rejected."""
-    from pipeline.schema import Sequence
+    from prefcache.pipeline.schema import TokenSequence
 
-    return [Sequence(pair.prompt, getattr(pair, answer)) for answer in ("chosen", "rejected") for pair in pairs]
+    return [TokenSequence(pair.prompt, getattr(pair, answer)) for answer in ("chosen", "rejected") for pair in pairs]
 
 
 def _write_losses(folder: Path, n_pairs: int, regime: str) -> None:
@@ -164,7 +163,7 @@ def _write_losses(folder: Path, n_pairs: int, regime: str) -> None:
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
-    from pipeline.model.logprobs import plain_logps, sums
+    from prefcache.pipeline.model.logprobs import plain_logps, sum_logps
 
     logging.disable_progress_bar()
     shape = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
@@ -178,8 +177,8 @@ def _write_losses(folder: Path, n_pairs: int, regime: str) -> None:
             loss = 0.0
             for pair in ordered[i : i + STEP]:
                 with torch.no_grad():
-                    reference = sums([plain_logps(frozen, each) for each in _sequences([pair])])
-                ratios = sums([plain_logps(policy, each) for each in _sequences([pair])]) - reference
+                    reference = sum_logps([plain_logps(frozen, each) for each in _sequences([pair])])
+                ratios = sum_logps([plain_logps(policy, each) for each in _sequences([pair])]) - reference
                 of_pair = -torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1])) / STEP
                 of_pair.backward()
                 loss += of_pair.item()
@@ -303,18 +302,15 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     import torch
     from transformers import LlamaForCausalLM
 
-    from pipeline.config import Train
-    from pipeline.identity import Reference
-    from pipeline.model import products
-    from pipeline.model.forward import Forward, flat
-    from pipeline.model.logprobs import sums, use_float32_head
-    from pipeline.training.devices import accelerator
-    from pipeline.training.objective import Objective
-    from pipeline.training.policy import Policy
+    from prefcache.pipeline.config import Train
+    from prefcache.pipeline.identity import Reference
+    from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+    from prefcache.pipeline.model.forward import Forward, flatten
+    from prefcache.pipeline.model.logprobs import sum_logps
+    from prefcache.pipeline.training.distributed import make_accelerator
+    from prefcache.pipeline.training.objective import Objective
+    from prefcache.pipeline.training.policy import Policy
 
-    if name != "ours-mkl":
-        products.use_onednn()
-    products.use_onednn = lambda: None
     rows = {"ours-packed": "packed", "ours-padded": "padded"}.get(name, "auto")
     train = Train(batch_size=STEP, learning_rate=RATE, rows=rows, micro_batch_size=1 if name == "ours-1" else None)
     sequences = _sequences(pairs)
@@ -324,14 +320,16 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
         model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().requires_grad_(False)
         use_float32_head(model, frozen=True)
         forward = Forward(model, "sdpa", "auto", "float32", "train.rows")
-        forward.choose(tried)
+        forward.choose_layout(tried)
         return forward
 
     def scored(forward: Forward, some: list[Any]) -> np.ndarray:
         found = np.empty(len(some))
         with torch.inference_mode():
-            for part in forward.parts(some, 2_048):
-                found[flat(part)] = sums(forward.logps([[some[i] for i in group] for group in part]).logps).numpy()
+            for part in forward.plan_batches(some, 2_048):
+                found[flatten(part)] = sum_logps(
+                    forward.logps([[some[i] for i in group] for group in part]).logps
+                ).numpy()
         return found
 
     reference = frozen()
@@ -339,8 +337,8 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
     if name != "ours-live":
         del reference
     examples = examples_of(pairs, *of_answers)
-    policy = Policy(Reference(folder / "model"), None, train, accelerator(train), examples.longest(12), print)
-    assert policy.forward.way == ("shared" if rows == "auto" else rows), policy.forward.why
+    policy = Policy(Reference(folder / "model"), None, train, make_accelerator(train), examples.longest(12), print)
+    assert policy.forward.layout == ("shared" if rows == "auto" else rows), policy.forward.layout_reason
     objective = Objective(train)
 
     def steps() -> tuple[list[float], float]:
@@ -357,15 +355,17 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
 
 def examples_of(pairs: list[TokenPair], chosen_logp: np.ndarray, rejected_logp: np.ndarray) -> Any:
     """As `train` has them, with what the cache gives."""
-    from pipeline.training.batches import Examples
+    from prefcache.pipeline.training.dataset import Examples, SplitData
 
     table, answers = _table(pairs), ("chosen", "rejected")
     columns = {f"n_{answer}": table[f"n_{answer}"].to_numpy().astype(np.float64) for answer in answers}
-    return Examples(table, answers, (), columns | {"ref_chosen_logp": chosen_logp, "ref_rejected_logp": rejected_logp})
+    return Examples(
+        SplitData(table, columns | {"ref_chosen_logp": chosen_logp, "ref_rejected_logp": rejected_logp}, answers)
+    )
 
 
 def _table(pairs: list[TokenPair]) -> Any:
-    from pipeline.schema import PAIRS
+    from prefcache.pipeline.schema import PAIRS
 
     rows = []
     for i, pair in enumerate(pairs):
@@ -467,14 +467,14 @@ def loader(folder: Path, n: int) -> dict[str, float]:
     file: token ids as arrays against lists of numbers."""
     import datasets
 
-    from pipeline.stored import artifact
-    from pipeline.training.batches import Examples
+    from prefcache.pipeline.stored import artifact
+    from prefcache.pipeline.training.dataset import Examples, SplitData
 
     table = _table(corpus.token_pairs(n, 32_000))
     (folder / "pairs.arrow").write_bytes(artifact.arrow_stream(table))
     table = artifact.open_arrow_stream(folder / "pairs.arrow")
     columns = {f"ref_{answer}_logp": np.zeros(n) for answer in ("chosen", "rejected")}
-    examples = Examples(table, ("chosen", "rejected"), (), columns)
+    examples = Examples(SplitData(table, columns, ("chosen", "rejected")))
     names = [f"{part}_ids" for part in TokenPair._fields]
     dataset = datasets.Dataset.from_file(str(folder / "pairs.arrow")).select_columns(names)
     steps = np.split(np.random.default_rng(0).permutation(n)[: n // STEP * STEP], n // STEP)

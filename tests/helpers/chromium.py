@@ -1,4 +1,4 @@
-"""A real Chromium, driven over its debugging pipe: what a page does in it, and how it looks."""
+"""Drive a real Chromium over its debugging pipe, to see what a page does and how it looks."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.w
 
 
 class Page:
-    """One tab. Commands of the DevTools protocol go in, and their answers and events come out."""
+    """One tab: send commands of the DevTools protocol, and collect their answers and events."""
 
     def __init__(self, into: int, out: Any) -> None:
         self._into, self._out, self._number, self._session = into, out, 0, None
@@ -36,7 +36,7 @@ class Page:
                 return dict(answer["result"])
 
     def _read(self) -> dict[str, Any]:
-        data = b""
+        data = bytearray()
         while (byte := self._out.read(1)) != b"\0":
             assert byte, "Chromium ended"
             data += byte
@@ -46,7 +46,7 @@ class Page:
         return message
 
     def of(self, *methods: str) -> list[dict[str, Any]]:
-        """What events of these kinds said."""
+        """Return the parameters of the events of these kinds."""
         return [event["params"] for event in self.events if event["method"] in methods]
 
     def open(self, file: Path, width: int = 1440, *, dark: bool = False, media: str = "") -> None:
@@ -56,17 +56,17 @@ class Page:
         n = len(self.of("Page.loadEventFired"))
         self("Page.navigate", url=file.absolute().as_uri())
         while len(self.of("Page.loadEventFired")) == n:
-            # A dialog would hold the page up for ever.
+            # A dialog would block the page for ever.
             assert not self.of("Page.javascriptDialogOpening"), self.of("Page.javascriptDialogOpening")
             self._read()
 
     def value(self, script: str) -> Any:
-        found = self("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def picture(self, file: Path) -> None:
-        """All of the page, as PNG."""
+        """Save the whole page as PNG."""
         size = self("Page.getLayoutMetrics")["cssContentSize"]
         whole = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=whole)
@@ -75,11 +75,11 @@ class Page:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
-    """A tab of a browser of its own, with nothing from any other."""
+    """Yield a tab of a browser with an empty profile."""
     assert CHROMIUM is not None
     theirs_in, into = os.pipe()
     out, theirs_out = os.pipe()
-    # It reads commands on descriptor 3 and answers on 4.
+    # Chromium reads commands on descriptor 3 and answers on 4.
     arguments = (
         f"--headless=new --no-sandbox --disable-gpu --no-first-run --user-data-dir={profile} --remote-debugging-pipe"
     )

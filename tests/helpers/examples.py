@@ -6,15 +6,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Train
-from pipeline.schema import CACHE, PREPARED, QUARANTINE, sequence_key
-from pipeline.stored import artifact
-from pipeline.stored.cache import Cache
-from pipeline.stored.prepared import Prepared
-from pipeline.training.objective import Objective
+from prefcache.pipeline import identity
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.schema import CACHE, PREPARED, QUARANTINE, sequence_key
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.records import PreparedManifest
+from prefcache.pipeline.training.objective import Objective
 
 REFERENCE = {"model_id": "a" * 32, "weights": {}, "config": {}}
-MINE, OTHER = "mine", "other"
+# By the id that their numerics have: what the record of a shard says of both has to agree.
+NUMERICS = {identity.numerics_id(each): each for each in ({"engine": "mine", "dtype": "float32"}, {"engine": "other"})}
+MINE, OTHER = NUMERICS
 
 
 def objective(**train: Any) -> Objective:
@@ -57,8 +62,9 @@ def prepared(folder: Path, rows: list[dict[str, Any]]) -> Prepared:
         if part := [row for row in rows if row["split"] == split]:
             data = artifact.arrow_stream(table(part, kind))
             shards.append(artifact.commit_file(folder / f"{split}.arrow", data, split=split, rows=len(part)))
-    quarantine = artifact.commit_file(folder / "quarantine.parquet", artifact.parquet(QUARANTINE.empty_table()))
-    artifact.commit_manifest(folder, {"inputs": {}, "kind": kind, "shards": shards, "quarantine": quarantine})
+    quarantine = artifact.commit_file(folder / "quarantine.parquet", artifact.parquet(QUARANTINE.empty_table()), rows=0)
+    manifest = PreparedManifest.make(inputs={}, kind=kind, shards=shards, quarantine=quarantine)
+    manifest.commit(folder / artifact.MANIFEST)
     return Prepared(folder)
 
 
@@ -86,10 +92,10 @@ def failed(prompt: list[int], completion: list[int], **row: Any) -> dict[str, An
 
 def cache_of(folder: Path, *chunks: list[dict[str, Any]]) -> Cache:
     """A cache to which these chunks were committed, each of one numerics_id."""
-    cache = Cache.create(folder, "tiny", REFERENCE)
+    cache = create_cache(folder, "tiny", REFERENCE)
     for chunk in chunks:
         numerics_id = chunk[0]["numerics_id"]
-        cache.commit(pa.Table.from_pylist(chunk, schema=CACHE), {"engine": numerics_id}, numerics_id, None)
+        CacheWriter(cache).commit(pa.Table.from_pylist(chunk, schema=CACHE), NUMERICS[numerics_id], numerics_id, None)
     return Cache(cache.folder, REFERENCE["model_id"])
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from pipeline.training.losses import LOSSES
+from prefcache.pipeline.training.losses import LOSSES
 
 torch.set_num_threads(1)
 

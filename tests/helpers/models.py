@@ -2,9 +2,12 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 
-from pipeline.schema import Sequence
+from prefcache.pipeline.model.forward import Forward, flatten
+from prefcache.pipeline.model.logprobs import sum_logps
+from prefcache.pipeline.schema import TokenSequence
 
 SIZES = {
     "vocab_size": 60,
@@ -75,10 +78,20 @@ ARCHITECTURES = {
 # Models whose layers cannot be kept to segments: states that run on, chunks, positions as biases, deaf to keywords.
 UNSHARABLE = {
     "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 2}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
+    "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4}),
+    "codegen": ("CodeGenConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4}),
+    "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "init_std": 0.3}),
     "falcon": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False}),
     "stablelm": ("StableLmConfig", {}),
     "nemotron": ("NemotronConfig", {}),
     "mamba": ("MambaConfig", {"state_size": 4}),
+    "mamba2": (
+        "Mamba2Config",
+        {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
+    # Halves what every layer but the first gives, as the published models do every six layers.
+    "rwkv": ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 128, "rescale_every": 1}),
     "llama4": (
         "Llama4TextConfig",
         {
@@ -110,10 +123,54 @@ def build(name: str, **more):
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**(SIZES | own | more))
     # SDPA would leave out Gemma 2's caps without a word, and some models do not have it.
-    kernel = "eager" if name in ("gemma2", "gpt-oss", "bloom", "mamba") else "sdpa"
+    has_sdpa = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    kernel = "sdpa" if has_sdpa and name != "gemma2" else "eager"
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
 
 
-def sequence(n_prompt: int, n_completion: int, seed: int = 0) -> Sequence:
+def start_forward(model, layout: str, like: list[TokenSequence]) -> Forward:
+    """The model's forward in a layout that was tried on these sequences."""
+    forward = Forward(model, model.config._attn_implementation, layout, "float32", "train.rows")
+    forward.choose_layout(like)
+    assert layout in (forward.layout, "auto"), forward.layout_reason
+    return forward
+
+
+def sequence(n_prompt: int, n_completion: int, seed: int = 0) -> TokenSequence:
     ids = np.random.default_rng([seed, n_prompt, n_completion]).integers(2, 60, n_prompt + n_completion, dtype=np.int32)
-    return Sequence(ids[:n_prompt], ids[n_prompt:])
+    return TokenSequence(ids[:n_prompt], ids[n_prompt:])
+
+
+def answers(n_prompt: int, *n_completions: int) -> list[TokenSequence]:
+    """Answers to one prompt."""
+    prompt = sequence(n_prompt, 1, seed=9).prompt_ids
+    lengths = enumerate(n_completions, n_prompt)
+    return [TokenSequence(prompt, sequence(1, n, seed=seed).completion_ids) for seed, n in lengths]
+
+
+# Chosen and rejected in turn: ragged, one token against many, a prompt of one token, and one longer than any window.
+PAIRS = [each for n_prompt, *n in [(20, 9, 14), (7, 1, 5), (1, 6, 1), (40, 2, 3)] for each in answers(n_prompt, *n)]
+
+
+def compute(forward: Forward, sequences: list[TokenSequence], *, squares: bool = False) -> list[list[torch.Tensor]]:
+    """Log-probs and, if asked for, squares, in the order of the sequences."""
+    groups = forward.group(sequences)
+    back = np.argsort(flatten(groups))
+    results = forward.logps([[sequences[i] for i in group] for group in groups], squares=squares)
+    return [[lists[i] for i in back] if lists else [] for lists in results]
+
+
+def dpo_loss(logps: list[torch.Tensor]) -> torch.Tensor:
+    """Against a reference with log-probs of minus 2, minus 3, ... for the answers."""
+    ratios = sum_logps(logps) + torch.arange(2.0, 2 + len(logps))
+    return -F.logsigmoid(0.1 * (ratios[::2] - ratios[1::2])).mean()
+
+
+def gradient(model) -> torch.Tensor:
+    """Of all weights, as one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape and expected.norm() > 0
+    return ((actual - expected).norm() / expected.norm()).item()

@@ -11,12 +11,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.config import Prepare
-from pipeline.preparing import encoder
-from pipeline.preparing.encoder import TokenizerFacts
-from pipeline.preparing.recipe import Reading, Recipe
-from pipeline.preparing.sources import Chunk
-from pipeline.preparing.sources.text import read_lines
+from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.preparing import encoder
+from prefcache.pipeline.preparing.encoder import TokenizerFacts
+from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, SourceFormat
+from prefcache.pipeline.preparing.sources import Chunk
+from prefcache.pipeline.preparing.sources.jsonl import read_lines
 
 DATE = datetime.date(2025, 1, 1)
 CORPUS = [
@@ -78,20 +78,23 @@ def _byte_fallback(normalizer: Any = None, pre_tokenizer: Any = None) -> Tokeniz
     return tokenizer
 
 
-def _llama2() -> Tokenizer:
-    tokenizer = _byte_fallback(normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]))
+def _with_decoder(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return tokenizer
+
+
+def _llama2() -> Tokenizer:
+    return _with_decoder(
+        _byte_fallback(normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]))
+    )
 
 
 def _metaspace(scheme: str) -> Tokenizer:
-    tokenizer = _byte_fallback(pre_tokenizer=pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return _with_decoder(
+        _byte_fallback(pre_tokenizer=pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False))
     )
-    return tokenizer
 
 
 def _gemma() -> Tokenizer:
@@ -163,13 +166,9 @@ def build(family: str, *, bos: bool = False, eos: str | None = "</s>", template:
     return fast
 
 
-def saved(family: str, *, bos: bool = False, eos: str | None = "</s>") -> tuple[Path, Any]:
-    """Its folder, and the tokenizer as Transformers loads it from there."""
-    return _saved(family, bos, eos)
-
-
 @functools.cache
-def _saved(family: str, bos: bool, eos: str | None) -> tuple[Path, Any]:
+def saved(family: str, *, bos: bool = False, eos: str | None = "</s>") -> tuple[Path, Any]:
+    """Return the folder of a tokenizer, and the tokenizer as Transformers loads it from there."""
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
     build(family, bos=bos, eos=eos).save_pretrained(folder)
     return folder, AutoTokenizer.from_pretrained(folder)
@@ -177,16 +176,18 @@ def _saved(family: str, bos: bool, eos: str | None) -> tuple[Path, Any]:
 
 @functools.cache
 def facts(family: str, *, bos: bool = False, eos: str | None = "</s>") -> TokenizerFacts:
-    return encoder.load(saved(family, bos=bos, eos=eos)[0])
+    return encoder.load_facts(saved(family, bos=bos, eos=eos)[0])
 
 
 # -- from records to a part ------------------------------------------------------------------------------------------
 
 
-def recipe(tokenizer: TokenizerFacts, template: str | None, kind: str = "pairs", **prepare: Any) -> Recipe:
+def resolved_config(
+    tokenizer: TokenizerFacts, template: str | None, kind: str = "pairs", **prepare: Any
+) -> ResolvedConfig:
     """Of pairs or labels in our own format."""
     settings = Prepare(**{"data": "x", "held_out": 0, "template": "chat" if template else "none"} | prepare)
-    return Recipe(settings, kind, tokenizer, template, None, (Reading(kind, {}, {}),))
+    return ResolvedConfig(settings, kind, tokenizer, template, None, (SourceFormat(kind, {}, {}),))
 
 
 def chunk_of(records: Iterable[dict[str, Any] | bytes]) -> Chunk:

@@ -1,38 +1,16 @@
-"""A run from the cache is TRL's run with a live reference: the same losses at every step."""
+"""TRL's trainer on the same token ids in the same order, with both models in memory."""
 
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from conftest import write_config, write_pairs
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.prepared import Prepared
 
 N_STEPS, BATCH, RATE = 200, 8, 1e-4
-
-
-def test_200_steps_have_the_losses_of_trl_with_a_live_reference(prefcache, model, tmp_path):
-    """Identical data, order and hyperparameters, in float32: 64 pairs in 25 epochs of 8 steps."""
-    write_pairs(tmp_path / "pairs.jsonl", 64)
-    config = write_config(
-        tmp_path, model, batch_size=BATCH, epochs=25, learning_rate=RATE, checkpoint_every=N_STEPS, samples=0
-    )
-    for stage in ("prepare", "score", "train"):
-        prefcache(stage, config, "--set", "prepare.held_out=0")
-    run = tmp_path / "runs/tiny/trained"
-    rows = [row for part in sorted((run / "metrics").glob("*.parquet")) for row in pq.read_table(part).to_pylist()]
-    ours = [row["loss"] for row in sorted(rows, key=lambda row: row["step"]) if row["step"]]
-    assert len(ours) == N_STEPS
-    # Something was learnt, over the whole of the run: equal losses of a policy that stands still would say little.
-    assert ours[0] > 0.69 and ours[150] < 0.6 and abs(ours[150] - ours[100]) > 1e-3
-
-    theirs = losses_of_trl(model, in_order(run), tmp_path / "trl", learning_rate=RATE)
-    assert len(theirs) == N_STEPS
-    worst = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
-    assert worst < 1e-4, worst
 
 
 def in_order(run: Path) -> list[dict[str, list[int]]]:
@@ -44,18 +22,6 @@ def in_order(run: Path) -> list[dict[str, list[int]]]:
     return [
         {name: pairs[row["example_id"]][name] for name in names} for row in sorted(visits, key=lambda row: row["step"])
     ]
-
-
-class OfIds(DPOTrainer):
-    """Reads token ids, in their order, and says every loss in full."""
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.seen.append(loss.item())
-        return loss
 
 
 def losses_of_trl(model: Path, pairs: list[dict[str, list[int]]], out: Path, **settings) -> list[float]:
@@ -90,3 +56,15 @@ def losses_of_trl(model: Path, pairs: list[dict[str, list[int]]], out: Path, **s
     trainer.seen = []
     trainer.train()
     return trainer.seen
+
+
+class OfIds(DPOTrainer):
+    """Reads token ids, in their order, and says every loss in full."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.seen.append(loss.item())
+        return loss

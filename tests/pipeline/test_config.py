@@ -3,8 +3,8 @@
 import pydantic
 import pytest
 
-from pipeline import config
-from pipeline.errors import UsageError
+from prefcache.pipeline import config, config_file
+from prefcache.pipeline.errors import UsageError
 
 SMALLEST = "model: m\nout: runs/x\nprepare: {data: a.jsonl}\n"
 
@@ -12,7 +12,7 @@ SMALLEST = "model: m\nout: runs/x\nprepare: {data: a.jsonl}\n"
 def load(tmp_path, text=SMALLEST, *overrides):
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
-    return config.load(path, overrides)
+    return config_file.load(path, overrides)
 
 
 def paths(c: config.Config) -> list[str | None]:
@@ -63,28 +63,38 @@ def test_a_config_cannot_be_changed_after_it_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("train.learning_rte", "the nearest is train.learning_rate"),
-        ("train.bta", "the nearest is train.beta"),
-        ("modell", "the nearest is model"),
-        ("scor", "the nearest is score"),
-        ("prepare.max_len", "the nearest is prepare.max_length"),
+        ("train.learning_rte", "did you mean train.learning_rate?"),
+        ("train.bta", "did you mean train.beta?"),
+        ("modell", "did you mean model?"),
+        ("scor", "did you mean score?"),
+        ("prepare.max_len", "did you mean prepare.max_length?"),
         # The right name at the wrong place: its section is named.
         ("beta", "did you mean train.beta?"),
         ("max_length", "did you mean prepare.max_length?"),
         ("train.attention", "did you mean score.attention?"),
         # Nothing near: what there is.
-        ("zzz", "known here: model, revision, adapter, out, cache, prepare, score, train"),
+        ("zzz", "known here: model, revision, adapter, out, cache, prepare, score, train (see `prefcache config`)"),
+        # Names that other trainers use.
+        ("train.lr", "use train.learning_rate"),
+        ("base_model", "use model"),
+        ("train.dpo", "use train.loss: sigmoid"),
+        ("logging_steps", "it needs no setting: every step is recorded"),
+        ("eval_dataset", "use prepare.held_out (a share of the prompts, chosen by a hash of the prompt)"),
+        (
+            "train.gradient-accumulation-steps",
+            "use train.batch_size (of a whole step; it is accumulated within train.tokens_per_micro_batch)",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(tmp_path, key, hint):
     message = refusal(tmp_path, SMALLEST, f"{key}=1")
-    assert f"{key} is no key of the configuration" in message and hint in message
+    assert message == f"--set {key}: not a key of the configuration; {hint}"
 
 
 def test_a_key_of_a_section_within_a_section_has_its_nearest(tmp_path):
     kinds = "train.kinds={preferred: a, rejected: b, rejectd: c}"
-    assert "the nearest is train.kinds.rejected" in refusal(tmp_path, SMALLEST, kinds)
-    assert "the nearest is train.tokens.clamp" in refusal(tmp_path, SMALLEST, "train.tokens.clmp=[-1, 1]")
+    assert "did you mean train.kinds.rejected?" in refusal(tmp_path, SMALLEST, kinds)
+    assert "did you mean train.tokens.clamp?" in refusal(tmp_path, SMALLEST, "train.tokens.clmp=[-1, 1]")
 
 
 def test_actors_of_ray_are_absent_unless_named(tmp_path):
@@ -92,9 +102,38 @@ def test_actors_of_ray_are_absent_unless_named(tmp_path):
     c = load(tmp_path, SMALLEST, "score.ray.actors=2", "score.ray.gpus=0.5")
     assert (c.score.ray.actors, c.score.ray.gpus, c.score.ray.cpus, c.score.ray.address) == (2, 0.5, 1, None)
     assert "score.ray.actors is missing" in refusal(tmp_path, SMALLEST, "score.ray.gpus=1")
-    assert "the nearest is score.ray.actors" in refusal(tmp_path, SMALLEST, "score.ray.actor=1")
+    assert "did you mean score.ray.actors?" in refusal(tmp_path, SMALLEST, "score.ray.actor=1")
     message = refusal(tmp_path, SMALLEST, "score.ray=2")
     assert "score.ray: found 2, expected a mapping of actors, address, cpus, gpus, options" in message
+
+
+def test_the_file_is_blamed_for_what_it_says_and_set_for_the_rest(tmp_path):
+    text = "model: m\nout: o\nprepare: {data: a.jsonl, held_out: 2}\n"
+    message = refusal(tmp_path, text, "train.beta=strong", "train.lerning_rate=1", "train.run=prepared")
+    # Each part is told apart by what it begins with: the file's own mistake first.
+    of_file, _, of_set = message.partition("; --set ")
+    assert of_file.startswith(f"{tmp_path / 'config.yaml'}: prepare.held_out: ") and "train" not in of_file
+    assert (
+        of_set.startswith("train.beta: ")
+        and "; --set train.lerning_rate: " in of_set
+        and "did you mean train.learning_rate?" in of_set
+    )
+    assert "config.yaml" not in refusal(tmp_path, SMALLEST, "train.run=prepared")
+    # Where only the section is wrong, either may be to blame.
+    message = refusal(tmp_path, SMALLEST, "train.tokens.ld_alpha_of=policy")
+    assert message.startswith("train.tokens: ld_alpha_of says whose tokens")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet", "pairs.csv", "pairs.jsonl.gz", "pairs.json"])
+def test_data_in_the_place_of_a_config_is_called_data(tmp_path, name):
+    (tmp_path / name).write_text('[{"prompt": "a"}]')
+    with pytest.raises(UsageError, match=rf"{name} is data, not a config\. Name a config, or --set prepare\.data="):
+        config_file.load(tmp_path / name)
+    (tmp_path / "lines.json").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(UsageError, match="is data, not a config"):
+        config_file.load(tmp_path / "lines.json")
+    (tmp_path / "config.json").write_text('{"model": "m", "out": "o", "prepare": {"data": "a.jsonl"}}')
+    assert config_file.load(tmp_path / "config.json").model == "m"
 
 
 def test_every_mistake_is_named_at_once(tmp_path):
@@ -112,7 +151,7 @@ def test_set_overrides_the_file_and_the_last_one_wins(tmp_path):
 
 
 def test_set_makes_the_sections_it_needs():
-    c = config.load(
+    c = config_file.load(
         None,
         ["model=m", "out=o", "prepare.data=[a.jsonl, b.jsonl]", "train.kinds.preferred=y.*", "train.kinds.rejected=n"],
     )
@@ -197,7 +236,7 @@ def test_loss_args_keep_yes_and_no(tmp_path):
         ("train.reference_free=3", "train.reference_free"),
         ("train.tokens.ld_alpha=1.5", "train.tokens.ld_alpha"),
         ("train.tokens.ld_alpha=-0.1", "train.tokens.ld_alpha"),
-        ("train.tokens.ld_alpha_of=policy", "there is no ld_alpha; say it too"),
+        ("train.tokens.ld_alpha_of=policy", "but ld_alpha is not set; set it too"),
         ("train.tokens.ld_alpha_of=reference", "train.tokens.ld_alpha_of: Input should be 'both' or 'policy'"),
         ("train.tokens.decay=0", "train.tokens.decay"),
         ("train.tokens.decay=1.1", "train.tokens.decay"),
@@ -234,7 +273,7 @@ def test_what_must_be_said_is_asked_for(tmp_path, key):
 
 
 def train(*overrides: str) -> config.Train:
-    return config.load(None, ["model=m", "out=o", "prepare.data=a", *overrides]).train
+    return config_file.load(None, ["model=m", "out=o", "prepare.data=a", *overrides]).train
 
 
 @pytest.mark.parametrize(
@@ -263,7 +302,7 @@ def test_weights_can_be_set_one_by_one():
         ("true", "names with their weights, found True"),
         ("[{sigmoid: 0.8}, {sft: 0.2}]", "names with their weights, found [{'sigmoid': 0.8}, {'sft': 0.2}]"),
         ("[sigmoid, null]", "names with their weights"),
-        ("[sigmoid, sft, sigmoid]", "names sigmoid twice; say its weight, as in {sigmoid: 2}"),
+        ("[sigmoid, sft, sigmoid]", "names sigmoid twice; give it a weight, as in {sigmoid: 2}"),
         ("{sigmoid: much}", "the weight of sigmoid is 'much'; expected a number that is not negative"),
         ("{sigmoid: 1, sft: }", "the weight of sft is None"),
         ("{sigmoid: true}", "the weight of sigmoid is True"),
@@ -342,17 +381,22 @@ def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, found):
     assert "config.yaml" in message and found in message
 
 
+def test_a_file_of_trl_leads_to_the_command_that_converts_it(tmp_path):
+    message = refusal(tmp_path, "model_name_or_path: m\ndataset_name: d\nlearning_rate: 1e-6\n")
+    assert "config.yaml: these are TRL's settings; `prefcache from-trl FILE --output my.yaml` converts them" in message
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"No config at .*nowhere\.yaml"):
-        config.load(tmp_path / "nowhere.yaml")
+        config_file.load(tmp_path / "nowhere.yaml")
 
 
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"config\.yaml cannot be read"):
-        config.load(tmp_path / "config.yaml")
+        config_file.load(tmp_path / "config.yaml")
     with pytest.raises(UsageError, match="cannot be read"):
-        config.load(tmp_path)
+        config_file.load(tmp_path)
 
 
 def test_the_resolved_config_reloads_to_itself(tmp_path):
@@ -364,7 +408,7 @@ def test_the_resolved_config_reloads_to_itself(tmp_path):
         "train.tokens={clamp: [-1.5, 1], decay: 0.9}",
     ]
     c = load(tmp_path, SMALLEST, *said)
-    again = load(tmp_path, config.to_yaml(c))
+    again = load(tmp_path, config_file.to_yaml(c))
     assert again == c
     assert again.train.learning_rate == 1e-6 and again.train.kinds.preferred == "ü.*"
     assert list(again.train.loss.items()) == [("sft", 0.2), ("ipo", 1.0)]  # in their order: the first has the beta
@@ -374,7 +418,7 @@ def test_the_resolved_config_reloads_to_itself(tmp_path):
 
 
 def sources(*overrides: str) -> tuple[config.Source, ...]:
-    return config.load(None, ["model=m", "out=o", *overrides]).prepare.sources
+    return config_file.load(None, ["model=m", "out=o", *overrides]).prepare.sources
 
 
 def test_data_is_a_path_or_a_list_of_paths_and_sources():

@@ -3,18 +3,27 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pipeline import identity
-from pipeline.config import Config
-from pipeline.errors import UsageError
-from pipeline.identity import Reference
+from prefcache.pipeline import identity, older_ids
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.safetensors_files import Digests, hash_tensors
 
 
 @pytest.fixture
@@ -23,7 +32,7 @@ def copy(model, tmp_path) -> Path:
 
 
 def model_id(folder: Path) -> str:
-    return identity.model_identity(Reference(folder), {})["model_id"]
+    return identity.model_identity(Reference(folder))["model_id"]
 
 
 def edit(folder: Path, change) -> None:
@@ -36,24 +45,12 @@ def edit(folder: Path, change) -> None:
 # -- model_id --------------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_elsewhere_is_the_same_model(model, copy):
-    assert model_id(copy) == model_id(model)
-
-
-def test_a_plain_model_keeps_the_id_that_its_caches_were_made_under(tmp_path):
-    (tmp_path / "config.json").write_text('{"hidden_size": 8, "dtype": "bfloat16", "transformers_version": "5.16.0"}')
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    weights = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"  # sha256 of b"weights"
-    # What the first version hashed, written out: keys sorted, nothing of the dtype, nothing of what a model may lack.
-    content = f'{{"config": {{"hidden_size": 8}}, "weights": {{"model.safetensors": "{weights}"}}}}'
-    assert model_id(tmp_path) == hashlib.sha256(content.encode()).hexdigest()[:32] == "c202c99c4185fb98def5ed84e651f832"
-
-
 @pytest.mark.parametrize(
     "name",
-    ["generation_config.json", "model.safetensors.index.json", "README.md", "tokenizer.json", "training_args.bin"],
+    ["generation_config.json", "model.safetensors.index.json", "model-2.safetensors", "README.md", "tokenizer.json"],
 )
-def test_what_lies_beside_config_and_weights_does_not_count(model, copy, name):
+def test_a_copy_elsewhere_is_the_same_model_whatever_lies_beside_config_and_weights(model, copy, name):
+    assert model_id(copy) == model_id(model)
     (copy / name).write_text("{}")
     assert model_id(copy) == model_id(model)
 
@@ -62,23 +59,142 @@ def test_other_weights_are_another_model(model, other_model):
     assert model_id(model) != model_id(other_model)
 
 
-def test_one_bit_of_a_weight_is_another_model(model, copy):
-    path = copy / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    assert model_id(copy) != model_id(model)
+def test_a_tensor_is_known_by_name_dtype_shape_and_the_sha256_of_its_bytes(tmp_path):
+    save_file({"x": np.array([[1.5, -2.0]], np.float32)}, tmp_path / "x.safetensors")
+    expected = hashlib.sha256(struct.pack("<2f", 1.5, -2.0)).hexdigest()
+    assert hash_tensors(tmp_path / "x.safetensors") == {"x": ("F32", (1, 2), expected)}
 
 
-def test_weights_are_known_by_their_sha256(model):
-    found = identity.model_identity(Reference(model), {})["weights"]
-    data = (model / "model.safetensors").read_bytes()
-    assert found == {"model.safetensors": hashlib.sha256(data).hexdigest()}
+def shards_of(folder: Path, parts: dict[str, list[str]], source: Path | None = None) -> None:
+    """Put the tensors of `source` into these files instead of one, with an index that names them."""
+    tensors = load_file((source or folder) / "model.safetensors")
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+    write_index(folder, {name: file for file, names in parts.items() for name in names})
 
 
-def test_every_weight_file_counts(model, copy):
-    (copy / "model-2.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
-    assert model_id(copy) != model_id(model)
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def names_in(model: Path) -> list[str]:
+    return sorted(load_file(model / "model.safetensors"))
+
+
+@pytest.mark.parametrize("n_files", [1, 2, 5])
+def test_in_how_many_files_the_weights_lie_does_not_count(model, copy, n_files):
+    names = names_in(model)
+    shards_of(copy, {f"part-{n}.safetensors": names[n::n_files] for n in range(n_files)})
+    assert model_id(copy) == model_id(model)
+
+
+def test_the_index_selects_which_of_two_files_with_the_same_names_is_the_model(model, other_model, copy):
+    names = names_in(model)
+    for file, source in (("a.safetensors", model), ("b.safetensors", other_model)):
+        shards_of(copy, {file: names}, source)
+    assert model_id(copy) == model_id(other_model)
+    write_index(copy, dict.fromkeys(names, "a.safetensors"))
+    assert model_id(copy) == model_id(model)
+    # Transformers loads all of b, though the index names one tensor of it; another loader may not.
+    write_index(copy, dict.fromkeys(names, "a.safetensors") | {names[0]: "b.safetensors"})
+    with pytest.raises(UsageError, match=r"has two different tensors .* in files that both load"):
+        model_id(copy)
+
+
+def test_transformers_loads_what_the_id_is_of(model, other_model, copy):
+    """The order of Transformers: transformers_weights in the config, model.safetensors, the index."""
+
+    def loaded() -> bytes:
+        found = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=False)
+        return found.lm_head.weight.detach().numpy().tobytes()
+
+    def known() -> set[bytes]:
+        return {load_file(file)["lm_head.weight"].tobytes() for file in Reference(copy).weight_files}
+
+    names = names_in(model)
+    shards_of(copy, {"b.safetensors": names}, other_model)
+    assert known() == {loaded()}
+    shutil.copy(model / "model.safetensors", copy)
+    assert model_id(copy) == model_id(model) and known() == {loaded()}
+    edit(copy, lambda c: c.update(transformers_weights="b.safetensors"))
+    assert model_id(copy) == model_id(other_model) and known() == {loaded()}
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "found"),
+    [
+        ({"x": "gone.safetensors"}, "names gone.safetensors, which does not exist"),
+        ({"x": "../copy/model.safetensors"}, "has no weight_map of tensors to names of files in its folder"),
+        ({"x": 3}, "has no weight_map"),
+        ({}, "has no weight_map"),
+        ([1], "has no weight_map"),
+        ({"x": "a.safetensors"}, "lacks tensors that its index names: x"),
+    ],
+)
+def test_an_index_that_names_what_is_not_there_is_refused(copy, weight_map, found):
+    os.replace(copy / "model.safetensors", copy / "a.safetensors")
+    write_index(copy, weight_map)
+    with pytest.raises(UsageError, match=found):
+        model_id(copy)
+
+
+def test_weight_files_of_other_names_are_refused(copy):
+    os.replace(copy / "model.safetensors", copy / "weights.safetensors")
+    with pytest.raises(
+        UsageError, match=r"has weights.safetensors; expected model.safetensors, or model.safetensors.index"
+    ):
+        model_id(copy)
+
+
+def header(content: bytes, data: bytes = b"\0" * 8) -> bytes:
+    return struct.pack("<Q", len(content)) + content + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"weights",
+        struct.pack("<Q", 1 << 63) + b"{}",
+        header(b"[" * 100_000),
+        header(b"[1]"),
+        header(b"\xff\xfe"),
+        header(b"{}"),
+        header(b'{"x": 3}'),
+        header(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}'),
+        header(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}'),
+        header(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}'),
+        header(b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'),
+        header(b'{"x": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}'),
+        header(b'{"x": {"dtype": 4, "shape": [2], "data_offsets": [0, 8]}}'),
+        header(b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "x": {}}'),
+        header(
+            b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+            b'"y": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'
+        ),
+        header(b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
+    ],
+)
+def test_garbage_in_place_of_weights_is_refused_in_a_sentence(copy, content):
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match=r"model\.safetensors is not a whole safetensors file: .*fetch it again"):
+        model_id(copy)
+
+
+def test_one_number_in_any_file_of_a_sharded_model_is_another_model(model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path, max_shard_size="30KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    found = {model_id(tmp_path)}
+    for file in files:
+        before, tensors = file.read_bytes(), load_file(file)
+        name = max(tensors)
+        save_file(tensors | {name: tensors[name] + 1}, file, {"format": "pt"})
+        found.add(model_id(tmp_path))
+        file.write_bytes(before)
+    assert len(found) == len(files) + 1
 
 
 @pytest.mark.parametrize(
@@ -90,8 +206,10 @@ def test_every_weight_file_counts(model, copy):
         lambda c: c.update(final_logit_softcapping=30.0),
         lambda c: c.update(quantization_config={"bits": 4}),
         lambda c: c.pop("hidden_act"),
+        lambda c: c.update(pad_token_id=7),
+        lambda c: c.update(image_token_id=7),
     ],
-    ids=["rope_theta", "eps", "window", "soft cap", "quantization", "a key less"],
+    ids=["rope_theta", "eps", "window", "soft cap", "quantization", "a key less", "padding", "image token"],
 )
 def test_a_config_that_computes_otherwise_is_another_model(model, copy, change):
     edit(copy, change)
@@ -106,10 +224,12 @@ def test_a_config_that_computes_otherwise_is_another_model(model, copy, change):
         lambda c: c.update(transformers_version="0.0.1"),
         lambda c: c.update(_name_or_path="/elsewhere"),
         lambda c: c.update(_attn_implementation="eager"),
+        lambda c: c.update(eos_token_id=7, bos_token_id=[1, 2]),
+        lambda c: c.update(architectures=["Other"], auto_map={"AutoModel": "code.Other"}),
         lambda c: c.update(use_cache=not c.get("use_cache", True)),
         lambda c: [c.update({key: c.pop(key)}) for key in sorted(c, reverse=True)],
     ],
-    ids=["dtype", "torch_dtype", "version", "path", "kernel", "use_cache", "order of keys"],
+    ids=["dtype", "torch_dtype", "version", "path", "kernel", "ends", "class", "use_cache", "order of keys"],
 )
 def test_what_computes_the_same_is_the_same_model(model, copy, change):
     edit(copy, change)
@@ -119,10 +239,37 @@ def test_what_computes_the_same_is_the_same_model(model, copy, change):
 def test_volatile_keys_of_a_nested_config_do_not_count(copy):
     edit(copy, lambda c: c.update(text_config={"dtype": "float32", "rope_theta": 1.0}))
     before = model_id(copy)
-    edit(copy, lambda c: c["text_config"].update(dtype="bfloat16"))
+    edit(copy, lambda c: c["text_config"].update(dtype="bfloat16", eos_token_id=3))
     assert model_id(copy) == before
     edit(copy, lambda c: c["text_config"].update(rope_theta=2.0))
     assert model_id(copy) != before
+
+
+def test_where_a_forward_reads_where_a_text_ends_that_counts(copy):
+    edit(copy, lambda c: c.update(model_type="qwen4_exp_text", eos_token_id=3))
+    before = model_id(copy)
+    edit(copy, lambda c: c.update(eos_token_id=4))
+    assert model_id(copy) != before
+
+
+def test_no_other_causal_language_model_reads_where_a_text_ends():
+    """What Transformers' own files say. Names of others' configs, generation and classifiers are not its forward."""
+    read = re.compile(r"(?<!generation_)config\.(?:\w+\.)?(?:eos|bos)_token_id")
+    others = re.compile(
+        r"eos_mask = input_ids\.eq\(|shift_tokens_right\(|labels, |generation_config"
+    )  # classifiers, made-up inputs
+    root, found = Path(transformers.__file__).parent / "models", set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        for file in (root / model_type_to_module_name(kind)).glob("modeling_*.py"):
+            lines = file.read_text().splitlines()
+            if any(read.search(line) and not others.search(line) for line in lines):
+                found.add(kind)
+    assert found == identity._READ_ENDS
+
+
+def test_the_class_of_a_causal_language_model_depends_on_its_model_type_alone():
+    # Where Transformers had several for one, it would choose by `architectures`.
+    assert all(isinstance(name, str) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def test_a_broken_config_is_refused_by_name(copy):
@@ -132,37 +279,29 @@ def test_a_broken_config_is_refused_by_name(copy):
 
 
 def test_unchanged_weights_are_not_hashed_again(copy):
-    memo: dict[str, str] = {}
-    first = identity.model_identity(Reference(copy), memo)
-    assert list(memo.values()) == list(first["weights"].values())
+    digests = Digests()
+    first = identity.model_identity(Reference(copy), digests)["model_id"]
+    (stamp,) = digests.tensors
     # What is remembered is believed.
-    memo[next(iter(memo))] = "0" * 64
-    assert identity.model_identity(Reference(copy), memo)["model_id"] != first["model_id"] and len(memo) == 1
+    name = next(iter(digests.tensors[stamp]))
+    digests.tensors[stamp][name] = digests.tensors[stamp][name]._replace(sha256="0" * 64)
+    assert identity.model_identity(Reference(copy), digests)["model_id"] != first and list(digests.tensors) == [stamp]
 
 
-def test_weights_edited_in_place_are_seen_although_their_time_was_put_back(copy):
-    path = copy / "model.safetensors"
-    memo: dict[str, str] = {}
-    first = identity.model_identity(Reference(copy), memo)
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_one_bit_of_a_weight_is_seen_although_size_and_time_are_as_before(copy, is_replaced):
+    path, digests = copy / "model.safetensors", Digests()
+    first = identity.model_identity(Reference(copy), digests)["model_id"]
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[-1] ^= 1
-    with open(path, "r+b") as file:
+    changed = copy / "new" if is_replaced else path
+    with open(changed, "wb" if is_replaced else "r+b") as file:
         file.write(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert path.stat().st_mtime_ns == stat.st_mtime_ns and path.stat().st_ino == stat.st_ino
-    assert identity.model_identity(Reference(copy), memo)["model_id"] != first["model_id"] and len(memo) == 2
-
-
-def test_weights_replaced_within_the_same_time_and_size_are_hashed_again(copy):
-    path = copy / "model.safetensors"
-    memo: dict[str, str] = {}
-    first = identity.model_identity(Reference(copy), memo)
-    stat, data = path.stat(), bytearray(path.read_bytes())
-    data[-1] ^= 1
-    (copy / "new").write_bytes(data)
-    os.utime(copy / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    os.replace(copy / "new", path)
-    assert identity.model_identity(Reference(copy), memo)["model_id"] != first["model_id"]
+    os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(changed, path)
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and (path.stat().st_ino == stat.st_ino) is not is_replaced
+    assert identity.model_identity(Reference(copy), digests)["model_id"] != first
+    assert len(digests.tensors) == 1  # what the file was before is forgotten
 
 
 # -- a model's folder ------------------------------------------------------------------------------------------------
@@ -178,67 +317,64 @@ def test_a_folder_with_a_model_is_found(model):
     assert find_start(str(model)) == model
 
 
-def break_adapter(folder):
-    """A base that is an adapter itself."""
-    adapter = {"base_model_name_or_path": str(folder), "peft_type": "LORA"}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+ADAPTER = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
-def break_config(folder):
-    (folder / "config.json").unlink()
+def without(name):
+    return lambda folder: (folder / name).unlink()
 
 
-def break_weights(folder):
-    (folder / "model.safetensors").unlink()
+def as_pickle(folder):
+    (weights,) = folder.glob("*.safetensors")
+    os.replace(weights, weights.with_suffix(".bin"))
 
 
-def break_pickle(folder):
-    os.replace(folder / "model.safetensors", folder / "pytorch_model.bin")
+def of_kind(**settings):
+    return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | settings))
 
 
 @pytest.mark.parametrize(
     ("breaks", "found"),
     [
-        (break_adapter, "is an adapter; a whole model is needed.*Merge it"),
-        (break_config, "no config.json"),
-        (break_weights, "has no weights; expected .*safetensors"),
-        (break_pickle, "pickle, which is never read"),
+        (of_kind(base_model_name_or_path="../copy"), "is an adapter; a whole model is needed.*Merge it"),
+        (without("config.json"), "no config.json"),
+        (without("model.safetensors"), "has no weights; expected .*safetensors"),
+        (as_pickle, "pickle, which is never read"),
     ],
 )
 def test_a_folder_that_is_no_whole_model_is_refused(copy, breaks, found):
+    with pytest.raises(UsageError, match="is a file; expected a folder"):
+        find_start(str(copy / "config.json"))
     breaks(copy)
     with pytest.raises(UsageError, match=found):
         find_start(str(copy))
 
 
-def test_a_file_is_no_model(model):
-    with pytest.raises(UsageError, match="is a file; expected a folder"):
-        find_start(str(model / "config.json"))
-
-
-@pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "../x/y z", "org/name@main"])
+@pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "org/name@main"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name):
     with pytest.raises(UsageError, match=r"expected a folder with config\.json, or a hub id such as org/name"):
         find_start(name)
 
 
-def offline(hub: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """find_reference in a process whose hub is a folder of this test's, without a network."""
+@pytest.mark.parametrize("name", ["./nope", "../x/y z", "/no/where", "~/model", "./org/name"])
+def test_a_path_that_leads_nowhere_is_no_hub_id(name):
+    with pytest.raises(UsageError, match=rf"^No folder at {name}\.") as refused:
+        find_start(name)
+    assert "hub" not in str(refused.value)
+
+
+def offline(hub: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    """Print the id of a reference in a process whose hub is a folder of this test's, without a network."""
     code = (
-        "import sys; from pipeline.config import Config; from pipeline.errors import UsageError\n"
-        "from pipeline.identity import find_reference\n"
-        "config = Config(model=sys.argv[1], out='runs/x', prepare={'data': 'pairs.jsonl'})\n"
-        "try: print(find_reference(config).folder)\n"
+        "import sys; from prefcache.pipeline import config_file, identity; from prefcache.pipeline.errors import UsageError\n"
+        "try: reference = identity.find_reference(config_file.load(None, ['out=o', 'prepare.data=d', *sys.argv[1:]]))\n"
         "except UsageError as error: print(error); sys.exit(2)\n"
+        "print(identity.model_identity(reference)['model_id'], reference.folder)\n"
     )
-    return in_a_process(hub, code, name)
-
-
-def in_a_process(hub: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, cwd=hub, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *settings], env=environment, cwd=hub, capture_output=True, text=True, timeout=60
     )
 
 
@@ -251,31 +387,35 @@ def hub_with(tmp_path: Path, model: Path) -> Path:
     return tmp_path
 
 
-def test_a_hub_id_that_was_fetched_before_is_found_offline(tmp_path, model):
-    done = offline(hub_with(tmp_path, model), "org/tiny")
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = Path(done.stdout.strip())
-    assert folder.is_relative_to(tmp_path) and model_id(folder) == model_id(model)
+def test_a_hub_id_that_was_fetched_before_is_found_offline_and_counts_by_what_its_revision_holds(
+    tmp_path, model, other_model
+):
+    repository = hub_with(tmp_path, model) / "hub" / "models--org--tiny"
+    for branch, commit, source in (("tuned", "1" * 40, other_model), ("again", "2" * 40, model)):
+        shutil.copytree(source, repository / "snapshots" / commit)
+        (repository / "refs" / branch).write_text(commit)
+    for revision, source in ((None, model), ("main", model), ("tuned", other_model), ("again", model)):
+        done = offline(tmp_path, "model=org/tiny", *([f"revision={revision}"] if revision else []))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found, folder = done.stdout.split()
+        assert Path(folder).is_relative_to(tmp_path) and found == model_id(source)
 
 
 def test_an_unknown_hub_id_offline_is_refused_in_words(tmp_path):
-    done = offline(tmp_path, "org/unknown")
+    done = offline(tmp_path, "model=org/unknown")
     assert done.returncode == 2, done.stderr
-    assert "org/unknown is no folder here, and the hub gave none" in done.stdout
+    assert "org/unknown is not a local folder and could not be downloaded from the hub" in done.stdout
     assert "Check the name and the network" in done.stdout
 
 
 # -- find_reference --------------------------------------------------------------------------------------------------
 
 
-ADAPTER = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
-
-
 def write_adapter(folder: Path, base: str | None = None, **settings) -> Path:
     """The files of an adapter. Its weights are not looked into here."""
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": base} | settings))
-    (folder / "adapter_model.safetensors").write_bytes(b"weights of the adapter")
+    save_file({"lora_A": np.zeros(2, np.float32)}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -285,7 +425,7 @@ def named(model, **keys) -> Reference:
 
 
 def reference_id(reference: Reference) -> str:
-    return identity.model_identity(reference, {})["model_id"]
+    return identity.model_identity(reference)["model_id"]
 
 
 def test_a_reference_is_a_model_or_an_adapter_with_its_base(model, tmp_path):
@@ -308,25 +448,13 @@ def test_an_adapters_own_tokenizer_goes_before_its_bases(model, tmp_path):
     assert named(adapter).tokenizer == adapter
 
 
-def without(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def as_pickle(folder):
-    os.replace(folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-
-
-def of_kind(**settings):
-    return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | settings))
-
-
 @pytest.mark.parametrize(
     ("breaks", "found"),
     [
-        (without("adapter_config.json"), r"is no adapter: it has no adapter_config\.json"),
+        (without("adapter_config.json"), r"has no adapter_config\.json"),
         (without("adapter_model.safetensors"), r"has no weights; expected adapter_model\.safetensors"),
         (as_pickle, "pickle, which is never read"),
-        (of_kind(peft_type="PREFIX_TUNING"), "is a PREFIX_TUNING adapter; known are LORA"),
+        (of_kind(peft_type="PREFIX_TUNING"), "is a PREFIX_TUNING adapter; supported are LORA"),
         (of_kind(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config\.json is not JSON"),
     ],
@@ -351,11 +479,11 @@ def test_names_that_contradict_each_other_are_refused(model, copy, tmp_path):
     with pytest.raises(UsageError, match="a whole model is needed here"):
         named(write_adapter(tmp_path / "second", str(adapter)))
     edit(copy, lambda c: c.update(quantization_config={"bits": 4}))
-    with pytest.raises(UsageError, match="is quantised already"):
+    with pytest.raises(UsageError, match="is quantized already"):
         named(copy, score={"quantization": "8bit"})
 
 
-def test_adapter_quantisation_and_both_are_references_of_their_own(model, tmp_path):
+def test_adapter_quantization_and_both_are_references_of_their_own(model, tmp_path):
     adapter = write_adapter(tmp_path / "adapter")
     all_of_them = [Reference(model, a, q) for a in (None, adapter) for q in (None, "4bit", "8bit")]
     assert len({reference_id(each) for each in all_of_them}) == 6
@@ -371,32 +499,16 @@ def test_an_adapter_is_known_by_its_weights_and_by_what_its_config_computes(mode
     # PEFT saves sets, in whatever order.
     assert changed("reordered", target_modules=["v_proj", "q_proj"]) == first
     assert len({first, changed("rank", r=8), changed("alpha", lora_alpha=32), changed("dora", use_dora=True)}) == 4
-    (tmp_path / "first" / "adapter_model.safetensors").write_bytes(b"weights of the adaptes")
+    save_file({"lora_A": np.ones(2, np.float32)}, tmp_path / "first" / "adapter_model.safetensors")
     assert reference_id(Reference(model, tmp_path / "first")) != first
 
 
-def test_a_revision_is_fetched_and_counts_by_what_it_holds(tmp_path, model, other_model):
-    hub = hub_with(tmp_path, model)
-    repository = hub / "hub" / "models--org--tiny"
-    for branch, commit, source in (("tuned", "1" * 40, other_model), ("again", "2" * 40, model)):
-        shutil.copytree(source, repository / "snapshots" / commit)
-        (repository / "refs" / branch).write_text(commit)
-    found = {name: offline_reference(hub, name) for name in (None, "main", "tuned", "again")}
-    assert found == {
-        None: model_id(model),
-        "main": model_id(model),
-        "tuned": model_id(other_model),
-        "again": model_id(model),
-    }
-
-
-def offline_reference(hub: Path, revision: str | None) -> str:
-    code = (
-        "import sys; from pipeline import config, identity\n"
-        "c = config.load(None, ['model=org/tiny', 'out=o', 'prepare.data=d', *sys.argv[1:]])\n"
-        "print(identity.model_identity(identity.find_reference(c), {})['model_id'])\n"
-    )
-    return in_a_process(hub, code, *([f"revision={revision}"] if revision else [])).stdout.strip()
+@pytest.mark.parametrize("key", ["alpha_pattern", "rank_pattern"])
+def test_the_order_of_an_adapters_patterns_counts(model, tmp_path, key):
+    # PEFT takes the first that fits: q_proj gets 8 here, 64 there.
+    first = write_adapter(tmp_path / "first", **{key: {"q_proj": 8, ".*_proj": 64}})
+    second = write_adapter(tmp_path / "second", **{key: {".*_proj": 64, "q_proj": 8}})
+    assert reference_id(Reference(model, first)) != reference_id(Reference(model, second))
 
 
 # -- tokenizer and numerics ------------------------------------------------------------------------------------------
@@ -406,6 +518,61 @@ def test_the_tokenizer_has_an_id_of_its_own(model, other_model, copy):
     assert identity.tokenizer_id(model) == identity.tokenizer_id(other_model) == identity.tokenizer_id(copy)
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     assert identity.tokenizer_id(copy) != identity.tokenizer_id(model)
+
+
+def test_a_tokenizers_id_is_not_of_where_it_came_from(model, copy):
+    path = copy / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    notes = {
+        "is_local": True,
+        "local_files_only": True,
+        "name_or_path": "/x",
+        "processor_class": "P",
+        "padding_side": "left",
+    }
+    path.write_text(json.dumps(dict(reversed((settings | notes).items()))))
+    assert identity.tokenizer_id(copy) == identity.tokenizer_id(model)
+    path.write_text(json.dumps(settings | {"add_prefix_space": True}))
+    assert identity.tokenizer_id(copy) != identity.tokenizer_id(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.4.0.0.json",
+        "spm_char.model",
+        "source.spm",
+        "bpe.codes",
+        "dict.txt",
+        "emoji.json",
+        "normalizer.json",
+        "byte_maps.json",
+        "vocab-src.json",
+        "tokenizer.model.v3",
+        "qwen.tiktoken",
+    ],
+)
+def test_whatever_a_tokenizer_is_loaded_from_is_in_its_id(copy, name):
+    def found() -> set[str]:
+        return {identity.tokenizer_id(copy), identity.tokenizer_stamp(copy)}
+
+    seen = [found()]
+    for content in ("a", "b"):
+        (copy / name).write_text(content)
+        seen.append(found())
+    assert len(set.union(*seen)) == 6
+
+
+def test_a_tokenizer_without_further_files_keeps_its_id_and_its_older_one(tmp_path):
+    # By hand: each file's name, its size and its bytes, in the order of the older list; each file once.
+    files = {"tokenizer.json": b"{}", "tokenizer.model": b"m", "vocab.json": b"v", "vocab.txt": b"t"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    text = b"".join(f"{name}\0{len(data)}\0".encode() + data for name, data in files.items())
+    expected = hashlib.sha256(text).hexdigest()[:32]
+    assert identity.tokenizer_id(tmp_path) == older_ids.older_tokenizer_id(tmp_path) == expected
+    (tmp_path / "dict.txt").write_bytes(b"d")
+    assert older_ids.older_tokenizer_id(tmp_path) == expected != identity.tokenizer_id(tmp_path)
 
 
 def test_numerics_name_engine_and_versions_and_hash_to_an_id():

@@ -8,8 +8,8 @@ from itertools import count
 
 import pytest
 
-from pipeline import pool
-from pipeline.errors import DataError, ResourceError
+from prefcache.pipeline import process_pool
+from prefcache.pipeline.errors import DataError, ResourceError
 
 ME = os.getpid()
 
@@ -55,7 +55,7 @@ def no_worker_is_left() -> bool:
 
 @pytest.mark.parametrize("n_workers", [1, 2, 3])
 def test_every_task_is_done_once(n_workers):
-    done = list(pool.run(start, tasks(50), n_workers, start()))
+    done = list(process_pool.run(start, tasks(50), n_workers, start()))
     assert sorted(square for square, _, _ in done) == [n * n for n in range(50)]
     processes = {process for _, process, _ in done}
     assert processes == {ME} if n_workers == 1 else ME not in processes and 1 <= len(processes) <= n_workers
@@ -67,12 +67,12 @@ def test_every_task_is_done_once(n_workers):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_a_single_task_needs_no_other_process(n):
-    assert list(pool.run(start, tasks(n), 3, start())) == [(0, ME, 0)][:n]
+    assert list(process_pool.run(start, tasks(n), 3, start())) == [(0, ME, 0)][:n]
 
 
 def test_tasks_are_taken_as_they_can_be_worked_on():
     taken = []
-    results = pool.run(start_slow, ((taken.append(i) or i,) for i in range(1000)), 2, start_slow())
+    results = process_pool.run(start_slow, ((taken.append(i) or i,) for i in range(1000)), 2, start_slow())
     for n_back in range(1, 6):
         next(results)
         # Never more than two for each of the two workers are in work, waiting or just back.
@@ -84,7 +84,7 @@ def test_tasks_are_taken_as_they_can_be_worked_on():
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_an_error_of_a_worker_is_the_callers(n_workers):
     with pytest.raises(DataError, match=r"^task 3 is bad\. Mend it\.$") as caught:
-        list(pool.run(start_failing, tasks(100), n_workers, fail_at_3))
+        list(process_pool.run(start_failing, tasks(100), n_workers, fail_at_3))
     assert caught.value.exit_code == 3 and no_worker_is_left()
 
 
@@ -94,7 +94,7 @@ def test_an_error_of_the_tasks_themselves_ends_the_workers():
         raise DataError("the source broke off")
 
     with pytest.raises(DataError, match="broke off"):
-        list(pool.run(start, broken(), 2, start()))
+        list(process_pool.run(start, broken(), 2, start()))
     assert no_worker_is_left()
 
 
@@ -107,21 +107,24 @@ def busy(n):
     return sum(range(10**11))
 
 
-def test_a_worker_that_its_timer_ends_is_said_with_the_remedy():
-    with pytest.raises(ResourceError, match=r"cannot be interrupted.*prepare\.chat_template"):
-        list(pool.run(start_busy, tasks(4), 2, busy))
-
-
-def test_a_worker_that_is_killed_is_said_with_the_remedy():
-    with pytest.raises(ResourceError, match=r"was killed.*fewer of them \(prepare\.workers\)"):
-        list(pool.run(start_killed, tasks(100), 2, start()))
+@pytest.mark.parametrize(
+    ("begin", "sentence"),
+    [
+        (start_busy, r"cannot be interrupted.*prepare\.chat_template"),
+        (start_killed, r"was killed.*fewer workers \(prepare\.workers\)"),
+    ],
+    ids=["by its timer", "by the system"],
+)
+def test_a_worker_that_is_killed_is_reported_with_the_remedy(begin, sentence):
+    with pytest.raises(ResourceError, match=sentence):
+        list(process_pool.run(begin, tasks(100), 2, start()))
     assert no_worker_is_left()
 
 
 def test_workers_leave_interrupts_to_the_parent_and_keep_to_one_thread():
-    done = list(pool.run(start_environment, [("TOKENIZERS_PARALLELISM",)] * 4, 2, start()))
+    done = list(process_pool.run(start_environment, [("TOKENIZERS_PARALLELISM",)] * 4, 2, start()))
     assert done == [("false", True)] * 4
 
 
 def test_cores_are_those_that_this_process_may_use():
-    assert pool.cores() == len(os.sched_getaffinity(0))
+    assert process_pool.cores() == len(os.sched_getaffinity(0))

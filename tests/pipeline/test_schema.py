@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from pipeline.schema import ANSWERS, PREPARED, Sequence, key_of_bytes, keys_of_prefixes, sequence_key
+from prefcache.pipeline.schema import ANSWERS, PREPARED, TokenSequence, key_of_bytes, keys_of_prefixes, sequence_key
 
 
 def test_key_is_blake2b_128_of_version_boundary_and_ids():
@@ -47,7 +47,7 @@ def test_an_id_too_large_for_32_bits_is_refused_not_wrapped():
 
 
 def test_a_sequence_counts_both_parts_and_knows_its_key():
-    sequence = Sequence(np.array([1, 2]), np.array([3]))
+    sequence = TokenSequence(np.array([1, 2]), np.array([3]))
     assert sequence.n_tokens == 3
     assert sequence.key() == sequence_key([1, 2], [3])
 

@@ -4,23 +4,22 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PREFCACHE
-from test_cache import BUDGET, MINE, PAIRS, create, expected, reopen, scored
-from test_score import rows_of
 
-from pipeline.stored import artifact
-from pipeline.stored.prepared import Sequences
-from pipeline.stored.upkeep import gc, verify
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.cache_maintenance import gc, verify
+from prefcache.pipeline.stored.prepared import Sequences
+from tests.helpers.caches import BUDGET, MINE, NUMERICS, PAIRS, create, expected, reopen, scored
+from tests.helpers.processes import read_stderr, start_process
+from tests.helpers.scored import cache_folder, rows_of
 
 FEW = PAIRS.slice(0, 5)
-STEPS = {artifact: ["_write_synced"], os: ["fsync", "link", "replace", "unlink"]}
+STEPS = {artifact.Stream: ["write"], os: ["fsync", "link", "replace", "unlink"]}
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -35,7 +34,7 @@ def score(root: Path) -> None:
         keys = [Sequences(FEW)[slot].key() for slot in slots]
         with cache.claim(keys, MINE) as claim:
             if claim == "mine":
-                cache.commit(scored(FEW, slots), {"engine": MINE}, MINE, None)
+                cache.commit(scored(FEW, slots), NUMERICS[MINE], MINE, None)
 
 
 def merge(root: Path) -> None:
@@ -73,8 +72,10 @@ def _die_at(step: int) -> None:
     def dying(call):
         def instead(*arguments, **options):
             reached(1)
-            if call.__name__ == "_write_synced" and count == step:
-                Path(arguments[0]).write_bytes(bytes(arguments[1])[: len(arguments[1]) // 2])
+            if call.__name__ == "write" and count == step:
+                stream, data = arguments
+                call(stream, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
+                stream.flush()
                 reached(1)
             result = call(*arguments, **options)
             reached(1)
@@ -140,7 +141,7 @@ def made_to_merge(root: Path) -> None:
     cache = create(root)
     for table, budget in ((FEW.slice(1, 2), 10_000), (FEW.slice(3, 2), 20)):
         for slots in create(root / "plan").plan(table, [MINE], budget).chunks:
-            cache.commit(scored(table, slots), {"engine": MINE}, MINE, None)
+            cache.commit(scored(table, slots), NUMERICS[MINE], MINE, None)
     shutil.rmtree(root / "plan")
 
 
@@ -165,27 +166,19 @@ def test_gc_killed_at_any_step_loses_and_doubles_no_row(tmp_path):
     assert step > 40 and fingerprint(create(tmp_path / "killed").folder) == expected_bytes
 
 
-def test_four_scorers_of_one_cache_one_of_them_killed(prefcache, process, config, tmp_path):
-    prefcache("prepare", config)
-    process("score", config)
-    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    right = fingerprint(folder)
-    shutil.rmtree(tmp_path / "cache")
-    shutil.rmtree(tmp_path / "runs/tiny/scored")
-
-    scorers = [
-        subprocess.Popen([PREFCACHE, "score", config], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    while len(list(tmp_path.glob("cache/*/*.parquet"))) < 2 and scorers[0].poll() is None:
+def test_four_scorers_of_one_cache_one_of_them_killed(prefcache, prepared, scored_once, tmp_path):
+    right = fingerprint(cache_folder(scored_once))
+    scorers = [start_process(tmp_path, "score", prepared) for _ in range(4)]
+    while len(list(tmp_path.glob("cache/*/*.parquet"))) < 2 and scorers[0].is_alive():
         time.sleep(0.001)
     scorers[0].kill()
-    said = [scorer.communicate(timeout=120)[1] for scorer in scorers]
-    assert scorers[0].returncode in (-9, 0)
-    assert [scorer.returncode for scorer in scorers[1:]] == [0, 0, 0], said
+    for scorer in scorers:
+        scorer.join(timeout=120)
+    assert scorers[0].exitcode in (-9, 0)
+    assert [scorer.exitcode for scorer in scorers[1:]] == [0, 0, 0], [read_stderr(tmp_path, each) for each in scorers]
     assert len(rows_of(tmp_path)) == 120  # rows_of fails where a sequence was stored twice
-    prefcache("score", config)
-    assert fingerprint(folder) == right
+    prefcache("score", prepared)
+    assert fingerprint(cache_folder(tmp_path)) == right
     prefcache("verify")
 
 

@@ -1,5 +1,6 @@
-"""Rows out: the data as it came, and the reference's log-probs beside it."""
+"""Rows out: the data as it came, with the reference's log-probs next to it."""
 
+import functools
 import gzip
 import json
 import os
@@ -13,25 +14,32 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import PREFCACHE, pair, write_config, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefcache.pipeline.preparing.record_outcomes import Batch, common_types
+from prefcache.pipeline.preparing.sources import Line
+from tests.helpers.project import PREFCACHE, invoke, pair, write_config, write_pairs
+from tests.helpers.scored import write_labels
 
 ADDED = ["ref_chosen_logps", "ref_rejected_logps", "n_prompt_tokens", "n_chosen_tokens", "n_rejected_tokens"]
 
 
+@functools.cache
+def load(model: Path):
+    return AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
 def forward(model: Path, prompt: str, answer: str) -> tuple[int, list[float]]:
     """Tokens of the prompt, and each answer token's log-prob, by Transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer, loaded = load(model)
     turns = [{"role": "user", "content": prompt}]
-    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     turns.append({"role": "assistant", "content": answer})
-    whole = tokenizer.apply_chat_template(turns, return_dict=False)
-    assert whole[: len(asked)] == asked
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(turns, return_dict=False)
+    assert ids[: len(prompt_ids)] == prompt_ids
     with torch.inference_mode():
-        logps = loaded(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-    return len(asked), [logps[t - 1, whole[t]].item() for t in range(len(asked), len(whole))]
+        logps = loaded(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return len(prompt_ids), [logps[t - 1, ids[t]].item() for t in range(len(prompt_ids), len(ids))]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -39,21 +47,40 @@ def rows_of(path: Path) -> list[dict]:
         return pq.read_table(path).to_pylist()
     if path.suffix == ".arrow":
         return pa.ipc.open_stream(path).read_all().to_pylist()
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
-    with opened as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         return [json.loads(line) for line in file]
 
 
-def test_the_rows_come_out_in_order_with_the_log_probs_of_a_plain_forward(prefcache, tmp_path, model):
-    write_pairs(tmp_path / "pairs.jsonl", 40)
-    done = prefcache(
-        "score", "--input", "pairs.jsonl", "--model", model, "--output", "scored.parquet", "--per-token", "--json"
-    )
-    assert json.loads(done.stdout)["exported"]["scored"] == 40
-    rows = rows_of(tmp_path / "scored.parquet")
-    assert [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows] == [
-        pair(i) for i in range(40)
-    ]
+@pytest.fixture
+def score(prefcache, model):
+    """`score --input DATA --output OUTPUT`."""
+
+    def run(data: str, output: str, *options: str, code: int = 0):
+        arguments = ("score", "-q", "--input", data, "--model", model, "--output", output, *options)
+        return prefcache(*arguments, code=code)
+
+    return run
+
+
+KINDS = ("parquet", "arrow", "jsonl", "jsonl.gz", "jsonl.zst", "csv")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, model) -> Path:
+    """40 pairs, scored once and written to files of every kind, by one call each."""
+    folder = tmp_path_factory.mktemp("exported")
+    write_pairs(folder / "pairs.jsonl", 40)
+    for kind in KINDS:
+        arguments = ("score", "--input", "pairs.jsonl", "--model", model, "--output", f"s.{kind}", "--json")
+        (folder / f"result.{kind}").write_text(invoke(folder, *arguments).stdout)
+    arguments = ("score", "--input", "pairs.jsonl", "--model", model, "--output", "tokens.parquet", "--per-token")
+    invoke(folder, *arguments)
+    return folder
+
+
+def test_the_rows_come_out_in_order_with_the_log_probs_of_a_plain_forward(exported, model):
+    rows = rows_of(exported / "tokens.parquet")
+    assert [{name: row[name] for name in pair(0)} for row in rows] == [pair(i) for i in range(40)]
     assert {row["prefcache_status"] for row in rows} == {"ok"}
     for row in rows[::13]:
         for answer in ("chosen", "rejected"):
@@ -63,27 +90,22 @@ def test_the_rows_come_out_in_order_with_the_log_probs_of_a_plain_forward(prefca
             assert row[f"ref_{answer}_token_logps"] == pytest.approx(logps, abs=1e-4)
 
 
-def test_a_second_call_scores_nothing_and_changes_no_value(prefcache, tmp_path, model):
-    write_pairs(tmp_path / "pairs.jsonl", 20)
-    command = ["score", "--input", "pairs.jsonl", "--model", model, "--json", "--output"]
-    first, again = (json.loads(prefcache(*command, name).stdout) for name in ("a.jsonl", "b.jsonl"))
-    assert (first["scored"]["scored"], again["scored"]["scored"], again["scored"]["tokens"]) == (40, 0, 0)
-    assert not again["prepared"]["changed"]
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+def test_a_second_call_scores_nothing_and_changes_no_value(exported):
+    first, *others = (json.loads((exported / f"result.{kind}").read_text()) for kind in KINDS)
+    assert (first["scored"]["scored"], first["exported"]["scored"]) == (80, 40)
+    for again in others:
+        assert (again["scored"]["scored"], again["scored"]["tokens"], again["prepared"]["changed"]) == (0, 0, False)
 
 
-def test_every_kind_of_file_holds_the_same_rows(prefcache, tmp_path, model):
-    write_pairs(tmp_path / "pairs.jsonl", 12)
-    for name in ("s.parquet", "s.arrow", "s.jsonl", "s.jsonl.gz", "s.jsonl.zst", "s.csv"):
-        prefcache("score", "-q", "--input", "pairs.jsonl", "--model", model, "--output", name)
-    rows = rows_of(tmp_path / "s.parquet")
-    assert rows_of(tmp_path / "s.arrow") == rows_of(tmp_path / "s.jsonl") == rows_of(tmp_path / "s.jsonl.gz") == rows
-    with pa.input_stream(str(tmp_path / "s.jsonl.zst"), compression="zstd") as file:
-        assert file.read() == (tmp_path / "s.jsonl").read_bytes()
-    assert pyarrow.csv.read_csv(tmp_path / "s.csv").to_pylist() == rows
+def test_every_kind_of_file_holds_the_same_rows(exported):
+    rows = rows_of(exported / "s.parquet")
+    assert rows_of(exported / "s.arrow") == rows_of(exported / "s.jsonl") == rows_of(exported / "s.jsonl.gz") == rows
+    with pa.input_stream(str(exported / "s.jsonl.zst"), compression="zstd") as file:
+        assert file.read() == (exported / "s.jsonl").read_bytes()
+    assert pyarrow.csv.read_csv(exported / "s.csv").to_pylist() == rows
 
 
-def test_a_table_keeps_its_types_and_its_nulls(prefcache, tmp_path, model):
+def test_a_table_keeps_its_types_and_its_nulls(score, tmp_path):
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string()), ("name", pa.string())]))
     turns = [
         [{"role": "user", "content": "why red?", "name": None}],
@@ -104,19 +126,19 @@ def test_a_table_keeps_its_types_and_its_nulls(prefcache, tmp_path, model):
     )
     pq.write_table(table, tmp_path / "in.parquet")
     for name in ("out.parquet", "out.jsonl"):
-        prefcache("score", "-q", "--input", "in.parquet", "--model", model, "--output", name)
+        score("in.parquet", name)
     kept = pq.read_table(tmp_path / "out.parquet").select(table.column_names)
     assert kept.schema.equals(pq.read_table(tmp_path / "in.parquet").schema)
     assert kept.to_pylist() == table.to_pylist()
     assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == turns
 
 
-def test_columns_of_json_that_hold_several_types_become_text(prefcache, tmp_path, model):
+def test_columns_of_json_that_hold_several_types_become_text(score, tmp_path):
     extra = [1, "one", {"a": []}, None, {}]
     lines = [json.dumps(pair(i) | ({"extra": extra[i], "n": i + 0.5 * (i == 3)} if i != 3 else {})) for i in range(5)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     for name in ("out.parquet", "out.jsonl"):
-        prefcache("score", "-q", "--input", "in.jsonl", "--model", model, "--output", name)
+        score("in.jsonl", name)
     values = [row["extra"] for row in rows_of(tmp_path / "out.parquet")]
     assert [None if value is None else json.loads(value) for value in values] == extra
     # JSON Lines has them as they were, absent ones included.
@@ -128,13 +150,36 @@ def test_columns_of_json_that_hold_several_types_become_text(prefcache, tmp_path
     assert "extra" not in rows_of(tmp_path / "out.jsonl")[3]
 
 
-def test_what_cannot_be_used_stays_with_its_reason(prefcache, tmp_path, model):
+def test_a_column_has_one_type_for_all_that_any_batch_of_json_holds():
+    """A file of many records is read in batches, each of which knows its own values only."""
+
+    def batch(*rows: dict) -> Batch:
+        return Batch([Line("a", n, b"", row, "", "") for n, row in enumerate(rows, 1)], None)
+
+    batches = [
+        batch({"n": 1, "late": None, "of": {"a": 1}, "any": 1, "mixed": 1}, {"n": 2}),
+        batch({"n": 0.5, "late": "x", "of": {"b": "y"}, "any": ["z"]}),
+        batch({"n": 3, "more": True, "any": 2, "mixed": 2}, {"n": 4, "mixed": "x"}),
+    ]
+    assert common_types(batches) == {
+        "n": pa.float64(),
+        "late": pa.string(),
+        "of": pa.struct({"a": pa.int64(), "b": pa.string()}),
+        "any": None,  # none in common: as JSON text
+        "mixed": None,
+        "more": pa.bool_(),
+    }
+    whole = [batch.as_table(common_types(batches)).to_pylist() for batch in batches]
+    assert [row["n"] for rows in whole for row in rows] == [1.0, 2.0, 0.5, 3.0, 4.0]
+    assert [row["any"] for rows in whole for row in rows] == ["1", None, '["z"]', "2", None]
+
+
+def test_what_cannot_be_used_stays_with_its_reason(score, tmp_path):
     lines = [json.dumps(pair(i)) for i in range(30)]
     lines[3], lines[7] = "{broken", json.dumps(pair(7) | {"rejected": pair(7)["chosen"]})
     (tmp_path / "in.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
-    command = ["score", "--input", "in.jsonl", "--model", model, "--set", "prepare.max_quarantine=0.1", "--output"]
     for name in ("out.jsonl", "out.parquet"):
-        done = prefcache(*command, name)
+        done = score("in.jsonl", name, "--set", "prepare.max_quarantine=0.1")
         assert "30 rows, 28 with all log-probs" in done.stdout and "1 malformed JSON" in done.stdout
         rows = rows_of(tmp_path / name)
         assert len(rows) == 30
@@ -147,24 +192,21 @@ def test_what_cannot_be_used_stays_with_its_reason(prefcache, tmp_path, model):
         assert rows[8]["prompt"] == pair(8)["prompt"] and rows[8]["ref_chosen_logps"] < 0
 
 
-def test_too_much_that_cannot_be_used_ends_with_3_and_no_output(prefcache, tmp_path, model):
+def test_too_much_that_cannot_be_used_ends_with_3_and_no_output(score, tmp_path):
     (tmp_path / "in.jsonl").write_text("{broken\n" + "".join(json.dumps(pair(i)) + "\n" for i in range(5)))
     (tmp_path / "out.jsonl").write_text("old")
-    done = prefcache("score", "--input", "in.jsonl", "--model", model, "--output", "out.jsonl", code=3)
+    done = score("in.jsonl", "out.jsonl", "--force", code=3)
     assert "1 of 6 records cannot be used" in done.stderr
     assert (tmp_path / "out.jsonl").read_text() == "old"
     named = next(word for word in done.stderr.split() if word.endswith("quarantine.parquet"))
     assert pq.read_table(tmp_path / named)["raw"].to_pylist() == [b"{broken"]
 
 
-def test_a_ranking_gives_a_row_for_each_pair_and_says_which(prefcache, tmp_path, model):
+def test_a_ranking_gives_a_row_for_each_pair_and_says_which(score, tmp_path, model):
     answers = [{"response": f"answer {i}", "overall_score": 5 - i, "fine-grained_score": 5 - i} for i in range(3)]
     record = {"instruction": "why?", "completions": answers, "source": "a"}
     (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
-    prefcache(
-        *("score", "-q", "--input", "in.jsonl", "--model", model, "--output", "out.jsonl"),
-        *("--set", "prepare.pairing=best_rest", "--set", "prepare.format=ultrafeedback"),
-    )
+    score("in.jsonl", "out.jsonl", "--set", "prepare.pairing=best_rest", "--set", "prepare.format=ultrafeedback")
     rows = rows_of(tmp_path / "out.jsonl")
     assert [(row["prefcache_pair"], row["prefcache_chosen"], row["prefcache_rejected"]) for row in rows] == [
         (1, "answer 0", "answer 1"),
@@ -176,34 +218,27 @@ def test_a_ranking_gives_a_row_for_each_pair_and_says_which(prefcache, tmp_path,
     assert rows[1]["ref_rejected_logps"] == pytest.approx(sum(logps), abs=1e-4)
 
 
-def write_labels(path: Path, n: int) -> None:
-    records = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"], "label": i % 2 == 0} for i in range(n)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def test_labelled_answers_have_one_log_prob_and_a_mismatched_one_where_asked(prefcache, tmp_path, model):
+def test_labelled_answers_have_one_log_prob_and_a_mismatched_one_where_asked(score, tmp_path, model):
     write_labels(tmp_path / "in.jsonl", 8)
-    command = ["score", "-q", "--input", "in.jsonl", "--model", model, "--per-token", "--output"]
-    prefcache(*command, "plain.parquet")
-    prefcache(*command, "kl.parquet", "--set", "prepare.kl_pairs=true")
+    score("in.jsonl", "plain.parquet", "--per-token")
+    score("in.jsonl", "kl.parquet", "--per-token", "--set", "prepare.kl_pairs=true")
     plain, kl = rows_of(tmp_path / "plain.parquet"), rows_of(tmp_path / "kl.parquet")
     _, logps = forward(model, plain[2]["prompt"], plain[2]["completion"])
     assert plain[2]["ref_logps"] == pytest.approx(sum(logps), abs=1e-4)
     assert plain[2]["ref_token_logps"] == pytest.approx(logps, abs=1e-4)
     assert not [name for name in plain[0] if "KL" in name]
     assert [row["ref_logps"] for row in kl] == [row["ref_logps"] for row in plain]
-    other = AutoTokenizer.from_pretrained(model).decode(kl[2]["KL_completion_ids"]).removesuffix("<|im_end|>\n")
+    other = load(model)[0].decode(kl[2]["KL_completion_ids"]).removesuffix("<|im_end|>\n")
     assert other != kl[2]["completion"] and other in {row["completion"] for row in kl}
     _, logps = forward(model, kl[2]["prompt"], other)
     assert kl[2]["ref_KL_logps"] == pytest.approx(sum(logps), abs=1e-4)
     assert len(kl[2]["ref_KL_token_logps"]) == kl[2]["n_KL_tokens"]
 
 
-def test_several_inputs_come_out_one_after_the_other(prefcache, tmp_path, model):
+def test_several_inputs_come_out_one_after_the_other(score, tmp_path):
     write_pairs(tmp_path / "b.jsonl", 5)
     pq.write_table(pa.Table.from_pylist([pair(i) | {"id": i} for i in range(5, 9)]), tmp_path / "a.parquet")
-    command = ["score", "-q", "--input", "b.jsonl", "--input", "a.parquet", "--model", model, "--output", "out.parquet"]
-    prefcache(*command, "--per-token")
+    score("b.jsonl", "out.parquet", "--input", "a.parquet", "--per-token")
     rows = rows_of(tmp_path / "out.parquet")
     assert [row["prompt"] for row in rows] == [pair(i)["prompt"] for i in range(9)]
     assert [row["id"] for row in rows] == [None] * 5 + [5, 6, 7, 8]
@@ -211,11 +246,10 @@ def test_several_inputs_come_out_one_after_the_other(prefcache, tmp_path, model)
         assert sum(row["ref_rejected_token_logps"]) == pytest.approx(row["ref_rejected_logps"], abs=1e-9)
 
 
-def test_export_writes_both_splits_in_the_order_of_the_data(prefcache, tmp_path, model, config):
-    prefcache("prepare", "-q", config)
-    assert "has not been scored" in prefcache("export", config, "--output", "out.jsonl", code=2).stderr
-    prefcache("score", "-q", config)
-    done = prefcache("export", config, "--output", "out.jsonl", "--per-token")
+def test_export_writes_both_splits_in_the_order_of_the_data(prefcache, tmp_path, model, prepared):
+    assert "has not been scored" in prefcache("export", prepared, "--output", "out.jsonl", code=2).stderr
+    prefcache("score", "-q", prepared)
+    done = prefcache("export", prepared, "--output", "out.jsonl", "--per-token")
     assert "60 rows, 60 with all log-probs" in done.stdout
     rows = rows_of(tmp_path / "out.jsonl")
     assert [row["prompt"] for row in rows] == [pair(i)["prompt"] for i in range(60)]
@@ -228,22 +262,18 @@ def test_export_writes_both_splits_in_the_order_of_the_data(prefcache, tmp_path,
     assert [row["ref_chosen_logps"] for row in rows] == [value["logp_sum"] for value in values]
 
 
-def test_what_weights_and_duplicates_leave_out_is_said(prefcache, tmp_path, model):
+def test_what_weights_and_duplicates_leave_out_is_said(score, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 6)
     write_pairs(tmp_path / "pairs.jsonl", 2, mode="a")
-    command = ["score", "--input", "pairs.jsonl", "--model", model, "--output", "out.jsonl"]
-    done = prefcache(*command, "--set", "prepare.duplicates=drop")
+    done = score("pairs.jsonl", "out.jsonl", "--set", "prepare.duplicates=drop")
     assert "8 rows, 6 with" in done.stdout and "2 left out" in done.stdout
-    assert [row["prefcache_status"].startswith("left out") for row in rows_of(tmp_path / "out.jsonl")] == [
-        False
-    ] * 6 + [True] * 2
+    statuses = [row["prefcache_status"].partition(":")[0] for row in rows_of(tmp_path / "out.jsonl")]
+    assert statuses == ["ok"] * 6 + ["left out"] * 2
 
 
-def test_changed_data_is_not_exported_under_old_values(prefcache, tmp_path, config):
-    prefcache("prepare", "-q", config)
-    prefcache("score", "-q", config)
+def test_changed_data_is_not_exported_under_old_values(prefcache, tmp_path, scored):
     write_pairs(tmp_path / "pairs.jsonl", 60, start=1)
-    assert "Prepare again" in prefcache("export", config, "--output", "out.jsonl", code=5).stderr
+    assert "Prepare again" in prefcache("export", scored, "--output", "out.jsonl", code=5).stderr
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -256,13 +286,15 @@ def test_values_of_one_reference_are_not_exported_as_anothers(prefcache, tmp_pat
     # The same weights under another name are the same reference.
     prefcache("export", config, "--output", "same.csv")
     shutil.copy(other_model / "model.safetensors", edited / "model.safetensors")
-    assert "make score" in prefcache("export", config, "--output", "o.csv", "--set", f"model={edited}", code=5).stderr
+    assert (
+        "prefcache score" in prefcache("export", config, "--output", "o.csv", "--set", f"model={edited}", code=5).stderr
+    )
     assert not (tmp_path / "o.csv").exists()
 
 
-def test_columns_of_the_same_name_are_refused_before_anything_is_scored(prefcache, tmp_path, model):
+def test_columns_of_the_same_name_are_refused_before_anything_is_scored(score, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(pair(0) | {"ref_chosen_logps": 1}) + "\n")
-    done = prefcache("score", "--input", "in.jsonl", "--model", model, "--output", "out.jsonl", code=2)
+    done = score("in.jsonl", "out.jsonl", code=2)
     assert "ref_chosen_logps. Drop or rename" in done.stderr
     assert not list((tmp_path / "cache").glob("*/*.parquet"))
 
@@ -270,8 +302,8 @@ def test_columns_of_the_same_name_are_refused_before_anything_is_scored(prefcach
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--input", "p.jsonl", "--model", "m", "--output", "out.xlsx"], "Expected .parquet"),
-        (["--input", "p.jsonl", "--model", "m", "--output", "out.parquet.gz"], "Expected .parquet"),
+        (["--input", "p.jsonl", "--model", "m", "--output", "out.xlsx"], "use .parquet, .arrow, .jsonl or .csv"),
+        (["--input", "p.jsonl", "--model", "m", "--output", "out.parquet.gz"], "use .parquet, .arrow, .jsonl or .csv"),
         (["--input", "p.jsonl", "--model", "m"], "needs --output"),
         (["--input", "p.jsonl", "--output", "o.csv"], "--input needs --model MODEL"),
         (
@@ -283,7 +315,10 @@ def test_columns_of_the_same_name_are_refused_before_anything_is_scored(prefcach
             "Both --input and --set prepare.data",
         ),
         (["c.yaml", "--input", "p.jsonl", "--output", "o.csv"], "Leave one of them out"),
-        (["c.yaml", "--output", "o.csv"], "--output belongs to --input"),
+        (
+            ["c.yaml", "--output", "o.csv"],
+            "--output needs --input. To write a config's rows use `prefcache export c.yaml --output FILE`.",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(prefcache, arguments, said):
@@ -294,54 +329,44 @@ def test_wrong_arguments_are_refused_before_any_work(prefcache, arguments, said)
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ("pairs.jsonl", "pairs.jsonl is the data itself"),
+        ("pairs.jsonl", "pairs.jsonl is data that this command reads"),
         ("folder.jsonl", "folder.jsonl is a folder"),
         ("pairs.jsonl/o.csv", "cannot be written"),
         ("/proc/o.csv", "cannot be written"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_anything_is_scored(prefcache, tmp_path, model, output, said):
+def test_an_output_that_cannot_be_is_refused_before_anything_is_scored(score, tmp_path, output, said):
     written = write_pairs(tmp_path / "pairs.jsonl", 3).read_bytes()
     (tmp_path / "folder.jsonl").mkdir()
-    done = prefcache("score", "--input", "pairs.jsonl", "--model", model, "--output", output, code=2)
+    done = score("pairs.jsonl", output, code=2)
     assert said in done.stderr and ".tmp" not in done.stderr
     assert (tmp_path / "pairs.jsonl").read_bytes() == written
     assert not list(tmp_path.glob("cache/*/*.parquet"))
 
 
-def test_sums_alone_give_no_token_lists(prefcache, tmp_path, model):
+def test_sums_alone_give_no_token_lists(score, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 3)
-    command = ["score", "--input", "pairs.jsonl", "--model", model, "--output", "o.jsonl", "--set", "score.logps=false"]
-    prefcache(*command)
-    assert "warning" not in prefcache(*command).stderr
-    said = prefcache(*command, "--per-token", code=2).stderr
-    assert "keeps the sums only" in said and "--set cache=FOLDER" in said
-    # Asked for all the same, they are not added, and that is said; as that message says, they come to be.
-    command[-1] = "score.logps=true"
-    assert "of 6 sequences" in prefcache(*command).stderr
-    prefcache(*command, "--per-token", "--set", "cache=other")
+    sums, tokens = (("--force", "--set", f"score.logps={keep}") for keep in ("false", "true"))
+    score("pairs.jsonl", "o.jsonl", *sums)
+    assert "warning" not in score("pairs.jsonl", "o.jsonl", *sums).stderr
+    error = score("pairs.jsonl", "o.jsonl", *sums, "--per-token", code=2).stderr
+    assert "keeps only the sums of 6 sequences" in error and "--set cache=FOLDER" in error
+    # Asking for lists does not add them to these rows, which is said; another cache has them, as that message says.
+    assert "keeps only the sums of 6 sequences" in score("pairs.jsonl", "o.jsonl", *tokens).stderr
+    score("pairs.jsonl", "o.jsonl", *tokens, "--per-token", "--set", "cache=other")
     assert all(len(row["ref_chosen_token_logps"]) == row["n_chosen_tokens"] for row in rows_of(tmp_path / "o.jsonl"))
 
 
-def test_working_folders_that_nobody_used_for_a_week_are_removed(prefcache, tmp_path, model):
+def test_working_folders_that_nobody_used_for_a_week_are_removed(score, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 3)
-    for name, days in (("old", 8), ("young", 6)):
+    old, young = "0" * 16, "1" * 16
+    for name, days in ((old, 8), (young, 6), ("mine", 8)):
         (tmp_path / "cache" / ".standalone" / name).mkdir(parents=True)
         then = time.time() - days * 24 * 3600
         os.utime(tmp_path / "cache" / ".standalone" / name, (then, then))
-    prefcache("score", "-q", "--input", "pairs.jsonl", "--model", model, "--output", "o.jsonl")
+    score("pairs.jsonl", "o.jsonl")
     left = {path.name for path in (tmp_path / "cache" / ".standalone").iterdir()}
-    assert "young" in left and "old" not in left and len(left) == 2
-
-
-def test_standard_input_is_scored(tmp_path, model, monkeypatch):
-    from stages.cli import main
-
-    text = write_pairs(tmp_path / "pairs.jsonl", 4).read_text()
-    monkeypatch.chdir(tmp_path)
-    command = ["score", "-q", "--input", "-", "--model", str(model), "--output", "out.jsonl"]
-    assert CliRunner().invoke(main, command, input=text).exit_code == 0
-    assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == [pair(i)["prompt"] for i in range(4)]
+    assert {young, "mine"} < left and old not in left and len(left) == 3
 
 
 def test_a_dry_run_over_an_input_needs_no_output(prefcache, tmp_path, model):

@@ -1,15 +1,19 @@
 """Log-probs that were made elsewhere, taken into the cache and used."""
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import pair, write_config
-from test_export import write_labels
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers.project import pair, write_config
+from tests.helpers.scored import write_labels
 
 N = 24
 
@@ -95,30 +99,27 @@ def test_other_names_are_known_or_named(prefcache, tmp_path, model, elsewhere, n
     assert imported(prefcache, config, *options)["imported"] == 2 * N
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "reason"),
-    [
-        ("ref_chosen_logps", float("nan"), "not finite"),
-        ("ref_chosen_logps", float("-inf"), "not finite"),
-        ("ref_chosen_logps", 0.5, "positive"),
-        ("ref_rejected_logps", None, "without a value"),
-        ("ref_rejected_logps", "lots", "no number"),
-        ("ref_rejected_logps", True, "no number"),
-        ("ref_chosen_token_logps", [-1.0], "another number of token values"),
-        ("ref_chosen_logps", -1.0, "do not add up"),
-    ],
-)
-def test_a_bad_value_is_refused_alone_and_counted(prefcache, tmp_path, model, elsewhere, column, value, reason):
-    rows = [dict(row) for row in elsewhere]
-    rows[5][column] = value
-    config = write(tmp_path, model, rows, tokens=True)
+BAD_VALUES = [
+    ("ref_chosen_logps", float("nan"), "with a value that is not finite"),
+    ("ref_chosen_logps", float("-inf"), "with a value that is not finite"),
+    ("ref_chosen_logps", 0.5, "with a positive value"),
+    ("ref_rejected_logps", None, "without a value"),
+    ("ref_rejected_logps", "lots", "with a value that is not a number"),
+    ("ref_rejected_logps", True, "with a value that is not a number"),
+    ("ref_chosen_token_logps", [-1.0], "with another number of token values than the answer has tokens"),
+    ("ref_chosen_logps", -1.0, "with token values that do not add up to the sum"),
+]
+
+
+def test_a_bad_value_is_refused_alone_and_counted(prefcache, tmp_path, model, elsewhere):
+    bad = [row | {column: value} for row, (column, value, _) in zip(elsewhere, BAD_VALUES, strict=False)]
+    config = write(tmp_path, model, [*bad, *elsewhere[len(bad) :]], tokens=True)
     result = imported(prefcache, config)
-    assert (result["imported"], result["left"]) == (2 * N - 1, 1)
-    ((said, n),) = result["refused"].items()
-    assert reason in said and n == 1
-    # What is left is scored beside the others.
+    assert (result["imported"], result["left"]) == (2 * N - len(bad), len(bad))
+    assert result["refused"] == Counter(reason for _, _, reason in BAD_VALUES)
+    # The rest is scored next to them.
     scored = json.loads(prefcache("score", "-q", config, "--json", *result["use"].split()).stdout)
-    assert scored["scored"] == 1
+    assert scored["scored"] == len(bad)
 
 
 def test_values_of_other_weights_are_refused_and_nothing_is_stored(prefcache, tmp_path, other_model, elsewhere):
@@ -212,3 +213,13 @@ def test_changed_data_is_not_imported_under_old_tokens(prefcache, tmp_path, mode
     prefcache("prepare", "-q", config)
     write(tmp_path, model, elsewhere[1:])
     assert "Prepare again" in prefcache("import", config, code=5).stderr
+
+
+def test_values_that_cannot_be_compared_are_refused(prefcache, tmp_path, model, elsewhere):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = write(tmp_path, broken, elsewhere)
+    prefcache("prepare", "-q", config)
+    assert "nan nats off" in prefcache("import", "-q", config, code=4).stderr

@@ -9,14 +9,13 @@ import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_config, write_pairs
 from safetensors.torch import load_file
-from test_train import launch
-from test_trainable import sft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.stored.prepared import Prepared
-from stages import merge
+from prefcache import merge
+from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.project import write_config, write_pairs
+from tests.helpers.runs import launch, sft
 
 LORA = ["--set", "train.lora.r=4", "--set", "train.samples=0", "--set", "train.epochs=1"]
 
@@ -79,7 +78,7 @@ def test_an_adapter_is_trained_from_a_margin_of_0_saved_and_merged(prefcache, sc
     assert not (run / "merged/adapter_config.json").exists()
     assert held_out_logps(merged, tmp_path) == pytest.approx(expected, rel=1e-4)
     assert AutoTokenizer.from_pretrained(run / "merged").chat_template
-    assert "is there already" in prefcache("merge", run, code=2).stderr
+    assert "exists already" in prefcache("merge", run, code=2).stderr
 
 
 def test_an_interrupted_adapter_goes_on_to_the_same_weights(prefcache, scored, tmp_path):
@@ -92,7 +91,7 @@ def test_an_interrupted_adapter_goes_on_to_the_same_weights(prefcache, scored, t
     assert "is not finished" in prefcache("merge", run, code=2).stderr
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     # Recomputing layers or not is no other run.
-    assert "going on from step" in prefcache("train", scored, *LORA, *more[:2]).stderr
+    assert "resuming from step" in prefcache("train", scored, *LORA, *more[:2]).stderr
     assert weights(run) == expected
 
 
@@ -164,8 +163,8 @@ def test_what_is_no_adapter_is_refused(prefcache, model, tmp_path):
     assert "neither a run nor an adapter" in prefcache("merge", tmp_path, code=2).stderr
 
 
-def test_an_adapter_on_a_quantised_reference_wants_a_gpu(prefcache, scored):
+def test_an_adapter_on_a_quantized_reference_wants_a_gpu(prefcache, scored):
     settings = ["--set", "score.quantization=4bit", "--set", "train.loss=simpo", "--set", "train.device=cpu"]
     assert "Train an adapter (train.lora={}" in prefcache("train", scored, *settings, code=2).stderr
     done = prefcache("train", scored, *settings, "--set", "train.lora={}", code=2)
-    assert "is trained on quantised weights on a GPU only" in done.stderr
+    assert "is trained on quantized weights on a GPU only" in done.stderr

@@ -3,23 +3,47 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import PREFCACHE, pair, write_config, write_pairs
 
-from pipeline.schema import sequence_key
-from pipeline.stored.prepared import Prepared
+from prefcache.pipeline.schema import sequence_key
+from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.processes import is_gone
+from tests.helpers.project import PREFCACHE, pair, start, write_config, write_pairs
+
+Prepare = Callable[..., dict[str, Any]]
 
 
-def lines(path: Path, *records) -> Path:
+@pytest.fixture
+def prepare(prefcache, model, tmp_path) -> Prepare:
+    """The command on pairs.jsonl with these settings: what it prints as JSON, and its messages as `stderr`."""
+    if not (tmp_path / "config.yaml").exists():
+        write_config(tmp_path, model)
+
+    def run(*settings: str, code: int = 0) -> dict[str, Any]:
+        done = prefcache("prepare", "config.yaml", "--json", *as_options(settings), code=code)
+        return (json.loads(done.stdout) if code == 0 else {}) | {"stderr": done.stderr}
+
+    return run
+
+
+def as_options(settings: tuple[str, ...] | list[str]) -> list[str]:
+    return [argument for setting in settings for argument in ("--set", setting)]
+
+
+def data_is(*entries: str | dict) -> str:
+    return f"prepare.data={json.dumps(entries)}"
+
+
+def write_lines(path: Path, *records: dict | bytes) -> Path:
     raw = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     path.write_bytes(b"\n".join(raw) + b"\n")
     return path
@@ -33,28 +57,24 @@ def quarantine_of(folder: Path) -> list[dict]:
     return pq.read_table(folder / "runs/tiny/prepared/quarantine.parquet").to_pylist()
 
 
-def data_is(*entries: str | dict) -> list[str]:
-    return ["--set", f"prepare.data={json.dumps(entries)}"]
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     prepared = folder / "runs/tiny/prepared"
     return {str(file.relative_to(prepared)): file.read_bytes() for file in prepared.rglob("*") if file.is_file()}
 
 
-def taken_away(folder: Path) -> dict[str, bytes]:
-    """Every file of the prepared folder, which is gone afterwards."""
-    found = files_of(folder)
+def take_files(folder: Path) -> dict[str, bytes]:
+    """Read every file of the prepared folder, and remove it."""
+    files = files_of(folder)
     shutil.rmtree(folder / "runs/tiny/prepared")
-    return found
+    return files
 
 
-def test_prompt_ids_are_what_the_model_sees_when_asked(prefcache, config, model, tmp_path):
+def test_prompt_ids_are_what_the_model_sees_when_asked(prepare, config, model, tmp_path):
     from transformers import AutoTokenizer
 
-    prefcache("prepare", config)
+    prepare()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
+    rows = rows_of(tmp_path)
     assert len(rows) == 60
     for row in rows:
         asked = [{"role": "user", "content": row["prompt"]}]
@@ -65,20 +85,14 @@ def test_prompt_ids_are_what_the_model_sees_when_asked(prefcache, config, model,
             assert ids + row[f"{side}_ids"] == tokenizer.apply_chat_template(whole, return_dict=False)
 
 
-def test_strings_and_message_lists_give_the_same_ids(prefcache, model, tmp_path):
+def test_strings_and_message_lists_give_the_same_ids(prepare, tmp_path):
     as_text = [pair(i) for i in range(30)]
-    as_messages = [
-        {
-            "prompt": [{"role": "user", "content": p["prompt"]}],
-            "chosen": [{"role": "assistant", "content": p["chosen"]}],
-            "rejected": [{"role": "assistant", "content": p["rejected"]}],
-        }
-        for p in as_text
-    ]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    as_messages = [{name: [{"role": roles[name], "content": text}] for name, text in p.items()} for p in as_text]
     keys = []
     for name, records in (("text", as_text), ("messages", as_messages)):
-        lines(tmp_path / "pairs.jsonl", *records)
-        prefcache("prepare", write_config(tmp_path, model), "--set", f"out={name}")
+        write_lines(tmp_path / "pairs.jsonl", *records)
+        prepare(f"out={name}")
         table = Prepared(tmp_path / name / "prepared").table()
         keys.append(table.select(["example_id", "split", "chosen_key", "rejected_key", "prompt"]).to_pylist())
     assert keys[0] == keys[1]
@@ -121,14 +135,12 @@ BAD = [
 ]
 
 
-def test_every_bad_record_is_in_quarantine_with_its_reason_line_and_bytes(prefcache, model, tmp_path):
+def test_every_bad_record_is_in_quarantine_with_its_reason_line_and_bytes(prepare, tmp_path):
     good = [pair(i) for i in range(20)]
-    file = lines(tmp_path / "pairs.jsonl", *good[:10], *[record for _, record in BAD], *good[10:])
+    file = write_lines(tmp_path / "pairs.jsonl", *good[:10], *[record for _, record in BAD], *good[10:])
     (tmp_path / "strict.jinja").write_text(STRICT)
-    said = ["prepare.max_quarantine=0.5", "prepare.max_length=500", "prepare.format=pairs"]
-    said += ["prepare.chat_template=strict.jinja"]
-    settings = [argument for one in said for argument in ("--set", one)]
-    result = json.loads(prefcache("prepare", write_config(tmp_path, model), "--json", *settings).stdout)
+    settings = ["prepare.max_quarantine=0.5", "prepare.max_length=500", "prepare.format=pairs"]
+    result = prepare(*settings, "prepare.chat_template=strict.jinja")
     assert result["records"] == 20 + len(BAD) == result["train"] + result["held_out"] + len(BAD)
     assert sum(result["quarantined"].values()) == len(BAD)
     raw = file.read_bytes().splitlines()
@@ -137,139 +149,96 @@ def test_every_bad_record_is_in_quarantine_with_its_reason_line_and_bytes(prefca
     ]
 
 
-def test_a_label_that_is_no_boolean_is_in_quarantine(prefcache, model, tmp_path):
-    good = [{"prompt": f"why {i}?", "completion": f"so {i}", "label": i % 2 == 0} for i in range(20)]
-    bad = [good[0] | {"label": label} for label in ("maybe", 7, None)]
-    lines(tmp_path / "pairs.jsonl", *good, *bad)
-    settings = ["--set", "prepare.max_quarantine=0.2", "--set", "prepare.format=labels"]
-    prefcache("prepare", write_config(tmp_path, model), *settings)
-    found = {row["line"]: row["reason"] for row in quarantine_of(tmp_path)}
-    assert found == dict.fromkeys((21, 22, 23), "label is no boolean")
-
-
-def test_more_bad_records_than_allowed_end_with_exit_code_3_after_the_quarantine_is_written(prefcache, model, tmp_path):
-    lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(8)], {"prompt": "a"}, {"prompt": "b"})
-    done = prefcache("prepare", write_config(tmp_path, model), "--set", "prepare.format=pairs", code=3)
-    assert "2 of 10 records" in done.stderr and "2 missing column (the first: line 9: 'chosen'" in done.stderr
+def test_more_bad_records_than_allowed_end_with_exit_code_3_after_the_quarantine_is_written(prepare, tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(8)], {"prompt": "a"}, {"prompt": "b"})
+    error = prepare("prepare.format=pairs", code=3)["stderr"]
+    assert "2 of 10 records" in error and "2 missing column (the first: line 9: 'chosen'" in error
     assert pq.read_metadata(tmp_path / "runs/tiny/prepared/quarantine.parquet").num_rows == 2
     assert not (tmp_path / "runs/tiny/prepared/manifest.json").exists()
 
 
-def test_a_second_run_does_nothing_and_says_so(prefcache, config, tmp_path):
-    prefcache("prepare", config)
+def test_a_second_run_does_nothing_and_says_so(prepare, config, tmp_path, monkeypatch):
+    prepare()
     manifest = tmp_path / "runs/tiny/prepared/manifest.json"
     before = manifest.read_bytes()
-    assert "nothing to do" in prefcache("prepare", config).stderr
+    assert "nothing to do" in prepare()["stderr"]
     assert manifest.read_bytes() == before
+    # Unless another version prepared it.
+    monkeypatch.setattr("prefcache.pipeline.preparing.prepared_inputs.PREPARED_VERSION", 2)
+    assert prepare()["changed"] is True
 
 
-def test_what_another_version_prepared_is_prepared_again(prefcache, config, monkeypatch):
-    prefcache("prepare", config)
-    monkeypatch.setattr("stages.prepare.PREPARED_VERSION", 2)
-    assert json.loads(prefcache("prepare", config, "--json").stdout)["changed"] is True
-
-
-def test_raising_the_threshold_does_not_prepare_again(prefcache, model, tmp_path):
+def test_raising_the_threshold_does_not_prepare_again(prepare, tmp_path):
     (tmp_path / "data").mkdir()
     for n in range(4):
-        lines(tmp_path / f"data/{n}.jsonl", *[pair(10 * n + i) for i in range(10)], {"prompt": "a"})
-    settings = [*data_is("data"), "--set", "prepare.workers=1"]
-    assert "4 of 44 records" in prefcache("prepare", write_config(tmp_path, model), *settings, code=3).stderr
-    assert [(row["source"], row["line"]) for row in quarantine_of(tmp_path)] == [
-        (f"data/{n}.jsonl", 11) for n in range(4)
-    ]
-    again = prefcache("prepare", tmp_path / "config.yaml", *settings, "--set", "prepare.max_quarantine=0.1")
-    assert "4 of 4 parts were there already" in again.stderr and len(rows_of(tmp_path)) == 40
-    assert len(quarantine_of(tmp_path)) == 4
+        write_lines(tmp_path / f"data/{n}.jsonl", *[pair(10 * n + i) for i in range(10)], {"prompt": "a"})
+    settings = [data_is("data"), "prepare.workers=1"]
+    assert "4 of 44 records" in prepare(*settings, code=3)["stderr"]
+    bad = [(f"data/{n}.jsonl", 11) for n in range(4)]
+    assert [(row["source"], row["line"]) for row in quarantine_of(tmp_path)] == bad
+    again = prepare(*settings, "prepare.max_quarantine=0.1")
+    assert "4 of 4 parts were there already" in again["stderr"]
+    assert len(rows_of(tmp_path)) == 40 and len(quarantine_of(tmp_path)) == 4
 
 
-def test_appended_data_moves_no_example_to_the_other_split(prefcache, config, tmp_path):
-    def splits() -> dict[str, str]:
-        table = Prepared(tmp_path / "runs/tiny/prepared").table()
-        return dict(zip(table["example_id"].to_pylist(), table["split"].to_pylist(), strict=True))
-
-    prefcache("prepare", config)
-    before = splits()
+def test_appended_data_moves_no_example_to_the_other_split(prepare, config, tmp_path):
+    prepare()
+    opened = Prepared(tmp_path / "runs/tiny/prepared")
+    table = opened.table()
+    before = {row["example_id"]: row["split"] for row in table.to_pylist()}
     write_pairs(tmp_path / "pairs.jsonl", 30, start=60, mode="a")
-    prefcache("prepare", config)
-    after = splits()
+    prepare()
+    after = {row["example_id"]: row["split"] for row in rows_of(tmp_path)}
     assert len(after) == 90 and before.items() <= after.items()
-    # Old shards are gone: the folder holds what its manifest names.
+    # Old shards are gone, but a process that has them open still reads them.
     assert len(list((tmp_path / "runs/tiny/prepared").glob("*.arrow"))) == 2
+    assert {row["example_id"]: row["split"] for row in table.to_pylist()} == before
+    assert Prepared(tmp_path / "runs/tiny/prepared").id != opened.id
 
 
-def test_who_has_the_old_preparation_open_still_reads_it(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    old = Prepared(tmp_path / "runs/tiny/prepared")
-    first = old.table()
-    before = first.to_pylist()
-    write_pairs(tmp_path / "pairs.jsonl", 30, start=60)
-    prefcache("prepare", config)
-    assert first.to_pylist() == before
-    assert Prepared(tmp_path / "runs/tiny/prepared").id != old.id
-
-
-def test_datasets_maps_every_shard_and_nothing_of_the_work_is_left(prefcache, config, tmp_path):
+def test_datasets_maps_every_shard_and_nothing_of_the_work_is_left(prepare, config, tmp_path):
     from datasets import Dataset
 
-    prefcache("prepare", config, "--set", "prepare.rows_per_shard=20")
+    prepare("prepare.rows_per_shard=15")
     folder = tmp_path / "runs/tiny/prepared"
-    shards = Prepared(folder).manifest["shards"]
-    assert {path.name for path in folder.rglob("*") if path.is_file()} == {
-        *(shard["file"] for shard in shards),
-        "manifest.json",
-        "quarantine.parquet",
-        "inputs.mk",
-    }
-    assert [path for path in folder.iterdir() if path.is_dir()] == []
-    found = [row for shard in shards for row in Dataset.from_file(str(folder / shard["file"]))]
+    shards = Prepared(folder).manifest.shards
+    others = ["manifest.json", "quarantine.parquet", "inputs.mk"]
+    assert {path.name for path in folder.rglob("*")} == {*(shard.file for shard in shards), *others}
+    found = [row for shard in shards for row in Dataset.from_file(str(folder / shard.file))]
     assert len(shards) > 3 and found == rows_of(tmp_path)
+    # A split of several shards is read in order.
+    table = Prepared(folder).table("train")
+    assert table["line"].to_pylist() == sorted(table["line"].to_pylist()) and table["prompt_ids"].num_chunks > 3
 
 
-def test_a_split_of_several_shards_is_read_in_order(prefcache, config, tmp_path):
-    prefcache("prepare", config, "--set", "prepare.rows_per_shard=7")
-    table = Prepared(tmp_path / "runs/tiny/prepared").table("train")
-    assert table["line"].to_pylist() == sorted(table["line"].to_pylist())
-    assert table["prompt_ids"].num_chunks > 3
-
-
-@pytest.mark.parametrize("shape", ["text", "messages"])
-def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(prefcache, config, model, tmp_path, shape):
-    import shutil
-
+def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(prepare, config, model, tmp_path):
     bare = shutil.copytree(model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    done = prefcache("prepare", config, "--set", f"model={bare}", code=2)
-    assert "no chat template" in done.stderr and "prepare.template: none" in done.stderr
-    if shape == "text":
-        prefcache("prepare", config, "--set", f"model={bare}", "--set", "prepare.template=none")
+    error = prepare(f"model={bare}", code=2)["stderr"]
+    assert "no chat template" in error and "prepare.template: none" in error
+    prepare(f"model={bare}", "prepare.template=none")
 
 
-def test_prompts_that_differ_in_spaces_alone_fall_on_one_side(prefcache, model, tmp_path):
+def test_prompts_that_differ_in_spaces_alone_fall_on_one_side(prepare, tmp_path):
     records = [{**pair(i), "prompt": f"{space}why {i}?{space}"} for i in range(40) for space in ("", " ", "\n")]
-    lines(tmp_path / "pairs.jsonl", *records)
-    prefcache("prepare", write_config(tmp_path, model))
-    rows = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
+    write_lines(tmp_path / "pairs.jsonl", *records)
+    prepare()
     sides: dict[str, set[str]] = {}
-    for row in rows:
+    for row in rows_of(tmp_path):
         sides.setdefault(row["prompt"].strip(), set()).add(row["split"])
     assert len(sides) == 40 and all(len(side) == 1 for side in sides.values())
 
 
-@pytest.mark.parametrize(
-    "expression", ["1 / 0", "range(10**9) | list", "messages[99].content.x", "none.x.y", "[][3]()"]
-)
-def test_whatever_a_template_raises_sends_the_record_to_quarantine(prefcache, config, tmp_path, expression):
-    (tmp_path / "odd.jinja").write_text("{{ " + expression + " }}")
-    done = prefcache("prepare", config, "--set", "prepare.chat_template=odd.jinja", code=3)
-    assert "60 of 60 records" in done.stderr and "template refuses" in done.stderr
+def test_whatever_a_template_raises_sends_the_record_to_quarantine(prepare, config, tmp_path):
+    (tmp_path / "odd.jinja").write_text("{{ [][3]() }}")
+    error = prepare("prepare.chat_template=odd.jinja", code=3)["stderr"]
+    assert "60 of 60 records" in error and "template refuses" in error
 
 
-def test_a_text_far_too_long_is_not_tokenized_first(prefcache, model, tmp_path):
+def test_a_text_far_too_long_is_not_tokenized_first(prepare, tmp_path):
     # One word of 5 MB: the tokenizer's merges would take minutes over it.
-    lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(20)], {**pair(20), "prompt": "x" * 5_000_000})
-    result = json.loads(prefcache("prepare", write_config(tmp_path, model), "--json").stdout)
-    assert result["quarantined"] == {"too long": 1}
+    write_lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(20)], {**pair(20), "prompt": "x" * 5_000_000})
+    assert prepare()["quarantined"] == {"too long": 1}
 
 
 # -- the same bytes, whoever makes them ------------------------------------------------------------------------------
@@ -281,51 +250,39 @@ def many(tmp_path, model) -> Path:
     (tmp_path / "data").mkdir()
     for n in range(12):
         records = [pair(random.Random(100 * n + i).randrange(2000)) for i in range(60)]
-        lines(tmp_path / f"data/{n:02}.jsonl", *records, {"prompt": f"a {n}"})
+        write_lines(tmp_path / f"data/{n:02}.jsonl", *records, {"prompt": f"a {n}"})
     config = write_config(tmp_path, model)
     config.write_text(config.read_text().replace("data: pairs.jsonl", "data: data"))
     return config
 
 
 @pytest.fixture
-def expected(prefcache, many, tmp_path) -> dict[str, bytes]:
-    """What one process makes of it."""
-    prefcache("prepare", many, "--set", "prepare.workers=1")
-    return taken_away(tmp_path)
+def expected(many, prepare, tmp_path) -> dict[str, bytes]:
+    """The files that one process prepares."""
+    prepare("prepare.workers=1")
+    return take_files(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels"])
-def test_the_number_of_workers_changes_no_byte(prefcache, many, tmp_path, kind):
-    made = []
+def test_the_number_of_workers_changes_no_byte(many, prepare, tmp_path, kind):
+    prepared = []
     for workers in (1, 2, 3):
-        said = [f"prepare.workers={workers}", f"prepare.examples={kind}", "prepare.rows_per_shard=100"]
-        prefcache("prepare", many, *[argument for one in said for argument in ("--set", one)])
-        made.append(taken_away(tmp_path))
-    assert made[0] == made[1] == made[2] and len(made[0]) > 8
+        prepare(f"prepare.workers={workers}", f"prepare.examples={kind}", "prepare.rows_per_shard=100")
+        prepared.append(take_files(tmp_path))
+    assert prepared[0] == prepared[1] == prepared[2] and len(prepared[0]) > 8
 
 
-def test_a_large_file_is_cut_into_parts_that_make_no_difference(prefcache, model, tmp_path):
+def test_a_large_file_is_cut_into_parts_that_make_no_difference(prepare, tmp_path):
     # 4,200 records are two chunks of 2,048 and one of 104.
     write_pairs(tmp_path / "pairs.jsonl", 4200)
-    config, made = write_config(tmp_path, model), []
+    prepared = []
     for workers in (1, 2):
-        done = prefcache("prepare", config, "--set", f"prepare.workers={workers}")
-        assert "4,200 examples in 3 parts" in done.stderr
-        made.append(taken_away(tmp_path))
-    assert made[0] == made[1]
+        assert "4,200 examples in 3 parts" in prepare(f"prepare.workers={workers}")["stderr"]
+        prepared.append(take_files(tmp_path))
+    assert prepared[0] == prepared[1]
 
 
-@pytest.mark.parametrize("kind", ["pairs", "labels"])
-def test_the_size_of_shards_changes_neither_rows_nor_order(prefcache, many, tmp_path, kind):
-    found = []
-    for rows in (7, 100, 50_000):
-        said = [f"prepare.rows_per_shard={rows}", f"prepare.examples={kind}", "prepare.workers=1"]
-        prefcache("prepare", many, *[argument for one in said for argument in ("--set", one)])
-        found.append(rows_of(tmp_path))
-    assert found[0] == found[1] == found[2]
-
-
-def test_ranks_one_after_another_make_what_one_machine_makes(prefcache, many, expected, tmp_path, monkeypatch):
+def test_ranks_one_after_another_make_what_one_machine_makes(many, prefcache, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     done = prefcache("prepare", many, "--set", "prepare.workers=1")
@@ -335,7 +292,7 @@ def test_ranks_one_after_another_make_what_one_machine_makes(prefcache, many, ex
     assert json.loads(prefcache("prepare", many, "--json").stdout)["waiting"] is True
     monkeypatch.setenv("RANK", "1")
     prefcache("prepare", many, "--set", "prepare.workers=1")
-    assert taken_away(tmp_path) == expected
+    assert take_files(tmp_path) == expected
 
 
 def test_ranks_at_once_make_what_one_machine_makes(many, expected, tmp_path):
@@ -345,7 +302,7 @@ def test_ranks_at_once_make_what_one_machine_makes(many, expected, tmp_path):
         for rank in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    assert taken_away(tmp_path) == expected
+    assert take_files(tmp_path) == expected
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("0", "0"), ("x", "2"), ("0", "")])
@@ -376,23 +333,11 @@ def finished(folder: Path) -> list[Path]:
 def at_work(config: Path, n_finished: int) -> subprocess.Popen:
     """The command in a process group of its own, once so many parts are finished."""
     command = [PREFCACHE, "prepare", config, "--set", "prepare.workers=2"]
-    child = subprocess.Popen(command, cwd=config.parent, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = start(*command, cwd=config.parent, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 60
     while len(finished(config.parent)) < n_finished and child.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     return child
-
-
-def all_gone(group: int) -> bool:
-    """Whether no process of the group is left, within a while."""
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def workers_of(process: int) -> Iterator[int]:
@@ -403,19 +348,19 @@ def workers_of(process: int) -> Iterator[int]:
 
 def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, slow, tmp_path):
     prefcache("prepare", slow, "--set", "prepare.workers=1")
-    expected, rng, n = taken_away(tmp_path), random.Random(0), 0
+    expected, rng, n = take_files(tmp_path), random.Random(0), 0
     for _ in range(3):
         n += rng.randrange(1, 12)
         child = at_work(slow, n)
         # The command alone: its workers must end with it.
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
-        assert all_gone(child.pid)
+        assert is_gone(child.pid)
         n = len(finished(tmp_path))
     assert 0 < n < 40
     done = prefcache("prepare", slow, "--set", "prepare.workers=1")
     assert f"{n} of 40 parts were there already" in done.stderr
-    assert taken_away(tmp_path) == expected
+    assert take_files(tmp_path) == expected
 
 
 def test_a_killed_worker_ends_the_command_with_exit_code_6(prefcache, slow, tmp_path):
@@ -424,34 +369,25 @@ def test_a_killed_worker_ends_the_command_with_exit_code_6(prefcache, slow, tmp_
     _, said = child.communicate(timeout=60)
     assert child.returncode == 6 and "Traceback" not in said
     assert "A worker process was killed" in said and "prepare.workers" in said
-    assert all_gone(child.pid)
+    assert is_gone(child.pid)
     assert "parts were there already" in prefcache("prepare", slow).stderr
 
 
-@pytest.mark.parametrize(("sent", "when"), [(signal.SIGINT, 3), (signal.SIGINT, 0), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("sent", "when"), [(signal.SIGINT, 3), (signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 1)]
+)
 def test_interrupted_it_ends_with_exit_code_130_and_leaves_no_process(slow, tmp_path, sent, when):
     child = at_work(slow, when)
     while not when and not list(workers_of(child.pid)):  # at the moment when the first worker starts
         time.sleep(0.002)
     time.sleep(0 if when else 0.1)
-    # Ctrl-C reaches the workers as well; whoever ends a service tells the command alone.
-    os.killpg(child.pid, sent) if sent == signal.SIGINT else child.send_signal(sent)
+    # Ctrl-C and the end of a terminal reach the workers as well; whoever ends a service tells the command alone.
+    child.send_signal(sent) if sent == signal.SIGTERM else os.killpg(child.pid, sent)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in said
-    assert said.splitlines()[-1].startswith("error: interrupted. What was finished is kept")
-    assert all_gone(child.pid)
+    assert said.splitlines()[-1].startswith("error: interrupted. Finished work is kept")
+    assert is_gone(child.pid)
     assert not (tmp_path / "runs/tiny/prepared/manifest.json").exists() and len(finished(tmp_path)) >= when
-
-
-@pytest.mark.parametrize("most", [10_000, 200_000], ids=["in a part", "in a shard"])
-def test_a_full_disk_ends_with_exit_code_6_and_a_clean_resume(prefcache, process, many, expected, tmp_path, most):
-    # No file may exceed so many bytes.
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # noqa: E731
-    done = process("prepare", many, "--set", "prepare.workers=2", code=6, preexec_fn=limit)
-    assert "the disk took no more" in done.stderr and "run the same command again" in done.stderr
-    assert len(finished(tmp_path)) == (0 if most == 10_000 else 12)
-    prefcache("prepare", many, "--set", "prepare.workers=1")
-    assert taken_away(tmp_path) == expected
 
 
 @pytest.mark.parametrize("suffix", [".json", ".arrow", ".quarantine"])
@@ -468,43 +404,30 @@ def test_a_damaged_part_is_made_again(prefcache, many, expected, tmp_path, monke
     done = prefcache("prepare", many, "--set", "prepare.workers=1")
     # Six were finished, of which one is damaged.
     assert "5 of 12 parts were there already" in done.stderr
-    assert taken_away(tmp_path) == expected
+    assert take_files(tmp_path) == expected
 
 
 # -- what is counted adds up -----------------------------------------------------------------------------------------
 
 
-def prepared_with(prefcache, config: Path, *settings: str) -> dict:
-    arguments = [argument for one in settings for argument in ("--set", one)]
-    return json.loads(prefcache("prepare", config, "--json", *arguments).stdout)
-
-
-@pytest.fixture
-def twice(model, tmp_path) -> Path:
-    """A config for 100 pairs, of which the last 20 are the first again."""
+def test_duplicates_are_kept_or_dropped_as_asked(prepare, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 80)
     write_pairs(tmp_path / "pairs.jsonl", 20, mode="a")
-    return write_config(tmp_path, model)
-
-
-def test_duplicates_are_kept_or_dropped_as_asked(prefcache, twice, tmp_path):
-    kept = prepared_with(prefcache, twice)
+    kept = prepare()
     assert kept["train"] + kept["held_out"] == 100 and kept["done"]["duplicates"] == 20
     ids = {row["example_id"] for row in rows_of(tmp_path)}
     assert len(ids) == 100 and sum(name.endswith("-2") for name in ids) == 20
-    dropped = prepared_with(prefcache, twice, "prepare.duplicates=drop")
+    dropped = prepare("prepare.duplicates=drop")
     assert dropped["train"] + dropped["held_out"] == 80
     assert dropped["done"]["dropped"] == dropped["done"]["duplicates"] == 20
     assert {row["line"] for row in rows_of(tmp_path)} == set(range(1, 81))
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, 2.5])
-def test_a_weight_is_a_share_or_repeats_training_rows(prefcache, model, tmp_path, weight):
+def test_a_weight_is_a_share_or_repeats_training_rows(prepare, tmp_path, weight):
     write_pairs(tmp_path / "pairs.jsonl", 100)
-    config = write_config(tmp_path, model)
-    plain = prepared_with(prefcache, config)
-    source = f"prepare.data=[{{path: pairs.jsonl, weight: {weight}}}]"
-    result = prepared_with(prefcache, config, source)
+    plain, source = prepare(), data_is({"path": "pairs.jsonl", "weight": weight})
+    result = prepare(source)
     done = result["done"]
     assert result["train"] + result["held_out"] == 100 - done.get("left_out", 0) + done.get("repeated", 0)
     if weight < 1:
@@ -514,62 +437,61 @@ def test_a_weight_is_a_share_or_repeats_training_rows(prefcache, model, tmp_path
         assert abs(result["train"] - weight * plain["train"]) <= 15 * (weight % 1 > 0)
     before = {row["example_id"] for row in rows_of(tmp_path)}
     write_pairs(tmp_path / "pairs.jsonl", 50, start=100, mode="a")
-    prepared_with(prefcache, config, source)
-    after = {row["example_id"] for row in rows_of(tmp_path) if row["line"] <= 100}
-    assert after == before
+    prepare(source)
+    assert {row["example_id"] for row in rows_of(tmp_path) if row["line"] <= 100} == before
 
 
-def test_sources_have_formats_columns_and_weights_of_their_own(prefcache, model, tmp_path):
+def test_sources_have_formats_columns_and_weights_of_their_own(prepare, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 20)
-    ranked = [{"prompt": f"which {i}?", "answers": [f"a {i}", f"b {i}", f"c {i}"]} for i in range(10)]
-    grades = [{"answer": text, "rank": n} for n, text in enumerate(("first", "second", "third"), 1)]
-    lines(
-        tmp_path / "nectar.jsonl",
-        *[{"prompt": f"Human: {one['prompt']}\n\nAssistant:", "answers": grades} for one in ranked],
-    )
-    lines(tmp_path / "other.jsonl", *[{"q": f"how {i}?", "good": f"so {i}", "bad": "no"} for i in range(10)])
+    answers = [{"answer": text, "rank": n} for n, text in enumerate(("first", "second", "third"), 1)]
+    ranked = [{"prompt": f"Human: which {i}?\n\nAssistant:", "answers": answers} for i in range(10)]
+    write_lines(tmp_path / "nectar.jsonl", *ranked)
+    write_lines(tmp_path / "other.jsonl", *[{"q": f"how {i}?", "good": f"so {i}", "bad": "no"} for i in range(10)])
     entries = [
         "pairs.jsonl",
         {"path": "nectar.jsonl", "weight": 2},
         {"path": "other.jsonl", "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
     ]
-    config = write_config(tmp_path, model)
-    settings = ["--set", "prepare.pairing=all", "--set", "prepare.held_out=0"]
-    done = prefcache("prepare", config, "--json", *data_is(*entries), *settings)
-    result = json.loads(done.stdout)
-    assert "nectar.jsonl is read as nectar" in done.stderr and "other.jsonl is read as pairs" in done.stderr
+    result = prepare(data_is(*entries), "prepare.pairing=all", "prepare.held_out=0")
+    assert "nectar.jsonl is read as nectar" in result["stderr"] and "other.jsonl is read as pairs" in result["stderr"]
     # Three answers make three pairs: two more than the record. All thirty are used twice.
     assert (result["records"], result["further"], result["done"]["repeated"]) == (40, 20, 30)
     assert result["train"] == 40 + 20 + 30
     rows = rows_of(tmp_path)
-    by_source = {name: [r for r in rows if r["source"] == name] for name in ("nectar.jsonl", "other.jsonl")}
-    assert {(r["chosen"], r["rejected"]) for r in by_source["nectar.jsonl"]} == {
+    assert {(row["chosen"], row["rejected"]) for row in rows if row["source"] == "nectar.jsonl"} == {
         ("first", "second"),
         ("first", "third"),
         ("second", "third"),
     }
-    assert (by_source["other.jsonl"][3]["prompt"], by_source["other.jsonl"][3]["chosen"]) == ("how 3?", "so 3")
+    fourth = [row for row in rows if row["source"] == "other.jsonl"][3]
+    assert (fourth["prompt"], fourth["chosen"]) == ("how 3?", "so 3")
 
 
-def test_ties_are_quarantined_or_kept_as_asked(prefcache, model, tmp_path):
+def test_ties_are_quarantined_or_kept_as_asked(prepare, tmp_path):
     same = [{"prompt": f"same {i}?", "chosen": "b", "rejected": "b"} for i in range(2)]
-    lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(60)], *same)
+    write_lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(60)], *same)
     tie = {"prompt": "tie?", "response_1": "x", "response_2": "y", "preference_strength": 0}
-    lines(tmp_path / "ranked.jsonl", tie, *[tie | {"prompt": f"{i}?", "preference_strength": -1} for i in range(20)])
-    config, data = write_config(tmp_path, model), data_is("pairs.jsonl", "ranked.jsonl")
-    result = json.loads(prefcache("prepare", config, "--json", *data).stdout)
+    ranked = [tie | {"prompt": f"{i}?", "preference_strength": -1} for i in range(20)]
+    write_lines(tmp_path / "ranked.jsonl", tie, *ranked)
+    data = data_is("pairs.jsonl", "ranked.jsonl")
+    result = prepare(data)
     assert result["quarantined"] == {"chosen equals rejected": 2, "tie": 1}
     assert result["train"] + result["held_out"] == 60 + 20 and result["records"] == 83
-    result = json.loads(prefcache("prepare", config, "--json", *data, "--set", "prepare.ties=keep").stdout)
+    result = prepare(data, "prepare.ties=keep")
     assert result["quarantined"] == {} and result["train"] + result["held_out"] == 83
     assert [(r["chosen"], r["rejected"]) for r in rows_of(tmp_path) if r["prompt"] == "tie?"] == [("x", "y")]
+
+
+def test_weights_that_leave_nothing_are_refused(prepare, config):
+    source = data_is({"path": "pairs.jsonl", "weight": 0.00001})
+    assert "None of 60 examples is left" in prepare(source, code=3)["stderr"]
 
 
 # -- labels ----------------------------------------------------------------------------------------------------------
 
 
-def test_labels_of_pairs_have_mismatched_answers(prefcache, config, tmp_path):
-    result = prepared_with(prefcache, config, "prepare.examples=labels")
+def test_labels_of_pairs_have_mismatched_answers(prepare, config, tmp_path):
+    result = prepare("prepare.examples=labels")
     assert (result["kind"], result["records"], result["further"]) == ("labels", 60, 60)
     assert result["train"] + result["held_out"] == 120
     rows = rows_of(tmp_path)
@@ -580,154 +502,135 @@ def test_labels_of_pairs_have_mismatched_answers(prefcache, config, tmp_path):
         assert other["completion"] != row["completion"] and other["prompt"] != row["prompt"]
         assert row["kl_ids"] == other["completion_ids"]
         assert row["kl_key"] == sequence_key(row["prompt_ids"], row["kl_ids"])
-    prepared_with(prefcache, config, "prepare.examples=labels", "prepare.seed=1")
+    prepare("prepare.examples=labels", "prepare.seed=1")
     changed = {row["example_id"]: row["kl_of"] for row in rows_of(tmp_path)}
     assert sum(changed[name] != row["kl_of"] for name, row in by_name.items()) > 100
-
-
-def test_labels_need_no_mismatched_answers(prefcache, config, tmp_path):
-    result = prepared_with(prefcache, config, "prepare.examples=labels", "prepare.kl_pairs=false")
-    assert "unmatched" not in result["done"]
+    # They can be left out.
+    assert "unmatched" not in prepare("prepare.examples=labels", "prepare.kl_pairs=false")["done"]
     assert {row["kl_key"] for row in rows_of(tmp_path)} == {None}
 
 
-def test_labels_without_another_answer_are_counted(prefcache, model, tmp_path):
-    lines(tmp_path / "pairs.jsonl", *[{"prompt": f"{i}?", "completion": "so", "label": i == 0} for i in range(2)])
-    done = prefcache("prepare", write_config(tmp_path, model))
+def test_labels_without_another_answer_are_counted(prepare, prefcache, tmp_path):
+    labels = [{"prompt": f"{i}?", "completion": "so", "label": i == 0} for i in range(2)]
+    write_lines(tmp_path / "pairs.jsonl", *labels)
+    done = prefcache("prepare", "config.yaml")
     assert "2 have no mismatched answer" in done.stdout and "is read as labels" in done.stderr
     assert [row["kl_ids"] for row in rows_of(tmp_path)] == [None, None]
+    # So are answers that are cut to the row's own: both begin alike, and where they differ is cut.
+    labels = [{"prompt": f"why {i}?", "completion": "red " * 40 + end, "label": True} for i, end in enumerate("ab")]
+    write_lines(tmp_path / "pairs.jsonl", *labels)
+    assert prepare("prepare.max_length=24", "prepare.too_long=keep_start")["done"]["unmatched"] == 2
+    assert [row["kl_key"] for row in rows_of(tmp_path)] == [None, None]
 
 
-def test_pairs_beside_labels_have_to_be_taken_apart(prefcache, config, tmp_path):
-    lines(tmp_path / "labels.jsonl", *[{"prompt": f"{i}?", "completion": "so", "label": True} for i in range(9)])
+def test_pairs_next_to_labels_have_to_be_taken_apart(prepare, config, tmp_path):
+    labels = [{"prompt": f"{i}?", "completion": "so", "label": True} for i in range(9)]
+    write_lines(tmp_path / "labels.jsonl", *labels)
     both = data_is("pairs.jsonl", "labels.jsonl")
-    refused = prefcache("prepare", config, *both, code=2).stderr
-    assert "labels.jsonl has labelled answers" in refused and "prepare.examples: labels" in refused
-    assert (
-        "no pairs can be made" in prefcache("prepare", config, *both, "--set", "prepare.examples=pairs", code=2).stderr
-    )
-    result = json.loads(prefcache("prepare", config, "--json", *both, "--set", "prepare.examples=labels").stdout)
+    error = prepare(both, code=2)["stderr"]
+    assert "labels.jsonl has labelled answers" in error and "prepare.examples: labels" in error
+    assert "no pairs can be made" in prepare(both, "prepare.examples=pairs", code=2)["stderr"]
+    result = prepare(both, "prepare.examples=labels")
     assert (result["records"], result["further"], result["train"] + result["held_out"]) == (69, 60, 129)
 
 
-def test_sql_shows_pairs_and_labels(prefcache, config, tmp_path):
+def test_sql_shows_pairs_and_labels(prepare, prefcache, config):
     query = "select count(chosen), count(completion), count(kl_key), count(label) from examples"
-    for kind, counted in (("pairs", [60, 0, 0, 0]), ("labels", [0, 120, 120, 120])):
-        prepared_with(prefcache, config, f"prepare.examples={kind}")
+    for kind, counts in (("pairs", [60, 0, 0, 0]), ("labels", [0, 120, 120, 120])):
+        prepare(f"prepare.examples={kind}")
         (row,) = json.loads(prefcache("sql", query, "--json").stdout)
-        assert list(row.values()) == counted
+        assert list(row.values()) == counts
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_format_that_was_recognised_is_said_and_recorded(prefcache, config, tmp_path):
-    assert "prepare: pairs.jsonl is read as pairs (" in prefcache("prepare", config).stderr
-    (recorded,) = Prepared(tmp_path / "runs/tiny/prepared").manifest["formats"]
-    assert recorded == {"format": "pairs", "arguments": {}, "columns": {}}
+def test_the_format_that_was_recognised_is_said_and_recorded(prepare, config, tmp_path):
+    assert "prepare: pairs.jsonl is read as pairs (" in prepare()["stderr"]
+    (recorded,) = Prepared(tmp_path / "runs/tiny/prepared").manifest.formats
+    assert recorded.facts() == {"format": "pairs", "arguments": {}, "columns": {}}
 
 
-def test_columns_of_no_format_are_named_and_can_be_renamed(prefcache, model, tmp_path):
-    lines(tmp_path / "pairs.jsonl", *[{"q": f"how {i}?", "good": f"so {i}", "bad": "no"} for i in range(10)])
-    config = write_config(tmp_path, model)
-    refused = prefcache("prepare", config, code=2).stderr
-    assert "its columns (q, good, bad)" in refused and "prepare.columns" in refused
-    settings = ["--set", "prepare.columns={prompt: q, chosen: good, rejected: bad}"]
-    prefcache("prepare", config, *settings)
+def test_columns_of_no_format_are_named_and_can_be_renamed(prepare, tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", *[{"q": f"how {i}?", "good": f"so {i}", "bad": "no"} for i in range(10)])
+    error = prepare(code=2)["stderr"]
+    assert "its columns (q, good, bad)" in error and "prepare.columns" in error
+    prepare("prepare.columns={prompt: q, chosen: good, rejected: bad}")
     assert {row["prompt"] for row in rows_of(tmp_path)} == {f"how {i}?" for i in range(10)}
 
 
-def test_a_wrong_option_of_a_format_is_refused_before_anything_is_read(prefcache, config, tmp_path):
-    done = prefcache("prepare", config, "--set", "prepare.format_args={by: safer}", code=2)
-    assert "prepare.format_args: format pairs has no option 'by'" in done.stderr
-    assert finished(tmp_path) == []
+@pytest.mark.parametrize(
+    ("setting", "errors"),
+    [
+        ("prepare.format_args={by: safer}", ["prepare.format_args: format pairs has no option 'by'"]),
+        ("prepare.columns={promt: prompt}", ["no format reads a column 'promt'. The nearest is prompt"]),
+        (
+            "prepare.columns={prompt: question}",
+            ["pairs.jsonl has no column 'question'; found chosen, prompt, rejected"],
+        ),
+        (
+            "prepare.format=orca_dpo_pairs",
+            [
+                "none of its first 60 records has the columns question, chosen, rejected",
+                "They are those of pairs.",
+            ],
+        ),
+    ],
+)
+def test_a_wrong_format_is_refused_before_any_record_is_prepared(prepare, config, tmp_path, setting, errors):
+    found = prepare(setting, code=2)["stderr"]
+    assert all(error in found for error in errors)
+    assert finished(tmp_path) == [] and not (tmp_path / "runs/tiny/prepared/quarantine.parquet").exists()
 
 
-# -- what is said before any record is prepared ----------------------------------------------------------------------
-
-
-def test_a_renamed_column_must_be_known_to_a_format_and_there_in_the_data(prefcache, config):
-    done = prefcache("prepare", config, "--set", "prepare.columns={promt: prompt}", code=2)
-    assert "no format reads a column 'promt'. The nearest is prompt" in done.stderr
-    done = prefcache("prepare", config, "--set", "prepare.columns={prompt: question}", code=2)
-    assert "pairs.jsonl has no column 'question'; found chosen, prompt, rejected" in done.stderr
-
-
-def test_a_format_that_fits_no_record_is_refused_before_all_are_read(prefcache, config, tmp_path):
-    done = prefcache("prepare", config, "--set", "prepare.format=orca_dpo_pairs", code=2)
-    assert "none of its first 60 records has the columns question, chosen, rejected" in done.stderr
-    assert "They are those of pairs." in done.stderr
-    assert not (tmp_path / "runs/tiny/prepared/quarantine.parquet").exists()
-
-
-def test_a_refused_preparation_leaves_the_finished_one_as_it_was(prefcache, config, tmp_path):
-    prefcache("prepare", config)
+def test_a_refused_preparation_leaves_the_finished_one_as_it_was(prepare, config, tmp_path):
+    prepare()
     before = files_of(tmp_path)
-    done = prefcache("prepare", config, "--set", "prepare.max_length=20", code=3)
+    error = prepare("prepare.max_length=20", code=3)["stderr"]
     refused = tmp_path / "runs/tiny/prepared/quarantine-refused.parquet"
-    assert str(refused.relative_to(tmp_path)) in done.stderr and len(pq.read_table(refused)) > 3
+    assert str(refused.relative_to(tmp_path)) in error and len(pq.read_table(refused)) > 3
     after = files_of(tmp_path)
     assert {name: after[name] for name in before} == before
-    prefcache("prepare", config, "--set", "prepare.max_length=100")
+    prepare("prepare.max_length=100")
     assert not refused.exists()
 
 
-def test_weights_that_leave_nothing_are_refused(prefcache, config):
-    done = prefcache("prepare", config, "--set", "prepare.data=[{path: pairs.jsonl, weight: 0.00001}]", code=3)
-    assert "None of 60 examples is left" in done.stderr
+# -- templates -------------------------------------------------------------------------------------------------------
 
 
-def test_tools_that_the_template_does_not_print_are_counted_and_calls_are_refused(prefcache, model, tmp_path):
+def test_tools_that_the_template_does_not_print_are_counted_and_calls_are_refused(prepare, tmp_path):
     tools = [{"type": "function", "function": {"name": "find"}}]
     call = [{"role": "assistant", "content": "", "tool_calls": tools}]
-    lines(tmp_path / "pairs.jsonl", pair(0) | {"tools": tools}, pair(1), pair(2) | {"chosen": call})
-    done = prefcache("prepare", write_config(tmp_path, model), "--set", "prepare.max_quarantine=1", "--json")
-    result = json.loads(done.stdout)
+    write_lines(tmp_path / "pairs.jsonl", pair(0) | {"tools": tools}, pair(1), pair(2) | {"chosen": call})
+    result = prepare("prepare.max_quarantine=1")
     assert result["done"]["unseen_tools"] == 1
     assert result["quarantined"] == {"template prints no tool calls": 1}
 
 
-def test_an_answer_cut_to_the_rows_own_is_no_mismatched_one(prefcache, model, tmp_path):
-    # Both answers begin alike, and where they differ is cut.
-    records = [
-        {"prompt": f"why {i}?", "completion": "red " * 40 + end, "label": True} for i, end in enumerate(["a", "b"])
-    ]
-    lines(tmp_path / "pairs.jsonl", *records)
-    settings = ["--set", "prepare.max_length=24", "--set", "prepare.too_long=keep_start", "--json"]
-    result = json.loads(prefcache("prepare", write_config(tmp_path, model), *settings).stdout)
-    assert result["done"]["unmatched"] == 2
-    assert Prepared(tmp_path / "runs/tiny/prepared").table()["kl_key"].null_count == 2
-
-
-def test_a_record_that_is_too_much_for_the_template_is_one_bad_record(prefcache, model, tmp_path, monkeypatch):
+def test_a_record_that_is_too_much_for_the_template_is_one_bad_record(prepare, tmp_path, monkeypatch):
     # Twice a text of 40,000 characters is over the limit, which is set to 60,000 here; three records are not.
-    monkeypatch.setattr("pipeline.preparing.chat_template.CHARACTERS", 60_000)
+    monkeypatch.setattr("prefcache.pipeline.preparing.chat_template.CHARACTERS", 60_000)
     (tmp_path / "twice.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     records = [pair(0), pair(1), {"prompt": "a" * 40_000, "chosen": "b", "rejected": "c"}, pair(2)]
-    lines(tmp_path / "pairs.jsonl", *records)
-    settings = ["prepare.chat_template=twice.jinja", "prepare.max_quarantine=0.5"]
-    done = prefcache("prepare", write_config(tmp_path, model), "--json", *[w for s in settings for w in ("--set", s)])
-    assert json.loads(done.stdout)["quarantined"] == {"template takes too much": 1}
-
-
-def test_a_template_that_is_too_much_for_every_record_ends_the_stage(prefcache, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.preparing.chat_template.CHARACTERS", 60_000)
+    write_lines(tmp_path / "pairs.jsonl", *records)
+    result = prepare("prepare.chat_template=twice.jinja", "prepare.max_quarantine=0.5")
+    assert result["quarantined"] == {"template takes too much": 1}
+    # Where it is every record, the template is to blame.
     (tmp_path / "much.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% if m.content != 'x' %}{{ 'a' * 50000 }}"
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' and m.content != 'x' %}{{ 'a' * 50000 }}"
         "{{ 'a' * 50000 }}{% endif %}{% endfor %}"
     )
-    done = prefcache("prepare", config, "--set", "prepare.chat_template=much.jinja", code=2)
-    assert "The chat template takes too much" in done.stderr
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    error = prepare("prepare.chat_template=much.jinja", code=2)["stderr"]
+    assert "The chat template takes too much" in error
 
 
-def test_a_changed_template_for_tools_is_prepared_again(prefcache, config, model, tmp_path):
-    own = tmp_path / "own"
-    shutil.copytree(model, own)
-    prefcache("prepare", config, "--set", f"model={own}")
+def test_a_changed_template_for_tools_is_prepared_again(prepare, config, model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    prepare(f"model={own}")
     (own / "additional_chat_templates").mkdir()
     (own / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
-    result = json.loads(prefcache("prepare", config, "--set", f"model={own}", "--json").stdout)
-    assert result["changed"]
+    assert prepare(f"model={own}")["changed"]

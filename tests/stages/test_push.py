@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from conftest import Done
+
+from tests.helpers.project import Done
 
 NAME = "me/kind"
 
@@ -93,13 +94,6 @@ def push(process, hub, tmp_path):
     return run
 
 
-@pytest.fixture
-def trained(prefcache, config, tmp_path):
-    for stage in ("prepare", "score", "train"):
-        prefcache(stage, config, "--set", "train.epochs=0.5")
-    return tmp_path / "runs/tiny/trained"
-
-
 def test_the_hub_has_the_models_files_and_nothing_else(push, hub, trained, model):
     (trained / "model/notes.txt").write_text("not the run's")
     done = push("runs/tiny/trained", NAME)
@@ -119,7 +113,7 @@ def test_the_hub_has_the_models_files_and_nothing_else(push, hub, trained, model
 
 
 def test_what_is_not_a_finished_whole_run_is_refused_before_the_hub_is_asked(push, hub, trained, tmp_path):
-    assert "is no run. Name the folder of one" in push("runs/tiny/prepared", NAME, code=2).stderr
+    assert "is not a run. Name the folder of one" in push("runs/tiny/prepared", NAME, code=2).stderr
     whole = (trained / "model/config.json").read_bytes()
     (trained / "model/config.json").write_bytes(b"{}")
     assert "config.json has 2 bytes" in push("runs/tiny/trained", NAME, code=4).stderr

@@ -1,6 +1,7 @@
-"""SQL over a small real experiment: two references, two runs, one of them unfinished, and files that are damaged."""
+"""SQL over a small real experiment: two references, two runs, one of them unfinished, and damaged files."""
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -13,10 +14,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
-from conftest import PREFCACHE, write_config, write_pairs
 
-from pipeline.stored.prepared import Prepared
+from prefcache import terminal_output
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.visible_text import visible
+from tests.helpers.project import PREFCACHE, Done, invoke, write_config, write_pairs
 
 N = 40
 LAST = 10  # the last step, with a checkpoint; others are at 4 and 8, of which two are kept
@@ -24,59 +26,43 @@ LAST = 10  # the last step, with a checkpoint; others are at 4 and 8, of which t
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, model, other_model) -> Path:
-    """40 pairs and a record that is none, scored by two references; a run of each of two betas."""
+    """40 pairs and an unusable record, scored by two references; a run of each of two betas."""
     folder = tmp_path_factory.mktemp("experiment")
     write_pairs(folder / "pairs.jsonl", N)
     with open(folder / "pairs.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "why?", "chosen": "so", "rejected": "so"}) + "\n")
     config = write_config(folder, model, epochs=2, samples=0, checkpoint_every=4)
-    commands = [
-        ("prepare", config),
-        ("score", config, "--set", f"model={other_model}"),
-        ("score", config),
-        ("train", config),
-        (
-            "train",
-            config,
-            "--set",
-            "train.run=strong",
-            "--set",
-            "train.beta=0.5",
-            "--set",
-            "train.loss={sigmoid: 1, sft: 1}",
-        ),
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for command in commands:
-            run_command(*command)
+    invoke(folder, "prepare", config)
+    invoke(folder, "score", config, "--set", f"model={other_model}")
+    invoke(folder, "score", config)
+    invoke(folder, "train", config)
+    strong = ("train.run=strong", "train.beta=0.5", "train.loss={sigmoid: 1, sft: 1}")
+    invoke(folder, "train", config, *(word for setting in strong for word in ("--set", setting)))
     return folder
 
 
-def run_command(*arguments: Any) -> str:
-    from stages.cli import main
+@pytest.fixture
+def sql(experiment) -> Callable[..., Done]:
+    """`prefcache sql` in the experiment's folder."""
+    return lambda *arguments, code=0: invoke(experiment, "sql", *arguments, code=code)
 
-    done = CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.stderr
-    return done.stdout
+
+@pytest.fixture
+def rows(sql) -> Callable[[str], list[dict]]:
+    return lambda query: json.loads(sql(query, "runs/tiny", "--json").stdout)
 
 
 @pytest.fixture
 def folder(experiment, tmp_path) -> Path:
-    """A copy, in the place of the temporary folder, that a test may damage."""
+    """A copy of the experiment, in the temporary folder, that a test may damage."""
     shutil.copytree(experiment, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs/tiny"
-
-
-@pytest.fixture
-def rows(prefcache, folder) -> Callable[[str], list[dict]]:
-    return lambda query: json.loads(prefcache("sql", query, "runs/tiny", "--json").stdout)
 
 
 # -- side by side ----------------------------------------------------------------------------------------------------
 
 
-def logps(folder: Path, pairs: list[dict], model: Path) -> dict[str, dict[str, float]]:
+def logps(pairs: list[dict], model: Path) -> dict[str, dict[str, float]]:
     """Summed log-probs of every answer by Transformers' own forward."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -95,12 +81,12 @@ def logps(folder: Path, pairs: list[dict], model: Path) -> dict[str, dict[str, f
     }
 
 
-def test_two_references_stand_side_by_side_with_what_each_model_gives(rows, folder, model, other_model):
-    prepared = Prepared(folder / "prepared").table().to_pylist()
+def test_two_references_stand_side_by_side_with_what_each_model_gives(rows, experiment, model, other_model):
+    prepared = Prepared(experiment / "runs/tiny/prepared").table().to_pylist()
     found = rows("select example_id, reference, used, ref_chosen_logp, ref_rejected_logp, margin from pairs")
     assert len(found) == 2 * N
     for name, used in ((model, True), (other_model, False)):
-        expected = logps(folder, prepared[:6], name)
+        expected = logps(prepared[:6], name)
         mine = {row["example_id"]: row for row in found if row["reference"] == str(name)}
         assert len(mine) == N and all(row["used"] is used for row in mine.values())
         for example_id, sums in expected.items():
@@ -156,12 +142,12 @@ def test_a_part_of_a_query_may_have_the_name_of_a_view(rows):
     ]
 
 
-def test_views_describe_the_columns_of_an_experiment(prefcache, folder):
-    assert "loss/sft double" in prefcache("sql", "--views", "runs/tiny").stdout
-    assert "loss/sft double" not in prefcache("sql", "--views").stdout
+def test_views_describe_the_columns_of_an_experiment(sql):
+    assert "loss/sft double" in sql("--views", "runs/tiny").stdout
+    assert "loss/sft double" not in sql("--views").stdout
 
 
-def test_quarantine_and_checkpoints_by_hand(rows, folder):
+def test_quarantine_and_checkpoints_by_hand(rows, experiment):
     (row,) = rows("select line, reason, raw from quarantine")
     assert (row["line"], json.loads(row["raw"])["chosen"]) == (N + 1, "so")
     found = rows("select run, step, bytes, folder from checkpoints order by run, step")
@@ -171,19 +157,8 @@ def test_quarantine_and_checkpoints_by_hand(rows, folder):
         ("trained", 8),
         ("trained", LAST),
     ]
-    files = Path(found[0]["folder"]).iterdir()
+    files = (experiment / found[0]["folder"]).iterdir()
     assert found[0]["bytes"] == sum(file.stat().st_size for file in files if file.name != "manifest.json")
-
-
-def test_a_run_that_still_goes_on_shows_its_finished_parts(rows, folder):
-    run = folder / "trained"
-    (run / "manifest.json").unlink()
-    for part in run.glob("*/to-00000010.parquet"):
-        part.unlink()
-    (run / "steps/.to-00000010.parquet.host-1.tmp").write_bytes(b"half of a part")
-    assert rows("select finished, seconds from runs where run = 'trained'") == [{"finished": False, "seconds": None}]
-    assert rows("select max(step) as step from steps where run = 'trained'") == [{"step": 8}]
-    assert rows("select max(step) as step from metrics where run = 'trained'") == [{"step": 8}]
 
 
 # -- how answers are given -------------------------------------------------------------------------------------------
@@ -198,21 +173,71 @@ QUERY = "select 'a|b' as x, 1.5 as y, null as z union all select 'c', 2, 'd\"' o
         ("markdown", '| x | y | z |\n| --- | --- | --- |\n| a\\|b | 1.5 |  |\n| c | 2 | d" |\n'),
     ],
 )
-def test_answers_for_machines(prefcache, folder, form, expected):
+def test_answers_for_machines(sql, form, expected):
     query = QUERY.replace("1.5", "1.5::double")
-    assert prefcache("sql", query, "runs/tiny", "--format", form).stdout == expected
+    assert sql(query, "runs/tiny", "--format", form).stdout == expected
 
 
-def test_what_stands_in_the_data_does_not_drive_a_terminal(prefcache, folder, monkeypatch):
+def test_what_stands_in_the_data_does_not_drive_a_terminal(sql, experiment):
     query = "select 'a' || chr(27) || '[31m' || chr(155) || 'b' as x"
-    assert prefcache("sql", query, "runs/tiny", "--format", "csv").stdout == "x\na\x1b[31m\x9bb\n"
+    assert sql(query, "runs/tiny", "--format", "csv").stdout == "x\na\x1b[31m\x9bb\n"
     for form in ("table", "csv", "json", "markdown"):
-        shown = (
-            on_a_terminal(PREFCACHE, "sql", query, folder, "--format", form)
-            .replace("\x1b[0m", "")
-            .replace("\x1b[1m", "")
-        )
-        assert "\x1b" not in shown and "\x9b" not in shown and "[31m" in shown
+        shown = on_a_terminal(PREFCACHE, "sql", query, experiment / "runs/tiny", "--format", form)
+        shown = shown.replace("\x1b[0m", "").replace("\x1b[1m", "").replace("\r\n", "\n")
+        assert visible(shown) == shown and "[31m" in shown
+
+
+def test_json_hides_nothing_and_means_the_same_wherever_it_is_read(sql):
+    query = "select 'a' || chr(127) || chr(155) || chr(8238) || 'é' || chr(8203) as \"x\u202e\""
+    shown = sql(query, "runs/tiny", "--json").stdout
+    assert shown == '[\n {"x\\u202e": "a\\u007f\\u009b\\u202eé\\u200b"}\n]\n'
+    assert json.loads(shown) == [{"x\u202e": "a\x7f\x9b\u202eé\u200b"}]
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "markdown"])
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("select '\x1b[31m\u202e'::int", 2),
+        ('select "\x1b[31m\u202e" from rewards', 2),
+        ("select 1 as \"\x1b[31m\u202e\" from rewards where run = '\x1b[31m\u202e'", 0),
+        ('from "\x1b[31m\u202e"', 2),
+        ("select error('\x1b[31m\u202e')", 2),
+    ],
+)
+def test_messages_about_a_query_do_not_drive_a_terminal(sql, form, query, code):
+    said = sql(query, "runs/tiny", "--format", form, code=code).stderr
+    assert "\u241b[31m<U+202E>" in said and visible(said) == said
+
+
+def test_names_of_files_and_options_do_not_drive_a_terminal(prefcache, folder):  # in a copy, for it writes a file
+    acting = "\x1b[31m\u202e.csv"
+    said = prefcache("sql", "select 1", "runs/tiny", "--out", acting).stdout
+    assert said == "\u241b[31m<U+202E>.csv: 1 row\n"
+    for arguments in (
+        ("sql", f"--{acting}"),
+        (acting,),
+        ("sql", "select 1", "--limit", acting),
+        ("sql", "select 1", acting),
+    ):
+        said = prefcache(*arguments, code=2).stderr
+        assert visible(said) == said and "31m" in said
+
+
+CELLS = ["=1+1", "+1", "-1", "@x", "\t=1", "-1.5e-3", "plain"]
+
+
+def test_texts_that_begin_a_formula_stay_as_they_are_in_csv(sql, prefcache, tmp_path):
+    values = ", ".join(f"('{cell}', {n})" for n, cell in enumerate(CELLS, -3))
+    query = f"select * from (values {values}) t(cell, n)"
+    expected = [{"cell": cell, "n": str(n)} for n, cell in enumerate(CELLS, -3)]
+    shown = sql(query, "runs/tiny", "--format", "csv").stdout
+    sql(query, "runs/tiny", "--out", tmp_path / "cells.csv")
+    for text in (shown, (tmp_path / "cells.csv").read_text()):
+        assert list(csv.DictReader(io.StringIO(text))) == expected
+    # The help says so wherever a CSV can be written.
+    for command in ("sql", "ask", "export", "score"):
+        assert "takes for formulas" in " ".join(prefcache(command, "--help").stdout.split())
 
 
 def on_a_terminal(*command: Any) -> str:
@@ -229,36 +254,57 @@ def on_a_terminal(*command: Any) -> str:
     return written.decode()
 
 
-def test_the_names_of_columns_are_whole_however_many_there_are(prefcache, folder):
+def test_a_table_that_does_not_fit_is_printed_row_by_row_with_nothing_cut(sql):
+    # 8 columns of at least 35 characters do not fit in a pipe's 100.
     names = [f"margin_per_token_of_those_that_are_{letter}" for letter in "abcdefgh"]
-    lines = prefcache("sql", f"select {', '.join(f'1 as {name}' for name in names)}", "runs/tiny").stdout.splitlines()
-    head = lines[: next(i for i, line in enumerate(lines) if "\u2500" in line)]
-    cells = zip(*(line.split() for line in head if line.strip() and len(line.split()) == len(names)), strict=True)
-    assert ["".join(parts) for parts in cells] == names
+    query = f"select {', '.join(f'i * 1000000 + 123456 as {name}' for name in names)} from range(2) t(i)"
+    lines = sql(query, "runs/tiny").stdout.splitlines()
+    expected = []
+    for i in range(2):
+        expected += [f"-- row {i + 1}", *(f"{name}  {i * 1000000 + 123456}" for name in names)]
+    assert lines == [*expected, "2 rows"]
+    # Without rows the names are there all the same, in a table or not.
+    assert sql(f"{query} where i > 5", "runs/tiny").stdout.splitlines() == [*names, "0 rows"]
+    said = sql("select 1 as one, 2 as two where false", "runs/tiny").stdout
+    assert said.split()[:2] == ["one", "two"] and said.endswith("\n0 rows\n")
 
 
-def test_answers_as_parquet_on_stdout_and_in_files(prefcache, folder, tmp_path):
+def test_a_table_fits_to_the_last_character(capsys):
+    # A pipe has 100: a blank on either side of both columns, and one between them, leave 95 to a value beside "a".
+    widths = {}
+    for n in (90, 93, 94, 95, 96, 97, 98, 99):
+        terminal_output.print_rows(["a", "b"], iter([("x", "y" * n)]), 5)
+        widths[n] = "-- row 1" in capsys.readouterr().out
+    assert widths[90] is False and widths[99] is True and list(widths.values()) == sorted(widths.values())
+    terminal_output.print_rows(["a", "long_name"], iter([("x\ny", "z" * 100)]), 5)
+    assert capsys.readouterr().out == f"-- row 1\na          x\n           y\nlong_name  {'z' * 100}\n1 row\n"
+
+
+def test_answers_as_parquet_on_stdout_and_in_files(sql, experiment, tmp_path):
     query = "select example_id, margin, n_chosen from pairs where used order by example_id"
-    expected = json.loads(prefcache("sql", query, "config.yaml", "--format", "json").stdout)
+    expected = json.loads(sql(query, "config.yaml", "--format", "json").stdout)
     command = [PREFCACHE, "sql", query, "runs/tiny", "--format", "parquet"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    shown = subprocess.run(command, cwd=experiment, capture_output=True, check=True).stdout
     assert pq.read_table(io.BytesIO(shown)).to_pylist() == expected
     for name in ("a.parquet", "a.jsonl.gz"):
-        assert f"{name}: {N} rows" in prefcache("sql", query, "runs/tiny", "--out", name).stdout
+        assert f"{name}: {N} rows" in sql(query, "runs/tiny", "--out", tmp_path / name).stdout
     assert pq.read_table(tmp_path / "a.parquet").to_pylist() == expected
     assert [json.loads(line) for line in gzip.open(tmp_path / "a.jsonl.gz")] == expected
     # What fails leaves nothing behind, and what was there as it was.
     failing = "select if(line > 3, error('boom'), line::varchar) as line from examples"
-    assert "boom" in prefcache("sql", failing, "runs/tiny", "--out", "a.parquet", code=2).stderr
+    assert "boom" in sql(failing, "runs/tiny", "--out", tmp_path / "a.parquet", "--force", code=2).stderr
     assert pq.read_table(tmp_path / "a.parquet").to_pylist() == expected and not list(tmp_path.glob(".a.*"))
-    assert "no kind of file" in prefcache("sql", query, "runs/tiny", "--out", "a.txt", code=2).stderr
+    assert (
+        "unsupported extension .txt; use .parquet, .arrow, .jsonl or .csv"
+        in sql(query, "runs/tiny", "--out", tmp_path / "a.txt", code=2).stderr
+    )
 
 
-def test_an_empty_answer_says_why_and_a_long_one_is_ended(prefcache, folder):
-    done = prefcache("sql", "select * from rewards where run = 'other'", "runs/tiny")
-    assert "0 are left after (run = 'other')" in done.stderr and "0 rows" in done.stdout
+def test_an_empty_answer_says_why_and_a_long_one_is_ended(sql):
+    done = sql("select * from rewards where run = 'other'", "runs/tiny")
+    assert "0 left after (run = 'other')" in done.stderr and "0 rows" in done.stdout
     endless = "with recursive t as (select 1 i union all select i + 1 from t) select max(i) from t"
-    assert "more than 0.5 s" in prefcache("sql", endless, "runs/tiny", "--timeout", "0.5", code=6).stderr
+    assert "more than 0.5 s" in sql(endless, "runs/tiny", "--timeout", "0.5", code=6).stderr
 
 
 # -- what is damaged -------------------------------------------------------------------------------------------------
@@ -294,6 +340,18 @@ def test_what_is_damaged_is_named_and_not_read(prefcache, folder, pattern, view)
     other = "alerts" if view != "alerts" else "quarantine"
     if view not in ("runs",):
         prefcache("sql", f"select count(*) from {other}", "runs/tiny")
+
+
+def test_a_run_that_still_goes_on_shows_its_finished_parts(prefcache, folder):
+    run = folder / "trained"
+    (run / "manifest.json").unlink()
+    for part in run.glob("*/to-00000010.parquet"):
+        part.unlink()
+    (run / "steps/.to-00000010.parquet.host-1.tmp").write_bytes(b"half of a part")
+    rows = lambda query: json.loads(prefcache("sql", query, "runs/tiny", "--json").stdout)  # noqa: E731
+    assert rows("select finished, seconds from runs where run = 'trained'") == [{"finished": False, "seconds": None}]
+    assert rows("select max(step) as step from steps where run = 'trained'") == [{"step": 8}]
+    assert rows("select max(step) as step from metrics where run = 'trained'") == [{"step": 8}]
 
 
 def test_a_damaged_part_of_a_run_that_still_goes_on_is_named(prefcache, folder):

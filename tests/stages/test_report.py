@@ -1,6 +1,6 @@
-"""The report: its numbers are SQL's, its bytes are always the same, and in a real browser it is one quiet page.
+"""The report: its numbers are SQL's, its bytes are reproducible, and in a real browser it is one quiet page.
 
-Whatever a prompt, an answer or a file's name says stays text there: pages of hostile texts and of harmless ones have the same elements.
+Whatever a prompt, an answer or a file's name says stays text: pages of hostile and of harmless texts have the same elements.
 """
 
 import dataclasses
@@ -11,35 +11,31 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from chromium_for_tests import CHROMIUM, Page, chromium
-from click.testing import CliRunner
-from conftest import PREFCACHE, write_config, write_pairs
 
-from pipeline.report import charts, figures, intervals, page, words
-from pipeline.report.data import Reason, Source
-from pipeline.report.intervals import Estimate
-from pipeline.report.runs import Shown, Token
-from pipeline.report.visible import visible
-from stages import report
+from prefcache import report
+from prefcache.pipeline import views
+from prefcache.pipeline.report import confidence_intervals, data_section, page, plots, prose, svg
+from prefcache.pipeline.report.confidence_intervals import Estimate
+from prefcache.pipeline.report.data_section import QuarantinedRecord, Reason, Source
+from prefcache.pipeline.report.runs_section import MovedExample, Sample, Token
+from prefcache.pipeline.schema import PREPARED
+from prefcache.pipeline.stored.records import PreparedManifest
+from prefcache.pipeline.visible_text import visible
+from tests.helpers.chromium import CHROMIUM, Page, chromium
+from tests.helpers.project import PREFCACHE, invoke, write_config, write_pairs
 
 # -- a small real experiment -----------------------------------------------------------------------------------------
 
 
-def run_command(*arguments: Any) -> str:
-    from stages.cli import main
-
-    done = CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, model) -> Path:
-    """60 pairs and a record that is none; a run, and one whose learning rate raises alerts."""
+    """60 pairs and an unusable record; a run, and one whose learning rate raises alerts."""
     folder = tmp_path_factory.mktemp("experiment")
     write_pairs(folder / "pairs.jsonl", 60)
     with open(folder / "pairs.jsonl", "a") as file:
@@ -47,10 +43,8 @@ def experiment(tmp_path_factory, model) -> Path:
     config = write_config(folder, model, epochs=6, eval_every=10)
     hot = ("run=hot", "learning_rate=0.1", "batch_size=16", "epochs=12")
     hot = [word for setting in hot for word in ("--set", f"train.{setting}")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for command in (("prepare",), ("score",), ("train",), ("train", *hot)):
-            run_command(command[0], config, *command[1:], "--set", "prepare.held_out=0.4")
+    for stage, *settings in (("prepare",), ("score",), ("train",), ("train", *hot)):
+        invoke(folder, stage, config, *settings, "--set", "prepare.held_out=0.4")
     return folder
 
 
@@ -60,11 +54,11 @@ def there(experiment, monkeypatch) -> None:
 
 
 def written(*arguments: Any) -> str:
-    return Path(json.loads(run_command("report", "--json", *arguments))["report"]).read_text(encoding="utf-8")
+    return Path(json.loads(invoke(".", "report", "--json", *arguments).stdout)["report"]).read_text(encoding="utf-8")
 
 
 def ask(query: str) -> dict[str, Any]:
-    (row,) = json.loads(run_command("sql", "--json", query, "runs/tiny"))
+    (row,) = json.loads(invoke(".", "sql", "--json", query, "runs/tiny").stdout)
     return row
 
 
@@ -91,7 +85,7 @@ def test_held_out_results_are_those_of_sql():
     assert row_of(html, "reward margin")[:2] == ["0.000", f"{after['margin']:.3f}".translate(minus)]
     assert row_of(html, "loss")[:2] == [f"{row['loss']:.3f}" for row in (before, after)]
     change = after["chosen"] - before["chosen"]
-    assert row_of(html, "log-prob of chosen answers")[2] == words.figure(Estimate(change, 0, 0), "+nats")
+    assert row_of(html, "log-prob of chosen answers")[2] == prose.figure(Estimate(change, 0, 0), "+nats")
 
 
 def test_it_says_how_the_run_went_and_what_the_data_is():
@@ -99,12 +93,12 @@ def test_it_says_how_the_run_went_and_what_the_data_is():
     n = ask(
         "select count(*) filter (split = 'train') as train, count(*) filter (split = 'held_out') as held from examples"
     )
-    assert f"{n['train']} training and {n['held']} held-out pairs came of 61 records; 1 is in quarantine." in html
+    assert f"61 records gave {n['train']} training and {n['held']} held-out pairs; 1 is in quarantine." in html
     steps = ask("select max(step) as n from steps where run = 'trained'")["n"]
     assert f"The run is finished: {steps} steps in " in html
     agrees = ask("select avg((margin > 0)::int) as share from pairs where split = 'train'")["share"]
     assert row_of(html, "train")[1] == f"{agrees:.1%}" and row_of(html, "train")[2] == f"{1 - agrees:.1%}"
-    (reason,) = json.loads(run_command("sql", "--json", "select reason, line from quarantine", "runs/tiny"))
+    (reason,) = json.loads(invoke(".", "sql", "--json", "select reason, line from quarantine", "runs/tiny").stdout)
     assert reason["reason"] in html and f"line {reason['line']}" in html and "why &lt;b&gt;?" in html
     manifest = json.loads(Path("runs/tiny/trained/manifest.json").read_text())
     provenance = json.loads(Path("runs/tiny/trained/provenance.json").read_text())
@@ -115,9 +109,8 @@ def test_it_says_how_the_run_went_and_what_the_data_is():
 
 def test_alerts_are_listed_and_marked_on_their_curves():
     html = written("config.yaml", "--set", "train.run=hot")
-    alerts = json.loads(
-        run_command("sql", "--json", "select step, kind, seen from alerts where run = 'hot'", "runs/tiny")
-    )
+    query = "select step, kind, seen from alerts where run = 'hot'"
+    alerts = json.loads(invoke(".", "sql", "--json", query, "runs/tiny").stdout)
     assert alerts
     listed = html[html.index('id="alerts"') : html.index('id="samples"')]
     assert all(f">{alert['step']}<" in listed and alert["kind"] in listed for alert in alerts)
@@ -127,7 +120,7 @@ def test_alerts_are_listed_and_marked_on_their_curves():
 
 def test_runs_are_compared_on_one_page():
     html = written("runs/tiny")
-    assert (Path("runs/tiny/report.html")).exists() and "2 runs side by side: hot, trained." in html
+    assert (Path("runs/tiny/report.html")).exists() and "2 runs compared: hot, trained." in html
     loss = html[html.index('id="figure-loss"') : html.index('id="figure-margins"')]
     assert "var(--run-1)" in loss and "var(--run-2)" in loss and "var(--run-3)" not in loss
     # Each of six measures has a row of each run.
@@ -140,8 +133,8 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came():
     try:
         Path("runs/tiny/begun/manifest.json").unlink()
         html = written("runs/tiny", "--run", "begun")
-        assert "The run is not finished: it has come to step" in html
-        assert "There are none: the run is not finished" in html and "figure-loss" in html
+        assert "The run is not finished: it has reached step" in html
+        assert "No samples: the run is not finished" in html and "figure-loss" in html
     finally:
         shutil.rmtree("runs/tiny/begun")
 
@@ -150,10 +143,10 @@ def test_data_alone_and_data_with_a_reference_have_a_page_that_says_what_is_miss
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path / "pairs.jsonl", 20)
     config = write_config(tmp_path, model)
-    run_command("prepare", config)
+    invoke(".", "prepare", config)
     html = written("config.yaml")
     assert "prefcache score config.yaml" in html and "prefcache train config.yaml" in html and "figure-lengths" in html
-    run_command("score", config)
+    invoke(".", "score", config)
     html = written("config.yaml")
     assert "prefcache score config.yaml" not in html and "prefcache train config.yaml" in html
     assert "figure-ref-margins" in html and "figure-loss" not in html
@@ -164,11 +157,11 @@ def test_labels_have_their_page(tmp_path, monkeypatch, model):
     write_pairs(tmp_path / "pairs.jsonl", 30)
     config = write_config(tmp_path, model, loss="kto", epochs=1)
     for stage in ("prepare", "score", "train"):
-        run_command(stage, config, "--set", "prepare.examples=labels", "--set", "prepare.held_out=0.4")
+        invoke(".", stage, config, "--set", "prepare.examples=labels", "--set", "prepare.held_out=0.4")
     html = written("config.yaml")
     after = json.loads(Path("runs/tiny/trained/manifest.json").read_text())["after"]["evaluation"]
     assert row_of(html, "reward accuracy")[1] == f"{after['rewards/accuracies']:.1%}"
-    margin = words.figure(Estimate(after["rewards/margins"], 0, 0), "")
+    margin = prose.figure(Estimate(after["rewards/margins"], 0, 0), "")
     assert row_of(html, "reward margin")[1] == margin
     assert "log-prob of undesirable answers" in html and "of the answers are desirable" in html
 
@@ -203,9 +196,9 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process(tmp_path):
 
 def test_wilsons_interval_is_the_known_one():
     # Of 8 in 10; Wilson without continuity correction, as tabulated: 0.4902 to 0.9433.
-    found = intervals.share(np.array([1] * 8 + [0] * 2))
+    found = confidence_intervals.share(np.array([1] * 8 + [0] * 2))
     assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.49016, 0.94332), abs=1e-5)
-    assert intervals.share(np.ones(20)).low == pytest.approx(
+    assert confidence_intervals.share(np.ones(20)).low == pytest.approx(
         20 / (20 + 1.959964**2)
     )  # n / (n + z^2) where all are right
 
@@ -215,22 +208,39 @@ def test_newcombes_interval_holds_as_often_as_it_says_and_has_a_width_where_all_
     likelier = 0.8413447  # of N(sqrt 2, 1) beside N(0, 1): the normal distribution's function at 1
     held = 0
     for _ in range(400):
-        found = intervals.how_often_higher(chance.normal(2**0.5, 1, 25), chance.normal(0, 1, 15))
+        found = confidence_intervals.how_often_higher(chance.normal(2**0.5, 1, 25), chance.normal(0, 1, 15))
         held += found.low <= likelier <= found.high
     assert 0.92 <= held / 400 <= 0.99
-    always = intervals.how_often_higher(np.ones(38), np.zeros(38))
+    always = confidence_intervals.how_often_higher(np.ones(38), np.zeros(38))
     assert (always.value, always.high) == (1, 1) and 0.8 < always.low < 0.99
-    never = intervals.how_often_higher(np.zeros(38), np.ones(38))
+    never = confidence_intervals.how_often_higher(np.zeros(38), np.ones(38))
     assert (never.value, never.low, never.high) == pytest.approx((0, 0, 1 - always.low))
+
+
+def test_a_tie_is_not_higher():
+    # 1 is above none of 1 and 2, 2 above one, 3 above both: 3 of 6.
+    assert confidence_intervals.how_often_higher(np.array([3.0, 1.0, 2.0]), np.array([2.0, 1.0])).value == 0.5
+    assert confidence_intervals.how_often_higher(np.ones(4), np.ones(4)).value == 0
+
+
+def test_the_longer_answer_wins_among_pairs_whose_lengths_differ():
+    lengths = [(5, 3), (2, 4), (9, 1), (4, 4), (4, 4), (4, 4)]
+    rows = [{"split": "train", "n_prompt": 1, "n_chosen": a, "n_rejected": b} for a, b in lengths]
+    con = views.connect(views.Sources(prepared=pa.Table.from_pylist(rows, schema=PREPARED["pairs"])))
+    quarantine = {"file": "quarantine.parquet", "bytes": 0, "xxh3_128": "0" * 32, "rows": 0}
+    manifest = PreparedManifest.make(inputs={}, kind="pairs", shards=[], quarantine=quarantine, records=6)
+    bias = data_section.read(con, manifest).bias
+    assert bias.longer.value == pytest.approx(2 / 3)  # of three, not 2 of 6
+    assert sorted(bias.difference) == [-2, 0, 0, 0, 2, 8]
 
 
 def test_the_bootstrap_is_the_normal_interval_where_that_holds_and_always_the_same():
     values = np.random.default_rng(1).normal(3, 2, 2000)
-    found, error = intervals.mean(values), 1.96 * values.std() / 2000**0.5
+    found, error = confidence_intervals.mean(values), 1.96 * values.std() / 2000**0.5
     assert found.low == pytest.approx(values.mean() - error, abs=0.02)
     assert found.high == pytest.approx(values.mean() + error, abs=0.02)
-    assert intervals.mean(values) == found
-    assert intervals.mean(np.full(5, 2.0)) == Estimate(2, 2, 2)
+    assert confidence_intervals.mean(values) == found
+    assert confidence_intervals.mean(np.full(5, 2.0)) == Estimate(2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -245,50 +255,43 @@ def test_the_bootstrap_is_the_normal_interval_where_that_holds_and_always_the_sa
     ],
 )
 def test_numbers_are_written_for_a_reader(value, unit, text):
-    assert words.figure(Estimate(value, value, value), unit) == text
+    assert prose.figure(Estimate(value, value, value), unit) == text
 
 
 def test_a_long_line_is_drawn_by_means_of_neighbours():
-    x, y = figures.averaged(np.arange(480.0), np.arange(480.0) * 2)
+    x, y = svg.average_points(np.arange(480.0), np.arange(480.0) * 2)
     assert len(x) == 240 and (x[0], y[0]) == (0.5, 1) and (x[-1], y[-1]) == (478.5, 957)
-    assert figures.averaged(np.arange(5.0), np.arange(5.0))[0].tolist() == [0, 1, 2, 3, 4]
+    assert svg.average_points(np.arange(5.0), np.arange(5.0))[0].tolist() == [0, 1, 2, 3, 4]
     # Of 48 values, two neighbours on either side: 6 becomes 6 / 5 in five places.
-    assert figures.smoothed(np.array([0.0] * 20 + [6] + [0] * 27))[17:24] == pytest.approx([0] + [1.2] * 5 + [0])
+    assert svg.smooth(np.array([0.0] * 20 + [6] + [0] * 27))[17:24] == pytest.approx([0] + [1.2] * 5 + [0])
+
+
+def test_the_learning_rate_is_drawn_as_it_was():
+    # A warm-up of 10 steps and a decay: a running mean over 20 neighbours would cut the peak of 1 off.
+    rate = np.concatenate([np.arange(1, 11) / 10, np.linspace(1, 0, 470)])
+    x, y = svg.pick_points(np.arange(480.0), rate)
+    assert len(x) == 240 and set(y) <= set(rate) and (x[0], x[-1]) == (0, 479) and y.max() > 0.99
+    drawn = []
+    axes = SimpleNamespace(plot=lambda x, y, **_: drawn.append(y))
+    (panel,) = (each for each in plots._PANELS if each.key == "rate")
+    run = SimpleNamespace(name="r", series={"learning_rate": (np.arange(480), rate)})
+    for line in plots._lines(panel, run, svg.RUNS[0], is_alone=True):
+        svg._draw_line(axes, line)
+    assert [set(each) <= set(rate) for each in drawn] == [True]
 
 
 def test_what_lies_beyond_a_histogram_is_in_its_last_bars():
     edges = np.array([0.0, 1, 2])
-    assert charts._counts(np.array([-5, 0.5, 1.5, 9]), edges).tolist() == [2, 2]
+    assert plots._counts(np.array([-5, 0.5, 1.5, 9]), edges).tolist() == [2, 2]
 
 
 def test_a_figure_is_drawn_in_the_pages_colours_and_tells_itself_in_words():
-    line = figures.Line("a <b> & $x$", "a run", np.array([1.0, 2]), np.array([3.0, 4]), figures.CHOSEN)
-    drawn = figures.curves("loss", "Loss <i>", [line], "nats", [(2, 7)])
+    line = svg.Line("a <b> & $x$", "a run", np.array([1.0, 2]), np.array([3.0, 4]), svg.CHOSEN)
+    drawn = svg.draw_curves("loss", "Loss <i>", [line], "nats", [(2, 7)])
     assert "#0f0f" not in drawn.svg and "var(--chosen)" in drawn.svg and "font-family" not in drawn.svg
     assert "a &lt;b&gt; &amp; $x$" in drawn.svg and "Loss &lt;i&gt;" in drawn.svg and ">7</text>" in drawn.svg
     assert drawn.description == "a run goes from 3 at step 1 to 4 at step 2."
-    assert figures.curves("loss", "Loss <i>", [line], "nats", [(2, 7)]).svg == drawn.svg
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\tb\nc", "a\tb\nc"),
-        ("a\x1b[31mred\x1b[0m\x00\x7f\x85", "a␛[31mred␛[0m␀<U+007F><U+0085>"),
-        ("\u202egnp.exe\u2066", "<U+202E>gnp.exe<U+2066>"),
-        ("a\u200bb\ufeff\u2028", "a<U+200B>b<U+FEFF><U+2028>"),
-        ("\ud800", "<U+D800>"),
-        (
-            "na\u00efve \u0928\u094d\u200d \U0001f469\u200d\U0001f52c\u00a0x",
-            "na\u00efve \u0928\u094d\u200d \U0001f469\u200d\U0001f52c\u00a0x",
-        ),
-        ("Z" + "\u0301" * 20 + "a\u0301", "Z" + "\u0301" * 4 + "<16 more marks>a\u0301"),
-        ("\u05e9\u05dc\u05d5\u05dd", "\u05e9\u05dc\u05d5\u05dd"),
-        ("x" * 1600, "x" * 1500 + " ... (100 more characters)"),
-    ],
-)
-def test_what_would_not_be_seen_is_shown_by_name(text, shown):
-    assert visible(text) == shown
+    assert svg.draw_curves("loss", "Loss <i>", [line], "nats", [(2, 7)]).svg == drawn.svg
 
 
 # -- in a real browser -----------------------------------------------------------------------------------------------
@@ -351,20 +354,18 @@ HOSTILE = [
 
 
 def facts_of(texts: list[str]) -> page.Facts:
-    """The experiment, with these texts wherever a text may come from data, a model or a name."""
-    facts = report.facts(Path("runs/tiny"), "config.yaml", ["hot"])
+    """Gather the experiment's facts, with these texts in place of all that comes from data, a model or a name."""
+    facts = report.gather_facts(Path("runs/tiny"), "config.yaml", ["hot"])
     run, some = facts.runs[0], iter(texts * 20)
     assert run.alerts and run.held_out
-    samples = [
-        {"example_id": text, "prompt": text, "before": text, "after": text, "before_kind": None, "after_kind": None}
+    samples = [Sample(text, text, text, text, None, None) for text in texts]
+    moved = [
+        MovedExample(text, 1.0, text, {"chosen": [Token(text, 0.7, -1.0)] * 2, "rejected": [Token(text, None, -1.0)]})
         for text in texts
     ]
-    shown = [
-        Shown(text, 1.0, text, {"chosen": [Token(text, 0.7, -1.0)] * 2, "rejected": [Token(text, None, -1.0)]})
-        for text in texts
-    ]
-    alerts = [{**alert, "seen": next(some), "why": next(some), "remedy": next(some)} for alert in run.alerts]
-    provenance = {**run.record.provenance, "model": next(some), "versions": {next(some): next(some)}}
+    alerts = [dataclasses.replace(alert, seen=next(some), why=next(some), remedy=next(some)) for alert in run.alerts]
+    changed = {"model": next(some), "versions": {next(some): next(some)}}
+    provenance = run.record.provenance.model_copy(update=changed)
     record = dataclasses.replace(
         run.record,
         samples=samples,
@@ -372,7 +373,7 @@ def facts_of(texts: list[str]) -> page.Facts:
         config="\n".join(texts),
         folder=Path(next(some).replace("/", "_")),
     )
-    places = [{"source": text, "line": 1, "detail": text, "raw": text} for text in texts]
+    records = [QuarantinedRecord(text, 1, text, text) for text in texts]
     sources = [
         Source(text, {"train": 1, "held_out": 1}, {"prompt": 1.0, "chosen": 1.0, "rejected": 1.0}) for text in texts
     ]
@@ -381,11 +382,30 @@ def facts_of(texts: list[str]) -> page.Facts:
         experiment=next(some),
         config=next(some),
         data=dataclasses.replace(
-            facts.data, sources=sources, quarantined=[Reason(next(some), 50, places)], formats=[next(some)]
+            facts.data, sources=sources, quarantined=[Reason(next(some), 50, records)], formats=[next(some)]
         ),
         reference=dataclasses.replace(facts.reference, name=next(some)),
-        runs=[dataclasses.replace(run, record=record, samples=samples, shown=shown, alerts=alerts)],
+        runs=[dataclasses.replace(run, record=record, samples=samples, moved=moved, alerts=alerts)],
     )
+
+
+def test_nothing_on_the_page_acts_whatever_is_on_it():
+    acting = "\x1b[31m\x9b1m\x7f\u202e\u2066\u200b\u2028"
+    facts = facts_of([f"{n}{acting}" for n in range(50)])
+    # What the template takes for ours may be anyone's too: these are read from a run's files.
+    alerts = [dataclasses.replace(alert, kind=acting, severity=acting) for alert in facts.runs[0].alerts]
+    moved = [dataclasses.replace(each, answers={acting: each.answers["chosen"]}) for each in facts.runs[0].moved]
+    html = page.render(
+        dataclasses.replace(facts, runs=[dataclasses.replace(facts.runs[0], alerts=alerts, moved=moved)])
+    )
+    named = "\u241b[31m<U+009B>1m<U+007F><U+202E><U+2066><U+200B><U+2028>"
+    assert html.count(html_of(named)) > 500 and visible(html) == html
+    # The name of a run is in the words of each of its figures too.
+    assert re.search(rf"<desc[^>]*>\d+{re.escape(html_of(named))} goes from", html)
+
+
+def html_of(text: str) -> str:
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +434,7 @@ FIGURES = """
 
 
 def quiet(tab: Page, file: Path) -> None:
-    """Nothing was asked of any other place, and nothing was complained of."""
+    """Assert that the page requested nothing else and logged no complaint."""
     assert {request["request"]["url"] for request in tab.of("Network.requestWillBeSent")} == {file.as_uri()}
     assert tab.of("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled") == []
     assert tab.of("Page.javascriptDialogOpening", "Target.targetCreated", "Page.windowOpen") == []

@@ -1,52 +1,50 @@
 """score, as a user runs it: exact values, nothing twice, nothing lost."""
 
-import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PREFCACHE, write_config, write_pairs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from pipeline.errors import UsageError
-from pipeline.stored import artifact
-from pipeline.stored.prepared import Prepared
-
-
-def cache_folder(root: Path) -> Path:
-    (folder,) = (path for path in (root / "cache").iterdir() if path.is_dir())
-    return folder
-
-
-def rows_of(root: Path) -> dict[bytes, dict]:
-    shards = sorted(cache_folder(root).glob("*.parquet"))
-    rows = [row for shard in shards for row in pq.read_table(shard, page_checksum_verification=True).to_pylist()]
-    assert len({row["key"] for row in rows}) == len(rows), "a sequence was stored twice"
-    return {row["key"]: row for row in rows}
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.processes import start_process
+from tests.helpers.project import PREFCACHE, start, write_config, write_pairs
+from tests.helpers.scored import cache_folder, fingerprint, rows_of
 
 
-def fingerprint(root: Path) -> dict[str, str]:
-    """What a cache holds, byte for byte."""
-    files = [path for path in cache_folder(root).iterdir() if not path.name.startswith(".")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+@pytest.fixture
+def score(prefcache):
+    """`score ARGUMENTS --json`, and what it printed."""
+    return lambda *arguments: json.loads(prefcache("score", *arguments, "--json").stdout)
 
 
-def test_values_are_those_of_the_plain_transformers_forward(prefcache, config, model, tmp_path):
-    from transformers import AutoModelForCausalLM
+def load(model: Path):
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    prefcache("prepare", config)
-    prefcache("score", config)
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    cached = rows_of(tmp_path)
+
+def plain_sum(loaded, example: dict, answer: str) -> float:
+    """The log-prob of an answer by Transformers alone, in float64."""
+    ids = torch.tensor([example["prompt_ids"] + example[f"{answer}_ids"]])
+    with torch.no_grad():
+        logps = loaded(input_ids=ids).logits.double().log_softmax(-1)[0]
+    return sum(logps[at - 1, ids[0, at]].item() for at in range(example["n_prompt"], ids.shape[1]))
+
+
+def test_values_are_those_of_the_plain_transformers_forward(scored, model, tmp_path):
+    loaded, cached = load(model), rows_of(tmp_path)
     for example in Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist():
         for side in ("chosen", "rejected"):
             row = cached[example[f"{side}_key"]]
@@ -55,43 +53,35 @@ def test_values_are_those_of_the_plain_transformers_forward(prefcache, config, m
             labels[:, : len(example["prompt_ids"])] = -100
             with torch.no_grad():
                 # Transformers' own loss shifts by itself: the mean negative log-prob of the completion's tokens.
-                expected = -plain(input_ids=ids, labels=labels).loss.item() * row["n_completion"]
+                expected = -loaded(input_ids=ids, labels=labels).loss.item() * row["n_completion"]
             assert row["logp_sum"] == pytest.approx(expected, rel=1e-5)
             assert row["logp_sum"] == float(np.sum(np.asarray(row["logps"], dtype=np.float32), dtype=np.float64))
             assert (row["n_prompt"], row["n_completion"]) == (example["n_prompt"], example[f"n_{side}"])
 
 
-def test_a_second_run_scores_nothing_and_loads_no_model(prefcache, config, tmp_path, model):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_a_second_run_scores_nothing_and_loads_no_model(prefcache, scored, tmp_path, model):
     before = fingerprint(tmp_path)
-    done = prefcache("score", config, "--json")
+    done = prefcache("score", scored, "--json")
     assert json.loads(done.stdout)["tokens"] == 0 and "nothing to do" in done.stderr
     # Another experiment over the same data: another folder, the same cache, still nothing to score.
-    prefcache("prepare", config, "--set", "out=runs/second")
-    done = prefcache("score", config, "--set", "out=runs/second", "--json")
+    prefcache("prepare", scored, "--set", "out=runs/second")
+    done = prefcache("score", scored, "--set", "out=runs/second", "--json")
     assert json.loads(done.stdout)["scored"] == 0 and "plain float32 forward" not in done.stderr
     assert fingerprint(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "setting",
-    ["train.loss=ipo", "train.beta=0.5", "train.learning_rate=0.1", "train.seed=7", "train.batch_size=3"],
-)
-def test_no_training_argument_makes_a_row_stale(prefcache, config, tmp_path, setting):
-    prefcache("prepare", config)
-    prefcache("score", config)
-    assert json.loads(prefcache("score", config, "--set", setting, "--json").stdout)["tokens"] == 0
+def test_no_training_argument_makes_a_row_stale(score, scored):
+    for setting in ("loss=ipo", "beta=0.5", "learning_rate=0.1", "seed=7", "batch_size=3"):
+        assert score(scored, "--set", f"train.{setting}")["tokens"] == 0
 
 
-def test_after_an_append_only_what_is_new_is_scored(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    first = json.loads(prefcache("score", config, "--json").stdout)
+def test_after_an_append_only_what_is_new_is_scored(score, prefcache, prepared, tmp_path):
+    first = score(prepared)
     before = fingerprint(tmp_path)
     write_pairs(tmp_path / "pairs.jsonl", 6, start=60, mode="a")
-    prefcache("prepare", config)
-    planned = json.loads(prefcache("score", config, "--dry-run", "--json").stdout)
-    second = json.loads(prefcache("score", config, "--json").stdout)
+    prefcache("prepare", prepared)
+    planned = score(prepared, "--dry-run")
+    second = score(prepared)
     assert first["scored"] == 120 and second["scored"] == planned["to_score"] == 12
     assert second["tokens"] == planned["tokens"] and second["cached_before"] == 120
     after = fingerprint(tmp_path)
@@ -99,23 +89,22 @@ def test_after_an_append_only_what_is_new_is_scored(prefcache, config, tmp_path)
     assert len(rows_of(tmp_path)) == 132
 
 
-def test_an_answer_that_occurs_twice_is_scored_once(prefcache, config, tmp_path):
+def test_an_answer_that_occurs_twice_is_scored_once(score, prefcache, config, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 10, start=0, mode="a")
     prefcache("prepare", config)
-    result = json.loads(prefcache("score", config, "--json").stdout)
+    result = score(config)
     assert result["sequences"] == 120  # 70 pairs, 10 of them twice
 
 
-def test_a_dry_run_writes_no_rows(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    result = json.loads(prefcache("score", config, "--dry-run", "--json").stdout)
+def test_a_dry_run_writes_no_rows(score, prefcache, prepared, tmp_path):
+    result = score(prepared, "--dry-run")
     assert (result["to_score"], result["cached_before"]) == (120, 0) and result["tokens"] > 0 and result["bytes"] > 0
     assert not (tmp_path / "cache").exists()
-    prefcache("score", config)
+    prefcache("score", prepared)
     assert str(cache_folder(tmp_path).relative_to(tmp_path)) == result["cache"]
     (cache_folder(tmp_path) / "reference.json").write_text("rotten")
     before = _everything(tmp_path)
-    assert json.loads(prefcache("score", config, "--dry-run", "--json").stdout)["cached_before"] == 120
+    assert score(prepared, "--dry-run")["cached_before"] == 120
     assert _everything(tmp_path) == before
 
 
@@ -124,9 +113,7 @@ def _everything(root: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
 
 
-def test_a_cache_that_may_only_be_read_serves_what_it_holds(prefcache, config, tmp_path, monkeypatch):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_a_cache_that_may_only_be_read_serves_what_it_holds(score, prefcache, scored, tmp_path, monkeypatch):
     (tmp_path / "cache" / ".weights.json").unlink()
     real = artifact.commit_bytes
 
@@ -136,38 +123,42 @@ def test_a_cache_that_may_only_be_read_serves_what_it_holds(prefcache, config, t
         return real(path, *data, **how)
 
     monkeypatch.setattr(artifact, "commit_bytes", commit_bytes)
-    monkeypatch.setattr("pipeline.stored.cache.os.access", lambda *_: False)
-    assert "nothing to do" in prefcache("score", config).stderr
+    monkeypatch.setattr(
+        "prefcache.pipeline.stored.cache_writer.os.access", lambda path, _: Path(path).parts[0] != "cache"
+    )
+    assert "nothing to do" in prefcache("score", scored).stderr
     shutil.rmtree(tmp_path / "runs/tiny/scored")
-    assert json.loads(prefcache("score", config, "--json").stdout)["cached_before"] == 120
+    assert score(scored)["cached_before"] == 120
     write_pairs(tmp_path / "pairs.jsonl", 6, start=60, mode="a")
-    prefcache("prepare", config)
-    said = prefcache("score", config, code=2).stderr
-    assert "may only be read" in said and "plain float32 forward" not in said
+    prefcache("prepare", scored)
+    said = prefcache("score", scored, code=2).stderr
+    assert "is read-only" in said and "plain float32 forward" not in said
 
 
-def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, process, config, tmp_path):
-    prefcache("prepare", config)
+@pytest.mark.parametrize("n_kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, prepared, tmp_path, n_kills):
     began = time.monotonic()
-    process("score", config)
+    process = start_process(tmp_path, "score", prepared)
+    process.join()
     whole = time.monotonic() - began
     expected = fingerprint(tmp_path)
     assert sum(name.endswith(".parquet") for name in expected) >= 8  # there are shards to be killed between
 
     shutil.rmtree(tmp_path / "cache")
-    dice, killed, within, n_kills = random.Random(0), 0, 0, int(os.environ.get("PREFCACHE_KILLS", "20"))
+    dice, killed, within = random.Random(0), 0, 0
     for _ in range(n_kills):
         before = _n_files(tmp_path)
-        process = subprocess.Popen([PREFCACHE, "score", config], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        process = start_process(tmp_path, "score", prepared)
         _kill_after(process, tmp_path, dice, whole)
-        was_killed = process.wait() == -signal.SIGKILL
+        process.join()
+        was_killed = process.exitcode == -signal.SIGKILL
         killed, within = killed + was_killed, within + (was_killed and _n_files(tmp_path) > before)
         shutil.rmtree(tmp_path / "runs/tiny/scored", ignore_errors=True)
         if (dice.random() < 0.3 or not was_killed) and (tmp_path / "cache").exists():
             _forget_some(tmp_path, dice)
     print(f"{killed} of {n_kills} killed, {within} of them with files written since their start")
     assert killed >= 0.6 * n_kills and within >= 0.4 * n_kills
-    prefcache("score", config)
+    prefcache("score", prepared)
     assert fingerprint(tmp_path) == expected
 
 
@@ -175,12 +166,12 @@ def _n_files(root: Path) -> int:
     return len(list(root.glob("cache/*/*")))
 
 
-def _kill_after(process: subprocess.Popen, root: Path, dice: random.Random, whole: float) -> None:
+def _kill_after(process: ForkServerProcess, root: Path, dice: random.Random, whole: float) -> None:
     """Kill once a random number of files more is in the cache; one in five at a random time. Nearly all of the time goes
-    into imports and the check before the first file, so that kills by time alone would hit nothing else."""
+    into loading and the check before the first file, so that kills by time alone would hit nothing else."""
     seconds = dice.uniform(0.3, 0.9) * whole if dice.random() < 0.2 else 60.0
     deadline, goal = time.monotonic() + seconds, _n_files(root) + dice.randint(1, 6)
-    while process.poll() is None and time.monotonic() < deadline and _n_files(root) < goal:
+    while process.is_alive() and time.monotonic() < deadline and _n_files(root) < goal:
         time.sleep(0.001)
     process.kill()
 
@@ -192,28 +183,26 @@ def _forget_some(root: Path, dice: random.Random) -> None:
             record.unlink()
 
 
-def test_interrupted_scoring_keeps_finished_shards_and_exits_130(config, tmp_path, prefcache):
-    prefcache("prepare", config)
-    process = subprocess.Popen([PREFCACHE, "score", config], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+def test_interrupted_scoring_keeps_finished_shards_and_exits_130(score, prepared, tmp_path):
+    process = start(PREFCACHE, "score", prepared, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(list(tmp_path.glob("cache/*/*.parquet"))) < 2:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
     kept = fingerprint(tmp_path)
-    result = json.loads(prefcache("score", config, "--json").stdout)
+    result = score(prepared)
     assert 0 < result["cached_before"] < 120 and kept.items() <= fingerprint(tmp_path).items()
 
 
-def test_several_processes_share_the_work_and_leave_what_one_leaves(prefcache, process, config, tmp_path):
-    prefcache("prepare", config)
-    process("score", config)
+def test_several_processes_share_the_work_and_leave_what_one_leaves(process, prepared, tmp_path):
+    process("score", prepared)
     expected = fingerprint(tmp_path)
     shutil.rmtree(tmp_path / "cache")
     shutil.rmtree(tmp_path / "runs/tiny/scored")
     scorers = [
         subprocess.Popen(
-            [PREFCACHE, "score", config, "--json"],
+            [PREFCACHE, "score", prepared, "--json"],
             cwd=tmp_path,
             env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"},
             stdout=subprocess.PIPE,
@@ -234,44 +223,32 @@ def test_several_processes_share_the_work_and_leave_what_one_leaves(prefcache, p
 
 @pytest.mark.parametrize("kl_pairs", [True, False])
 def test_labels_are_scored_with_their_mismatched_answers(prefcache, config, model, tmp_path, kl_pairs):
-    from transformers import AutoModelForCausalLM
-
     prefcache("prepare", config, "--set", "prepare.examples=labels", "--set", f"prepare.kl_pairs={kl_pairs}")
     examples = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
     answers = ("completion", "kl") if kl_pairs else ("completion",)
     prefcache("score", config)
-    cached = rows_of(tmp_path)
+    loaded, cached = load(model), rows_of(tmp_path)
     assert set(cached) == {example[f"{answer}_key"] for example in examples for answer in answers}
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for example in examples[::15]:
         for answer in answers:
-            ids = torch.tensor([example["prompt_ids"] + example[f"{answer}_ids"]])
-            with torch.no_grad():
-                logps = plain(input_ids=ids).logits.double().log_softmax(-1)[0]
-            n = example["n_prompt"]
-            expected = sum(logps[at - 1, ids[0, at]].item() for at in range(n, ids.shape[1]))
             row = cached[example[f"{answer}_key"]]
-            assert row["logp_sum"] == pytest.approx(expected, rel=1e-5)
-            assert (row["n_prompt"], row["n_completion"]) == (n, example[f"n_{answer}"])
+            assert row["logp_sum"] == pytest.approx(plain_sum(loaded, example, answer), rel=1e-5)
+            assert (row["n_prompt"], row["n_completion"]) == (example["n_prompt"], example[f"n_{answer}"])
 
 
-def test_a_truncated_shard_is_detected_and_only_it_is_scored_again(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_a_truncated_shard_is_detected_and_only_it_is_scored_again(score, prefcache, scored, tmp_path):
     before = fingerprint(tmp_path)
     shard = sorted(cache_folder(tmp_path).glob("*.parquet"))[1]
     n_rows = pq.read_metadata(shard).num_rows
     shard.write_bytes(shard.read_bytes()[:-10])
-    done = prefcache("train", config, code=4)
-    assert shard.name in done.stderr and "make score" in done.stderr
-    result = json.loads(prefcache("score", config, "--json").stdout)
+    done = prefcache("train", scored, code=4)
+    assert shard.name in done.stderr and "prefcache score" in done.stderr
+    result = score(scored)
     assert result["scored"] == n_rows
     assert fingerprint(tmp_path) == before
 
 
-def test_a_flipped_bit_is_detected(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_a_flipped_bit_is_detected(score, prefcache, scored, tmp_path):
     before = fingerprint(tmp_path)
     for path in (
         sorted(cache_folder(tmp_path).glob("*.parquet"))[0],
@@ -281,30 +258,19 @@ def test_a_flipped_bit_is_detected(prefcache, config, tmp_path):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
         assert path.stem.partition("-")[0] in prefcache("sql", "select 1 from pairs", "runs/tiny", code=4).stderr
-        assert json.loads(prefcache("score", config, "--json").stdout)["scored"] > 0
+        assert score(scored)["scored"] > 0
         assert fingerprint(tmp_path) == before
 
 
-def test_a_full_disk_ends_with_exit_code_6_and_a_clean_resume(prefcache, process, config, tmp_path):
-    prefcache("prepare", config)
-    # No file may exceed 2 kB: a shard does.
-    limit = (2000, 2000)
-    done = process("score", config, code=6, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert "the disk took no more" in done.stderr
-    assert not list(cache_folder(tmp_path).glob("[0-9a-f]*.json"))
-    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 120
-    assert not list(cache_folder(tmp_path).glob(".*"))
-
-
-def test_other_weights_get_a_cache_of_their_own(prefcache, config, other_model, tmp_path):
+def test_other_weights_get_a_cache_of_their_own(score, prefcache, config, other_model, tmp_path):
     for model in ([], ["--set", f"model={other_model}"]):
         prefcache("prepare", config, *model)
-        assert json.loads(prefcache("score", config, *model, "--json").stdout)["scored"] == 120
+        assert score(config, *model)["scored"] == 120
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
 def test_weights_that_change_while_they_score_leave_no_row(prefcache, config, model, tmp_path, monkeypatch):
-    from pipeline.scoring.engines.transformers import TransformersEngine
+    from prefcache.pipeline.scoring.engines.transformers import TransformersEngine
 
     edited, real, n = shutil.copytree(model, tmp_path / "edited"), TransformersEngine.score, 0
 
@@ -337,26 +303,22 @@ def _overwrite(file: Path) -> None:
         opened.write(bytes(20_000))
 
 
-def test_a_cache_scored_by_another_model_is_refused_in_training(prefcache, config, other_model):
-    prefcache("prepare", config)
-    prefcache("score", config)
-    done = prefcache("train", config, "--set", f"model={other_model}", code=5)
-    assert "was scored by" in done.stderr and "make score" in done.stderr
+def test_a_cache_scored_by_another_model_is_refused_in_training(prefcache, scored, other_model):
+    done = prefcache("train", scored, "--set", f"model={other_model}", code=5)
+    assert "was scored by" in done.stderr and "prefcache score" in done.stderr
 
 
-def test_another_dtype_is_never_mixed_in_silently(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_another_dtype_is_never_mixed_in_silently(score, prefcache, scored, tmp_path):
     bf16 = ["--set", "score.dtype=bfloat16"]
-    done = prefcache("score", config, *bf16, code=5)
+    done = prefcache("score", scored, *bf16, code=5)
     assert "dtype float32 -> bfloat16" in done.stderr and "score.rescore=true" in done.stderr
     other = done.stderr.partition("accept_numerics=[")[2].partition("]")[0]
-    accepted = prefcache("score", config, *bf16, "--set", f"score.accept_numerics=[{other}]", "--json")
+    accepted = prefcache("score", scored, *bf16, "--set", f"score.accept_numerics=[{other}]", "--json")
     assert json.loads(accepted.stdout)["scored"] == 0
-    rescored = prefcache("score", config, *bf16, "--set", "score.rescore=true", "--json")
+    rescored = prefcache("score", scored, *bf16, "--set", "score.rescore=true", "--json")
     assert json.loads(rescored.stdout)["scored"] == 120
     # float32 rows are still there and still what float32 asks for.
-    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+    assert score(scored)["scored"] == 0
 
 
 def test_a_sequence_longer_than_the_model_takes_is_refused_before_it_is_loaded(prefcache, model, tmp_path):
@@ -366,9 +328,7 @@ def test_a_sequence_longer_than_the_model_takes_is_refused_before_it_is_loaded(p
     assert "Set prepare.max_length=512" in prefcache("score", config, code=2).stderr
 
 
-def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, config, model, tmp_path):
-    from safetensors.torch import load_file, save_file
-
+def test_log_probs_that_are_not_finite_are_never_stored_as_good(score, prefcache, config, model, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
@@ -376,8 +336,8 @@ def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, confi
     arguments = [config, "--set", f"model={broken}", "--set", "score.parity_sample=0"]
     prefcache("prepare", *arguments)
     said = prefcache("score", *arguments[:3], code=4).stderr
-    assert "none either" in said and "score.parity_sample=0" in said
-    result = json.loads(prefcache("score", *arguments, "--json").stdout)
+    assert "neither does the plain" in said and "score.parity_sample=0" in said
+    result = score(*arguments)
     assert result["failed"] == 120
     said = {row["status"] for row in rows_of(tmp_path).values()}
     # Once nothing came out finite in float32 either, that is not tried any more.
@@ -386,9 +346,7 @@ def test_log_probs_that_are_not_finite_are_never_stored_as_good(prefcache, confi
     assert "no example to train on: none has ref_chosen_logp" in prefcache("train", *arguments, code=3).stderr
 
 
-def test_what_overflows_in_float16_is_computed_in_float32(prefcache, config, model, tmp_path):
-    from safetensors.torch import load_file, save_file
-
+def test_what_overflows_in_float16_is_computed_in_float32(score, prefcache, config, model, tmp_path):
     loud = shutil.copytree(model, tmp_path / "loud")
     weights = load_file(loud / "model.safetensors")
     # One token whose embedding is beyond float16 (65,504): only sequences with it overflow.
@@ -398,7 +356,7 @@ def test_what_overflows_in_float16_is_computed_in_float32(prefcache, config, mod
     arguments = [config, "--set", f"model={loud}", "--set", "score.dtype=float16", "--set", "score.parity_sample=0"]
     prefcache("prepare", *arguments)
     done = prefcache("score", *arguments, "--json")
-    assert json.loads(done.stdout)["failed"] == 0 and "of them have one in float32" in done.stderr
+    assert json.loads(done.stdout)["failed"] == 0 and "of them have finite ones in float32" in done.stderr
     rows = rows_of(tmp_path)
     statuses = {row["status"] for row in rows.values()}
     assert statuses == {"ok", "ok: computed in float32"}
@@ -409,7 +367,7 @@ def test_what_overflows_in_float16_is_computed_in_float32(prefcache, config, mod
     assert 0 < json.loads(done.stdout)["parity"]["max"] < 0.1
     assert {row["status"] for row in rows_of(tmp_path).values()} == statuses
     assert all(np.isfinite(row["logps"]).all() for row in rows.values())
-    assert json.loads(prefcache("score", *arguments, "--json").stdout)["scored"] == 0
+    assert score(*arguments)["scored"] == 0
 
 
 def _prepared(prefcache, config, model) -> Path:
@@ -417,14 +375,12 @@ def _prepared(prefcache, config, model) -> Path:
     return Path(config).parent / "runs/tiny/prepared"
 
 
-def test_a_shorter_keep_start_length_is_cut_from_what_is_cached(prefcache, config, model, tmp_path):
-    from transformers import AutoModelForCausalLM
-
+def test_a_shorter_keep_start_length_is_cut_from_what_is_cached(score, prefcache, config, model, tmp_path):
     long, short = (["--set", "prepare.too_long=keep_start", "--set", f"prepare.max_length={n}"] for n in (34, 28))
     prefcache("prepare", config, *long)
     prefcache("score", config, *long)
     prefcache("prepare", config, *short)
-    planned = json.loads(prefcache("score", config, *short, "--dry-run", "--json").stdout)
+    planned = score(config, *short, "--dry-run")
     done = prefcache("score", config, *short, "--json")
     result = json.loads(done.stdout)
     examples = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
@@ -433,64 +389,49 @@ def test_a_shorter_keep_start_length_is_cut_from_what_is_cached(prefcache, confi
     # No model is loaded, and what is served is what it would have computed.
     assert (result["scored"], result["tokens"], planned["to_score"]) == (0, 0, 0)
     assert "plain float32 forward" not in done.stderr
-    plain, rows = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), rows_of(tmp_path)
+    loaded, rows = load(model), rows_of(tmp_path)
     for example in examples[::5]:
-        ids = torch.tensor([example["prompt_ids"] + example["chosen_ids"]])
-        with torch.no_grad():
-            logps = plain(input_ids=ids).logits.double().log_softmax(-1)[0]
-        expected = sum(logps[at - 1, ids[0, at]].item() for at in range(example["n_prompt"], ids.shape[1]))
-        assert rows[example["chosen_key"]]["logp_sum"] == pytest.approx(expected, abs=1e-4)
+        assert rows[example["chosen_key"]]["logp_sum"] == pytest.approx(plain_sum(loaded, example, "chosen"), abs=1e-4)
 
 
-def test_the_same_weights_under_another_name_share_one_cache(prefcache, config, model, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_the_same_weights_under_another_name_share_one_cache(score, prefcache, scored, model, tmp_path):
     shutil.copytree(model, tmp_path / "renamed")
     renamed = ["--set", "model=renamed", "--set", "out=runs/renamed"]
-    prefcache("prepare", config, *renamed)
-    assert json.loads(prefcache("score", config, *renamed, "--json").stdout)["scored"] == 0
+    prefcache("prepare", scored, *renamed)
+    assert score(scored, *renamed)["scored"] == 0
 
 
-def test_a_cache_that_is_gone_is_said_to_be_and_scored_again(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_a_cache_that_is_gone_is_said_to_be_and_scored_again(score, prefcache, prepared, tmp_path):
+    prefcache("score", prepared)
     shutil.rmtree(tmp_path / "cache")
-    assert "is gone. Score again" in prefcache("train", config, code=4).stderr
-    # The manifest that vouched for it is taken back, so make sees that there is work.
-    assert not (tmp_path / "runs/tiny/scored/manifest.json").exists()
-    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 120
+    assert "is gone: " in prefcache("train", prepared, code=4).stderr
+    # It may only be away, so the manifest stays; make sees by the missing reference.json that there is work.
+    manifest = tmp_path / "runs/tiny/scored/manifest.json"
+    assert manifest.exists() and "reference.json:\n" in manifest.with_name("inputs.mk").read_text()
+    makefile = tmp_path / "makefile"
+    makefile.write_text("runs/tiny/scored/manifest.json:\n\ttouch scored-again\n-include runs/tiny/scored/inputs.mk\n")
+    subprocess.run(["make", "-f", makefile, "runs/tiny/scored/manifest.json"], cwd=tmp_path, check=True)
+    assert (tmp_path / "scored-again").exists()
+    assert score(prepared)["scored"] == 120
 
 
-def test_rescoring_is_done_when_asked_and_other_versions_are_noticed(prefcache, config, tmp_path, monkeypatch):
-    from pipeline import identity
+def test_rescoring_is_done_when_asked_and_other_versions_are_noticed(score, prefcache, scored, tmp_path, monkeypatch):
+    from prefcache.pipeline import identity
 
-    prefcache("prepare", config)
-    prefcache("score", config)
     real = identity.version
     monkeypatch.setattr(identity, "version", lambda name: "2.99.0" if name == "torch" else real(name))
-    done = prefcache("score", config, code=5)
+    done = prefcache("score", scored, code=5)
     assert f"torch {real('torch').partition('+')[0]} -> 2.99.0" in done.stderr
-    assert json.loads(prefcache("score", config, "--set", "score.rescore=true", "--json").stdout)["scored"] == 120
-    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+    assert score(scored, "--set", "score.rescore=true")["scored"] == 120
+    assert score(scored)["scored"] == 0
 
 
-def test_a_damaged_cache_takes_the_manifest_back_also_when_sql_finds_it(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
-    shard = sorted(cache_folder(tmp_path).glob("*.parquet"))[0]
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert "make score" in prefcache("sql", "select 1 from reference", code=4).stderr
-    assert not (tmp_path / "runs/tiny/scored/manifest.json").exists()
-
-
-def test_a_damaged_reference_record_is_written_anew(prefcache, config, tmp_path):
-    prefcache("prepare", config)
-    prefcache("score", config)
+def test_a_damaged_reference_record_is_written_anew(score, prefcache, scored, tmp_path):
     before = fingerprint(tmp_path)
     record = cache_folder(tmp_path) / "reference.json"
     record.write_bytes(record.read_bytes()[:-9])
-    assert "make score" in prefcache("train", config, code=4).stderr
-    assert json.loads(prefcache("score", config, "--json").stdout)["scored"] == 0
+    assert "prefcache score" in prefcache("train", scored, code=4).stderr
+    assert score(scored)["scored"] == 0
     assert fingerprint(tmp_path) == before
 
 

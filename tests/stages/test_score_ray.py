@@ -16,17 +16,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PREFCACHE, Done, write_pairs
-from test_score import fingerprint, rows_of
+import torch
+from safetensors.torch import save_file
 
-from pipeline.config import Ray, Score
-from pipeline.errors import IdentityError, ResourceError, UsageError
-from pipeline.identity import Reference
-from pipeline.progress import Progress
-from pipeline.scoring import actors
-from pipeline.scoring.engines.transformers import numerics
-from pipeline.stored.cache import Cache
-from pipeline.stored.prepared import Prepared
+from prefcache.pipeline.config import Ray, Score
+from prefcache.pipeline.errors import IdentityError, ResourceError, UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.scoring import actors
+from prefcache.pipeline.scoring.engines.transformers import numerics
+from prefcache.pipeline.stored.cache_writer import create_cache
+from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.project import PREFCACHE, Done, start, write_pairs
+from tests.helpers.scored import fingerprint, rows_of
 
 N_PAIRS = 150
 SMALL_CHUNKS = ["--set", "score.tokens_per_shard=200"]
@@ -59,7 +61,7 @@ def prepared(prefcache: Callable[..., Done], config: Path, tmp_path: Path) -> Pa
 def pool(prepared: Path, model: Path, tmp_path: Path) -> actors.Pool:
     """Before it has begun an actor."""
     score = Score(ray={"actors": 2}, parity_sample=2)
-    cache = Cache.create(tmp_path / "cache", "tiny", {"model_id": "0" * 64})
+    cache = create_cache(tmp_path / "cache", "tiny", {"model_id": "0" * 64})
     here, folder = numerics(Reference(model), score), Prepared(tmp_path / "runs/tiny/prepared")
     return actors.Pool(score, Reference(model), here, cache, folder, 2, Progress(quiet=True))
 
@@ -67,8 +69,8 @@ def pool(prepared: Path, model: Path, tmp_path: Path) -> actors.Pool:
 def begun(config: Path, *arguments: str) -> subprocess.Popen:
     """`prefcache score`, in a session of its own as in a terminal."""
     command = [PREFCACHE, "score", config, "--json", *arguments]
-    return subprocess.Popen(
-        command, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    return start(
+        *command, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -157,11 +159,12 @@ def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, 
     assert fingerprint(tmp_path) == expected
 
 
-def test_ctrl_c_ends_the_actors_and_all_of_ray(prepared, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_ctrl_c_and_the_end_of_the_terminal_end_the_actors_and_all_of_ray(prepared, tmp_path, sent):
     # So many chunks that, however late it is seen that some are there, others are not.
     scorer = begun(prepared, "--set", "score.tokens_per_shard=40", *with_actors(1))
     until(scorer, lambda: n_shards(tmp_path) >= 2)
-    os.killpg(scorer.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(scorer.pid, sent)  # as a terminal does
     _, said = scorer.communicate(timeout=60)
     assert scorer.returncode == 130 and "interrupted" in said and "Traceback" not in said
     deadline = time.monotonic() + 30
@@ -172,36 +175,36 @@ def test_ctrl_c_ends_the_actors_and_all_of_ray(prepared, tmp_path):
 
 def test_an_error_in_an_actor_is_one_line_and_its_own_exit_code(prefcache, prepared, model, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    save_file({"x": torch.zeros(2)}, broken / "model.safetensors", {"format": "pt"})
     prefcache("prepare", prepared, "--set", "model=broken")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with actors._connected(Ray(actors=1), 1) as ray:
+    with actors.connect(Ray(actors=1), 1) as ray:
         assert signal.getsignal(signal.SIGTERM) == on_sigterm  # Ray would end the process without a word
         done = prefcache("score", prepared, "--set", "model=broken", "--quiet", *with_actors(1), code=2)
         assert ray.is_initialized()  # a Ray that was there stays there
     said = but_for_waiting(done.stderr)
-    assert said.startswith("error: broken does not load as a causal language model")
+    assert said.startswith("error: broken lacks tensors of LlamaForCausalLM")
     assert said.count("\n") == 1 and not done.stdout
 
 
 def but_for_waiting(said: str) -> str:
     """On a busy machine an actor takes longer to begin than goes without a word."""
-    return "".join(line for line in said.splitlines(keepends=True) if "Ray has not begun an actor" not in line)
+    return "".join(line for line in said.splitlines(keepends=True) if "Ray has not started an actor" not in line)
 
 
 def test_a_chunk_at_which_every_actor_dies_ends_the_command(pool):
     for number in (0, 1, 0, 1):
-        pool._bury(number, RuntimeError("gone"))
+        pool._count_death(number, RuntimeError("gone"))
     with pytest.raises(ResourceError, match=r"3 actors of Ray died at a chunk.*gone.*score\.ray\.actors"):
-        pool._bury(1, RuntimeError("gone"))
+        pool._count_death(1, RuntimeError("gone"))
 
 
 def test_actors_that_die_before_their_first_chunk_end_the_command(pool):
     # There are two: each may die twice, and then one more.
     for _ in range(5):
-        pool._bury(None, RuntimeError("gone"))
+        pool._count_death(None, RuntimeError("gone"))
     with pytest.raises(ResourceError, match="6 actors of Ray died before a chunk"):
-        pool._bury(None, RuntimeError("gone"))
+        pool._count_death(None, RuntimeError("gone"))
 
 
 OTHERS = {
@@ -229,15 +232,15 @@ def test_ray_that_is_missing_is_named_with_how_to_install_it(prefcache, prepared
 
 def test_options_that_are_said_elsewhere_are_refused(prefcache, prepared):
     done = prefcache("score", prepared, *with_actors(1), "--set", "score.ray.options={num_gpus: 1}", "-q", code=2)
-    assert "score.ray.options has num_gpus, which is said by score.ray.gpus" in done.stderr
+    assert "score.ray.options has num_gpus, which score.ray.gpus sets" in done.stderr
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with (
-        pytest.raises(UsageError, match="No Ray to be used at"),
-        actors._connected(Ray(actors=1, address=address), 1),
+        pytest.raises(UsageError, match="Cannot connect to Ray at"),
+        actors.connect(Ray(actors=1, address=address), 1),
     ):
         pass
 

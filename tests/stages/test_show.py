@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.prepared import Prepared
 
 TRAIN = ["--set", "train.learning_rate=0.003", "--set", "train.epochs=2"]
 
@@ -54,7 +54,9 @@ def test_an_adapter_is_shown_beside_its_model(prefcache, config, rows):
 
 def test_what_is_not_there_yet_is_said_with_its_remedy(prefcache, config, rows):
     before = prefcache("show", rows[0]["example_id"], config).stdout
-    assert "The reference has not been scored (make score)." in before and "(make train)" in before
+    assert (
+        "The reference has not been scored (prefcache score CONFIG)." in before and "(prefcache train CONFIG)" in before
+    )
     prefcache("score", config)
     found = json.loads(prefcache("show", rows[0]["example_id"], config, "--json").stdout)
     assert found["run"] is None

@@ -7,25 +7,30 @@ import pty
 import re
 import select
 import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.project import PREFCACHE, default_signals
+
 CTRL_C, CTRL_D, TAB = "\x03", "\x04", "\t"
-MAIN = "from stages.cli import main; main()"
+
+
+def _take_terminal() -> None:
+    default_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
-    """A process at a terminal of its own."""
+    """A process on a terminal of its own."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         (folder / "prepared").mkdir(parents=True, exist_ok=True)
         parent, child = pty.openpty()
         environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "TERM": "dumb"}
-        command = [sys.executable, "-c", MAIN, "sql", str(folder), *arguments]
+        command = [PREFCACHE, "sql", str(folder), *arguments]
         self.process = subprocess.Popen(
             command,
             stdin=child,
@@ -33,7 +38,7 @@ class Terminal:
             stderr=child,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
         os.close(child)
         self._terminal, self.seen = parent, ""
@@ -42,7 +47,7 @@ class Terminal:
         os.write(self._terminal, text.encode())
 
     def until(self, expected: str, seconds: float = 30) -> str:
-        """What is shown up to the expected, which is to come."""
+        """Read up to the expected text; return what came before it."""
         ends = time.monotonic() + seconds
         while expected not in self.seen and time.monotonic() < ends:
             if select.select([self._terminal], [], [], 0.1)[0]:
@@ -52,7 +57,7 @@ class Terminal:
         return found
 
     def give_up_line(self) -> None:
-        """By Ctrl-C, once more where it came just before readline waited: then it is seen with the next key only."""
+        """Send Ctrl-C, repeatedly: just before readline waits, it is noticed only with the next key."""
         for _ in range(10):
             self.send(CTRL_C)
             with contextlib.suppress(AssertionError):
@@ -61,7 +66,7 @@ class Terminal:
         raise AssertionError(self.seen)
 
     def leave(self) -> None:
-        """From the prompt: before it, the terminal itself would take Ctrl-D."""
+        """Send Ctrl-D at the prompt; before it, the terminal itself would take it."""
         self.until("prefcache> ")
         self.send(CTRL_D)
         assert self.process.wait(30) == 0
@@ -79,7 +84,7 @@ def test_a_query_takes_several_lines_and_ends_with_a_semicolon(terminal):
     terminal.send("select 40 +\n")
     terminal.until("... ")
     terminal.send("2 as answer;\n")
-    assert "42" in terminal.until("1 rows")
+    assert "42" in terminal.until("1 row")
     terminal.leave()
 
 

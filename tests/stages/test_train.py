@@ -1,61 +1,37 @@
 """train, as a user runs it: right losses, nothing lost, and one model in memory."""
 
+import contextlib
 import json
 import math
-import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PREFCACHE, build_model, write_config, write_pairs
+from safetensors.torch import load_file, save_file
 
-from pipeline.stored.prepared import Prepared
-
-
-@pytest.fixture
-def scored(prefcache, config):
-    """A config whose data is prepared and scored."""
-    prefcache("prepare", config)
-    prefcache("score", config)
-    return config
-
-
-def table(run: Path, name: str) -> list[dict]:
-    parts = sorted((run / name).glob("*.parquet"))
-    return [row for part in parts for row in pq.read_table(part).to_pylist()]
-
-
-def metrics(run: Path) -> list[dict]:
-    return table(run, "metrics")
-
-
-def weights(run: Path) -> bytes:
-    return (run / "model/model.safetensors").read_bytes()
+from prefcache import train
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.records import Before, CheckpointManifest
+from tests.helpers.project import PREFCACHE, build_model, options, write_config, write_pairs
+from tests.helpers.runs import batches_of, launch, metrics, table, weights
 
 
 def test_the_cached_and_a_live_reference_give_the_same_losses_for_50_steps(prefcache, scored, model, tmp_path):
-    settings = ["--set", "train.epochs=9", "--set", "train.learning_rate=1e-4"]
-    prefcache("train", scored, *settings)
+    prefcache("train", scored, *options("train.epochs=9", "train.learning_rate=1e-4"))
     run = tmp_path / "runs/tiny/trained"
     ours = {row["step"]: row["loss"] for row in metrics(run) if row["step"]}
     assert len(ours) >= 50
     theirs = live_losses(model, tmp_path, batches_of(run), learning_rate=1e-4)
     worst = max(abs(ours[step] - theirs[step]) for step in ours)
     assert worst < 1e-6, worst
-
-
-def batches_of(run: Path) -> dict[int, list[str]]:
-    """The pairs of every step, as the run recorded them."""
-    batches: dict[int, list[str]] = {}
-    for row in table(run, "steps"):
-        if row["split"] == "train":
-            batches.setdefault(row["step"], []).append(row["example_id"])
-    return batches
 
 
 def live_losses(model: Path, root: Path, batches: dict[int, list[str]], learning_rate: float) -> dict[int, float]:
@@ -115,8 +91,8 @@ def test_labels_are_refused_before_any_model_is_loaded(prefcache, config, tmp_pa
 
 def test_a_cache_that_does_not_hold_what_the_policy_computes_is_refused(prefcache, scored, tmp_path):
     """Values changed behind the record's back, with checksums to match: only recomputing them can tell."""
-    from pipeline.schema import CACHE
-    from pipeline.stored import artifact
+    from prefcache.pipeline.schema import CACHE
+    from prefcache.pipeline.stored import artifact
 
     for record_file in (tmp_path / "cache").glob("*/[0-9a-f]*.json"):
         if record_file.name == "reference.json":
@@ -138,18 +114,13 @@ def test_a_cache_that_does_not_hold_what_the_policy_computes_is_refused(prefcach
     prefcache("train", scored)
 
 
-def test_metrics_have_trls_names(prefcache, scored, tmp_path):
-    prefcache("train", scored)
-    names = set(metrics(tmp_path / "runs/tiny/trained")[-1])
+def test_metrics_have_trls_names_and_are_the_means_of_what_is_recorded_per_pair(trained):
+    rows = metrics(trained)
     trl = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
-    assert set(trl.split()) | {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "eval_loss"} <= names
-
-
-def test_metrics_are_the_means_of_what_is_recorded_per_pair(prefcache, scored, tmp_path):
-    prefcache("train", scored)
-    run = tmp_path / "runs/tiny/trained"
-    for row in metrics(run)[1:]:
-        visits = [v for v in table(run, "steps") if v["step"] == row["step"] and v["split"] == "train"]
+    names = set(trl.split()) | {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "eval_loss"}
+    assert names <= set(rows[-1])
+    for row in rows[1:]:
+        visits = [v for v in table(trained, "steps") if v["step"] == row["step"] and v["split"] == "train"]
         margins = [
             0.1 * ((v["chosen_logp"] - v["ref_chosen_logp"]) - (v["rejected_logp"] - v["ref_rejected_logp"]))
             for v in visits
@@ -163,58 +134,75 @@ def test_memory_for_a_micro_batch_does_not_change_the_result(prefcache, scored, 
     losses = []
     for budget in (100_000, 1):  # all pairs of a step at once; one pair at a time
         run = f"budget{budget}"
-        prefcache("train", scored, "--set", f"train.tokens_per_micro_batch={budget}", "--set", f"train.run={run}")
+        prefcache("train", scored, *options(f"train.tokens_per_micro_batch={budget}", f"train.run={run}"))
         losses.append([row["loss"] for row in metrics(tmp_path / "runs/tiny" / run)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_the_trained_model_loads_with_plain_transformers_and_is_what_was_measured(prefcache, scored, tmp_path):
+def test_the_trained_model_loads_with_plain_transformers_and_is_what_was_measured(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    prefcache("train", scored)
-    run = tmp_path / "runs/tiny/trained"
-    trained = AutoModelForCausalLM.from_pretrained(run / "model").eval()
-    assert AutoTokenizer.from_pretrained(run / "model").chat_template
-    last = max(row["step"] for row in table(run, "steps"))
-    held_out = {v["example_id"]: v for v in table(run, "steps") if v["step"] == last and v["split"] == "held_out"}
-    examples = list(Prepared(tmp_path / "runs/tiny/prepared").table("held_out").to_pylist())
+    model = AutoModelForCausalLM.from_pretrained(trained / "model").eval()
+    assert AutoTokenizer.from_pretrained(trained / "model").chat_template
+    steps = table(trained, "steps")
+    last = max(row["step"] for row in steps)
+    held_out = {v["example_id"]: v for v in steps if v["step"] == last and v["split"] == "held_out"}
+    examples = list(Prepared(trained.parent / "prepared").table("held_out").to_pylist())
     assert set(held_out) == {row["example_id"] for row in examples}
     for row in examples:
         ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
         labels = ids.clone()
         labels[:, : row["n_prompt"]] = -100
         with torch.no_grad():
-            logp = -trained(input_ids=ids, labels=labels).loss.item() * row["n_chosen"]
+            logp = -model(input_ids=ids, labels=labels).loss.item() * row["n_chosen"]
         assert held_out[row["example_id"]]["chosen_logp"] == pytest.approx(logp, rel=1e-5)
 
 
-def test_a_second_run_does_nothing_and_says_so(prefcache, scored, tmp_path):
-    first = prefcache("train", scored).stdout
-    before = weights(tmp_path / "runs/tiny/trained")
-    second = prefcache("train", scored)
-    assert "nothing to do" in second.stderr and second.stdout == first
-    assert weights(tmp_path / "runs/tiny/trained") == before
+def test_a_second_run_does_nothing_and_imports_no_torch(trained, tmp_path):
+    before = weights(trained)
+    code = (
+        "import sys; from prefcache.cli import main; main(['train', 'config.yaml'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "nothing to do" in done.stderr and "held-out pairs" in done.stdout, done.stderr
+    assert weights(trained) == before
 
 
-def test_a_finished_run_is_kept_when_another_takes_its_place(prefcache, scored, tmp_path):
-    prefcache("train", scored)
-    before = weights(tmp_path / "runs/tiny/trained")
-    done = prefcache("train", scored, "--set", "train.beta=0.5")
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(prefcache, scored, tmp_path, monkeypatch):
+    claim_stage = train.claims.claim_stage
+
+    @contextlib.contextmanager
+    def claim_after_another(*arguments):
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        prefcache("train", scored)
+        with claim_stage(*arguments):
+            yield
+
+    monkeypatch.setattr(train.claims, "claim_stage", claim_after_another)
+    assert "nothing to do" in prefcache("train", scored).stderr
+
+
+def test_a_finished_run_is_kept_when_another_takes_its_place(prefcache, trained):
+    before = weights(trained)
+    done = prefcache("train", "config.yaml", "--set", "train.beta=0.5")
     assert "loss.sigmoid.beta 0.1 (now 0.5)" in done.stderr and "trained-1" in done.stderr
-    assert weights(tmp_path / "runs/tiny/trained-1") == before
+    assert weights(trained.with_name("trained-1")) == before
     rows = json.loads(prefcache("sql", "select distinct run from rewards order by run", "runs/tiny", "--json").stdout)
     assert [row["run"] for row in rows] == ["trained", "trained-1"]
 
 
-def test_an_unfinished_run_is_not_continued_with_other_settings(prefcache, scored, tmp_path):
-    prefcache("train", scored)
-    (tmp_path / "runs/tiny/trained/manifest.json").unlink()
-    done = prefcache("train", scored, "--set", "train.seed=3", code=2)
+def test_an_unfinished_run_is_not_continued_with_other_settings_but_with_less_memory(prefcache, trained):
+    (trained / "manifest.json").unlink()
+    done = prefcache("train", "config.yaml", "--set", "train.seed=3", code=2)
     assert "unfinished run" in done.stderr and "train.seed 0 (now 3)" in done.stderr
+    done = prefcache("train", "config.yaml", "--set", "train.tokens_per_micro_batch=100")
+    assert "resuming from step" in done.stderr
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(prefcache, scored, tmp_path):
-    settings = ["--set", "train.checkpoint_every=3"]
+    settings = options("train.checkpoint_every=3")
     prefcache("train", scored, *settings)
     run = tmp_path / "runs/tiny/trained"
     expected = weights(run)
@@ -226,26 +214,10 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(prefcache, sco
     assert weights(run) == expected
 
 
-def launch(root: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command under torchrun, as two processes."""
-    (root / "launch.py").write_text("if __name__ == '__main__':\n    from stages.cli import main; main()\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={port}",
-        "launch.py",
-    ]
-    done = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def test_two_processes_give_the_losses_of_one_and_resume(prefcache, scored, tmp_path):
     prefcache("train", scored, "--set", "train.run=one")
-    arguments = ["train", str(scored), "--set", "train.run=two", "--set", "train.checkpoint_every=5"]
-    arguments += ["--set", "train.eval_every=5", "--set", "train.best=eval_loss"]
+    settings = options("train.run=two", "train.checkpoint_every=5", "train.eval_every=5", "train.best=eval_loss")
+    arguments = ["train", str(scored), *settings]
     done = launch(tmp_path, 29531, *arguments)
     assert done.stdout.count("held-out pairs") == 1  # one process prints
     one, two = (metrics(tmp_path / "runs/tiny" / run) for run in ("one", "two"))
@@ -257,7 +229,7 @@ def test_two_processes_give_the_losses_of_one_and_resume(prefcache, scored, tmp_
     expected = weights(run)
     (run / "manifest.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    assert "going on from step 10" in launch(tmp_path, 29532, *arguments).stderr
+    assert "resuming from step 10" in launch(tmp_path, 29532, *arguments).stderr
     assert weights(run) == expected
 
 
@@ -295,19 +267,12 @@ def test_a_mixture_of_experts_resumes_with_the_same_weights(prefcache, model, tm
     expected = weights(run)
     (run / "manifest.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    assert "going on from step" in prefcache("train", config).stderr
+    assert "resuming from step" in prefcache("train", config).stderr
     assert weights(run) == expected
 
 
-def test_less_memory_for_a_micro_batch_is_no_reason_to_start_over(prefcache, scored, tmp_path):
-    prefcache("train", scored, "--set", "train.checkpoint_every=5")
-    run = tmp_path / "runs/tiny/trained"
-    (run / "manifest.json").unlink()
-    assert "going on from step" in prefcache("train", scored, "--set", "train.tokens_per_micro_batch=100").stderr
-
-
 def test_one_step_is_taken_at_the_full_learning_rate(prefcache, scored, tmp_path):
-    prefcache("train", scored, "--set", "train.batch_size=100", "--set", "train.epochs=1")
+    prefcache("train", scored, *options("train.batch_size=100", "train.epochs=1"))
     assert metrics(tmp_path / "runs/tiny/trained")[-1]["learning_rate"] == 1e-3
 
 
@@ -325,7 +290,7 @@ def test_a_policy_that_is_not_the_reference_may_start_anywhere(prefcache, scored
 
 def test_training_needs_the_cache_but_not_the_reference(prefcache, config, other_model, tmp_path):
     reference = build_model(tmp_path / "reference", seed=2)
-    settings = ["--set", "model=reference", "--set", f"train.model={other_model}"]
+    settings = options("model=reference", f"train.model={other_model}")
     prefcache("prepare", config, *settings)
     prefcache("score", config, *settings)
     shutil.rmtree(reference)
@@ -334,13 +299,13 @@ def test_training_needs_the_cache_but_not_the_reference(prefcache, config, other
 
 def test_training_before_scoring_names_what_is_missing(prefcache, config):
     prefcache("prepare", config)
-    assert "Score first (make score)" in prefcache("train", config, code=2).stderr
+    assert "Score first (prefcache score CONFIG)" in prefcache("train", config, code=2).stderr
 
 
 def test_data_prepared_anew_must_be_scored_anew(prefcache, scored, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 5, start=60, mode="a")
     prefcache("prepare", scored)
-    assert "make score" in prefcache("train", scored, code=5).stderr
+    assert "prefcache score" in prefcache("train", scored, code=5).stderr
 
 
 def test_without_held_out_pairs_it_trains_and_says_nothing_about_them(prefcache, model, tmp_path):
@@ -361,13 +326,12 @@ def test_labels_of_one_kind_are_trained_on_with_a_warning(prefcache, model, tmp_
     assert f"none of the 4 labels to train on is {missing}" in done.stderr
 
 
-def test_both_kinds_of_labels_or_pairs_need_no_warning(prefcache, scored, config):
-    assert "to train on is" not in prefcache("train", scored).stderr
-    for stage in ("prepare", "score", "train"):
-        done = prefcache(
-            stage, config, "--set", "prepare.examples=labels", "--set", "out=labels", "--set", "train.loss=bco"
-        )
-    assert "to train on is" not in done.stderr
+def test_both_kinds_of_labels_or_pairs_need_no_warning(prefcache, config):
+    for kind in ("pairs", "labels"):
+        settings = options(f"prepare.examples={kind}", f"out={kind}", *(["train.loss=bco"] if kind == "labels" else []))
+        for stage in ("prepare", "score", "train"):
+            done = prefcache(stage, config, *settings)
+        assert "to train on is" not in done.stderr
 
 
 def test_single_tokens_that_were_not_kept_are_scored_into_another_cache_as_the_message_says(prefcache, config):
@@ -389,22 +353,8 @@ def test_the_chat_template_it_was_trained_with_is_saved_with_the_model(prefcache
     assert (tmp_path / "runs/tiny/trained/model/chat_template.jinja").read_text() == template
 
 
-def test_a_full_disk_ends_with_exit_code_6_and_a_clean_resume(prefcache, process, scored, tmp_path):
-    """A checkpoint's optimizer state is larger than any file may be here."""
-    whole = tmp_path / "runs/tiny/whole"
-    prefcache("train", scored, "--set", "train.run=whole")
-    limit = 150_000
-    assert (sorted((whole / "checkpoints").iterdir())[-1] / "optimizer.safetensors").stat().st_size > limit
-    done = process(
-        "train", scored, code=6, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
-    assert "the disk took no more" in done.stderr
-    prefcache("train", scored)
-    assert weights(tmp_path / "runs/tiny/trained") == weights(whole)
-
-
 def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
-    settings = ["--set", "score.dtype=bfloat16", "--set", "train.precision=bf16"]
+    settings = options("score.dtype=bfloat16", "train.precision=bf16")
     prefcache("prepare", config, *settings)
     prefcache("score", config, *settings)
     # A process of its own: accelerate keeps one precision for the life of a process.
@@ -415,23 +365,79 @@ def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
     assert "start checked" in done.stderr
 
 
-def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint(prefcache, scored, tmp_path):
-    prefcache("train", scored)
-    run = tmp_path / "runs/tiny/trained"
-    expected = weights(run)
-    shutil.rmtree(run / "model")
-    assert "is missing; it is made again" in prefcache("train", scored).stderr
-    assert weights(run) == expected
-
-
-def test_a_lost_part_of_a_finished_run_is_named(prefcache, scored, tmp_path):
-    prefcache("train", scored)
-    next((tmp_path / "runs/tiny/trained/steps").iterdir()).unlink()
-    for command in (["train", scored], ["sql", "select 1 from rewards", "runs/tiny"]):
+def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint_and_a_lost_part_is_named(prefcache, trained):
+    expected = weights(trained)
+    shutil.rmtree(trained / "model")
+    assert "is missing; it is made again" in prefcache("train", "config.yaml").stderr
+    assert weights(trained) == expected
+    next((trained / "steps").iterdir()).unlink()
+    for command in (["train", "config.yaml"], ["sql", "select 1 from rewards", "runs/tiny"]):
         assert "is missing. Delete runs/tiny/trained" in prefcache(*command, code=4).stderr
 
 
 def test_kinds_of_answers_without_any_samples_are_left_out_of_the_table(prefcache, scored):
-    settings = ["--set", "train.samples=0", "--set", "train.kinds={preferred: the .*, rejected: a .*}"]
+    settings = options("train.samples=0", "train.kinds={preferred: the .*, rejected: a .*}")
     done = prefcache("train", scored, *settings)
     assert "reward accuracy" in done.stdout and "greedy" not in done.stdout
+
+
+def test_a_checkpoint_or_log_that_was_changed_and_sealed_again_is_an_error_with_what_to_do(prefcache, scored, tmp_path):
+    """A run that was stopped after its last step. Each change is resealed, so that only its content is wrong."""
+    few = ["--set", "train.epochs=0.5"]
+    prefcache("train", scored, *few)
+    run, kept = tmp_path / "runs/tiny/trained", tmp_path / "kept"
+    (run / "manifest.json").unlink()
+    shutil.copytree(run, kept)
+    (newest,) = (run / "checkpoints").iterdir()
+
+    def seal_again(folder: Path, **facts: Any) -> None:
+        files = [artifact.describe(file) for file in sorted(folder.glob("*.safetensors"))]
+        manifest = CheckpointManifest.find(folder)
+        CheckpointManifest.make(**(manifest.facts() | {"files": files} | facts)).commit(folder / "manifest.json")
+
+    def change_tensors(name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        tensors = load_file(newest / name)
+        change(tensors)
+        save_file(tensors, newest / name)
+        seal_again(newest)
+
+    def go_beyond() -> None:
+        newest.rename(newest.with_name("step-00000099"))
+        seal_again(newest.with_name("step-00000099"), step=99)
+
+    def forget_answers() -> None:
+        before = Before.read(run / "before.json").facts()
+        Before.make(**(before | {"answers": []})).commit(run / "before.json")
+
+    def write_junk() -> None:
+        (newest / "weights.safetensors").write_bytes(b"junk")
+        seal_again(newest)
+
+    lacks = "lm_head.weight"
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: change_tensors("weights.safetensors", lambda t: t.pop(lacks)), f"{lacks} is missing"),
+        (lambda: change_tensors("weights.safetensors", lambda t: t.update({lacks: torch.zeros(3)})), f"'{lacks}' (3,)"),
+        (
+            lambda: change_tensors("weights.safetensors", lambda t: t.update(x=torch.zeros(3))),
+            "'x' (3,) is not a tensor of this policy",
+        ),
+        (lambda: change_tensors("optimizer.safetensors", lambda t: t.update(x=torch.zeros(2))), "another optimizer"),
+        (write_junk, "cannot be read as safetensors"),
+        (go_beyond, "belongs to a step after the last"),
+        (forget_answers, "before.json has 0 answers, expected 4"),
+        (lambda: (run / "metrics/to-00000000.parquet").write_bytes(b"junk"), "to-00000000.parquet cannot be read"),
+        (lambda: shutil.rmtree(run / "steps"), "steps/to-00000000.parquet is missing"),
+    ]
+    for change, said in cases:
+        change()
+        error = prefcache("train", scored, *few, code=4).stderr
+        assert said in error and "Delete " in error
+        shutil.rmtree(run)
+        shutil.copytree(kept, run)
+
+    # And one whose model is on another disk.
+    shutil.move(run / "model", tmp_path / "disk")
+    (run / "model").symlink_to(tmp_path / "disk")
+    prefcache("train", scored, *few)
+    assert not (run / "model").is_symlink()
+    assert weights(run) == (tmp_path / "disk/model.safetensors").read_bytes()

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_config
-from test_best import write_turned_pairs
-from test_train import table
 
-from pipeline.training import checkpoints
+from prefcache.pipeline.training import checkpoints
+from tests.helpers.project import default_signals, write_config
+from tests.helpers.runs import table, write_turned_pairs
 
-KILLS = 20
 # The loss remembers a running mean, and checkpoints fall between evaluations, of which the best gets one as well.
 SETTINGS = {
     "loss": "bco",
@@ -44,7 +42,9 @@ def scored(prefcache, model, tmp_path) -> Path:
 def start(scored, tmp_path) -> Callable[[], ForkServerProcess]:
     """The command as a process of its own. One that is there once has done its imports, which take longer than training."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["stages.cli", "stages.train", __name__])
+    processes.set_forkserver_preload(
+        ["prefcache.cli", "prefcache.train", "prefcache.pipeline.training.train_loop", __name__]
+    )
 
     def run() -> ForkServerProcess:
         process = processes.Process(target=train, args=(scored, tmp_path))
@@ -55,8 +55,11 @@ def start(scored, tmp_path) -> Callable[[], ForkServerProcess]:
 
 
 def train(config: Path, folder: Path) -> None:
-    from stages.cli import main
+    from prefcache import interrupts
+    from prefcache.cli import main
 
+    default_signals()
+    interrupts.install()
     os.chdir(folder)
     sys.stderr = open(folder / "said", "w", buffering=1)
     main(["train", str(config)])
@@ -70,7 +73,7 @@ def wait(process: ForkServerProcess, until: Callable[[], bool]) -> None:
 def trains(root: Path) -> bool:
     """Whether the next that the process does is a step."""
     said = (root / "said").read_text() if (root / "said").exists() else ""
-    return "start checked" in said or "going on from step" in said
+    return "start checked" in said or "resuming from step" in said
 
 
 def last_step(run: Path) -> int:
@@ -89,12 +92,13 @@ def contents(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def test_killed_at_20_random_points_it_ends_with_the_same_bytes(prefcache, scored, start, tmp_path):
+@pytest.mark.parametrize("n_kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, scored, start, tmp_path, n_kills):
     prefcache("train", scored, "--set", "train.run=whole")
     run, whole, dice = tmp_path / "runs/tiny/trained", tmp_path / "runs/tiny/whole", random.Random(0)
     a_step = float(np.median([row["seconds"] for row in table(whole, "throughput")]))
     reached, n_half_written = [], 0
-    for kill in range(KILLS):
+    for kill in range(n_kills):
         (tmp_path / "said").unlink(missing_ok=True)
         goal, process = last_step(run) + dice.randrange(6), start()
         wait(process, lambda goal=goal: trains(tmp_path) and last_step(run) >= goal)
@@ -106,21 +110,21 @@ def test_killed_at_20_random_points_it_ends_with_the_same_bytes(prefcache, score
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
         n_half_written += bool(half_written(run))
-        found = checkpoints.newest(run, pytest.fail)  # none is damaged
-        reached.append(found[1]["step"] if found else 0)
-    assert reached == sorted(reached) and len(set(reached)) > KILLS / 2
-    assert sum(step > 0 for step in reached) > KILLS / 2 and n_half_written > KILLS / 4
-    assert "going on from step" in prefcache("train", scored).stderr
+        found = checkpoints.find_newest(run, pytest.fail)  # none is damaged
+        reached.append(found[1].step if found else 0)
+    assert reached == sorted(reached) and len(set(reached)) > n_kills / 2
+    assert sum(step > 0 for step in reached) > n_kills / 2 and n_half_written > n_kills / 4
+    assert "resuming from step" in prefcache("train", scored).stderr
     assert contents(run) == contents(whole)
     # The best one is among its checkpoints only because it is the best.
     assert len(list((run / "checkpoints").iterdir())) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_interrupted_it_ends_with_exit_code_130_and_goes_on_later(prefcache, scored, start, tmp_path, number):
     process = start()
     wait(process, lambda: last_step(tmp_path / "runs/tiny/trained") > 0)
     os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == 130 and "run the same command to go on" in (tmp_path / "said").read_text()
-    assert "going on from step" in prefcache("train", scored).stderr
+    assert process.exitcode == 130 and "run the same command to resume" in (tmp_path / "said").read_text()
+    assert "resuming from step" in prefcache("train", scored).stderr

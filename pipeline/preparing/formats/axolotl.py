@@ -2,8 +2,8 @@
 there, one name stands for several. A name without a dot is its `.default`, as in Axolotl.
 
 chatml and llama3 write the turns themselves, whatever the tokenizer; chat_template leaves that to the tokenizer's own
-template. The texts are Axolotl's where it does what its documentation says. Where it would take the wrong message, as
-in conversations of more than two, what is documented is done.
+template. The texts are Axolotl's as far as it follows its documentation. If it would take the wrong message, as in
+conversations of more than two, the format follows the documentation.
 """
 
 import string
@@ -13,12 +13,113 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-from pipeline.errors import UsageError
-from pipeline.preparing.example import Label, Message, Pair, Ranked, Ranking, Turns, Unusable
-from pipeline.preparing.formats import fields
-from pipeline.preparing.formats.registry import Reader, Record, data_format
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing.example import Candidate, Label, Message, Pair, Ranking, Turns, Unusable
+from prefcache.pipeline.preparing.formats import fields
+from prefcache.pipeline.preparing.formats.registry import Reader, Record, data_format
 
-# -- chatml and llama3: dialects, and layouts of the columns ---------------------------------------------------------
+# -- chatml and llama3: layouts of the columns, and dialects to write them out in ------------------------------------
+
+
+class Layout(NamedTuple):
+    """Which columns a record has, and how they are read, before any text is written out."""
+
+    columns: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Record], Pair | Label]
+
+
+def _text_pair(prompt: str, chosen: str, rejected: str) -> Layout:
+    def read(record: Record) -> Pair:
+        asked = _user_prompt(record, prompt)
+        return Pair(prompt=asked, chosen=fields.text(record, chosen), rejected=fields.text(record, rejected))
+
+    return Layout((prompt, chosen, rejected), ("system",), read)
+
+
+def _text_label(prompt: str) -> Layout:
+    def read(record: Record) -> Label:
+        completion, label = fields.text(record, "completion"), fields.boolean(record, "label")
+        return Label(prompt=_user_prompt(record, prompt), completion=completion, label=label)
+
+    return Layout((prompt, "completion", "label"), ("system",), read)
+
+
+def _user_prompt(record: Record, column: str) -> list[Message]:
+    return fields.user_prompt(fields.text(record, column), fields.optional_text(record, "system"))
+
+
+_ANY_OF = (
+    ("prompt", "input", "question", "instruction"),
+    ("chosen", "chosen_response"),
+    ("rejected", "rejected_response"),
+)
+
+
+def _text_pair_of_any_names(record: Record) -> Pair | Label:
+    # A table of several shapes has all of the names: the first that is not null counts.
+    columns = (next((name for name in names if fields.has(record, name)), names[0]) for names in _ANY_OF)
+    return _text_pair(*columns).read(record)
+
+
+def _conversation(record: Record, column: str) -> list[Message]:
+    return fields.messages(fields.get_column(record, column), column, roles=fields.ROLES)
+
+
+def _split_conversations(chosen: list[Message], rejected: list[Message]) -> Pair:
+    """Read two whole conversations that differ in the last message, which is the answer."""
+    prompt, better = fields.split_last_turn(chosen, "chosen")
+    other, worse = fields.split_last_turn(rejected, "rejected")
+    if list(map(_turn_identity, prompt)) != list(map(_turn_identity, other)):
+        raise Unusable("answers to different prompts", "chosen and rejected differ before their last message")
+    return Pair(prompt=prompt, chosen=better, rejected=worse)
+
+
+def _turn_identity(message: Message) -> tuple[Any, ...]:
+    """Return what makes two messages the same turn. Ids, scores and the like may differ."""
+    return message["role"], message["content"], message.get("tool_calls") or None
+
+
+def _pair_with_question(record: Record, *, needs_prompt: bool) -> Pair:
+    """Read two conversations, whose one question has a column of its own; in longer ones, that is only a part."""
+    prompt = (fields.text if needs_prompt else fields.optional_text)(record, "prompt")
+    chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
+    if prompt.strip() and max(len(chosen), len(rejected)) <= 2:
+        asked = fields.user_prompt(prompt)
+        chosen, rejected = [*asked, *chosen[-1:]], [*asked, *rejected[-1:]]
+    pair = _split_conversations(chosen, rejected)
+    return replace(pair, prompt=fields.with_system(record, pair.prompt))
+
+
+def _label_of_conversation(record: Record) -> Label:
+    """Read a whole conversation; or, as Axolotl documents it, the answer alone, with its prompt in `chosen`."""
+    conversation = _conversation(record, "completion")
+    if len(conversation) == 1 and fields.has(record, "chosen"):
+        prompt = _conversation(record, "chosen")
+        conversation = (prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt) + conversation
+    prompt, completion = fields.split_last_turn(conversation, "completion")
+    return Label(prompt=prompt, completion=completion, label=fields.boolean(record, "label"))
+
+
+_PAIRS = {
+    "default": Layout((), (*chain(*_ANY_OF), "system"), _text_pair_of_any_names),
+    "argilla": _text_pair("instruction", "chosen_response", "rejected_response"),
+    "argilla_chat": Layout(
+        *(("chosen", "rejected"), ()),
+        lambda record: _split_conversations(_conversation(record, "chosen"), _conversation(record, "rejected")),
+    ),
+    "icr": _text_pair("input", "chosen", "rejected"),
+    "intel": _text_pair("question", "chosen", "rejected"),
+    "prompt_pairs": _text_pair("prompt", "chosen", "rejected"),
+    "ultra": Layout(("prompt", "chosen", "rejected"), ("system",), partial(_pair_with_question, needs_prompt=True)),
+}
+_LABELS = {
+    "argilla": _text_label("instruction"),
+    "argilla_chat": Layout(("completion", "label"), ("chosen",), _label_of_conversation),
+    "intel": _text_label("question"),
+    "prompt_pairs": _text_label("prompt"),
+    "ultra": _text_label("prompt"),
+}
 
 
 class Dialect(NamedTuple):
@@ -30,16 +131,18 @@ class Dialect(NamedTuple):
     end: str
     between: str
 
-    def prompt(self, messages: list[Message]) -> str:
-        """These turns, and the beginning of the assistant's."""
-        if not any(_said(message).strip() for message in messages if message["role"] != "system"):
+    def write_prompt(self, messages: Turns) -> str:
+        """Write these turns, and the beginning of the assistant's."""
+        assert isinstance(messages, list)
+        texts = [_content(message) for message in messages]
+        if not any(text.strip() for message, text in zip(messages, texts, strict=True) if message["role"] != "system"):
             raise Unusable("empty prompt")
-        turns = (self._header(message["role"]) + _said(message) + self.end + self.between for message in messages)
+        roles = [message["role"] for message in messages]
+        turns = [self._header(role) + text + self.end + self.between for role, text in zip(roles, texts, strict=True)]
         return "".join(turns) + self._header("assistant")
 
-    def answer(self, turns: Turns, column: str) -> str:
-        said = turns if isinstance(turns, str) else _said(turns[-1])
-        return _filled(said, column) + self.end
+    def write_answer(self, turns: Turns, column: str) -> str:
+        return _refuse_empty(turns if isinstance(turns, str) else _content(turns[-1]), column) + self.end
 
     def _header(self, role: str) -> str:
         return self.before_role + role + self.after_role
@@ -51,143 +154,18 @@ _DIALECTS = {
 }
 
 
-def _said(message: Message) -> str:
+def _content(message: Message) -> str:
     if message.get("tool_calls"):
         raise Unusable("tool calls", "this format writes text alone; chat_template formats have a place for them")
     content: str = message["content"]
     return content
 
 
-def _filled(said: str, column: str) -> str:
+def _refuse_empty(answer: str, column: str) -> str:
     # With an end token after it, an empty answer would no longer look empty.
-    if not said.strip():
+    if not answer.strip():
         raise Unusable("empty answer", column)
-    return said
-
-
-class Layout(NamedTuple):
-    """Which columns a record has, and how they are read, before any text is written out."""
-
-    columns: tuple[str, ...]
-    optional: tuple[str, ...]
-    read: Callable[[Record], Pair | Label]
-
-
-def _texts(prompt: str, chosen: str, rejected: str) -> Layout:
-    def read(record: Record) -> Pair:
-        return Pair(
-            prompt=_asked(record, prompt), chosen=fields.text(record, chosen), rejected=fields.text(record, rejected)
-        )
-
-    return Layout((prompt, chosen, rejected), ("system",), read)
-
-
-def _asked(record: Record, prompt: str) -> list[Message]:
-    return fields.user(fields.text(record, prompt), fields.optional_text(record, "system"))
-
-
-_ANY_OF = (
-    ("prompt", "input", "question", "instruction"),
-    ("chosen", "chosen_response"),
-    ("rejected", "rejected_response"),
-)
-
-
-def _any_columns(record: Record) -> Pair:
-    prompt, chosen, rejected = (_first_of(record, *names) for names in _ANY_OF)
-    return Pair(
-        prompt=_asked(record, prompt), chosen=fields.text(record, chosen), rejected=fields.text(record, rejected)
-    )
-
-
-def _first_of(record: Record, *names: str) -> str:
-    """The first of these columns that is not null; a table of several shapes has them all."""
-    return next((name for name in names if fields.has(record, name)), names[0])
-
-
-def _conversation(record: Record, column: str) -> list[Message]:
-    return fields.messages(fields.value(record, column), column, roles=fields.ROLES)
-
-
-def _conversations(record: Record) -> Pair:
-    """Two whole conversations that differ in the last message, which is the answer."""
-    return _continued(_conversation(record, "chosen"), _conversation(record, "rejected"))
-
-
-def _continued(chosen: list[Message], rejected: list[Message]) -> Pair:
-    prompt, better = fields.last_turn(chosen, "chosen")
-    other, worse = fields.last_turn(rejected, "rejected")
-    if [_turn(message) for message in prompt] != [_turn(message) for message in other]:
-        raise Unusable("answers to different prompts", "chosen and rejected differ before their last message")
-    return Pair(prompt=prompt, chosen=better, rejected=worse)
-
-
-def _turn(message: Message) -> tuple[Any, ...]:
-    """What makes two messages the same turn. Ids, scores and the like may differ."""
-    return message["role"], message["content"], message.get("tool_calls") or None
-
-
-def _answered_prompt(record: Record, *, needs_prompt: bool) -> Pair:
-    """Two conversations, and their one question in a column of its own. Of longer ones, the question is not all."""
-    prompt = (fields.text if needs_prompt else fields.optional_text)(record, "prompt")
-    chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
-    if prompt.strip() and max(len(chosen), len(rejected)) <= 2:
-        asked = fields.user(prompt)
-        chosen, rejected = ([*asked, *each[-1:]] for each in (chosen, rejected))
-    pair = _continued(chosen, rejected)
-    return replace(pair, prompt=fields.with_system(record, pair.prompt))
-
-
-_PAIRS = {
-    "default": Layout((), (*chain(*_ANY_OF), "system"), _any_columns),
-    "argilla": _texts("instruction", "chosen_response", "rejected_response"),
-    "argilla_chat": Layout(("chosen", "rejected"), (), _conversations),
-    "icr": _texts("input", "chosen", "rejected"),
-    "intel": _texts("question", "chosen", "rejected"),
-    "prompt_pairs": _texts("prompt", "chosen", "rejected"),
-    "ultra": Layout(("prompt", "chosen", "rejected"), ("system",), partial(_answered_prompt, needs_prompt=True)),
-}
-
-
-def _completions(prompt: str) -> Layout:
-    def read(record: Record) -> Label:
-        completion, label = fields.text(record, "completion"), fields.boolean(record, "label")
-        return Label(prompt=_asked(record, prompt), completion=completion, label=label)
-
-    return Layout((prompt, "completion", "label"), ("system",), read)
-
-
-def _completed(record: Record) -> Label:
-    """A whole conversation; or, as Axolotl documents it, the answer alone, and what it answers in `chosen`."""
-    conversation = _conversation(record, "completion")
-    if len(conversation) == 1 and fields.has(record, "chosen"):
-        asked = _conversation(record, "chosen")
-        conversation = (asked[:-1] if asked[-1]["role"] == "assistant" else asked) + conversation
-    prompt, completion = fields.last_turn(conversation, "completion")
-    return Label(prompt=prompt, completion=completion, label=fields.boolean(record, "label"))
-
-
-_LABELS = {
-    "argilla": _completions("instruction"),
-    "argilla_chat": Layout(("completion", "label"), ("chosen",), _completed),
-    "intel": _completions("question"),
-    "prompt_pairs": _completions("prompt"),
-    "ultra": _completions("prompt"),
-}
-
-
-def _written(dialect: Dialect, read: Callable[[Record], Pair | Label]) -> Reader:
-    def reader(record: Record) -> Pair | Label:
-        example = read(record)
-        assert isinstance(example.prompt, list)
-        prompt = dialect.prompt(example.prompt)
-        if isinstance(example, Label):
-            completion = dialect.answer(example.completion, "completion")
-            return replace(example, prompt=prompt, completion=completion, rendered=True)
-        chosen, rejected = dialect.answer(example.chosen, "chosen"), dialect.answer(example.rejected, "rejected")
-        return replace(example, prompt=prompt, chosen=chosen, rejected=rejected, rendered=True)
-
-    return reader
+    return answer
 
 
 def _register(prefix: str, layouts: Mapping[str, Layout], makes: type) -> None:
@@ -195,11 +173,24 @@ def _register(prefix: str, layouts: Mapping[str, Layout], makes: type) -> None:
         for layout_name, layout in layouts.items():
             name = f"{dialect_name}.{layout_name}"
             columns = ", ".join(layout.columns) or "a prompt, chosen and rejected under any of their usual names"
-            reader = _written(dialect, layout.read)
+            reader = _reader(dialect, layout.read)
             reader.__doc__ = f"Axolotl {name}{' of KTO' if prefix else ''}: {columns}, written out as {dialect.title}."
-            names = [name, dialect_name] if layout_name == "default" else [name]
-            for each in names:
+            for each in [name, dialect_name] if layout_name == "default" else [name]:
                 data_format(*layout.columns, optional=layout.optional, makes=makes, name=prefix + each)(reader)
+
+
+def _reader(dialect: Dialect, read: Callable[[Record], Pair | Label]) -> Reader:
+    def reader(record: Record) -> Pair | Label:
+        example = read(record)
+        prompt = dialect.write_prompt(example.prompt)
+        if isinstance(example, Label):
+            completion = dialect.write_answer(example.completion, "completion")
+            return replace(example, prompt=prompt, completion=completion, rendered=True)
+        chosen = dialect.write_answer(example.chosen, "chosen")
+        rejected = dialect.write_answer(example.rejected, "rejected")
+        return replace(example, prompt=prompt, chosen=chosen, rejected=rejected, rendered=True)
+
+    return reader
 
 
 _register("", _PAIRS, Pair)
@@ -222,14 +213,15 @@ def chat_template(
 ) -> Pair:
     """Axolotl chat_template.default: messages, chosen and rejected, written out by the tokenizer's own template.
 
-    An answer is text, a message, or a conversation that goes on from where `messages` is.
+    An answer is text, a message, or a conversation that continues `messages`.
     """
-    read = partial(_mapped, record, mappings=message_property_mappings, roles=roles)
-    asked = read(field_messages, alone="user")
+    read = partial(_mapped_messages, record, mappings=message_property_mappings, roles=roles)
+    prompt = read(field_messages, text_role="user")
     chosen, rejected = (
-        _continuation(asked, read(column, alone="assistant"), column) for column in (field_chosen, field_rejected)
+        _continuation(prompt, read(column, text_role="assistant"), column) for column in (field_chosen, field_rejected)
     )
-    return Pair(prompt=asked, chosen=chosen, rejected=rejected, **fields.beside({"tools": record.get(field_tools)}))
+    tools = fields.template_inputs({"tools": record.get(field_tools)})
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, **tools)
 
 
 @data_format("chosen", "rejected", optional=("tools",), name="chat_template.argilla_chat")
@@ -242,10 +234,9 @@ def chat_template_argilla_chat(
     roles: dict[str, list[str]] | None = None,
 ) -> Pair:
     """Axolotl chat_template.argilla_chat: chosen and rejected as whole conversations, by the tokenizer's own template."""
-    read = partial(_mapped, record, mappings=message_property_mappings, roles=roles)
-    return replace(
-        _continued(read(field_chosen), read(field_rejected)), **fields.beside({"tools": record.get(field_tools)})
-    )
+    read = partial(_mapped_messages, record, mappings=message_property_mappings, roles=roles)
+    pair = _split_conversations(read(field_chosen), read(field_rejected))
+    return replace(pair, **fields.template_inputs({"tools": record.get(field_tools)}))
 
 
 @data_format("chosen", "rejected", optional=("prompt", "system"), name="orpo.chat_template")
@@ -253,52 +244,35 @@ def chat_template_argilla_chat(
 def orpo_chat_template(record: Record) -> Pair:
     """Axolotl chat_template.argilla of ORPO: chosen and rejected as whole conversations, by the tokenizer's own template.
 
-    `prompt`, where there is one, is what is asked in a conversation of one question.
+    `prompt`, if present, is the question of a conversation that has only one.
     """
-    return _answered_prompt(record, needs_prompt=False)
+    return _pair_with_question(record, needs_prompt=False)
 
 
-def _mapped(
-    record: Record, column: str, *, mappings: dict[str, str] | None, roles: dict[str, list[str]] | None, alone: str = ""
+def _mapped_messages(
+    record: Record,
+    column: str,
+    *,
+    mappings: dict[str, str] | None,
+    roles: dict[str, list[str]] | None,
+    text_role: str = "",
 ) -> list[Message]:
-    """Messages whose keys and roles have the data's own names. Text alone, or a message, is one where `alone` says whose."""
-    found = fields.value(record, column)
-    if alone and isinstance(found, str):
-        return [{"role": alone, "content": found}]
-    keys, known = _known_keys(mappings), _known_roles(roles)
-    listed = [found] if alone and isinstance(found, dict) else found
-    read = fields.messages(listed, column, role=keys["role"], content=keys["content"], roles=known)
+    """Read messages whose keys and roles have the data's own names.
+
+    With `text_role`, text alone is one message of that role, and a message alone is one too.
+    """
+    value = fields.get_column(record, column)
+    if text_role and isinstance(value, str):
+        return [{"role": text_role, "content": value}]
+    keys, known_roles = _message_keys(mappings), _role_names(roles)
+    sources = [value] if text_role and isinstance(value, dict) else value
+    messages = fields.messages(sources, column, role=keys["role"], content=keys["content"], roles=known_roles)
     return [
-        _with_decoded_calls(_with_keys(message, source, keys)) for message, source in zip(read, listed, strict=True)
+        _decode_calls(_rename_keys(message, source, keys)) for message, source in zip(messages, sources, strict=True)
     ]
 
 
-def _with_keys(message: Message, source: Message, keys: Mapping[str, str]) -> Message:
-    """The message under our names of its keys, where these are others."""
-    if all(key == name for key, name in keys.items()):
-        return message
-    kept = {key: value for key, value in message.items() if key not in keys and key not in keys.values()}
-    more = {key: source[name] for key, name in keys.items() if source.get(name) is not None}
-    # A key that the data has under our name beside its own is another thing.
-    return kept | {"content": None} | more | {"role": message["role"]}
-
-
-def _with_decoded_calls(message: Message) -> Message:
-    """Arguments of tool calls as values where they are JSON text: templates write them as JSON once more."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return message | {"tool_calls": [_decoded_call(call) for call in calls]}
-
-
-def _decoded_call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    return call | {"function": function | {"arguments": fields.from_json(function["arguments"])}}
-
-
-def _known_keys(mappings: Mapping[str, str] | None) -> dict[str, str]:
+def _message_keys(mappings: Mapping[str, str] | None) -> dict[str, str]:
     own = {} if mappings is None else mappings
     if not isinstance(own, Mapping) or not all(isinstance(name, str) for name in own.values()):
         raise UsageError(
@@ -307,7 +281,7 @@ def _known_keys(mappings: Mapping[str, str] | None) -> dict[str, str]:
     return {"role": "role", "content": "content"} | dict(own)
 
 
-def _known_roles(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
+def _role_names(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
     own = {} if roles is None else roles
     if not isinstance(own, Mapping) or not all(isinstance(sources, list | tuple) for sources in own.values()):
         raise UsageError(
@@ -316,13 +290,37 @@ def _known_roles(roles: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
     return fields.ROLES | {str(source): role for role, sources in own.items() for source in sources}
 
 
-def _continuation(asked: list[Message], answer: list[Message], column: str) -> list[Message]:
-    """The answer without the end of the prompt that it repeats."""
-    turns = [_turn(message) for message in answer]
-    longest = min(len(asked), len(answer) - 1)
-    n = next((n for n in range(longest, 0, -1) if turns[:n] == [_turn(message) for message in asked[-n:]]), 0)
+def _rename_keys(message: Message, source: Message, keys: Mapping[str, str]) -> Message:
+    """Return the message under our names of its keys; `keys` maps ours to the data's."""
+    if all(key == name for key, name in keys.items()):
+        return message
+    others = {key: value for key, value in message.items() if key not in keys and key not in keys.values()}
+    renamed = {key: source[name] for key, name in keys.items() if source.get(name) is not None}
+    # A key that the data has under our name, next to its own name for it, is something else.
+    return others | {"content": None} | renamed | {"role": message["role"]}
+
+
+def _decode_calls(message: Message) -> Message:
+    """Decode arguments of tool calls that are JSON text: templates would write them as JSON once more."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    decoded = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            call = call | {"function": function | {"arguments": fields.parse_json_text(function["arguments"])}}
+        decoded.append(call)
+    return message | {"tool_calls": decoded}
+
+
+def _continuation(prompt: list[Message], answer: list[Message], column: str) -> list[Message]:
+    """Return the answer without the end of the prompt that it repeats."""
+    asked, turns = list(map(_turn_identity, prompt)), list(map(_turn_identity, answer))
+    longest = min(len(prompt), len(answer) - 1)
+    n = next((n for n in range(longest, 0, -1) if turns[:n] == asked[-n:]), 0)
     if answer[n]["role"] != "assistant":
-        raise Unusable("no assistant turn", f"{column} goes on from the prompt with a turn of {answer[n]['role'][:40]}")
+        raise Unusable("no assistant turn", f"{column} continues the prompt with a turn of {answer[n]['role'][:40]}")
     return answer[n:]
 
 
@@ -346,9 +344,9 @@ def user_defined(
     In a format, {system}, {prompt}, {chosen} and {rejected} are the texts, whatever their columns are called.
     """
     return Pair(
-        prompt=_formatted_prompt(record, prompt_format, field_system, field_prompt),
-        chosen=_formatted_answer(record, "chosen", chosen_format, field_chosen),
-        rejected=_formatted_answer(record, "rejected", rejected_format, field_rejected),
+        prompt=_format_prompt(record, prompt_format, field_system, field_prompt),
+        chosen=_format_answer(record, "chosen", chosen_format, field_chosen),
+        rejected=_format_answer(record, "rejected", rejected_format, field_rejected),
         rendered=True,
     )
 
@@ -366,41 +364,41 @@ def kto_user_defined(
 ) -> Label:
     """Axolotl user_defined of KTO: a system, prompt, completion and label of your names, put into formats of yours."""
     return Label(
-        prompt=_formatted_prompt(record, prompt_format, field_system, field_prompt),
-        completion=_formatted_answer(record, "completion", completion_format, field_completion),
+        prompt=_format_prompt(record, prompt_format, field_system, field_prompt),
+        completion=_format_answer(record, "completion", completion_format, field_completion),
         label=fields.boolean(record, field_label),
         rendered=True,
     )
 
 
-def _formatted_prompt(record: Record, prompt_format: str, field_system: str, field_prompt: str) -> str:
+def _format_prompt(record: Record, prompt_format: str, field_system: str, field_prompt: str) -> str:
     prompt = fields.text(record, field_prompt)
     if not prompt.strip():
         raise Unusable("empty prompt", field_prompt)
     return _fill("prompt_format", prompt_format, system=fields.optional_text(record, field_system), prompt=prompt)
 
 
-def _formatted_answer(record: Record, name: str, answer_format: str, column: str) -> str:
-    return _fill(f"{name}_format", answer_format, **{name: _filled(fields.text(record, column), column)})
+def _format_answer(record: Record, name: str, answer_format: str, column: str) -> str:
+    return _fill(f"{name}_format", answer_format, **{name: _refuse_empty(fields.text(record, column), column)})
 
 
 def _fill(option: str, text: str | None, **texts: str) -> str:
     # Never str.format: {prompt.__class__} would reach into Python.
     if text is not None and not isinstance(text, str):
-        raise UsageError(f"prepare.format_args: {option} is {fields.kind(text)}; expected text.")
-    pieces = _pieces(option, text or "{" + option.removesuffix("_format") + "}", tuple(texts))
+        raise UsageError(f"prepare.format_args: {option} is {fields.type_name(text)}; expected text.")
+    pieces = _parse_format(option, text or "{" + option.removesuffix("_format") + "}", tuple(texts))
     return "".join(literal + texts.get(name, "") for literal, name in pieces)
 
 
 @lru_cache
-def _pieces(option: str, text: str, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """A format as pieces of text, each with the name that follows it."""
+def _parse_format(option: str, text: str, names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Split a format into pieces of text, each with the name that follows it."""
     places = " and ".join("{" + name + "}" for name in names)
     expected = f"expected text with {places} in it, and {{{{ for a brace"
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise UsageError(f"prepare.format_args: {option} {text!r} is no format ({error}); {expected}.") from None
+        raise UsageError(f"prepare.format_args: {option} {text!r} is not a format ({error}); {expected}.") from None
     for _, name, spec, conversion in parsed:
         if name is not None and (name not in names or spec or conversion):
             written = name + ("!" + conversion if conversion else "") + (":" + spec if spec else "")
@@ -421,20 +419,20 @@ def passthrough(record: Record) -> Pair:
         raise Unusable("wrong type", "prompt, chosen and rejected are partly text and partly messages")
     if are_text == {True}:
         return Pair(prompt=prompt, chosen=chosen, rejected=rejected, rendered=True)
-    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, **fields.beside(record))
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, **fields.template_inputs(record))
 
 
 @data_format("prompt", "answers", makes=Ranking, name="zephyr.nectar")
 def zephyr_nectar(record: Record) -> Ranking:
     """Axolotl zephyr.nectar: prompt and answers, each with a rank of which 1 is the best, written out as Zephyr's template."""
-    prompt, answers = fields.text(record, "prompt"), fields.value(record, "answers")
+    prompt, answers = fields.text(record, "prompt"), fields.get_column(record, "answers")
     if not prompt.strip():
         raise Unusable("empty prompt")
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        raise Unusable("wrong type", f"answers is {fields.kind(answers)}; expected a list of {{answer, rank}}")
+        raise Unusable("wrong type", f"answers is {fields.type_name(answers)}; expected a list of {{answer, rank}}")
     return Ranking(
         prompt=f"<|system|>\n</s>\n<|user|>\n{prompt}</s>\n<|assistant|>\n",
         # Axolotl takes the two of the highest rank numbers, which are the worst.
-        answers=tuple(Ranked(fields.text(answer, "answer"), -fields.number(answer, "rank")) for answer in answers),
+        answers=tuple(Candidate(fields.text(answer, "answer"), -fields.number(answer, "rank")) for answer in answers),
         rendered=True,
     )

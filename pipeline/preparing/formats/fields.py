@@ -1,14 +1,15 @@
 """Columns of a record, each read with the one check that it is what it should be.
 
-The readers raise Unusable, whatever JSON they find. The `has_` functions only look, for recognising a format.
+The readers raise Unusable, whatever JSON they find. The `has_` functions and `having` only look, to recognise a format.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.preparing.example import Message, Turns, Unusable
+from prefcache.pipeline import schema
+from prefcache.pipeline.preparing.example import Label, Message, Pair, Turns, Unusable
 
 Record = dict[str, Any]
 
@@ -29,19 +30,16 @@ ROLES = {
     "function": "tool",
     "function_call": "assistant",
 }
+# Columns that make_pair and make_label read next to prompt and answers.
+CONTEXT = ("system", "tools", "chat_template_kwargs")
+# Columns of messages that hold a prompt, perhaps with its answer.
+_PROMPTS = ("prompt", "context", "messages", "conversations")
 
-# Columns of messages that hold what was asked, perhaps with its answer.
-_ASKING = ("prompt", "context", "messages", "conversations")
-
-
-def value(record: Record, column: str) -> Any:
-    if column not in record:
-        raise Unusable("missing column", f"{column!r}; found {', '.join(record) or 'none'}")
-    return record[column]
+# -- recognising -----------------------------------------------------------------------------------------------------
 
 
 def has(record: Record, *columns: str) -> bool:
-    """Whether these columns are there and not null, as a table of several shapes leaves them."""
+    """Return whether these columns are there and not null, as a table of several shapes leaves them."""
     return all(record.get(column) is not None for column in columns)
 
 
@@ -50,197 +48,187 @@ def has_text(record: Record, *columns: str) -> bool:
 
 
 def has_messages(record: Record, *columns: str, role: str = "role") -> bool:
-    return all(is_messages(record.get(column), role) for column in columns)
-
-
-def is_messages(found: Any, role: str = "role") -> bool:
-    return isinstance(found, list) and bool(found) and isinstance(found[0], dict) and role in found[0]
+    return all(has_rows(record, column, role) for column in columns)
 
 
 def has_rows(record: Record, column: str, *keys: str) -> bool:
-    """Whether a column holds a list of mappings with these keys."""
-    found = record.get(column)
-    first = found[0] if isinstance(found, list) and found else None
+    """Return whether a column holds a list of mappings with these keys."""
+    rows = record.get(column)
+    first = rows[0] if isinstance(rows, list) and rows else None
     return isinstance(first, dict) and all(key in first for key in keys)
 
 
-def are_whole(record: Record, *columns: str) -> bool:
-    """Whether these columns hold whole conversations, with what was asked, and not answers alone."""
+def having(
+    *,
+    text: tuple[str, ...] = (),
+    messages: tuple[str, ...] = (),
+    present: tuple[str, ...] = (),
+    absent: tuple[str, ...] = (),
+) -> Callable[[Record], bool]:
+    """Return the test whether a record has columns of these types, and lacks others."""
+
+    def recognises(record: Record) -> bool:
+        is_there = has_text(record, *text) and has_messages(record, *messages) and has(record, *present)
+        return is_there and not any(has(record, column) for column in absent)
+
+    return recognises
+
+
+def has_conversations(record: Record, *columns: str) -> bool:
+    """Return whether these columns hold whole conversations, prompt included, and not answers alone."""
     return has_messages(record, *columns) and all(record[column][0]["role"] != "assistant" for column in columns)
 
 
+# -- single columns --------------------------------------------------------------------------------------------------
+
+
+def get_column(record: Record, column: str) -> Any:
+    if column not in record:
+        raise Unusable("missing column", f"{column!r}; found {', '.join(record) or 'none'}")
+    return record[column]
+
+
 def text(record: Record, column: str) -> str:
-    """A column of text; it may be empty."""
-    found = value(record, column)
-    if not isinstance(found, str):
-        raise Unusable("wrong type", f"{column} is {kind(found)}; expected text")
-    return found
+    """Read a column of text; it may be empty."""
+    value = get_column(record, column)
+    if not isinstance(value, str):
+        raise Unusable("wrong type", f"{column} is {type_name(value)}; expected text")
+    return value
 
 
 def optional_text(record: Record, column: str) -> str:
-    """A column of text that may be missing, null or NaN: then empty."""
-    found = record.get(column)
-    return "" if found is None or _is_nan(found) else text(record, column)
-
-
-def turns(record: Record, column: str) -> Turns:
-    """Text, or a list of messages with role and content."""
-    found = value(record, column)
-    return found if isinstance(found, str) else messages(found, column)
-
-
-def conversation(record: Record, column: str) -> list[Message]:
-    """A column that holds a list of messages."""
-    return messages(value(record, column), column)
-
-
-def messages(
-    found: Any, column: str, *, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
-) -> list[Message]:
-    """A list of messages. `role` and `content` name their keys; `roles`, where given, maps the data's to ours."""
-    if not isinstance(found, list):
-        raise Unusable("wrong type", f"{column} is {kind(found)}; expected text or a list of messages")
-    if not found:
-        raise Unusable("empty prompt" if column in _ASKING else "empty answer", f"{column} has no messages")
-    return [message(each, column, role=role, content=content, roles=roles) for each in found]
-
-
-def message(
-    found: Any, column: str, *, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
-) -> Message:
-    """One message. Its other keys are kept: some templates render them."""
-    if not isinstance(found, dict):
-        raise Unusable("wrong type", f"{column} holds {kind(found)}; expected messages with {role} and {content}")
-    who, said = found.get(role), found.get(content)
-    if not isinstance(who, str):
-        raise Unusable("wrong type", f"{column}: a message's {role} is {kind(who)}; expected text")
-    if isinstance(said, list):
-        said = _text_of_parts(said)
-    # A turn that only calls tools says nothing.
-    if not isinstance(said, str) and not (said is None and found.get("tool_calls")):
-        raise Unusable("wrong type", f"{column}: a message's {content} is {kind(said)}; expected text")
-    if roles is not None:
-        if who not in roles:
-            raise Unusable("unknown role", f"{column}: {who[:40]!r}; known: {', '.join(roles)}")
-        who = roles[who]
-    if (role, content) == ("role", "content") and who == found["role"] and said == found.get("content"):
-        return found
-    return {"role": who, "content": said} | {
-        key: found[key] for key in found if key not in (role, content, "role", "content")
-    }
-
-
-def _text_of_parts(parts: list[Any]) -> Any:
-    """The text of a content that is written as parts, as models of several media have it, where all are text."""
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
-    said = [text for text in texts if isinstance(text, str)]
-    return "".join(said) if parts and len(said) == len(parts) else parts
-
-
-def rows(record: Record, column: str) -> list[Record]:
-    """A list of mappings, which are read as records are."""
-    found = value(record, column)
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise Unusable("wrong type", f"{column} is {kind(found)}; expected a list of mappings")
-    return found
+    """Read a column of text that may be missing, null or NaN: then empty."""
+    return "" if _is_absent(record.get(column)) else text(record, column)
 
 
 def boolean(record: Record, column: str) -> bool:
-    found = value(record, column)
-    if not isinstance(found, bool):
-        shown = f" ({found!r:.40})" if isinstance(found, str | int) else ""
-        raise Unusable("label is no boolean", f"{column} is {kind(found)}{shown}; expected true or false")
-    return found
+    value = get_column(record, column)
+    if not isinstance(value, bool):
+        shown = f" ({value!r:.40})" if isinstance(value, str | int) else ""
+        raise Unusable("label is no boolean", f"{column} is {type_name(value)}{shown}; expected true or false")
+    return value
 
 
 def number(record: Record, column: str) -> float:
-    found = value(record, column)
+    value = get_column(record, column)
     try:
         # An int of JSON may be too large for a float.
-        read = math.nan if isinstance(found, bool) or not isinstance(found, int | float) else float(found)
+        read = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
     except OverflowError:
         read = math.inf
     if not math.isfinite(read):
-        raise Unusable("wrong type", f"{column} is {kind(found)}; expected a number")
+        raise Unusable("wrong type", f"{column} is {type_name(value)}; expected a number")
     return read
 
 
 def optional_number(record: Record, column: str) -> float | None:
-    found = record.get(column)
-    return None if found is None or _is_nan(found) else number(record, column)
+    return None if _is_absent(record.get(column)) else number(record, column)
 
 
-def scores(record: Record, chosen: str = "chosen_score", rejected: str = "rejected_score") -> dict[str, Any]:
-    """The grades of a pair, as Pair names them, from the columns of these names."""
-    return {"chosen_score": optional_number(record, chosen), "rejected_score": optional_number(record, rejected)}
+def rows(record: Record, column: str) -> list[Record]:
+    """Read a list of mappings, which are records themselves."""
+    value = get_column(record, column)
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise Unusable("wrong type", f"{column} is {type_name(value)}; expected a list of mappings")
+    return value
 
 
-def user(said: str, system: str = "") -> list[Message]:
-    """A prompt of one user turn, after a system message where there is one."""
-    asked: list[Message] = [{"role": "user", "content": said}]
-    return [{"role": "system", "content": system}, *asked] if system.strip() else asked
+def type_name(value: Any) -> str:
+    return "null" if value is None else "NaN" if _is_absent(value) else type(value).__name__
 
 
-def with_system(record: Record, prompt: Turns) -> Turns:
-    """The prompt after the row's `system`, unless it begins with a system message of its own."""
-    system = optional_text(record, "system")
-    if not system.strip():
-        return prompt
-    if isinstance(prompt, str):
-        return user(prompt, system)
-    if prompt and prompt[0]["role"] in ("system", "developer"):
-        return prompt
-    return [{"role": "system", "content": system}, *prompt]
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def beside(record: Record) -> dict[str, Any]:
-    """What a row may bring for the chat template: `tools` and `chat_template_kwargs`."""
-    tools, kwargs = _unpacked(record.get("tools")), record.get("chat_template_kwargs")
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Unusable("wrong type", "tools is no list of JSON schemas")
-    if kwargs and not isinstance(kwargs, dict):
-        raise Unusable("wrong type", f"chat_template_kwargs is {kind(kwargs)}; expected a mapping")
-    return {"tools": tools or None, "template_kwargs": kwargs or None}
-
-
-def _unpacked(found: Any) -> Any:
-    """Several frameworks keep lists of tools as JSON text: a table has no type for them."""
-    if isinstance(found, str) and found.strip():
-        return from_json(found)
-    return None if _is_nan(found) else found
-
-
-def from_json(found: str) -> Any:
-    """What a JSON text says; the text itself where it is none."""
+def parse_json_text(text: str) -> Any:
+    """Decode JSON text; return any other text as it is."""
     try:
-        return json.loads(found)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return found
+        return text
 
 
-def shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many messages two conversations share as their prompt: as many as leave each an answer by the assistant."""
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+def turns(record: Record, column: str) -> Turns:
+    """Read text, or a list of messages with role and content."""
+    value = get_column(record, column)
+    return value if isinstance(value, str) else messages(value, column)
+
+
+def conversation(record: Record, column: str) -> list[Message]:
+    """Read a column that holds a list of messages."""
+    return messages(get_column(record, column), column)
+
+
+def messages(
+    value: Any, column: str, *, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
+) -> list[Message]:
+    """Read a list of messages. `role` and `content` name their keys; `roles` maps the data's roles to ours."""
+    if not isinstance(value, list):
+        raise Unusable("wrong type", f"{column} is {type_name(value)}; expected text or a list of messages")
+    if not value:
+        raise Unusable("empty prompt" if column in _PROMPTS else "empty answer", f"{column} has no messages")
+    return [message(each, column, role=role, content=content, roles=roles) for each in value]
+
+
+def message(
+    value: Any, column: str, *, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
+) -> Message:
+    """Read one message. Its other keys are kept: some templates render them."""
+    if not isinstance(value, dict):
+        raise Unusable("wrong type", f"{column} holds {type_name(value)}; expected messages with {role} and {content}")
+    speaker, body = value.get(role), value.get(content)
+    if not isinstance(speaker, str):
+        raise Unusable("wrong type", f"{column}: a message's {role} is {type_name(speaker)}; expected text")
+    if isinstance(body, list):
+        body = _join_text_parts(body)
+    # A turn that only calls tools has no content.
+    if not isinstance(body, str) and not (body is None and value.get("tool_calls")):
+        raise Unusable("wrong type", f"{column}: a message's {content} is {type_name(body)}; expected text")
+    if roles is not None:
+        if speaker not in roles:
+            raise Unusable("unknown role", f"{column}: {speaker[:40]!r}; known: {', '.join(roles)}")
+        speaker = roles[speaker]
+    if (role, content) == ("role", "content") and speaker == value["role"] and body == value.get("content"):
+        return value
+    return {"role": speaker, "content": body} | {
+        key: value[key] for key in value if key not in (role, content, "role", "content")
+    }
+
+
+def _join_text_parts(parts: list[Any]) -> Any:
+    """Join a content that is written in parts, as multimodal models have it; return it as it is unless all are text."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if parts and len(strings) == len(parts) else parts
+
+
+def user_prompt(content: str, system: str = "") -> list[Message]:
+    """Return a prompt of one user turn, after a system message if there is one."""
+    prompt: list[Message] = [{"role": "user", "content": content}]
+    return [{"role": "system", "content": system}, *prompt] if system.strip() else prompt
+
+
+def count_shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+    """Count the messages that two conversations share as their prompt: as many as leave each an answer of its own."""
+    n, most = 0, min(len(chosen), len(rejected)) - 1
+    # Two answers that are the same, or one that continues the other, still need an answer each.
+    while n < most and chosen[n] == rejected[n]:
         n += 1
-    # Two answers that are the same, or one that goes on from the other, still need an answer each.
-    n = max(min(n, len(chosen) - 1, len(rejected) - 1), 0)
-    if n == 0:
+    if n <= 0:
         raise Unusable("empty prompt", "chosen and rejected begin with different messages")
-    while n > 0 and not _answers_begin(chosen, rejected, n):
-        n -= 1
-    if n == 0:
-        raise Unusable("no assistant turn", "no shared turn is followed by an assistant's in both chosen and rejected")
-    return n
+    for shared in range(n, 0, -1):
+        before, answers = chosen[shared - 1], (chosen[shared], rejected[shared])
+        if before["role"] != "assistant" and all(turn["role"] == "assistant" for turn in answers):
+            return shared
+    raise Unusable("no assistant turn", "no shared turn is followed by an assistant's in both chosen and rejected")
 
 
-def _answers_begin(chosen: list[Message], rejected: list[Message], n: int) -> bool:
-    assistants = [turn["role"] == "assistant" for turn in (chosen[n - 1], chosen[n], rejected[n])]
-    return assistants == [False, True, True]
-
-
-def last_turn(conversation: list[Message], column: str) -> tuple[list[Message], list[Message]]:
-    """A conversation as its prompt and its answer, which is its last message and the assistant's."""
+def split_last_turn(conversation: list[Message], column: str) -> tuple[list[Message], list[Message]]:
+    """Split a conversation into its prompt and its answer: the last message, which has to be the assistant's."""
     if conversation[-1]["role"] != "assistant":
         raise Unusable("no assistant turn", f"{column} ends with a turn of {conversation[-1]['role'][:40]}")
     if len(conversation) == 1:
@@ -248,11 +236,52 @@ def last_turn(conversation: list[Message], column: str) -> tuple[list[Message], 
     return conversation[:-1], conversation[-1:]
 
 
-def kind(found: Any) -> str:
-    if found is None:
-        return "null"
-    return "NaN" if _is_nan(found) else type(found).__name__
+# -- examples with the columns that go with any prompt ---------------------------------------------------------------
 
 
-def _is_nan(found: Any) -> bool:
-    return isinstance(found, float) and math.isnan(found)
+def make_pair(
+    record: Record, prompt: Turns, chosen: Turns, rejected: Turns, columns: dict[str, float] | None = None
+) -> Pair:
+    """Return a pair with the record's system message, tools and template arguments."""
+    prompt = with_system(record, prompt)
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, **template_inputs(record), columns=columns or {})
+
+
+def make_label(
+    record: Record, prompt: Turns, completion: Turns, label: bool, columns: dict[str, float] | None = None
+) -> Label:
+    """Return a label with the record's system message, tools and template arguments."""
+    prompt = with_system(record, prompt)
+    return Label(prompt=prompt, completion=completion, label=label, **template_inputs(record), columns=columns or {})
+
+
+def with_system(record: Record, prompt: Turns) -> Turns:
+    """Put the row's `system` before the prompt, unless that begins with a system message of its own."""
+    system = optional_text(record, "system")
+    if not system.strip():
+        return prompt
+    if isinstance(prompt, str):
+        return user_prompt(prompt, system)
+    if prompt and prompt[0]["role"] in ("system", "developer"):
+        return prompt
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def template_inputs(record: Record) -> dict[str, Any]:
+    """Read what a row may bring for the chat template: `tools` and `chat_template_kwargs`."""
+    tools, kwargs = record.get("tools"), record.get("chat_template_kwargs")
+    if isinstance(tools, str) and tools.strip():
+        tools = parse_json_text(tools)  # several frameworks keep them as JSON text: a table has no type for them
+    elif _is_absent(tools):
+        tools = None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Unusable("wrong type", "tools is not a list of JSON schemas")
+    if kwargs and not isinstance(kwargs, dict):
+        raise Unusable("wrong type", f"chat_template_kwargs is {type_name(kwargs)}; expected a mapping")
+    return {"tools": tools or None, "template_kwargs": kwargs or None}
+
+
+def data_columns(record: Record, kind: str, **renamed: str) -> dict[str, float]:
+    """Read the data columns of pairs or labels; `renamed` maps those that the record has under another name."""
+    values = {name: optional_number(record, renamed.get(name, name)) for name in schema.data_columns(kind)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UsageError, named
-from pipeline.preparing.example import Label, Pair, Ranking
+from prefcache.pipeline.errors import UsageError, look_up
+from prefcache.pipeline.preparing.example import Label, Pair, Ranking
 
 Record = dict[str, Any]
 Reader = Callable[..., Pair | Label | Ranking]
@@ -21,7 +21,7 @@ KINDS = {Pair: "pairs", Label: "labels", Ranking: "rankings"}
 class Format:
     name: str
     columns: tuple[str, ...]  # what it needs
-    optional: tuple[str, ...]  # what it uses where it is there
+    optional: tuple[str, ...]  # what it reads if present
     makes: str  # pairs, labels or rankings
     recognises: Callable[[Record], bool] | None  # None: read only when named
     reader: Reader
@@ -47,7 +47,7 @@ class Format:
         }
 
     def bind(self, arguments: Mapping[str, Any]) -> Reader:
-        """The reader with the config's options, or UsageError for an option it does not have."""
+        """Return the reader with the config's options; raise UsageError for an option that it does not have."""
         for name in arguments:
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
@@ -77,4 +77,4 @@ def data_format(
 
 
 def get_format(name: str) -> Format:
-    return named(FORMATS, name, "prepare.format", "`prefcache formats` lists all of them.")
+    return look_up(FORMATS, name, "prepare.format", "`prefcache formats` lists all of them.")

@@ -1,19 +1,21 @@
 """What a source is cut into: chunks of records, each of which a worker process parses by itself.
 
-Where a chunk begins and ends follows from the input alone, never from timing or the number of workers. Nothing is lost:
-a line that is no record is yielded too, with the reason.
+Where a chunk begins and ends depends on the input alone, never on timing or the number of workers. Nothing is lost: a
+line without a record is yielded too, with the reason.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-# Small enough that many cores share a small file, large enough that a file a chunk costs little.
+# Small enough that many cores share a small file, large enough that one part file per chunk costs little.
 CHUNK_RECORDS = 2048
 CHUNK_BYTES = 4 << 20
 Record = dict[str, Any]
+Numbered = tuple[int, bytes]
+Item = TypeVar("Item")
 
 # Only an escape can bring half of a surrogate pair into JSON; raw UTF-8 cannot hold one.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -29,7 +31,7 @@ class Line(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of one chunk. A record that is longer than `n_bytes` is a chunk of its own."""
+    """The limits of one chunk. A record that is longer than `n_bytes` is a chunk of its own."""
 
     records: int = CHUNK_RECORDS
     n_bytes: int = CHUNK_BYTES
@@ -40,7 +42,7 @@ DEFAULT = Limits()
 
 @dataclass(frozen=True)
 class Chunk:
-    """Records as they lie in the file, and the function that parses them. It can be pickled."""
+    """Records as they are in the file, and the function that parses them. It can be pickled."""
 
     source: str
     number: int  # of its first line or row
@@ -52,43 +54,47 @@ class Chunk:
         return self.parse(self)
 
 
-Numbered = tuple[int, bytes]
-
-
-def grouped(items: Iterable[Numbered], limits: Limits) -> Iterator[tuple[int, list[Numbered]]]:
-    """Runs of items with their size in bytes, each as long as the limits allow."""
-    group: list[Numbered] = []
+def group_by_size(
+    items: Iterable[Item], limits: Limits, count_bytes: Callable[[Item], int]
+) -> Iterator[tuple[int, list[Item]]]:
+    """Yield runs of items with their size in bytes, each as long as the limits allow."""
+    group: list[Item] = []
     size = 0
     for item in items:
-        if group and (len(group) == limits.records or size + len(item[1]) > limits.n_bytes):
+        n_bytes = count_bytes(item)
+        if group and (len(group) == limits.records or size + n_bytes > limits.n_bytes):
             yield size, group
             group, size = [], 0
         group.append(item)
-        size += len(item[1])
+        size += n_bytes
     if group:
         yield size, group
 
 
+def count_raw(row: Numbered) -> int:
+    return len(row[1])
+
+
 def parse_json(raw: bytes) -> tuple[Record | None, str, str]:
-    """The record of a line or of an array's element; or None, the reason and the detail."""
+    """Parse a line or an array's element: the record, or None with the reason and the detail."""
     try:
         record = json.loads(raw.decode("utf-8"))
         if not isinstance(record, dict):
             return None, "not an object", f"found {type(record).__name__}"
-        broken = broken_text(raw, record)
+        surrogate = find_surrogate(raw, record)
     except UnicodeDecodeError as error:
-        return (None, *invalid_utf8(error))
+        return (None, *explain_utf8(error))
     except (ValueError, RecursionError) as error:
         return None, "malformed JSON", str(error)
-    return (None, "lone surrogate", broken) if broken else (record, "", "")
+    return (None, "lone surrogate", surrogate) if surrogate else (record, "", "")
 
 
-def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
+def explain_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
     return "invalid UTF-8", f"byte 0x{error.object[error.start]:02x} at byte {error.start}"
 
 
-def broken_text(raw: bytes, record: Record) -> str:
-    """Which column holds half of a surrogate pair, which is no character and cannot be written anywhere; or nothing."""
+def find_surrogate(raw: bytes, record: Record) -> str:
+    """Name the column that holds half of a surrogate pair, which cannot be written anywhere; return "" without one."""
     if not _SURROGATE.search(raw):
         return ""
     for column, value in record.items():

@@ -1,6 +1,6 @@
 """Records in JSON text: JSON Lines or one array, plain or compressed by gzip or zstd.
 
-Here they are only cut into chunks, at a memory that does not grow with the file; workers parse them.
+They are only cut into chunks here, in memory that does not grow with the file; workers parse them.
 """
 
 import io
@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-from pipeline.errors import DataError, UsageError
-from pipeline.preparing.sources.chunk import Chunk, Limits, Line, grouped, parse_json
+from prefcache.pipeline.errors import DataError, UsageError
+from prefcache.pipeline.preparing.sources.chunk import Chunk, Limits, Line, count_raw, group_by_size, parse_json
 
 BLOCK = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -24,14 +24,14 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. What keeps them from being read is told as the user's error."""
+def open_bytes(file: Path) -> Iterator[BinaryIO]:
+    """Open a file for its bytes, decompressed. What keeps them from being read becomes an error for the user."""
     compression = None
     try:
         with open(file, "rb") as plain:
             first = plain.read(4)
             compression = next((name for magic, name in _MAGIC.items() if first.startswith(magic)), None)
-        with _decompressed(file, compression) if compression else open(file, "rb", buffering=BLOCK) as stream:
+        with _decompress(file, compression) if compression else open(file, "rb", buffering=BLOCK) as stream:
             yield stream
     except OSError as error:
         if compression is None:
@@ -41,7 +41,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def _decompressed(file: Path, compression: str) -> BinaryIO:
+def _decompress(file: Path, compression: str) -> BinaryIO:
     import pyarrow as pa
 
     # Unlike the standard library's gzip, it also reads zstd, and reports a cut file as an OSError.
@@ -52,19 +52,19 @@ def _decompressed(file: Path, compression: str) -> BinaryIO:
 
 
 def line_chunks(file: Path, source: str, limits: Limits) -> Iterator[Chunk]:
-    with opened(file) as stream:
+    with open_bytes(file) as stream:
         buffer, number, ended = bytearray(stream.read(BLOCK).removeprefix(BOM)), 1, False
         while True:
-            # One byte more than fits: it tells whether a last line without an end fits too.
+            # One byte more than fits tells whether a last line without a line end fits too.
             while len(buffer) <= limits.n_bytes and not ended:
                 block = stream.read(BLOCK)
                 ended = not block
                 buffer += block
             if not buffer:
                 return
-            end, n_lines = _cut(buffer, ended, limits)
+            end, n_lines = _find_cut(buffer, ended, limits)
             if not end:
-                end, n_lines = _end_of_long_line(buffer, stream, limits), 1
+                end, n_lines = _read_long_line(buffer, stream, limits), 1
             with memoryview(buffer) as view:
                 lines = bytes(view[:end])
             yield Chunk(source, number, end, lines, read_lines)
@@ -72,35 +72,36 @@ def line_chunks(file: Path, source: str, limits: Limits) -> Iterator[Chunk]:
             number += n_lines
 
 
-def _cut(buffer: bytearray, ended: bool, limits: Limits) -> tuple[int, int]:
-    """Where the most whole lines that one chunk may hold end, and how many they are; 0 where not even one fits."""
+def _find_cut(buffer: bytearray, ended: bool, limits: Limits) -> tuple[int, int]:
+    """Return where the most whole lines that one chunk may hold end, and their number; 0 if not even one fits."""
     limit, n_lines = min(len(buffer), limits.n_bytes), 0
     for start in range(0, limit, _PIECE):
         stop = min(start + _PIECE, limit)
         missing = limits.records - n_lines
-        found = buffer.count(b"\n", start, stop)
-        if found >= missing:
+        n_more = buffer.count(b"\n", start, stop)
+        if n_more >= missing:
             beyond = buffer[start:stop].split(b"\n", missing)[-1]
             return stop - len(beyond), limits.records
-        n_lines += found
+        n_lines += n_more
     if ended and limit == len(buffer):
         return limit, n_lines
     return buffer.rfind(b"\n", 0, limit) + 1, n_lines
 
 
-def _end_of_long_line(buffer: bytearray, stream: BinaryIO, limits: Limits) -> int:
+def _read_long_line(buffer: bytearray, stream: BinaryIO, limits: Limits) -> int:
+    """Read on until the first line is whole, and return its length."""
     searched = limits.n_bytes
-    while (found := buffer.find(b"\n", searched)) < 0:
+    while (newline := buffer.find(b"\n", searched)) < 0:
         searched = len(buffer)
         block = stream.read(BLOCK)
         if not block:
             return len(buffer)
         buffer += block
-    return found + 1
+    return newline + 1
 
 
 def read_lines(chunk: Chunk) -> Iterator[Line]:
-    """Blank lines are no records; they are passed over, but they count."""
+    """Parse the lines of a chunk. Blank lines are skipped, but they count."""
     for number, raw in enumerate(chunk.payload.split(b"\n"), start=chunk.number):
         if raw and not raw.isspace():
             raw = raw.rstrip(b"\r")
@@ -112,8 +113,9 @@ def read_lines(chunk: Chunk) -> Iterator[Line]:
 
 def array_chunks(file: Path, source: str, limits: Limits) -> Iterator[Chunk]:
     """`number` is the element's, from 1."""
-    with opened(file) as stream:
-        for size, group in grouped(zip(count(1), _Array(file, stream).elements()), limits):
+    with open_bytes(file) as stream:
+        elements = zip(count(1), _Array(file, stream).elements())
+        for size, group in group_by_size(elements, limits, count_raw):
             yield Chunk(source, group[0][0], size, group, read_elements)
 
 
@@ -125,12 +127,12 @@ def read_elements(chunk: Chunk) -> Iterator[Line]:
 class _Array:
     """The elements of an array as raw bytes, through a window on the file.
 
-    The window is decoded as Latin-1, in which a character is a byte: JSON's own signs are ASCII, and whether the
-    rest is UTF-8 is asked of each element where it is parsed.
+    The window is decoded as Latin-1, in which a character is a byte: JSON's own signs are ASCII, and whether the rest
+    is UTF-8 is checked for each element when it is parsed.
     """
 
     _SPACE = re.compile(r"[ \t\r\n]*")
-    # Numbers are not converted: one of too many digits is its element's fault, not the array's.
+    # Numbers are not converted: one with too many digits is the element's error, not the array's.
     _decode = staticmethod(json.JSONDecoder(parse_int=str, parse_float=str, strict=False).raw_decode)
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
@@ -139,22 +141,22 @@ class _Array:
         self.line, self.column = 1, 1  # of the window's first character
 
     def elements(self) -> Iterator[bytes]:
-        self._sign()
+        self._next_sign()
         self.at += 1  # the bracket, by which the array was recognised
-        sign = self._sign()
+        sign = self._next_sign()
         while sign != "]":
-            self._sign()
-            yield self._element()
-            sign = self._sign()
+            self._next_sign()
+            yield self._next_element()
+            sign = self._next_sign()
             if sign not in (",", "]"):
-                self._broken("Expecting ',' or ']'", self.at)
+                self._fail("Expecting ',' or ']'", self.at)
             self.at += sign == ","
         self.at += 1
-        if self._sign():
-            self._broken("Something follows the array's end", self.at)
+        if self._next_sign():
+            self._fail("Something follows the array's end", self.at)
 
-    def _sign(self) -> str:
-        """The next character that is no space, without taking it; at the file's end nothing."""
+    def _next_sign(self) -> str:
+        """Return the next character that is not a space, without consuming it; "" at the end of the file."""
         while True:
             space = self._SPACE.match(self.window, self.at)
             assert space
@@ -163,41 +165,41 @@ class _Array:
                 return self.window[self.at : self.at + 1]
             self._read_on()
 
-    def _element(self) -> bytes:
+    def _next_element(self) -> bytes:
         while True:
             try:
                 _, end = self._decode(self.window, self.at)
-                # A number may go on behind the window's end, at which "1e+" is read as 1.
+                # A number may continue beyond the window, at whose end "1e+" is read as 1.
                 if end + 2 < len(self.window) or self.ended:
                     raw = self.window[self.at : end].encode("latin-1")
                     self.at = end
                     return raw
             except json.JSONDecodeError as error:
-                # The longest sign that the window's end can cut is a pair of \u escapes.
+                # The longest sign that the end of the window can cut is a pair of \u escapes.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.window) - 16
                 if self.ended or not cut:
-                    self._broken(error.msg, error.pos)
+                    self._fail(error.msg, error.pos)
             except RecursionError:
-                self._broken("Nested too deeply", self.at)
+                self._fail("Nested too deeply", self.at)
             self._read_on()
 
     def _read_on(self) -> None:
-        """Forget what was taken, and read as much again as is left, so that a long element costs no quadratic time."""
-        self.line, self.column = self._where(self.at)
+        """Drop what was consumed, and read as much as is left: reading less would take quadratic time on a long element."""
+        self.line, self.column = self._locate(self.at)
         rest = self.window[self.at :]
         block = self.stream.read(max(BLOCK, len(rest)))
         self.ended = not block
         self.window, self.at = rest + block.decode("latin-1"), 0
 
-    def _where(self, position: int) -> tuple[int, int]:
+    def _locate(self, position: int) -> tuple[int, int]:
         before = self.window[:position]
         newlines = before.count("\n")
         n_characters = len(before[before.rfind("\n") + 1 :].encode("latin-1").decode("utf-8", "replace"))
         return self.line + newlines, n_characters + (1 if newlines else self.column)
 
-    def _broken(self, problem: str, position: int) -> NoReturn:
-        line, column = self._where(position)
+    def _fail(self, problem: str, position: int) -> NoReturn:
+        line, column = self._locate(position)
         raise DataError(
             f"{self.file} is a JSON array that breaks at line {line}, column {column}: {problem}. Nothing after that "
-            "can be trusted: mend the file there, or write it again as JSON Lines, an object per line."
+            "can be trusted: repair the file there, or write it again as JSON Lines, an object per line."
         )

@@ -1,27 +1,25 @@
-"""Scoring engines: sequences in, one float32 vector of completion-token log-probs per sequence out.
+"""Scoring engines: token sequences in, one float32 vector of completion-token log-probs per sequence out.
 
-A new engine is one file here with the functions of EngineModule, and a line in ENGINES.
+Each file here is an engine: its name is the value of score.engine, and its SPEC is all that the rest of prefcache knows
+about it. A new engine is a new file. Files import their heavy packages inside functions, because `doctor` and a run with
+nothing to score read every SPEC.
 """
 
-from collections.abc import Sequence as SequenceOf
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.config import Score
-from pipeline.identity import Reference, saved_dtype
-from pipeline.schema import Sequence
-
-ENGINES = {
-    "transformers": "pipeline.scoring.engines.transformers",
-    "vllm": "pipeline.scoring.engines.vllm",
-    "server": "pipeline.scoring.engines.server",
-}
-# Whose versions are part of an engine's numerics; here, so that a run with nothing to do need not import it.
-# vLLM's live in another environment; a server that has nothing to do is not asked.
-PACKAGES: dict[str, tuple[str, ...]] = {"transformers": ("torch", "transformers"), "server": ()}
+from prefcache.pipeline import identity, model_files
+from prefcache.pipeline.config import Score, engine_names
+from prefcache.pipeline.errors import UsageError, look_up
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.schema import TokenSequence
 
 
 class Engine(Protocol):
@@ -29,31 +27,63 @@ class Engine(Protocol):
 
     facts: dict[str, Any]  # how it computes, beyond its numerics: stored in the record of each shard
 
-    def score(self, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-        """Log-prob of every completion token, float32, in the order of `sequences`; not finite where it has none."""
+    def score(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """Return the float32 log-prob of every completion token, in the order of `sequences`; NaN or inf where it has none."""
         ...
 
     def close(self) -> None:
-        """Give back memory and processes."""
+        """Free memory and end processes."""
         ...
 
 
-class EngineModule(Protocol):
-    """What the file of an engine offers."""
+class Interpreter(NamedTuple):
+    """The Python that an engine runs in, and why that one."""
 
-    def numerics(self, reference: Reference, score: Score) -> dict[str, str]:
-        """How this engine would compute, known quickly and before the model is loaded. Has engine, versions, dtype."""
-        ...
-
-    def load(self, reference: Reference, score: Score) -> Engine: ...
+    path: str
+    reason: str
 
 
-def engine_module(name: str) -> Any:
-    return import_module(ENGINES[name])
+def _this_python(score: Score) -> Interpreter:
+    return Interpreter(sys.executable, "this environment")
 
 
-def dtype_of(model: Path, score: Score, device: str) -> str:
-    """What the weights are in: as said, else as they were saved on a GPU and float32 on a CPU."""
+@dataclass(frozen=True)
+class EngineSpec:
+    """What is known about an engine before it loads a model."""
+
+    # How the engine would compute: its name, versions, dtype. Known quickly, before the model is loaded.
+    numerics: Callable[[Reference, Score], dict[str, str]]
+    load: Callable[[Reference, Score], Engine]
+    # What to try where its log-probs deviate; {} becomes "score.dtype=float32, " for a lower dtype.
+    remedy: str
+    # Which of score.dtype, score.attention and score.rows it follows.
+    settings: frozenset[str] = frozenset({"dtype"})
+    # The packages that it imports here. A missing one is refused with its `pip install`; if the versions of these decide
+    # whether a finished stage is up to date, numerics need not be asked. None: it runs elsewhere, so ask numerics.
+    packages: tuple[str, ...] | None = None
+    interpreter: Callable[[Score], Interpreter] = _this_python
+    is_remote: bool = False  # numerics asks a server, which `doctor` does only for the engine of the config
+
+    def versions(self, reference: Reference, score: Score) -> dict[str, str]:
+        """Return the versions that the stage's result depends on."""
+        return self.numerics(reference, score) if self.packages is None else identity.versions(self.packages)
+
+
+def find_engine(name: str, key: str = "score.engine") -> EngineSpec:
+    """Import the file of an engine and return its SPEC; `key` says where the name comes from."""
+    look_up(dict.fromkeys(engine_names()), name, key)
+    spec = import_module(f"{__name__}.{name}").SPEC
+    assert isinstance(spec, EngineSpec)
+    for package in spec.packages or ():
+        try:
+            version(package)
+        except PackageNotFoundError:
+            raise UsageError(f"{key} is {name}, which needs {package}. Install it: pip install {package}.") from None
+    return spec
+
+
+def resolve_dtype(model: Path, score: Score, device: str) -> str:
+    """Return the weights' dtype: score.dtype, or for auto the saved one on a GPU and float32 on a CPU."""
     if score.dtype != "auto":
         return score.dtype
-    return saved_dtype(model) if device == "cuda" else "float32"
+    return model_files.saved_dtype(model) if device == "cuda" else "float32"

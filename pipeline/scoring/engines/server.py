@@ -1,8 +1,8 @@
 """The reference behind an OpenAI-compatible completions server that returns log-probs of prompts, such as vLLM's.
 
-Token ids are sent, so the server tokenizes nothing. A server cannot prove which weights it serves, nor in which dtype:
+Token ids are sent, so the server tokenizes nothing. A server cannot prove which weights it serves, nor their dtype: only
 the parity check of `score` against the reference's own files vouches for that, and numerics records what the server
-says of itself. Say score.dtype where it serves another than bfloat16, whose tolerance is the widest.
+reports about itself. Set score.dtype if it serves anything but bfloat16, whose tolerance is the widest.
 """
 
 import http.client
@@ -13,7 +13,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from time import time
@@ -22,14 +22,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
-from pipeline.config import Score, Server
-from pipeline.errors import IntegrityError, PrefcacheError, UsageError
-from pipeline.identity import Reference
-from pipeline.schema import Sequence
+from prefcache.pipeline.config import Score, Server
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter
 
-# Busy, or broken in a way that may pass. Anything else stays as it is however often it is asked.
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
-_LONGEST_PAUSE = 60.0  # seconds, unless the server itself asks for more
+# Busy, or broken in a way that may pass. Other codes stay the same however often one asks.
+_TRANSIENT_CODES = {408, 425, 429, 500, 502, 503, 504}
+_MAX_PAUSE = 60.0  # seconds, unless the server itself asks for more
 
 
 def numerics(reference: Reference, score: Score) -> dict[str, str]:
@@ -42,39 +43,36 @@ def numerics(reference: Reference, score: Score) -> dict[str, str]:
     }
 
 
-def load(reference: Reference, score: Score) -> "ServerEngine":
-    return ServerEngine(score.server)
-
-
 class ServerEngine:
-    def __init__(self, server: Server) -> None:
-        self._client = Client(server)
+    def __init__(self, reference: Reference, score: Score) -> None:
+        self._client = Client(score.server)
         self._model = self._client.model()
-        self._concurrency = server.concurrency
-        self._echoes = False  # the server has no prompt_logprobs, and is asked to echo the prompt
+        self._concurrency = score.server.concurrency
+        self._must_echo = False  # the server has no prompt_logprobs and is asked to echo the prompt
         self.facts: dict[str, Any] = {"model": self._model}
 
-    def score(self, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
-        """Many requests at once; the first that fails for good ends the others."""
-        failed: list[BaseException] = []
+    def score(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """Send many requests at once; the first one that fails for good ends the others."""
+        failures: list[BaseException] = []
 
-        def score_one(sequence: Sequence) -> np.ndarray:
-            if failed:
-                return np.empty(0)  # which nobody reads
+        def score_unless_failed(sequence: TokenSequence) -> np.ndarray:
+            if failures:
+                return np.empty(0)  # never read
             try:
-                return self._score_one(sequence)
+                return self._score(sequence)
             except BaseException as error:
-                # Here, so that this thread begins no other; and the first of them, for those it ends fail of it.
-                failed.append(error)
+                # Recorded in this thread, so that it starts no other request. The first failure is the cause: those of
+                # the requests that it ends only follow from it.
+                failures.append(error)
                 self._client.stop()
                 raise
 
         with ThreadPoolExecutor(min(self._concurrency, max(len(sequences), 1))) as pool:
-            futures = [pool.submit(score_one, sequence) for sequence in sequences]
+            futures = [pool.submit(score_unless_failed, sequence) for sequence in sequences]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
-                if failed:
-                    raise failed[0]
+                if failures:
+                    raise failures[0]
                 return [future.result() for future in futures]
             except BaseException:
                 self._client.stop()
@@ -84,67 +82,67 @@ class ServerEngine:
     def close(self) -> None:
         self._client.stop()
 
-    def _score_one(self, sequence: Sequence) -> np.ndarray:
+    def _score(self, sequence: TokenSequence) -> np.ndarray:
         ids = [*sequence.prompt_ids.tolist(), *sequence.completion_ids.tolist()]
-        if not self._echoes:
+        if not self._must_echo:
             choice = self._complete(ids, {"prompt_logprobs": 0, "return_token_ids": True})
             if choice.get("prompt_logprobs") is not None:
-                return prompt_logps(choice, ids, len(sequence.prompt_ids))
-            self._echoes = True
+                return parse_prompt_logps(choice, ids, len(sequence.prompt_ids))
+            self._must_echo = True
         choice = self._complete(ids, {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True})
-        return echoed_logps(choice, ids, len(sequence.prompt_ids))
+        return parse_echoed_logps(choice, ids, len(sequence.prompt_ids))
 
-    def _complete(self, ids: list[int], how: dict[str, Any]) -> dict[str, Any]:
-        # vLLM does not answer without a token of its own, which is thrown away.
-        body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0} | how
-        answer = self._client.ask("completions", body)
+    def _complete(self, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
+        # vLLM does not reply without a token of its own, which is thrown away.
+        body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0} | options
+        reply = self._client.ask("completions", body)
         try:
-            choice = answer["choices"][0]
+            choice = reply["choices"][0]
             assert isinstance(choice, dict)
         except (KeyError, IndexError, TypeError, AssertionError):
-            raise _unlike(f"found {str(answer)[:200]}, expected `choices`") from None
+            raise _unexpected(f"found {str(reply)[:200]}, expected `choices`") from None
         return choice
 
 
-def prompt_logps(choice: dict[str, Any], ids: list[int], n_prompt: int) -> np.ndarray:
-    """From `prompt_logprobs`: one mapping of token ids to log-probs for each token, none for the first."""
+def parse_prompt_logps(choice: dict[str, Any], ids: list[int], n_prompt: int) -> np.ndarray:
+    """Read `prompt_logprobs`: for each token a mapping of token ids to log-probs, for the first token nothing."""
     if choice.get("prompt_token_ids") not in (None, ids):
-        raise _unlike("its prompt_token_ids are others than those sent")
+        raise _unexpected("its prompt_token_ids differ from those sent")
     entries = choice["prompt_logprobs"]
     if not isinstance(entries, list) or len(entries) != len(ids):
-        raise _unlike(f"found {_length(entries)} prompt_logprobs for {len(ids)} tokens")
+        raise _unexpected(f"found {_length(entries)} prompt_logprobs for {len(ids)} tokens")
     logps = []
     for token, entry in zip(ids[n_prompt:], entries[n_prompt:], strict=True):
         if entry is None:
             logps.append(math.nan)
         elif isinstance(entry, dict) and isinstance(entry.get(str(token)), dict):
-            logps.append(_number(entry[str(token)].get("logprob")))
+            logps.append(_parse_logp(entry[str(token)].get("logprob")))
         else:
-            raise _unlike(f"no log-prob of token {token} where it was sent; found {str(entry)[:200]}")
+            raise _unexpected(f"no log-prob of token {token} where it was sent; found {str(entry)[:200]}")
     return np.array(logps, dtype=np.float32)
 
 
-def echoed_logps(choice: dict[str, Any], ids: list[int], n_prompt: int) -> np.ndarray:
-    """From an echo: the tokens sent, and perhaps one more, each with its log-prob."""
+def parse_echoed_logps(choice: dict[str, Any], ids: list[int], n_prompt: int) -> np.ndarray:
+    """Read an echo: each token sent, and perhaps one more, with its log-prob."""
     logprobs = choice.get("logprobs")
     logprobs = logprobs if isinstance(logprobs, dict) else {}
     values = logprobs.get("token_logprobs")
     if not isinstance(values, list) or not len(ids) <= len(values) <= len(ids) + 1:
-        raise _unlike(
+        raise _unexpected(
             f"found {_length(values)} log-probs for {len(ids)} tokens, with prompt_logprobs and with echo. The server must "
             "return log-probs of prompts, as `vllm serve` does"
         )
-    for token, said in zip(ids, logprobs.get("tokens") or [], strict=False):
-        if isinstance(said, str) and said.startswith("token_id:") and said != f"token_id:{token}":
-            raise _unlike(f"it gave {said} where token {token} was sent")
-    return np.array([_number(value) for value in values[n_prompt : len(ids)]], dtype=np.float32)
+    for token, echoed in zip(ids, logprobs.get("tokens") or [], strict=False):
+        if isinstance(echoed, str) and echoed.startswith("token_id:") and echoed != f"token_id:{token}":
+            raise _unexpected(f"it returned {echoed} where token {token} was sent")
+    return np.array([_parse_logp(value) for value in values[n_prompt : len(ids)]], dtype=np.float32)
 
 
-def _number(value: Any) -> float:
+def _parse_logp(value: Any) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _unlike(f"a log-prob is {str(value)[:50]!r}")
+        raise _unexpected(f"a log-prob is {str(value)[:50]!r}")
     return float(value)
 
 
@@ -152,17 +150,17 @@ def _length(values: Any) -> str:
     return str(len(values)) if isinstance(values, list) else "no"
 
 
-def _unlike(found: str) -> IntegrityError:
-    return IntegrityError(f"score.server answered with something else than log-probs of the tokens sent: {found}.")
+def _unexpected(detail: str) -> IntegrityError:
+    return IntegrityError(f"score.server did not reply with log-probs of the tokens sent: {detail}.")
 
 
 class Client:
-    """Asks a server, patiently: what may pass is tried again after longer and longer pauses."""
+    """HTTP requests to a server; transient failures are retried after longer and longer pauses."""
 
     def __init__(self, server: Server) -> None:
         if not server.url or urlsplit(server.url).scheme not in ("http", "https"):
             raise UsageError(
-                f"score.server.url is {server.url}; expected where a completions server answers, such as "
+                f"score.server.url is {server.url}; expected the address of a completions server, such as "
                 "http://localhost:8000/v1."
             )
         self._server, self._url = server, server.url.rstrip("/")
@@ -170,55 +168,73 @@ class Client:
         self._stopped = threading.Event()
 
     def model(self) -> str:
-        """The name that the config says, or the only one that is served."""
+        """Return score.server.model, or the name of the only model that is served."""
         if self._server.model:
             return self._server.model
-        listed = self.ask("models").get("data")
-        names = [str(each.get("id")) for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+        models = self.ask("models").get("data")
+        names = (
+            [str(model.get("id")) for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+        )
         if len(names) != 1:
             raise UsageError(
-                f"{self._url} serves {', '.join(names) or 'no model that it names'}; expected one. Say which with "
+                f"{self._url} serves {', '.join(names) or 'no model that it names'}; expected one. Name it in "
                 "score.server.model."
             )
         return names[0]
 
     def version(self) -> str:
-        """What the server says of its version; vLLM does, beside its API."""
+        """Return the version that the server reports; vLLM does, next to its API."""
         scheme, host, path, _, _ = urlsplit(self._url)
-        beside = urlunsplit((scheme, host, path.removesuffix("/v1") + "/version", "", ""))
+        url = urlunsplit((scheme, host, path.removesuffix("/v1") + "/version", "", ""))
         try:
-            return str(json.loads(self._patiently(beside, None))["version"])
+            return str(json.loads(self._send_with_retries(url, None))["version"])
         except (urllib.error.HTTPError, ValueError, KeyError, TypeError):
             return "unknown"
 
     def stop(self) -> None:
-        """No further tries."""
+        """Stop retrying."""
         self._stopped.set()
 
-    def ask(self, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         try:
-            return _parsed(self._patiently(f"{self._url}/{what}", data))
+            text = self._send_with_retries(f"{self._url}/{path}", data)
         except urllib.error.HTTPError as error:
-            raise self._refused(error.code, _said(error)) from None
+            hints = {
+                401: f"Put the server's key into the environment variable {self._server.key_variable}.",
+                404: "See score.server.url, which usually ends with /v1, and score.server.model.",
+            }
+            hint = hints.get(401 if error.code == 403 else error.code)
+            hint = hint or "A sequence plus one token must fit the server's limit; see also score.server.model."
+            raise UsageError(f"{self._url} refused with HTTP {error.code}: {_reason(error)}. {hint}") from None
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            raise _unexpected(f"found {text[:100]!r}, expected JSON") from None
+        if not isinstance(reply, dict):
+            raise _unexpected(f"found {str(reply)[:100]}, expected a JSON object")
+        return reply
 
-    def _patiently(self, url: str, data: bytes | None) -> bytes:
-        """The answer; HTTPError where asking again would not help."""
+    def _send_with_retries(self, url: str, data: bytes | None) -> bytes:
+        """Return the reply; raise HTTPError where another try would not help."""
         for attempt in range(self._server.retries + 1):
+            # Random, so that many requests do not all return at the same moment.
+            pause = min(0.5 * 2.0**attempt, _MAX_PAUSE) * random.uniform(0.5, 1.0)
             try:
                 return self._send(url, data)
             except urllib.error.HTTPError as error:
-                if error.code not in _PASSING:
+                if error.code not in _TRANSIENT_CODES:
                     raise
-                trouble, wait = f"HTTP {error.code}: {_said(error)}", _retry_after(error.headers.get("Retry-After"))
+                trouble = f"HTTP {error.code}: {_reason(error)}"
+                pause = _retry_after(error.headers.get("Retry-After"), pause)
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
-                trouble, wait = f"{type(reason).__name__}: {reason}", None
-            if attempt < self._server.retries and self._stopped.wait(_pause(attempt) if wait is None else wait):
+                trouble = f"{type(reason).__name__}: {reason}"
+            if attempt < self._server.retries and self._stopped.wait(pause):
                 break
         raise UsageError(
-            f"{self._url} gave no answer in {attempt + 1} tries ({trouble}). See whether the server runs, or raise "
-            "score.server.timeout or score.server.retries, or lower score.server.concurrency. What is finished is kept."
+            f"{self._url} did not reply in {attempt + 1} tries ({trouble}). Check that the server runs, raise "
+            "score.server.timeout or score.server.retries, or lower score.server.concurrency. Finished shards are kept."
         )
 
     def _send(self, url: str, data: bytes | None) -> bytes:
@@ -226,37 +242,18 @@ class Client:
         if key := os.environ.get(self._server.key_variable):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(url, data, headers)
-        with self._opener.open(request, timeout=self._server.timeout) as answer:
-            return bytes(answer.read())
-
-    def _refused(self, code: int, said: str) -> PrefcacheError:
-        if code in (401, 403):
-            hint = f"Put the server's key into the environment variable {self._server.key_variable}."
-        elif code == 404:
-            hint = "See score.server.url, which usually ends with /v1, and score.server.model."
-        else:
-            hint = "A sequence and one token more must fit the server's longest; see also score.server.model."
-        return UsageError(f"{self._url} refused with HTTP {code}: {said}. {hint}")
+        with self._opener.open(request, timeout=self._server.timeout) as response:
+            return bytes(response.read())
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host, and turn what is sent into a bare GET."""
+    """Refuse redirects, which would carry the key to another host and turn a POST into a bare GET."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        raise _unlike(f"found {body[:100]!r}, expected JSON") from None
-    if not isinstance(answer, dict):
-        raise _unlike(f"found {str(answer)[:100]}, expected a JSON object")
-    return answer
-
-
-def _said(error: urllib.error.HTTPError) -> str:
+def _reason(error: urllib.error.HTTPError) -> str:
     try:
         body = error.read(10_000).decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -264,17 +261,22 @@ def _said(error: urllib.error.HTTPError) -> str:
     return " ".join(body.split())[:300] or error.reason
 
 
-def _pause(attempt: int) -> float:
-    # Not all at the same moment again.
-    return min(0.5 * 2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-
-
-def _retry_after(said: str | None) -> float | None:
-    """Seconds that the server asks for, said as such or as a date."""
-    if said is None:
-        return None
+def _retry_after(header: str | None, default: float) -> float:
+    """Return the seconds that the server asks for, as a number or as a date."""
     try:
-        seconds = float(said) if said.strip().isdigit() else parsedate_to_datetime(said).timestamp() - time()
+        if header is None:
+            return default
+        seconds = float(header) if header.strip().isdigit() else parsedate_to_datetime(header).timestamp() - time()
     except ValueError:
-        return None
+        return default
     return min(max(seconds, 0.0), 3600.0)
+
+
+SPEC = EngineSpec(
+    numerics=numerics,
+    load=ServerEngine,
+    remedy="Check that it serves exactly these weights, and in which dtype (score.dtype), or try score.engine=transformers.",
+    packages=(),  # a run with nothing to score asks the server nothing
+    interpreter=lambda score: Interpreter("", f"the server at {score.server.url}"),
+    is_remote=True,
+)

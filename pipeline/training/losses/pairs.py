@@ -1,15 +1,13 @@
-"""The DPO family, under TRL's names and with its values.
+"""The DPO family, with TRL's names and values.
 
 In the formulas: a = policy minus reference log-prob of an answer, w the chosen one and l the rejected, u = beta (a_w - a_l),
-s the sigmoid, |y| an answer's tokens, e label smoothing. A named f-divergence puts its score in the place of a.
+s the sigmoid, |y| an answer's tokens, e label smoothing. A named f-divergence replaces a by its score.
 """
 
 import math
 
-import torch
-import torch.nn.functional as F
-
-from pipeline.training.losses.registry import (
+from prefcache.pipeline.training.losses.lazy_torch import F, torch
+from prefcache.pipeline.training.losses.registry import (
     ACCURACY_RISES,
     CHOSEN_RISES,
     DIVERGENCES,
@@ -36,31 +34,31 @@ def score(log_ratio, f_divergence, f_alpha):
         return 1 - torch.exp((-log_ratio).clamp(max=LARGEST_EXPONENT))
     if f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(log_ratio)
-    return bent(log_ratio, f_alpha - 1) if f_divergence == "alpha_divergence" else log_ratio
+    return box_cox(log_ratio, f_alpha - 1) if f_divergence == "alpha_divergence" else log_ratio
 
 
-def bent(log_ratio, power):
-    """(ratio^power - 1) / power; where power is 0, the log-ratio."""
+def box_cox(log_ratio, power):
+    """The Box-Cox transform of a ratio: (ratio^power - 1) / power; the log-ratio if power is 0."""
     if abs(power) < 1e-6:
         return log_ratio
-    # Not expm1, whose gradient is computed from its value and so has no digits where that is almost -1.
+    # Not expm1: its gradient is computed from its value, which loses all digits near -1.
     cut = (torch.exp((power * log_ratio).clamp(max=LARGEST_EXPONENT)) - 1) / power
     return cut.clamp(-LARGEST_SCORE, LARGEST_SCORE)
 
 
 def soft_labels(logits, label_smoothing):
-    """Logistic loss where a share of the labels is taken to be wrong."""
+    """Logistic loss, with a share of the labels assumed to be wrong."""
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
 def squared(x):
-    # Only a divergence's score, which grows exponentially, gets anywhere near the clamp.
+    # Only a divergence's score, which grows exponentially, comes near the clamp.
     return x.clamp(-_LARGEST_SQUARED, _LARGEST_SQUARED) ** 2
 
 
 @statistic
 def mean_n_chosen(n_chosen):
-    """Mean number of tokens of the batch's chosen answers: what makes a mean over tokens of sums over answers."""
+    """Mean number of tokens in the batch's chosen answers; it turns sums over answers into a mean over tokens."""
     return n_chosen.mean()
 
 
@@ -111,7 +109,10 @@ def sigmoid_norm(
     return -F.logsigmoid(beta * (chosen_B - rejected_B))
 
 
-@loss("max(0, 1 - u)", when="Pairs that are won stop mattering: nothing is learned beyond a reward margin of 1.")
+@loss(
+    "max(0, 1 - u)",
+    when="Pairs that are already won should stop counting: beyond a reward margin of 1 nothing is learned.",
+)
 def hinge(
     chosen_logp,
     rejected_logp,
@@ -133,7 +134,7 @@ def hinge(
 
 @loss(
     "(a_w / |y_w| - a_l / |y_l| - 1 / (2 beta))^2",
-    when="Few or clean pairs, where sigmoid would push margins without end: this one has a margin to reach.",
+    when="Few or clean pairs, where sigmoid would push margins without end: here the margin has a target.",
     healthy=(
         MARGIN_RISES,
         ACCURACY_RISES,
@@ -167,7 +168,7 @@ def ipo(
 
 @loss(
     "KL( [s(u), s(-u)] || [1-e, e] )",
-    when="Where a policy that covers all good answers matters less than one that avoids bad ones (mode-seeking).",
+    when="Avoiding bad answers matters more than covering all good ones (mode-seeking).",
     ranges={"label_smoothing": "(0, 1)"},
 )
 def exo_pair(
@@ -236,7 +237,7 @@ def robust(
 
 @loss(
     "-log s(beta a_w) - log s(-beta a_l)",
-    when="Each answer is good or bad in itself, not only beside the other.",
+    when="Each answer is good or bad in itself, not only compared with the other.",
     healthy=(MARGIN_RISES, ACCURACY_RISES),
 )
 def bco_pair(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1):
@@ -264,7 +265,7 @@ def sppo_hard(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *,
 
 @loss(
     "-log s(beta (sorted(log p_w - log p_l) - sorted(ref_w - ref_l)))",
-    when="Large batches: the distribution of margins shall dominate the reference's, not each margin its own.",
+    when="Large batches: the distribution of margins should dominate the reference's, not each margin its own.",
     over_batch=True,
 )
 def aot(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1, label_smoothing=0.0):
@@ -273,12 +274,12 @@ def aot(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=
     Melnyk et al. 2024, https://arxiv.org/abs/2406.05882, the paired form of Eq. 6 with the logistic loss.
     """
     margin_B = chosen_logp - rejected_logp
-    return soft_labels(beta * (margin_B - _by_rank(ref_chosen_logp - ref_rejected_logp, margin_B)), label_smoothing)
+    return soft_labels(beta * (margin_B - _match_ranks(ref_chosen_logp - ref_rejected_logp, margin_B)), label_smoothing)
 
 
 @loss(
     "-log s(beta (sorted(a_w) - sorted(a_l)))",
-    when="Chosen and rejected answers that do not belong together: all good ones shall dominate all bad ones.",
+    when="Chosen and rejected answers that do not belong together: all good ones should dominate all bad ones.",
     over_batch=True,
 )
 def aot_unpaired(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1, label_smoothing=0.0):
@@ -288,11 +289,11 @@ def aot_unpaired(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp,
     """
     chosen_B = chosen_logp - ref_chosen_logp
     rejected_B = rejected_logp - ref_rejected_logp
-    return soft_labels(beta * (chosen_B - _by_rank(rejected_B, chosen_B)), label_smoothing)
+    return soft_labels(beta * (chosen_B - _match_ranks(rejected_B, chosen_B)), label_smoothing)
 
 
-def _by_rank(values_B, like_B):
-    """`values` reordered: where `like` has its k-th smallest, the k-th smallest of them."""
+def _match_ranks(values_B, like_B):
+    """Reorder `values`: the k-th smallest goes where `like` has its k-th smallest."""
     rank_B = torch.empty_like(like_B, dtype=torch.long)
     rank_B[like_B.argsort(stable=True)] = torch.arange(len(like_B), device=like_B.device)
     return values_B.sort().values[rank_B]
@@ -304,7 +305,7 @@ def _by_rank(values_B, like_B):
     healthy=(MARGIN_RISES, ACCURACY_RISES, CHOSEN_RISES, REJECTED_FALLS),
 )
 def apo_zero(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, beta=0.1):
-    """Chosen answers up, rejected ones down, each by itself and each only so far.
+    """Chosen answers up, rejected ones down, each on its own and each with a limit.
 
     D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, Eq. 7.
     """
@@ -328,13 +329,13 @@ def apo_down(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, *, 
 
 @loss(
     "-(1 - s(u/tau)) log s(u) + s(u/tau) exp(-u)",
-    when="To compare with sigmoid: found by search over programs. Mind its local optimum on the wrong side of 0.",
+    when="To compare with sigmoid: found by a search over programs. It has a local optimum on the wrong side of 0.",
     healthy=(
         Healthy("loss", "falls", "from 0.847 at a margin of 0"),
         Healthy(
             "rewards/margins",
             "may fall",
-            "at first: at 0 the slope leads to -0.12; pairs cross over as the others pull",
+            "at first: at 0 the slope leads to -0.12; pairs cross over as the others pull them",
         ),
     ),
     ranges={"tau": "(0, inf)"},
@@ -365,16 +366,16 @@ def discopop(
 
 @loss(
     "-sum(log p_w) / sum(|y_w|)",
-    when="Beside another loss, to hold the chosen answers up: train.loss: {sigmoid: 1, sft: 1} is RPO of the DPO kind.",
+    when="Next to another loss, to hold the chosen answers up: train.loss: {sigmoid: 1, sft: 1} is RPO of the DPO kind.",
     healthy=(CHOSEN_RISES,),
     plain=True,
 )
 def sft(chosen_logp, mean_n_chosen):
     """Negative log-likelihood of the chosen answers, averaged over the batch's answer tokens.
 
-    As a term beside DPO: Pang et al. 2024, https://arxiv.org/abs/2404.19733, Eq. 1, and Liu et al. 2024,
-    https://arxiv.org/abs/2405.16436. Every token of the optimizer step weighs the same, not every answer; train.tokens does not
-    change that.
+    As a term next to DPO: Pang et al. 2024, https://arxiv.org/abs/2404.19733, Eq. 1, and Liu et al. 2024,
+    https://arxiv.org/abs/2405.16436. Every token of the optimizer step has the same weight, rather than every answer; train.tokens
+    does not change that.
     """
     return -chosen_logp / mean_n_chosen
 
@@ -393,7 +394,7 @@ def rejected_divergence(rejected_logp, ref_rejected_logp):
 
 @loss(
     "1/2 (1 - s(beta (a_w - z_l))) + 1/2 (1 - s(beta (z_w - a_l)))",
-    when="KTO's utility where the data is pairs. Labelled data has kto.",
+    when="KTO's utility for pairs; for labelled data use kto.",
     healthy=(MARGIN_RISES, ACCURACY_RISES),
 )
 def kto_pair(

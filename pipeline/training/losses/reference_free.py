@@ -1,16 +1,14 @@
-"""Pairs, and no reference: these train from prepared data that nobody has scored.
+"""Losses for pairs that need no reference: they train from prepared data that has not been scored.
 
 In the formulas: p = the policy's log-prob of an answer, w the chosen one and l the rejected, |y| an answer's tokens, s the sigmoid,
 e label smoothing.
 """
 
-import torch
-import torch.nn.functional as F
+from prefcache.pipeline.training.losses.lazy_torch import F, torch
+from prefcache.pipeline.training.losses.pairs import box_cox, soft_labels, squared
+from prefcache.pipeline.training.losses.registry import CHOSEN_RISES, Healthy, loss
 
-from pipeline.training.losses.pairs import bent, soft_labels, squared
-from pipeline.training.losses.registry import CHOSEN_RISES, Healthy, loss
-
-_SURE = -1e-6  # a log-prob per token above it has no odds in float32
+_SURE = -1e-6  # above it, a log-prob per token has no odds in float32
 
 _MARGIN_RISES = Healthy("rewards/margins", "rises", "from the model's own preference, which may lie below 0")
 _ACCURACY_RISES = Healthy(
@@ -18,13 +16,13 @@ _ACCURACY_RISES = Healthy(
 )
 _SEPARATION = Healthy("rewards/margins", "rises", "log-probs per token times beta: beyond gamma the pair is won")
 _CHOSEN_HELD = Healthy(
-    "logps/chosen", "may fall", "some is normal; nothing holds it but the margin, so stop where answers get worse"
+    "logps/chosen", "may fall", "some fall is normal; only the margin holds it, so stop when answers get worse"
 )
 
 
 @loss(
     "-log s(beta (p_w / |y_w| - p_l / |y_l|) - gamma)",
-    when="No reference at hand, answers of different lengths. Sensitive to the learning rate: try 3e-7 to 1e-6 first.",
+    when="No reference, answers of different lengths. Sensitive to the learning rate: try 3e-7 to 1e-6 first.",
     healthy=(_SEPARATION, _ACCURACY_RISES, _CHOSEN_HELD),
     ranges={"gamma": "[0, inf)"},
     per_token=True,
@@ -41,7 +39,7 @@ def simpo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma=1
 
 @loss(
     "-log s(r_w - r_l - gamma), r = beta (1 - exp(-alpha p / |y|)) / alpha",
-    when="simpo whose policy drifts: alpha bends the reward so that likely answers are pushed less (above 0) or more.",
+    when="Where the policy drifts under simpo: alpha bends the reward, so that likely answers are pushed less (above 0) or more.",
     healthy=(_SEPARATION, _ACCURACY_RISES, _CHOSEN_HELD),
     ranges={"gamma": "[0, inf)", "alpha": "(-inf, inf)"},
     per_token=True,
@@ -52,21 +50,21 @@ def alphapo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma
     Gupta et al. 2025, https://arxiv.org/abs/2501.03884, Eq. 5. The exponent is cut at 80 and the reward at 2e35, near
     where float32 ends.
     """
-    margin_B = bent(chosen_logp / n_chosen, -alpha) - bent(rejected_logp / n_rejected, -alpha)
+    margin_B = box_cox(chosen_logp / n_chosen, -alpha) - box_cox(rejected_logp / n_rejected, -alpha)
     return soft_labels(beta * margin_B - gamma, label_smoothing)
 
 
 @loss(
     "-log s(beta (p_w - p_l)) - nll sum(p_w) / sum(|y_w|)",
-    when="Translation and other tasks with one right answer; its likelihood is trained beside the preference.",
+    when="Translation and other tasks with one right answer, whose likelihood is trained along with the preference.",
     healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
 )
 def cpo(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, label_smoothing=0.0, nll=1.0):
     """DPO with a uniform reference, and the chosen answers' likelihood.
 
-    Xu et al. 2024, https://arxiv.org/abs/2401.08417, Eq. 7. nll is TRL's cpo_alpha; the likelihood is of the answers' tokens, all
-    of the batch's alike.
+    Xu et al. 2024, https://arxiv.org/abs/2401.08417, Eq. 7. nll is TRL's cpo_alpha; the likelihood is averaged over the
+    batch's answer tokens.
     """
     preference_B = soft_labels(beta * (chosen_logp - rejected_logp), label_smoothing)
     return preference_B - nll * chosen_logp / mean_n_chosen
@@ -74,7 +72,7 @@ def cpo(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, label_smoothing=
 
 @loss(
     "max(0, 1 - beta (p_w - p_l)) - nll sum(p_w) / sum(|y_w|)",
-    when="cpo where pairs that are won shall stop mattering.",
+    when="Like cpo, but pairs stop counting once they are won.",
     healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
 )
@@ -88,7 +86,7 @@ def cpo_hinge(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, nll=1.0):
 
 @loss(
     "(p_w / |y_w| - p_l / |y_l| - 1 / (2 beta))^2 - nll sum(p_w) / sum(|y_w|)",
-    when="cpo with a margin to reach instead of one to push.",
+    when="Like cpo, but with a target for the margin.",
     healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
     per_token=True,
@@ -108,9 +106,7 @@ def cpo_ipo(chosen_logp, rejected_logp, n_chosen, n_rejected, mean_n_chosen, *, 
     healthy=(
         CHOSEN_RISES,
         _ACCURACY_RISES,
-        Healthy(
-            "rewards/margins", "rises", "the odds term; where it stays at 0 and the likelihood rises alone, raise beta"
-        ),
+        Healthy("rewards/margins", "rises", "the odds term; if it stays at 0 while the likelihood rises, raise beta"),
     ),
     per_token=True,
 )
@@ -122,23 +118,23 @@ def orpo(chosen_logp, rejected_logp, n_chosen, n_rejected, mean_n_chosen, *, bet
     """
     chosen_B = (chosen_logp / n_chosen).clamp(max=_SURE)
     rejected_B = (rejected_logp / n_rejected).clamp(max=_SURE)
-    log_odds_B = (chosen_B - rejected_B) - (_log_of_rest(chosen_B) - _log_of_rest(rejected_B))
+    log_odds_B = (chosen_B - rejected_B) - (_log1m_exp(chosen_B) - _log1m_exp(rejected_B))
     return -chosen_logp / mean_n_chosen - beta * F.logsigmoid(log_odds_B)
 
 
-def _log_of_rest(logp_B):
-    """log(1 - p), from whichever side keeps its digits."""
+def _log1m_exp(logp_B):
+    """log(1 - p), by whichever formula keeps the digits."""
     return torch.where(logp_B < -0.7, torch.log1p(-torch.exp(logp_B)), torch.log(-torch.expm1(logp_B)))
 
 
 @loss(
     "max(0, delta - p_w + p_l) - nll p_w",
-    when="A plain margin between log-probs, held by the chosen answers' likelihood.",
+    when="A plain margin between log-probs, regularized by the chosen answers' likelihood.",
     healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"delta": "[0, inf)", "nll": "[0, inf)"},
 )
 def slic(chosen_logp, rejected_logp, *, delta=1.0, nll=0.1):
-    """Calibration by rank: the chosen answer is to be likelier by delta nats.
+    """Rank calibration: the chosen answer should be likelier by delta nats.
 
     Zhao et al. 2023 (SLiC-HF), https://arxiv.org/abs/2305.10425, Eq. 1, with the chosen answer as the one to stay close to.
     """

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.errors import UsageError
-from pipeline.model.forward import ROUNDING, Forward
-from pipeline.model.logprobs import plain_logps, sums, use_float32_head
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.forward import ROUNDING, Forward
+from prefcache.pipeline.model.logprobs import plain_logps, sum_logps
 from tests.bench import corpus
 from tests.bench.corpus import TokenPair
 from tests.bench.gpu import ours, work
@@ -116,7 +117,7 @@ def _compared(model: Any, pairs: list[TokenPair], plain: Computed, precision: st
     dtype = "float32" if precision == "float32" else "bfloat16"
     try:
         found = _by_forward(model, pairs, precision, way)
-    except UsageError as error:  # of Forward.choose: the way was tried and is not right
+    except UsageError as error:  # of Forward.choose_layout: the layout was tried and is wrong
         return {"right": False, "why": str(error)}
     apart = np.abs(found.logps - plain.logps)
     case: dict[str, Any] = {"largest": float(apart.max()), "mean": float(apart.mean())}
@@ -140,14 +141,14 @@ def _forward(model: Any, pairs: list[TokenPair], precision: str, way: str) -> Fo
     kernel = "eager" if _kind(model) == "capped" else "sdpa"
     forward = Forward(model, kernel, way, "float32" if precision == "float32" else "bfloat16", "rows")
     with _precision(precision):
-        forward.choose(work.sequences(pairs))
+        forward.choose_layout(work.sequences(pairs))
     return forward
 
 
 def _computed(forward: Forward, pairs: list[TokenPair], precision: str) -> Computed:
     """Gradients where weights are float32, which is how they are trained."""
     asked, trained = work.sequences(pairs), precision != "bfloat16"
-    groups = forward.groups(asked)
+    groups = forward.group(asked)
     with _precision(precision), nullcontext() if trained else torch.no_grad():
         found = forward.logps([[asked[i] for i in group] for group in groups]).logps
     back = np.argsort([i for group in groups for i in group])
@@ -162,7 +163,7 @@ def _precision(precision: str) -> AbstractContextManager[Any]:
 
 
 def _loss(logps: list[torch.Tensor]) -> torch.Tensor:
-    sums_B2 = sums(logps).reshape(-1, 2)
+    sums_B2 = sum_logps(logps).reshape(-1, 2)
     return -F.logsigmoid(0.1 * (sums_B2[:, 0] - sums_B2[:, 1])).mean()
 
 

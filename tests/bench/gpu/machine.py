@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.model.memory import is_out_of_memory
+from prefcache.pipeline.model.oom import is_out_of_memory
 from tests.bench import contest
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "vllm", "datasets", "pydantic", "prefcache")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.model.memory import is_out_of_memory
+from prefcache.pipeline.model.oom import is_out_of_memory
 from tests.bench import corpus
 from tests.bench.gpu import machine, ours, work
 from tests.bench.gpu.machine import ON_GPU, Budget

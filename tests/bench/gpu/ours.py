@@ -6,8 +6,7 @@ calls it; it needs what prefcache's config and selection need as well.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.model import attention, logprobs, packing
-from pipeline.model.forward import Forward, flat
-from pipeline.model.logprobs import lay_out, row_logps, sent, sums, use_float32_head
-from pipeline.schema import Sequence
+from prefcache.pipeline.model import chunked_lm_head, packing
+from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.forward import Forward, flatten
+from prefcache.pipeline.model.logprobs import sum_logps, to_device
+from prefcache.pipeline.model.packed_row import lay_out, row_logps
+from prefcache.pipeline.schema import TokenSequence
 from tests.bench.corpus import TokenPair
 from tests.bench.gpu import work
 from tests.bench.gpu.machine import DEVICE, ON_GPU
@@ -66,7 +67,7 @@ class Trainer:
         longest = sorted(pairs, key=lambda pair: -sum(map(len, pair)))[:4]
         forward = Forward(model, "sdpa", way, "bfloat16" if ON_GPU else "float32", "rows")
         with autocast():
-            forward.choose(work.sequences(longest))
+            forward.choose_layout(work.sequences(longest))
         return forward
 
     def _reference(self, shape: dict[str, Any], pairs: list[TokenPair]) -> Forward:
@@ -83,13 +84,13 @@ class Trainer:
         return found
 
     def micro_batches(self, pairs: list[TokenPair], budget: int = BUDGET) -> list[list[TokenPair]]:
-        if self.forward.way == "padded":
+        if self.forward.layout == "padded":
             sizes = [2 * (len(p) + max(len(c), len(r))) for p, c, r in pairs]
             parts = packing.token_budget_batches(sizes, budget)
         else:
-            once = self.forward.way == "shared"
+            once = self.forward.layout == "shared"
             sizes = [(1 if once else 2) * len(p) + len(c) + len(r) - 2 for p, c, r in pairs]
-            parts = packing.balanced(sizes, budget)
+            parts = packing.balanced_batches(sizes, budget)
         return [[pairs[i] for i in part] for part in parts]
 
     def step(self, pairs: list[TokenPair], reference_B2: np.ndarray) -> float:
@@ -105,7 +106,7 @@ class Trainer:
         for part in self.micro_batches(pairs, budget):
             of_part = reference_B2[[at[id(pair)] for pair in part]]
             with self._products():
-                loss = self._loss(part, sent(torch.from_numpy(of_part), DEVICE)) / len(pairs)
+                loss = self._loss(part, to_device(torch.from_numpy(of_part), DEVICE)) / len(pairs)
                 loss.backward()
             losses.append(loss.detach())
         return losses
@@ -122,12 +123,12 @@ class Trainer:
 
     def _sums(self, forward: Forward, pairs: list[TokenPair]) -> torch.Tensor:
         asked = work.sequences(pairs)
-        groups = [[2 * i, 2 * i + 1] for i in range(len(pairs))] if forward.way == "shared" else [[i] for i in range(len(asked))]  # fmt: skip
+        groups = [[2 * i, 2 * i + 1] for i in range(len(pairs))] if forward.layout == "shared" else [[i] for i in range(len(asked))]  # fmt: skip
         with autocast(), self._head():
             logps = self._logps(forward, [[asked[i] for i in group] for group in groups])
-        return sums(logps).reshape(-1, 2)
+        return sum_logps(logps).reshape(-1, 2)
 
-    def _logps(self, forward: Forward, groups: list[list[Sequence]]) -> list[torch.Tensor]:
+    def _logps(self, forward: Forward, groups: list[list[TokenSequence]]) -> list[torch.Tensor]:
         if "everywhere" not in self.words:
             return forward.logps(groups).logps
         row = lay_out(groups)
@@ -138,8 +139,7 @@ class Trainer:
             target_N=np.concatenate([row.target_N, row.input_T[others]]),
             counts=[*row.counts, len(others)],
         )
-        segments = attention.Segments(row.trunks, [attention.Branch(*branch) for branch in row.branches], DEVICE)
-        *logps, unused = row_logps(forward.model, full, segments).logps
+        *logps, unused = row_logps(forward.model, full).logps
         # Nothing is learned from them, yet their gradient is computed, as it is where a loss is masked.
         logps[0] = logps[0] + 0 * unused.sum()
         return logps
@@ -154,13 +154,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _head(self) -> Iterator[None]:
-        chosen = logprobs._head_positions
+        chosen = chunked_lm_head._chunk_positions
         if "whole" in self.words:
-            logprobs._head_positions = lambda model: 1 << 30
+            chunked_lm_head._chunk_positions = lambda model: 1 << 30
         try:
             yield
         finally:
-            logprobs._head_positions = chosen
+            chunked_lm_head._chunk_positions = chosen
 
 
 def autocast() -> contextlib.AbstractContextManager[Any]:
@@ -186,15 +186,15 @@ def scorer(model: Any, way: str, dtype: str, like: list[TokenPair]) -> Callable[
     """As the engine `transformers` scores, see its `_score`."""
     use_float32_head(model, frozen=True)
     forward = Forward(model, "sdpa", way, dtype, "rows")
-    forward.choose(work.sequences(sorted(like, key=lambda pair: -sum(map(len, pair)))[:4]))
+    forward.choose_layout(work.sequences(sorted(like, key=lambda pair: -sum(map(len, pair)))[:4]))
 
     def score(pairs: list[TokenPair]) -> list[np.ndarray]:
         asked, found = work.sequences(pairs), {}
         with torch.inference_mode():
-            for part in forward.parts(asked, BUDGET):
+            for part in forward.plan_batches(asked, BUDGET):
                 logps = forward.logps([[asked[i] for i in group] for group in part]).logps
                 values = torch.cat(logps).cpu().numpy()
-                found |= dict(zip(flat(part), np.split(values, np.cumsum([len(each) for each in logps])[:-1]), strict=True))  # fmt: skip
+                found |= dict(zip(flatten(part), np.split(values, np.cumsum([len(each) for each in logps])[:-1]), strict=True))  # fmt: skip
         return [found[i] for i in range(len(asked))]
 
     return score
@@ -207,21 +207,21 @@ PROGRAM_NEEDS = ("pydantic", "duckdb", "xxhash", "yaml")
 
 def program(
     folder: Path, pairs: list[TokenPair], reference_B2: np.ndarray, per_step: int, words: set[str]
-) -> Callable[[SequenceOf[int]], float]:
+) -> Callable[[Sequence[int]], float]:
     """Policy.update on some of the pairs, by number; the model is in `folder`. Returns the loss before it."""
-    from pipeline.config import Train
-    from pipeline.identity import Reference
-    from pipeline.training.devices import accelerator
-    from pipeline.training.objective import Objective
-    from pipeline.training.policy import Policy
+    from prefcache.pipeline.config import Train
+    from prefcache.pipeline.identity import Reference
+    from prefcache.pipeline.training.distributed import make_accelerator
+    from prefcache.pipeline.training.objective import Objective
+    from prefcache.pipeline.training.policy import Policy
     from tests.bench.train import examples_of
 
     examples = examples_of(pairs, *reference_B2.T)
     train = Train(batch_size=per_step, learning_rate=RATE, gradient_checkpointing="recomputed" in words)
-    policy = Policy(Reference(folder), None, train, accelerator(train), examples.longest(12), print)
+    policy = Policy(Reference(folder), None, train, make_accelerator(train), examples.longest(12), print)
     objective = Objective(train)
 
-    def step(indices: SequenceOf[int]) -> float:
+    def step(indices: Sequence[int]) -> float:
         visit, _, _ = policy.update(examples, np.array(indices), objective, {}, RATE)
         return float(visit["loss"].mean())
 

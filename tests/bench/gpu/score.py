@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.model.logprobs import plain_logps, use_float32_head
+from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.logprobs import plain_logps
 from tests.bench import contest, corpus
 from tests.bench import score as of_cpu
 from tests.bench.corpus import TokenPair
@@ -110,15 +111,15 @@ def _make(
 
 
 def _vllm(model: Any, folder: Path, stack: contextlib.ExitStack) -> Score:
-    from pipeline.config import Score as Settings
-    from pipeline.identity import Reference
-    from pipeline.scoring.engines import engine_module
+    from prefcache.pipeline.config import Score as Settings
+    from prefcache.pipeline.identity import Reference
+    from prefcache.pipeline.scoring.engines import find_engine
 
     model.save_pretrained(folder)
     corpus.padding_tokenizer().save_pretrained(folder)
     options = {"gpu_memory_utilization": 0.4} if ON_GPU else {}
     settings = {"engine": "vllm", "dtype": str(DTYPE).removeprefix("torch."), "vllm": {"options": options}}
-    engine = engine_module("vllm").load(Reference(folder), Settings.model_validate(settings))
+    engine = find_engine("vllm").load(Reference(folder), Settings.model_validate(settings))
     stack.callback(engine.close)
     return lambda pairs: list(engine.score(work.sequences(pairs)))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.schema import Sequence
+from prefcache.pipeline.schema import TokenSequence
 from tests.bench.contest import SMALL
 from tests.bench.corpus import TokenPair
 from tests.bench.gpu.machine import DEVICE
@@ -39,9 +39,9 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def sequences(pairs: list[TokenPair]) -> list[Sequence]:
+def sequences(pairs: list[TokenPair]) -> list[TokenSequence]:
     """Of each pair the chosen, then the rejected answer."""
-    return [Sequence(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return [TokenSequence(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,20 @@
-"""A packed row gives what the plain forward gives, on every architecture that it is used for. Its gradients: test_forward.py."""
+"""A packed row gives what the plain forward gives. Every architecture and its gradients: test_forward.py."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
 
-from pipeline.model import attention
-from pipeline.model.logprobs import lay_out, plain_logps, row_logps
-from pipeline.schema import Sequence
+from prefcache.pipeline.model import attention
+from prefcache.pipeline.model.logprobs import plain_logps
+from prefcache.pipeline.model.packed_row import lay_out, row_logps
+from prefcache.pipeline.schema import TokenSequence
+from tests.helpers.models import UNSHARABLE, answers, build
 
 torch.set_num_threads(1)
 
-
-def group(n_prompt: int, *n_completions: int) -> list[Sequence]:
-    """Answers to one prompt."""
-    prompt = sequence(n_prompt, 1, seed=9).prompt_ids
-    return [Sequence(prompt, sequence(1, n, seed=n_prompt + i).completion_ids) for i, n in enumerate(n_completions)]
-
-
 # Two answers and their prompt; a lone one; four, one of them a single token; a prompt of one token.
-GROUPS = [group(20, 9, 14), group(7, 5), group(12, 3, 1, 8, 2), group(1, 6, 1)]
-FLAT = [each for members in GROUPS for each in members]
-
-
-def segments(row) -> attention.Segments:
-    return attention.Segments(row.trunks, [attention.Branch(*branch) for branch in row.branches], "cpu")
-
-
-def packed(model, groups=GROUPS) -> list[torch.Tensor]:
-    row = lay_out(groups)
-    return row_logps(model, row, segments(row)).logps
+GROUPS = [answers(20, 9, 14), answers(7, 5), answers(12, 3, 1, 8, 2), answers(1, 6, 1)]
 
 
 # -- the layout, by hand ---------------------------------------------------------------------------------------------
@@ -38,8 +22,8 @@ def packed(model, groups=GROUPS) -> list[torch.Tensor]:
 
 def test_a_row_by_hand():
     prompt = np.array([7, 8], dtype=np.int32)
-    row = lay_out([[Sequence(prompt, np.array(answer, dtype=np.int32)) for answer in ([1, 2, 3], [4, 5])]])
-    # 7 8 | 1 2 | 4: an answer's last token is never an input, and both answers go on from position 2.
+    row = lay_out([[TokenSequence(prompt, np.array(answer, dtype=np.int32)) for answer in ([1, 2, 3], [4, 5])]])
+    # 7 8 | 1 2 | 4: an answer's last token is never an input, and both answers continue at position 2.
     assert row.input_T.tolist() == [7, 8, 1, 2, 4]
     assert row.position_T.tolist() == [0, 1, 2, 3, 2]
     # 1 is predicted by 8, 2 by 1, 3 by 2; 4 by 8 again, 5 by 4.
@@ -49,24 +33,24 @@ def test_a_row_by_hand():
 
 
 def test_the_keys_of_one_call_over_the_row():
-    row = lay_out([group(2, 3, 3), group(1, 2)])
-    found = segments(row).variable_lengths
+    row = lay_out([answers(2, 3, 3), answers(1, 2)])
+    lengths = attention.Segments(row.trunks, row.branches, "cpu").variable_lengths
     # p p a a | b b sees p p b b | q c: queries 4, 2, 2; keys 4, 4, 2.
-    assert found["keys"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
-    assert (found["cu_q"].tolist(), found["cu_k"].tolist()) == ([0, 4, 6, 8], [0, 4, 8, 10])
-    assert (found["max_q"], found["max_k"]) == (4, 4)
+    assert lengths.keys.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
+    assert (lengths.query_starts.tolist(), lengths.key_starts.tolist()) == ([0, 4, 6, 8], [0, 4, 8, 10])
+    assert (lengths.max_queries, lengths.max_keys) == (4, 4)
 
 
 def test_under_autocast_a_row_is_computed_in_its_dtype():
-    # Weights that are trained are float32: rotated queries and keys are too, which a fused kernel does not take.
+    # Trained weights are float32: rotated queries and keys are too, which a fused kernel does not take.
     query = torch.zeros(1, 4, 7, 8)
-    assert attention._computed_in(query) == torch.float32
+    assert attention._compute_dtype(query) == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert attention._computed_in(query) == torch.bfloat16
+        assert attention._compute_dtype(query) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("width", "of_values", "dtype", "fits"),
+    ("width", "value_width", "dtype", "fits"),
     [
         (64, 64, torch.bfloat16, True),
         (256, 256, torch.float16, True),
@@ -76,52 +60,43 @@ def test_under_autocast_a_row_is_computed_in_its_dtype():
         (20, 20, torch.bfloat16, False),
     ],
 )
-def test_what_the_kernel_does_not_take_is_computed_call_by_call(width, of_values, dtype, fits):
-    query, value = torch.empty(1, 2, 3, width), torch.empty(1, 2, 3, of_values)
-    assert attention._fits_one_call(query, value, dtype) == fits
+def test_what_the_kernel_does_not_take_is_computed_call_by_call(width, value_width, dtype, fits):
+    query, value = torch.empty(1, 2, 3, width), torch.empty(1, 2, 3, value_width)
+    assert attention._fits_varlen_kernel(query, value, dtype) == fits
 
 
 # -- on real models --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_row_gives_what_each_sequence_gives_alone(name):
-    model = build(name)
-    with torch.no_grad():
-        alone = [plain_logps(model, each) for each in FLAT]
-        assert attention.why_not(model.config) is None
-        attention.use_segments(model)
-        together = packed(model)
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
-    assert torch.cat(alone).std() > 0.1
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "mistral"])
-def test_what_else_is_in_the_row_does_not_change_a_bit(name):
+def test_a_row_gives_what_each_sequence_gives_alone_whatever_else_is_in_it(name):
     model = build(name)
-    attention.use_segments(model)
+    assert attention.unsupported_reason(model.config) is None
     with torch.no_grad():
-        (alone, _), together = packed(model, [GROUPS[0]]), packed(model)
-        other = packed(model, [GROUPS[0], group(30, 30, 2)])
-    # Matrix products may be cut otherwise in a longer row; nothing of another group may come in.
-    torch.testing.assert_close(together[0], alone, rtol=0, atol=3e-6)
-    torch.testing.assert_close(other[0], alone, rtol=0, atol=3e-6)
+        plain = torch.cat([plain_logps(model, sequence) for group in GROUPS for sequence in group])
+        attention.use_segments(model)
+        together = torch.cat(row_logps(model, lay_out(GROUPS)).logps)
+        alone, other = (row_logps(model, lay_out(row)).logps for row in (GROUPS[:1], [GROUPS[0], answers(30, 30, 2)]))
+    torch.testing.assert_close(together, plain, rtol=0, atol=2e-5)
+    assert plain.std() > 0.1
+    # Matrix products may be split differently in a longer row; nothing of another group may come in.
+    torch.testing.assert_close(together[:9], alone[0], rtol=0, atol=3e-6)
+    torch.testing.assert_close(other[0], alone[0], rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", UNSHARABLE)
 def test_models_that_cannot_be_kept_to_segments_are_known(name):
-    assert attention.why_not(build(name).config)
+    assert attention.unsupported_reason(build(name).config)
 
 
 def test_a_model_that_drops_the_keyword_fails_rather_than_attend_to_all():
     model = build("stablelm")
     with pytest.raises(Exception, match=r"segments|attention"):
         attention.use_segments(model)
-        packed(model)
+        row_logps(model, lay_out(GROUPS))
 
 
-# -- the kernel for GPUs, spelt out here -----------------------------------------------------------------------------
+# -- the kernel for GPUs, written out --------------------------------------------------------------------------------
 
 
 def varlen(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
@@ -132,48 +107,43 @@ def varlen(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size,
     for i in range(len(cu_q) - 1):
         q, k, v = (x[cu[i] : cu[i + 1]].transpose(0, 1) for x, cu in ((q_THD, cu_q), (k_THD, cu_k), (v_THD, cu_k)))
         last = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
-        at = torch.arange(k.shape[1])
-        seen = (at <= last) & ((at >= last - left) if left >= 0 else torch.tensor(True))
-        found = F.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=scale, enable_gqa=enable_gqa)[0]
-        out[cu_q[i] : cu_q[i + 1]] = found.transpose(0, 1)
+        key = torch.arange(k.shape[1])
+        seen = (key <= last) & ((key >= last - left) if left >= 0 else torch.tensor(True))
+        call = F.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=scale, enable_gqa=enable_gqa)[0]
+        out[cu_q[i] : cu_q[i + 1]] = call.transpose(0, 1)
     return out
 
 
-def varlen_of_2_11(q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    """PyTorch 2.11 knows no keyword for fewer heads of keys, and takes them."""
+def varlen_of_2_11(q_THD, k_THD, *others, scale, window_size):
+    """PyTorch 2.11 has no keyword for fewer heads of keys, and takes them."""
     grouped = q_THD.shape[1] != k_THD.shape[1]
-    return varlen(
-        q_THD, k_THD, v_THD, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped
-    )
+    return varlen(q_THD, k_THD, *others, scale=scale, window_size=window_size, enable_gqa=grouped)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_one_call_over_the_row_is_asked_as_this_pytorch_wants_it(window):
-    row = lay_out([group(2, 3, 3), group(1, 2)])
+    row = lay_out([answers(2, 3, 3), answers(1, 2)])
     # Tensors without values: arguments and shapes are checked, and nothing is computed.
-    given = [torch.empty(heads, 8, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
-    at = attention.Segments(row.trunks, [attention.Branch(*branch) for branch in row.branches], "meta")
-    assert attention._in_one_call(*given, at, 0.25, window).shape == (8, 4, 16)
+    states = [torch.empty(heads, 8, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
+    segments = attention.Segments(row.trunks, row.branches, "meta")
+    assert attention._varlen_attention(*states, segments, 0.25, window).shape == (8, 4, 16)
 
 
 @pytest.mark.parametrize("kernel", [varlen, varlen_of_2_11])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
 def test_one_call_over_the_row_is_the_same(name, kernel, monkeypatch):
-    model = build(name)
+    def one_call(module, query, key, value, mask, *, segments, scaling=None, sliding_window=None, **_):
+        out = attention._varlen_attention(query[0], key[0], value[0], segments, scaling, sliding_window)
+        return out.unsqueeze(0), None
+
+    model, row = build(name), lay_out(GROUPS)
     attention.use_segments(model)
-    row = lay_out(GROUPS)
     with torch.no_grad():
-        expected = row_logps(model, row, segments(row)).logps
+        expected = row_logps(model, row).logps
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-
-        def one_call(module, query, key, value, mask, *, segments, scaling=None, sliding_window=None, **_):
-            found = attention._in_one_call(query[0], key[0], value[0], segments, scaling, sliding_window)
-            return found.unsqueeze(0), None
-
         attention.AttentionInterface.register(attention.NAME, one_call)
         try:
-            found = row_logps(model, row, segments(row)).logps
+            logps = row_logps(model, row).logps
         finally:
             attention.AttentionInterface.register(attention.NAME, attention.attend)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(logps), torch.cat(expected), rtol=0, atol=1e-5)

@@ -8,34 +8,30 @@ import numpy as np
 import peft
 import pytest
 import torch
-from models_for_tests import ARCHITECTURES, UNSHARABLE, build, sequence
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.identity import Reference
-from pipeline.model import trainable
-from pipeline.model.forward import Forward
-from pipeline.model.logprobs import use_float32_head
-from pipeline.schema import Sequence
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model import trainable
+from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.forward import Forward
+from tests.helpers.models import ARCHITECTURES, UNSHARABLE, answers, build, start_forward
+from tests.helpers.runs import away_from_nothing, sft
 
 CPU = torch.device("cpu")
 # Two prompts with two answers each.
-PAIRS = [sequence(7, n, seed=k) for k in (0, 1) for n in (5, 3)]
-PAIRS = [Sequence(PAIRS[i - i % 2].prompt_ids, each.completion_ids) for i, each in enumerate(PAIRS)]
+PAIRS = [*answers(7, 5, 3), *answers(8, 5, 3)]
 
 
 def loaded(folder: Path, adapter: Path | None = None, **train) -> trainable.Trainable:
     return trainable.load(Reference(folder, adapter), Train.model_validate(train), "sdpa", CPU)
 
 
-def forward(model, way: str = "shared") -> Forward:
+def forward(model, layout: str = "shared") -> Forward:
     use_float32_head(model)
-    found = Forward(model, "sdpa", way, "float32", "train.rows")
-    found.choose(PAIRS)
-    assert found.way == way
-    return found
+    return start_forward(model, layout, PAIRS)
 
 
 def loss(by: Forward) -> torch.Tensor:
@@ -53,14 +49,6 @@ KINDS = {
     "dora": {"r": 4, "dora": True},
     "rslora": {"r": 4, "rslora": True, "target_modules": ["q_proj", "down_proj"]},
 }
-
-
-def away_from_nothing(parameters) -> None:
-    """A new adapter does nothing, and half of its gradients are 0."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,27 +130,17 @@ def test_names_of_no_layer_and_of_the_head_are_refused(model):
         loaded(model, lora={"target_modules": ["lm_head"]})
 
 
-def test_an_adapter_on_quantised_weights_wants_a_gpu(model):
+def test_an_adapter_on_quantized_weights_wants_a_gpu(model):
     with pytest.raises(UsageError, match=r"score.quantization=4bit: .* on a GPU only"):
         trainable.load(Reference(model, None, "4bit"), Train.model_validate({"lora": {}}), "sdpa", CPU)
 
 
 def test_dropout_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="dropout is not done: the policy would differ from its reference"):
+    with pytest.raises(ValueError, match="dropout is not supported: the policy would differ from its reference"):
         Train.model_validate({"lora": {"dropout": 0.05}})
 
 
 # -- an adapter that exists ------------------------------------------------------------------------------------------
-
-
-def sft(model: Path, folder: Path, **settings) -> Path:
-    """An adapter far from doing nothing."""
-    torch.manual_seed(0)
-    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | settings)
-    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
-    away_from_nothing(each for each in made.parameters() if each.requires_grad)
-    made.save_pretrained(folder)
-    return folder
 
 
 def test_an_adapter_that_exists_is_trained_further_as_it_is(model, tmp_path):
@@ -195,9 +173,9 @@ def test_an_adapter_of_the_head_is_refused(model, tmp_path, settings):
 # -- recomputed layers -----------------------------------------------------------------------------------------------
 
 
-def one_backward(model, way: str) -> tuple[float, dict[str, torch.Tensor], int]:
+def one_backward(model, layout: str) -> tuple[float, dict[str, torch.Tensor], int]:
     """The loss, the gradients, and the bytes kept for the backward pass, each storage once."""
-    by, kept = forward(model, way), {}
+    by, kept = forward(model, layout), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -218,22 +196,23 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(name):
     # Dropout in the config is where training mode, in which Transformers recomputes, would show.
     dropout = {"attention_dropout": 0.3} | ({"resid_pdrop": 0.3} if name == "gpt2" else {})
     dropout |= {"dropout": 0.3} if name == "opt" else {}
-    way = "padded" if name in UNSHARABLE else "shared"
+    layout = "padded" if name in UNSHARABLE else "shared"
     plain, recomputed = (build(name, **dropout) for _ in range(2))
     assert trainable.recompute_layers(recomputed) is None
-    (value, grads, kept), (value2, grads2, kept2) = (one_backward(each, way) for each in (plain, recomputed))
+    assert_same_gradients_in_less_memory(plain, recomputed, layout)
+
+
+def assert_same_gradients_in_less_memory(plain, recomputed, layout: str) -> None:
+    (value, grads, kept), (value2, grads2, kept2) = (one_backward(each, layout) for each in (plain, recomputed))
     assert value == value2 and kept2 < kept
     assert grads.keys() == grads2.keys() and all(torch.equal(grads[key], grads2[key]) for key in grads)
 
 
 def test_recomputed_layers_train_an_adapter_too(model):
-    found = []
-    for more in ({}, {"gradient_checkpointing": True}):
-        ours = loaded(model, lora={"r": 4}, **more)
-        away_from_nothing(ours.parameters().values())
-        found.append(one_backward(ours.model, "shared"))
-    (value, grads, kept), (value2, grads2, kept2) = found
-    assert value == value2 and kept2 < kept and all(torch.equal(grads[key], grads2[key]) for key in grads)
+    policies = [loaded(model, lora={"r": 4}, gradient_checkpointing=each) for each in (False, True)]
+    for each in policies:
+        away_from_nothing(each.parameters().values())
+    assert_same_gradients_in_less_memory(*(each.model for each in policies), "shared")
 
 
 def test_a_model_without_such_layers_says_so():
@@ -261,7 +240,7 @@ def test_tensors_are_read_one_after_another_and_never_the_whole_file_is_in_memor
     save_file({f"{i:02}": torch.full((512, 1024), float(i)) for i in range(32)}, file)  # 2 MiB each
 
     before, most = resident("RssFile"), 0
-    for i, (name, value) in enumerate(trainable.each_tensor(file)):
+    for i, (name, value) in enumerate(trainable.read_tensors(file)):
         assert (name, value.unique().tolist()) == (f"{i:02}", [float(i)])
         most = max(most, resident("RssFile") - before)
     assert i == 31 and most < 16 << 20

@@ -12,13 +12,13 @@ import time
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from tokenizers_for_tests import DATE, GEMMA_CHAT, QWEN3_CHAT, TEMPLATES, build
 
-from pipeline.errors import UsageError
-from pipeline.preparing import chat_template
-from pipeline.preparing.chat_template import ChatTemplate, TemplateLimit, read_template
-from pipeline.preparing.example import Unusable
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing import chat_template
+from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit, read_template
+from prefcache.pipeline.preparing.example import Unusable
+from tests.helpers.project import ROOT
+from tests.helpers.tokenizers import DATE, GEMMA_CHAT, QWEN3_CHAT, TEMPLATES, build
 
 USER = {"role": "user", "content": "  why <b>red</b> & \"green\"?\n'日本' "}
 SYSTEM = {"role": "system", "content": "be brief\n"}
@@ -115,8 +115,8 @@ def test_every_construct_says_what_it_says_in_transformers(text):
 
 def test_the_date_is_the_pinned_one_whatever_the_day():
     text = "{{ strftime_now('%d %b %Y, %H:%M') }}"
-    assert ChatTemplate(text, {}, datetime.date(1999, 12, 31)).prints_date
-    assert not made("x").prints_date
+    assert chat_template.prints_date(None, text)
+    assert not chat_template.prints_date("x", None)
     found = ChatTemplate(text, {}, datetime.date(1999, 12, 31)).render([], add_generation_prompt=False)
     assert found == "31 Dec 1999, 00:00"
 
@@ -369,7 +369,7 @@ def test_no_file_is_read(text):
 
 
 def test_the_templates_globals_hold_no_module():
-    sandbox = chat_template._sandbox(DATE)
+    sandbox = chat_template._create_sandbox(DATE)
     assert set(sandbox.globals) == {
         "range", "dict", "cycler", "joiner", "namespace", "raise_exception", "strftime_now",
     }  # fmt: skip
@@ -400,7 +400,7 @@ UNINTERRUPTIBLE = (
 def test_an_operation_that_cannot_be_interrupted_ends_with_the_process():
     code = (
         "import datetime, sys\n"
-        "from pipeline.preparing import chat_template\n"
+        "from prefcache.pipeline.preparing import chat_template\n"
         "chat_template.SECONDS = 0.3\n"
         "template = chat_template.ChatTemplate(sys.argv[1], {}, datetime.date(2025, 1, 1))\n"
         "with template.limits(): template.render([], add_generation_prompt=True)\n"

@@ -1,9 +1,11 @@
 """An answer's ids are those that Transformers' tokenizer gives for the whole, for every family of tokenizers."""
 
 import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-from tokenizers_for_tests import FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, facts, saved
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pipeline.errors import UsageError
-from pipeline.preparing import encoder
-from pipeline.preparing.encoder import Encoder, Text, Tokens
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing import encoder
+from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
+from tests.helpers.tokenizers import FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, facts, saved
 
 FRAGMENTS = [
     "the cat", " the", "assistant\n", "\n", "\n\n", " ", "  ", "\t", "x", "ab", "1234", "don't", "日本", "é", "e\u0301", "🙂", "\u2581",
@@ -33,7 +35,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_against(tokenizer: Any, coder: Encoder, text: Text) -> Tokens:
+def check_against(tokenizer: Any, coder: Encoder, text: ExampleText) -> ExampleTokens:
     """That its ids are those of the tokenizer for the whole, wherever these begin with the prompt's."""
     (found,) = coder.encode([text])
     prompt = plain_ids(tokenizer, text.prompt)
@@ -47,6 +49,19 @@ def check_against(tokenizer: Any, coder: Encoder, text: Text) -> Tokens:
     return found
 
 
+def test_an_end_token_counts_where_at_most_two_blanks_follow_it():
+    """A template may write a line end after it. Of plain text, only the last token can be the end."""
+    coder = Encoder(facts("byte-level"))
+    end = coder.decode([facts("byte-level").eos])
+    blanks = ["", "\t", "\t\r", "\t\r\t", "\t\r\t\r"]
+    assert [len(ids) for ids in coder.ids(blanks)] == [0, 1, 2, 3, 4]
+    for plain, expected in ((False, [False, False, False, True, True]), (True, [False, True, True, True, True])):
+        texts = [ExampleText("<|im_start|>user\n", (f"yes{end}{each}",), plain) for each in blanks]
+        assert [found.ended for found in coder.encode(texts)] == expected
+    (unsaid,) = coder.encode([ExampleText("<|im_start|>user\n", (f"yes{end}\t",))])
+    assert not unsaid.ended  # what nothing is said of was written by a template
+
+
 # -- all families ----------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +70,7 @@ def check_against(tokenizer: Any, coder: Encoder, text: Text) -> Tokens:
 @modest
 def test_ids_are_those_of_the_whole(family, prompt, chosen, rejected):
     _, tokenizer = saved(family)
-    check_against(tokenizer, Encoder(facts(family)), Text(prompt, (chosen, rejected)))
+    check_against(tokenizer, Encoder(facts(family)), ExampleText(prompt, (chosen, rejected)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,26 +85,28 @@ def test_ids_are_those_of_the_whole_for_every_template(family, name):
             asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
             whole = tokenizer.apply_chat_template(turns, **options)
             if whole.startswith(asked):
-                check_against(tokenizer, coder, Text(asked, (whole[len(asked) :],)))
+                check_against(tokenizer, coder, ExampleText(asked, (whole[len(asked) :],)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_at_once_are_what_each_is_alone(family):
     coder = Encoder(facts(family))
     texts = [
-        Text(f"<|im_start|>{a}<|im_end|>\n<|im_start|>user\n", (b, a)) for a in FRAGMENTS[:12] for b in FRAGMENTS[:12]
-    ] + [Text(a, (b,), plain=True) for a in FRAGMENTS for b in FRAGMENTS[:3]]
+        ExampleText(f"<|im_start|>{a}<|im_end|>\n<|im_start|>user\n", (b, a))
+        for a in FRAGMENTS[:12]
+        for b in FRAGMENTS[:12]
+    ] + [ExampleText(a, (b,), plain=True) for a in FRAGMENTS for b in FRAGMENTS[:3]]
     fresh = Encoder(facts(family))
     assert coder.encode(texts) == [tokens for text in texts for tokens in fresh.encode([text])]
     assert coder.encode([]) == []
 
 
 def test_the_memory_of_prompts_ends_is_bounded(monkeypatch):
-    monkeypatch.setattr(encoder, "_MEMO", 3)
+    monkeypatch.setattr(encoder, "_MOST_TAILS", 3)
     coder, (_, tokenizer) = Encoder(facts("byte-level")), saved("byte-level")
     for n in range(10):
-        check_against(tokenizer, coder, Text(f"<|im_start|>user {n}\n", ("the cat",)))
-        assert len(coder._tails) <= 3
+        check_against(tokenizer, coder, ExampleText(f"<|im_start|>user {n}\n", ("the cat",)))
+        assert len(coder._tail_ids) <= 3
 
 
 @pytest.mark.parametrize("family", LOSSLESS)
@@ -97,7 +114,7 @@ def test_the_memory_of_prompts_ends_is_bounded(monkeypatch):
 @modest
 def test_ids_say_the_text(family, prompt, answer):
     coder = Encoder(facts(family))
-    (found,) = coder.encode([Text(prompt, (answer,))])
+    (found,) = coder.encode([ExampleText(prompt, (answer,))])
     ended = "</s>" if found.ended else ""
     assert coder.decode(found.prompt) == saved(family)[1].decode(plain_ids(saved(family)[1], prompt))
     assert coder.decode([*found.prompt, *found.answers[0]]) == coder.decode(coder.ids([prompt + answer])[0]) + ended
@@ -109,7 +126,7 @@ def test_no_text_is_lost_where_the_boundary_is_cut(family):
     n_cut = 0
     for prompt in FRAGMENTS:
         for answer in FRAGMENTS:
-            (found,) = coder.encode([Text("a" + prompt, (answer,))])
+            (found,) = coder.encode([ExampleText("a" + prompt, (answer,))])
             n_cut += not found.exact
             said = coder.decode(found.answers[0]).removesuffix("</s>")
             if not found.exact and "\u2581" not in prompt + answer:  # which gemma reads as a space
@@ -120,46 +137,73 @@ def test_no_text_is_lost_where_the_boundary_is_cut(family):
 # -- the boundary, by hand -------------------------------------------------------------------------------------------
 
 
-def letters(folder: Path, *, bos: bool = False, eos: str | None = "</s>") -> Path:
-    """A tokenizer of single letters, but for `bc`, which merges, and `>x`, which merges with what ends a marker."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "a", "b", "c", "d", "bc", ">", "x", ">x", "<u>"])}
-    bpe = Tokenizer(models.BPE(vocabulary, [("b", "c"), (">", "x")]))
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken("<u>", normalized=False)])
-    if bos:
-        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    named = {"eos_token": eos} if eos else {}
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", **named).save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory) -> Callable[..., Path]:
+    """Folders of a tokenizer of single letters, except for `bc`, which merges, and `>x`, which merges with a marker's end."""
+
+    @functools.cache
+    def save(*, bos: bool = False, eos: str | None = "</s>") -> Path:
+        tokens = ["<s>", "</s>", "a", "b", "c", "d", "bc", ">", "x", ">x", "<u>"]
+        bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("b", "c"), (">", "x")]))
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens([AddedToken("<u>", normalized=False)])
+        if bos:
+            bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        named = {"eos_token": eos} if eos else {}
+        folder: Path = tmp_path_factory.mktemp("letters")
+        PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", **named).save_pretrained(folder)
+        return folder
+
+    return save
 
 
-def encode(folder: Path, prompt: str, *answers: str, plain: bool = True) -> Tokens:
-    (found,) = Encoder(encoder.load(folder)).encode([Text(prompt, answers, plain)])
+def encode(folder: Path, prompt: str, *answers: str, plain: bool = True) -> ExampleTokens:
+    (found,) = Encoder(encoder.load_facts(folder)).encode([ExampleText(prompt, answers, plain)])
     return found
 
 
-def test_where_nothing_merges_the_boundary_is_exact(tmp_path):
-    # a | bc, d; each with the end, 1
-    assert encode(letters(tmp_path), "a", "bc", "d") == Tokens([2], ([6, 1], [5, 1]), True, True)
+BOS, NO_EOS, BY_TEMPLATE = {"bos": True}, {"eos": None}, {"plain": False}
 
 
-def test_where_tokens_would_merge_across_the_boundary_it_is_cut_by_hand(tmp_path):
-    # The whole is a, bc: no token ends where the prompt does. So a, b as when asked; c, and d too, on their own.
-    assert encode(letters(tmp_path), "ab", "c", "d") == Tokens([2, 3], ([4, 1], [5, 1]), False, True)
+@pytest.mark.parametrize(
+    ("options", "prompt", "answers", "expected"),
+    [
+        # a | bc, d; each with the end, 1
+        ({}, "a", ["bc", "d"], ([2], ([6, 1], [5, 1]), True, True)),
+        # The whole is a, bc: no token ends where the prompt does. So a, b as when asked; c, and d too, on their own.
+        ({}, "ab", ["c", "d"], ([2, 3], ([4, 1], [5, 1]), False, True)),
+        ({}, "ab", ["c", "c</s>"], ([2, 3], ([4, 1], [4, 1]), False, True)),
+        # An answer that merges does not change what it is compared with.
+        ({}, "b", ["c", "bcd"], ([3], ([4, 1], [6, 5, 1]), False, True)),
+        # A special token ends what could merge: the > of <u>, 10, does not merge with x, which stays 8.
+        ({}, "ab<u>", ["x"], ([2, 3, 10], ([8, 1],), True, True)),
+        # Plain text begins as the tokenizer begins, never twice; text of a template begins as it is.
+        (BOS, "a", ["bc"], ([0, 2], ([6, 1],), True, True)),
+        (BOS, "<s>a", ["bc"], ([0, 2], ([6, 1],), True, True)),
+        ({}, "<s>a", ["bc"], ([0, 2], ([6, 1],), True, True)),
+        (BOS | BY_TEMPLATE, "<s>a", ["bc"], ([0, 2], ([6, 1],), True, True)),
+        (BOS | BY_TEMPLATE, "a", ["bc"], ([2], ([6, 1],), True, True)),
+        # An end is added if there is none, and never twice.
+        ({}, "a", ["bc</s>"], ([2], ([6, 1],), True, False)),
+        ({}, "a", ["bc</s>", "d"], ([2], ([6, 1], [5, 1]), True, True)),
+        (BY_TEMPLATE, "a", ["bc"], ([2], ([6, 1],), True, True)),
+        (NO_EOS, "a", ["bc"], ([2], ([6],), True, False)),
+        # Plain text ends with the tokenizer's own end, whatever token a person wrote last.
+        ({}, "a", ["bc<u>"], ([2], ([6, 10, 1],), True, True)),
+        # A template may end a turn with another token; but a token with more text after it ends nothing.
+        (BY_TEMPLATE, "a", ["bc<u>"], ([2], ([6, 10],), True, False)),
+        (BY_TEMPLATE, "a", ["bc<u>x"], ([2], ([6, 10, 8, 1],), True, True)),
+        ({}, "a", ["<u>abcd"], ([2], ([10, 2, 6, 5, 1],), True, True)),
+        ({}, "a", [""], ([2], ([],), True, False)),
+    ],
+)
+def test_ids_of_single_letters_by_hand(letters, options, prompt, answers, expected):
+    folder = letters(**{name: value for name, value in options.items() if name != "plain"})
+    assert encode(folder, prompt, *answers, plain=options.get("plain", True)) == ExampleTokens(*expected)
 
 
-def test_an_answer_that_merges_does_not_change_what_it_is_compared_with(tmp_path):
-    assert encode(letters(tmp_path), "b", "c", "bcd").answers == ([4, 1], [6, 5, 1])
-    assert not encode(letters(tmp_path), "b", "c", "bcd").exact
-
-
-def test_a_special_token_ends_what_could_merge(tmp_path):
-    # <u> is 10; its > does not merge with x, which stays 8
-    assert encode(letters(tmp_path), "ab<u>", "x") == Tokens([2, 3, 10], ([8, 1],), True, True)
-
-
-def test_a_special_token_in_a_users_text_is_one_as_in_transformers(tmp_path):
-    folder = letters(tmp_path)
+def test_a_special_token_in_a_users_text_is_one_as_in_transformers(letters):
+    folder = letters()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = encode(folder, "a<u>b", "c<u>")
     assert found.prompt == plain_ids(tokenizer, "a<u>b") == [2, 10, 3]
@@ -169,10 +213,10 @@ def test_a_special_token_in_a_users_text_is_one_as_in_transformers(tmp_path):
 
 def test_of_overlapping_special_tokens_the_longer_wins_as_in_transformers():
     _, tokenizer = saved("byte-level")
-    found = check_against(tokenizer, Encoder(facts("byte-level")), Text("a<|im_end|>", ("<|x|>b",)))
+    found = check_against(tokenizer, Encoder(facts("byte-level")), ExampleText("a<|im_end|>", ("<|x|>b",)))
     # `<|im_end|><|x|>` is a token of its own, so the whole does not begin with the prompt's ids.
     assert not found.exact
-    found = check_against(tokenizer, Encoder(facts("byte-level")), Text("a<|im_end|><|x|>", ("<|x|>b",)))
+    found = check_against(tokenizer, Encoder(facts("byte-level")), ExampleText("a<|im_end|><|x|>", ("<|x|>b",)))
     assert found.exact
 
 
@@ -185,13 +229,13 @@ def test_the_text_of_a_special_token_within_another_token_parts_nothing(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     # a <u> > d<u>> | >: the last two do not merge. Of `<u>>` and `>` alone they would.
     assert plain_ids(tokenizer, "a<u>>d<u>>>") == [1, 5, 3, 6, 3]
-    assert encode(tmp_path, "a<u>>d<u>>", ">") == Tokens([1, 5, 3, 6], ([3, 0],), True, True)
+    assert encode(tmp_path, "a<u>>d<u>>", ">") == ExampleTokens([1, 5, 3, 6], ([3, 0],), True, True)
 
 
 @pytest.mark.parametrize("family", ["metaspace first", "unigram"])
 def test_an_answer_on_its_own_is_not_taken_for_the_beginning_of_a_text(family):
     _, tokenizer = saved(family)
-    found = check_against(tokenizer, Encoder(facts(family)), Text("<|im_start|>the ca", ("t",)))
+    found = check_against(tokenizer, Encoder(facts(family)), ExampleText("<|im_start|>the ca", ("t",)))
     # The whole has the token ▁cat. On its own the answer is t, and not ▁t as it would be at a beginning.
     assert not found.exact
     assert found.answers == ([tokenizer.convert_tokens_to_ids("t"), tokenizer.eos_token_id],)
@@ -201,7 +245,7 @@ def test_an_answer_on_its_own_is_not_taken_for_the_beginning_of_a_text(family):
 @pytest.mark.parametrize("family", ["byte-level", "tiktoken", "byte-level split"])
 def test_line_ends_that_merge_across_the_boundary_are_noticed(family, answer):
     _, tokenizer = saved(family)
-    found = check_against(tokenizer, Encoder(facts(family)), Text("<|im_start|>assistant\n", (answer,)))
+    found = check_against(tokenizer, Encoder(facts(family)), ExampleText("<|im_start|>assistant\n", (answer,)))
     if answer == "\n\nthe":
         assert not found.exact  # "\n\n" and "\n\n\n" are tokens of all three
 
@@ -209,65 +253,22 @@ def test_line_ends_that_merge_across_the_boundary_are_noticed(family, answer):
 # -- the beginning and the end ---------------------------------------------------------------------------------------
 
 
-def test_plain_text_begins_as_the_tokenizer_begins(tmp_path):
-    with_, without = letters(tmp_path / "bos", bos=True), letters(tmp_path / "none")
-    assert AutoTokenizer.from_pretrained(with_)("a")["input_ids"] == [0, 2]
-    assert encode(with_, "a", "bc").prompt == [0, 2]
-    assert encode(with_, "<s>a", "bc").prompt == [0, 2]  # never twice
-    assert encode(without, "a", "bc").prompt == [2]
-    assert encode(without, "<s>a", "bc").prompt == [0, 2]
-
-
-def test_what_a_template_wrote_begins_as_it_is(tmp_path):
-    folder = letters(tmp_path, bos=True)
-    assert encode(folder, "<s>a", "bc", plain=False).prompt == [0, 2]
-    assert encode(folder, "a", "bc", plain=False).prompt == [2]
-
-
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "wordpiece"])
 def test_the_beginning_is_there_once_in_every_family(family):
     coder, (_, tokenizer) = Encoder(facts(family, bos=True)), saved(family, bos=True)
     for prompt in ("the cat", "<s>the cat"):
-        (found,) = coder.encode([Text(prompt, (" sings",), plain=True)])
+        (found,) = coder.encode([ExampleText(prompt, (" sings",), plain=True)])
         assert found.prompt == tokenizer("<s>the cat", add_special_tokens=False)["input_ids"] or prompt == "the cat"
         assert found.prompt.count(tokenizer.bos_token_id) == 1 and found.prompt[0] == tokenizer.bos_token_id
-    assert coder.encode([Text("the cat", (" sings",), plain=True)])[0].prompt == tokenizer("the cat")["input_ids"]
-
-
-def test_an_end_is_added_where_there_is_none_and_never_twice(tmp_path):
-    folder = letters(tmp_path)
-    assert encode(folder, "a", "bc") == Tokens([2], ([6, 1],), True, True)
-    assert encode(folder, "a", "bc</s>") == Tokens([2], ([6, 1],), True, False)
-    assert encode(folder, "a", "bc</s>", "d") == Tokens([2], ([6, 1], [5, 1]), True, True)
-    # Plain text ends with the tokenizer's own end, whatever token a person wrote last.
-    assert encode(folder, "a", "bc<u>") == Tokens([2], ([6, 10, 1],), True, True)
-    # A template may end a turn with another token; but a token that is no longer the last thing said ends nothing.
-    assert encode(folder, "a", "bc<u>", plain=False) == Tokens([2], ([6, 10],), True, False)
-    assert encode(folder, "a", "bc<u>x", plain=False) == Tokens([2], ([6, 10, 8, 1],), True, True)
-    # Far from the end it ends nothing.
-    assert encode(folder, "a", "<u>abcd") == Tokens([2], ([10, 2, 6, 5, 1],), True, True)
-
-
-def test_a_template_that_writes_no_end_gets_one(tmp_path):
-    assert encode(letters(tmp_path), "a", "bc", plain=False) == Tokens([2], ([6, 1],), True, True)
-
-
-def test_a_tokenizer_without_an_end_adds_none(tmp_path):
-    assert encode(letters(tmp_path, eos=None), "a", "bc") == Tokens([2], ([6],), True, False)
+    assert (
+        coder.encode([ExampleText("the cat", (" sings",), plain=True)])[0].prompt == tokenizer("the cat")["input_ids"]
+    )
 
 
 def test_an_unknown_character_ends_nothing(tmp_path):
     words = Tokenizer(models.WordPiece({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
-    assert encode(tmp_path, "a", "?") == Tokens([2], ([0, 1],), False, True)
-
-
-def test_an_end_is_added_to_split_answers_too(tmp_path):
-    assert encode(letters(tmp_path), "ab", "c", "c</s>") == Tokens([2, 3], ([4, 1], [4, 1]), False, True)
-
-
-def test_an_empty_answer_stays_empty(tmp_path):
-    assert encode(letters(tmp_path), "a", "").answers == ([],)
+    assert encode(tmp_path, "a", "?") == ExampleTokens([2], ([0, 1],), False, True)
 
 
 # -- what the tokenizer brings ---------------------------------------------------------------------------------------
@@ -285,17 +286,17 @@ def test_of_several_named_templates_the_default_and_that_for_tools_are_used(tmp_
     tokenizer = build("byte-level")
     tokenizer.chat_template = {"default": "plain", "tool_use": "tools", "rag": "other"}
     tokenizer.save_pretrained(tmp_path)
-    found = encoder.load(tmp_path)
+    found = encoder.load_facts(tmp_path)
     assert (found.chat_template, found.tool_template) == ("plain", "tools")
     tokenizer.chat_template = "one"
     tokenizer.save_pretrained(tmp_path / "one")
-    found = encoder.load(tmp_path / "one")
+    found = encoder.load_facts(tmp_path / "one")
     assert (found.chat_template, found.tool_template) == ("one", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_facts_travel(family):
-    text = Text("<|im_start|>user\nwhy?", (" the cat", "\n"))
+    text = ExampleText("<|im_start|>user\nwhy?", (" the cat", "\n"))
     there = pickle.loads(pickle.dumps(facts(family)))
     assert Encoder(there).encode([text]) == Encoder(facts(family)).encode([text])
 
@@ -304,9 +305,9 @@ def test_a_worker_needs_neither_transformers_nor_torch(tmp_path):
     path = tmp_path / "facts"
     path.write_bytes(pickle.dumps(facts("byte-level")))
     code = (
-        "import pickle, sys; from pipeline.preparing.encoder import Encoder, Text; "
+        "import pickle, sys; from prefcache.pipeline.preparing.encoder import Encoder, ExampleText; "
         f"facts = pickle.loads(open({str(path)!r}, 'rb').read()); "
-        "print(Encoder(facts).encode([Text('the', (' cat',))])[0].exact, "
+        "print(Encoder(facts).encode([ExampleText('the', (' cat',))])[0].exact, "
         "[name for name in ('transformers', 'torch') if name in sys.modules])"
     )
     root = Path(__file__).parent.parent
@@ -319,8 +320,8 @@ def test_a_tokenizers_own_cutting_and_padding_are_not_applied(tmp_path):
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=50)
     given = dataclasses.replace(facts("byte-level"), backend=tokenizer.to_str())
-    (found,) = Encoder(given).encode([Text("the cat sings", (" and the dog",))])
-    assert found == Encoder(facts("byte-level")).encode([Text("the cat sings", (" and the dog",))])[0]
+    (found,) = Encoder(given).encode([ExampleText("the cat sings", (" and the dog",))])
+    assert found == Encoder(facts("byte-level")).encode([ExampleText("the cat sings", (" and the dog",))])[0]
 
 
 # -- tokenizers that Transformers runs in Python ---------------------------------------------------------------------
@@ -334,13 +335,13 @@ def slow(tmp_path_factory) -> Path:
 
 
 def test_a_python_tokenizer_gives_the_ids_of_the_whole(slow):
-    found = encoder.load(slow)
+    found = encoder.load_facts(slow)
     tokenizer = AutoTokenizer.from_pretrained(slow)
     assert found.backend is None
     coder = Encoder(pickle.loads(pickle.dumps(found)))
     for prompt in ("the cat ", "日本</s>x", "\n"):
         for answer in ("sings", " ", "é</s>"):
-            check_against(tokenizer, coder, Text(prompt, (answer, "x")))
+            check_against(tokenizer, coder, ExampleText(prompt, (answer, "x")))
     assert coder.encode([]) == []
 
 
@@ -348,8 +349,8 @@ def test_a_python_tokenizer_of_bytes_by_hand(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     # A byte's id is the byte + 3; 1 is the end.
     found = encode(tmp_path, "ab", "c", "c</s>")
-    assert found == Tokens([100, 101], ([102, 1], [102, 1]), True, True)
-    assert Encoder(encoder.load(tmp_path)).decode(found.prompt) == "ab"
+    assert found == ExampleTokens([100, 101], ([102, 1], [102, 1]), True, True)
+    assert Encoder(encoder.load_facts(tmp_path)).decode(found.prompt) == "ab"
 
 
 # -- what cannot be used ---------------------------------------------------------------------------------------------
@@ -357,8 +358,8 @@ def test_a_python_tokenizer_of_bytes_by_hand(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, name):
-    with pytest.raises(UsageError, match=r"has no tokenizer that loads .*tokenizer\.json beside the model"):
-        encoder.load(tmp_path)
+    with pytest.raises(UsageError, match=r"has no tokenizer that loads .*tokenizer\.json next to the model"):
+        encoder.load_facts(tmp_path)
     (tmp_path / name).write_text("{")
     with pytest.raises(UsageError, match="has no tokenizer that loads"):
-        encoder.load(tmp_path)
+        encoder.load_facts(tmp_path)

@@ -5,22 +5,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.preparing.example import Label, Message, Pair, Ranked, Ranking, Turns, Unusable
-from pipeline.preparing.examples import check, expand
+from prefcache.pipeline.preparing.example import Candidate, Label, Pair, Ranking, Turns, Unusable
+from prefcache.pipeline.preparing.expand_rankings import check, expand
+from tests.helpers.formats import assistant, user
 
 TOOLS = [{"name": "look"}]
 
 
-def user(said: str) -> Message:
-    return {"role": "user", "content": said}
-
-
-def assistant(said: str) -> Message:
-    return {"role": "assistant", "content": said}
-
-
 def ranking(**standings: float) -> Ranking:
-    answers = tuple(Ranked(name, standing, standing * 10) for name, standing in standings.items())
+    answers = tuple(Candidate(name, standing, standing * 10) for name, standing in standings.items())
     return Ranking(prompt="why?", tools=TOOLS, template_kwargs={"thinking": True}, answers=answers)
 
 
@@ -66,7 +59,8 @@ def test_two_answers_make_one_pair_however_they_are_paired(pairing):
 
 def test_a_pair_of_a_ranking_keeps_scores_and_what_goes_beside_the_prompt():
     (first,) = expand(ranking(a=1, b=2), pairing="all", ties=False, as_labels=False)
-    assert first == pair("b", "a", chosen_score=20, rejected_score=10, tools=TOOLS, template_kwargs={"thinking": True})
+    scores = {"chosen_score": 20, "rejected_score": 10}
+    assert first == pair("b", "a", columns=scores, tools=TOOLS, template_kwargs={"thinking": True})
 
 
 @pytest.mark.parametrize(

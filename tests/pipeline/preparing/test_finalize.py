@@ -7,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Prepare
-from pipeline.errors import DataError
-from pipeline.preparing import assembly, parts
-from pipeline.schema import PREPARED, QUARANTINE, sequence_key
-from pipeline.stored import artifact
+from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.errors import DataError
+from prefcache.pipeline.preparing import finalize, part_worker
+from prefcache.pipeline.schema import PREPARED, QUARANTINE, sequence_key
+from prefcache.pipeline.stored import artifact
+from tests.helpers.project import entry_of
 
 N = 400
 
@@ -45,27 +46,29 @@ def label(i: int, prompt: int, answer: int) -> dict:
     }
 
 
-def parts_of(folder, rows, cuts=(), kind="pairs", sources=None, bad=()) -> assembly.Parts:
+def parts_of(folder, rows, cuts=(), kind="pairs", sources=None, bad=()) -> finalize.Parts:
     """These rows as finished parts, cut before the rows that `cuts` names; part n is of source sources[n]."""
     records = []
     for n, (begin, end) in enumerate(zip([0, *cuts], [*cuts, len(rows)], strict=True)):
-        table = pa.Table.from_pylist(rows[begin:end], schema=parts.SCHEMAS[kind])
+        table = pa.Table.from_pylist(rows[begin:end], schema=part_worker.SCHEMAS[kind])
         quarantine = pa.Table.from_pylist(bad[n] if bad else [], schema=QUARANTINE)
-        made = parts.Made(table, quarantine, {"records": end - begin})
-        records.append(parts.write(folder, n, sources[n] if sources else 0, made))
-    return assembly.Parts(folder, records)
+        made = part_worker.PreparedPart(
+            table, quarantine, records=end - begin, further=0, quarantined={}, first={}, done={}
+        )
+        records.append(part_worker.commit_part(folder, n, sources[n] if sources else 0, made))
+    return finalize.Parts(folder, records)
 
 
 def assembled(tmp_path, rows, cuts=(), kind="pairs", weights=(1.0,), sources=None, **config) -> tuple[dict, dict]:
     """The rows of both splits, and what was done."""
     folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
     made = parts_of(folder / ".parts", rows, cuts, kind, sources)
-    of_parts = [weights[record["source"]] for record in made.records]
-    entries, done = assembly.commit_shards(folder, made, kind, "aaaa", Prepare(data="x", **config), of_parts)
+    of_parts = [weights[record.source] for record in made.records]
+    entries, done = finalize.commit_shards(folder, made, kind, "aaaa", Prepare(data="x", **config), of_parts)
     found = {"train": [], "held_out": []}
     for entry in entries:
         table = artifact.open_arrow_stream(folder / entry["file"])
-        assert artifact.damage(folder, entry) is None and table.schema == PREPARED[kind]
+        assert artifact.damage(folder, entry_of(entry)) is None and table.schema == PREPARED[kind]
         assert 0 < len(table) == entry["rows"] <= config.get("rows_per_shard", 50_000)
         found[entry["split"]] += table.to_pylist()
     # A row is kept, dropped or left out, and the rest is repetitions.
@@ -100,7 +103,7 @@ def test_rows_come_in_the_order_of_the_input_however_they_are_cut(tmp_path, cuts
 def test_rows_at_once_make_no_difference(tmp_path, monkeypatch):
     rows = [pair(i % 90) for i in range(N)]
     once, _ = assembled(tmp_path, rows, (200,), weights=(2.5,))
-    monkeypatch.setattr(assembly, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(finalize, "_BLOCK_ROWS", 3)
     assert assembled(tmp_path, rows, (200,), weights=(2.5,))[0] == once
 
 
@@ -112,9 +115,11 @@ def test_where_no_rows_are_left_it_says_so(tmp_path, kind):
 
 def test_after_a_failure_there_is_no_half_shard(tmp_path, monkeypatch):
     made = parts_of(tmp_path / ".parts", [pair(i) for i in range(N)], (300,))
-    monkeypatch.setattr(assembly, "_named", lambda block, numbers: 1 / 0 if block["line"][0].as_py() > 300 else block)
+    monkeypatch.setattr(
+        finalize, "_name_copies", lambda block, numbers: 1 / 0 if block["line"][0].as_py() > 300 else block
+    )
     with pytest.raises(ZeroDivisionError):
-        assembly.commit_shards(tmp_path, made, "pairs", "aaaa", Prepare(data="x"), [1.0, 1.0])
+        finalize.commit_shards(tmp_path, made, "pairs", "aaaa", Prepare(data="x"), [1.0, 1.0])
     assert [file.name for file in tmp_path.iterdir()] == [".parts"]
 
 
@@ -122,10 +127,10 @@ def test_the_quarantine_is_that_of_all_parts_in_order(tmp_path):
     raw = [b"\xff\x00{", b"x", b""]
     bad = [{"source": "a", "line": i, "reason": "r", "detail": "", "raw": raw[i % 3]} for i in range(5)]
     made = parts_of(tmp_path, [pair(0), pair(1), pair(2)], (1, 2), bad=[bad[:2], [], bad[2:]])
-    entry = assembly.commit_quarantine(tmp_path / "quarantine.parquet", made)
+    entry = finalize.commit_quarantine(tmp_path / "quarantine.parquet", made)
     table = pq.read_table(tmp_path / entry["file"])
     assert table.schema.equals(QUARANTINE) and table.to_pylist() == bad
-    assert entry["rows"] == 5 and artifact.damage(tmp_path, entry) is None
+    assert entry["rows"] == 5 and artifact.damage(tmp_path, entry_of(entry)) is None
 
 
 # -- duplicates and weights ------------------------------------------------------------------------------------------
@@ -204,6 +209,8 @@ def test_each_source_has_its_own_weight(tmp_path):
 
 # 60 labels: 20 prompts with three answers each, and every answer occurs under two or more prompts.
 LABELS = [label(i, prompt=i // 3, answer=i * 7 % 25) for i in range(60)]
+# 60 labels with answers of 1 to 5 tokens, of which no two begin alike.
+APART = [label(i, prompt=i, answer=i) for i in range(60)]
 
 
 def all_rows(found: dict) -> list[dict]:
@@ -292,15 +299,21 @@ def test_a_mismatched_answer_is_cut_to_the_length(tmp_path):
         assert row["kl_key"] == sequence_key(row["prompt_ids"], row["kl_ids"])
 
 
+def test_a_mismatched_answer_that_cut_is_the_rows_own_is_none(tmp_path):
+    # Of the other answer, the first row has room for two tokens, which are its own. The second keeps all three.
+    own, other = APART[0], APART[1]
+    own = own | {"prompt_ids": [1, 1, 1], "completion_ids": [7, 7]}
+    other = other | {"prompt_ids": [2], "completion_ids": [7, 7, 8]}
+    found, done = assembled(tmp_path, [own, other], kind="labels", max_length=5)
+    rows = [row["kl_ids"] for row in all_rows(found)]
+    assert (rows, done["unmatched"]) == ([None, [7, 7]], 1)
+
+
 def cut_to(row: dict, n: int) -> dict:
     """The label with its answer cut to n tokens: other tokens, another key and another id."""
     ids = row["completion_ids"]
     cut = {"completion_ids": ids[:n], "completion_cut_ids": ids[n:], "ids_hash": number(f"ids {ids[:n]}")}
     return row | cut | {"example_id": artifact.checksum_bytes(f"{row['example_id']} {n}".encode())[:16]}
-
-
-# 60 labels with answers of 1 to 5 tokens, of which no two begin alike.
-APART = [label(i, prompt=i, answer=i) for i in range(60)]
 
 
 def test_what_is_cut_off_a_mismatched_answer_is_what_its_own_row_and_this_one_lack(tmp_path):

@@ -1,20 +1,20 @@
-"""A part depends on its records and the recipe alone, and is believed only where it is undamaged."""
+"""A part depends on its records and the config alone, and counts as finished only if it is undamaged."""
 
 import json
 from pathlib import Path
 
 import pytest
-from conftest import pair
 
-from pipeline.config import Prepare
-from pipeline.preparing import parts
-from pipeline.preparing.example import Unusable
-from pipeline.preparing.parts import Made, Maker, Quarantine
-from pipeline.preparing.recipe import make_recipe
-from pipeline.preparing.sources import Chunk, Line, open_source
-from pipeline.progress import Progress
-from pipeline.schema import sequence_key
-from pipeline.stored import artifact
+from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.preparing import part_worker
+from prefcache.pipeline.preparing.example import Unusable
+from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart, Quarantine
+from prefcache.pipeline.preparing.resolved_config import resolve_config
+from prefcache.pipeline.preparing.sources import Chunk, Line, open_source
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import sequence_key
+from prefcache.pipeline.stored import artifact
+from tests.helpers.project import pair
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -32,29 +32,36 @@ RECORDS = [
 ]
 
 
-def maker_of(folder: Path, model: Path, records: list = RECORDS, **prepare) -> tuple[Maker, Chunk]:
+def worker_of(folder: Path, model: Path, records: list = RECORDS, **prepare) -> tuple[PartWorker, Chunk]:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = Prepare(data=str(path), **prepare)
     opened = [open_source(entry, folder) for entry in config.sources]
     (chunk,) = opened[0].chunks()
-    return Maker(make_recipe(config, model, opened, Progress(quiet=True))), chunk
+    return PartWorker(resolve_config(config, model, opened, Progress(quiet=True))), chunk
 
 
-def same(a: Made, b: Made) -> bool:
-    return a.table.equals(b.table) and a.quarantine.equals(b.quarantine) and a.facts == b.facts
+def counts(part: PreparedPart) -> tuple:
+    return part.records, part.further, part.quarantined, part.first, part.done
 
 
-@pytest.fixture
-def made(tmp_path, model) -> Made:
-    maker, chunk = maker_of(tmp_path, model)
-    return maker.make(0, chunk)
+def same(a: PreparedPart, b: PreparedPart) -> bool:
+    """Compare two parts of the same records in files of different names."""
+    tables = ((a.table, b.table), (a.quarantine, b.quarantine))
+    rows_are_same = all(x.drop_columns(["source"]).equals(y.drop_columns(["source"])) for x, y in tables)
+    return rows_are_same and counts(a) == counts(b)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model) -> PreparedPart:
+    worker, chunk = worker_of(tmp_path_factory.mktemp("part"), model)
+    return worker.prepare(0, chunk)
 
 
 def test_every_record_is_an_example_or_in_quarantine(made):
-    assert made.facts["records"] == len(RECORDS) == len(made.table) + len(made.quarantine)
-    assert made.facts["quarantined"] == {"chosen equals rejected": 1, "missing column": 1, "not an object": 1}
-    assert made.facts["first"]["missing column"] == "line 22: 'chosen'; found prompt"
+    assert made.records == len(RECORDS) == len(made.table) + len(made.quarantine)
+    assert made.quarantined == {"chosen equals rejected": 1, "missing column": 1, "not an object": 1}
+    assert made.first["missing column"] == "line 22: 'chosen'; found prompt"
     assert made.quarantine["line"].to_pylist() == [22, 33, 34]
     assert json.loads(made.quarantine["raw"][0].as_py()) == {"prompt": "a"}
     assert made.table["line"].to_pylist() == [*range(1, 22), *range(23, 33)]
@@ -72,55 +79,59 @@ def test_a_row_holds_its_ids_their_numbers_and_their_keys(made):
 
 
 def test_what_was_made_before_makes_no_difference(tmp_path, model, made):
-    maker, chunk = maker_of(tmp_path, model)
-    other = maker_of(tmp_path, model, [pair(i) for i in range(500)])[1]
-    maker.make(0, other)
-    assert same(maker.make(0, chunk), made) and same(maker.make(0, chunk), made)
+    worker, chunk = worker_of(tmp_path, model)
+    other = worker_of(tmp_path, model, [pair(i) for i in range(500)])[1]
+    worker.prepare(0, other)
+    assert same(worker.prepare(0, chunk), made) and same(worker.prepare(0, chunk), made)
 
 
 def test_the_size_of_a_batch_makes_no_difference(tmp_path, model, made, monkeypatch):
-    monkeypatch.setattr(parts, "BATCH", 3)
-    maker, chunk = maker_of(tmp_path, model)
-    assert same(maker.make(0, chunk), made)
+    monkeypatch.setattr(part_worker, "BATCH", 3)
+    worker, chunk = worker_of(tmp_path, model)
+    assert same(worker.prepare(0, chunk), made)
 
 
-def test_without_frames_the_part_is_the_same(tmp_path, model, made, monkeypatch):
-    maker, chunk = maker_of(tmp_path, model)
-    monkeypatch.setattr(maker.templater, "_render_framed", lambda prompt, answers: None)
-    assert same(maker.make(0, chunk), made)
+def test_without_the_template_cache_the_part_is_the_same(tmp_path, model, made, monkeypatch):
+    worker, chunk = worker_of(tmp_path, model)
+    monkeypatch.setattr(worker.renderer.cache, "render", lambda prompt, answers: None)
+    assert same(worker.prepare(0, chunk), made)
 
 
-def test_a_frame_that_is_wrong_is_found_out_and_nothing_of_it_stays(tmp_path, model, made, monkeypatch):
-    maker, chunk = maker_of(tmp_path, model)
-    check, seen = maker.templater._check, []
+def test_a_template_cache_that_is_wrong_is_noticed_and_nothing_of_it_stays(tmp_path, model, made, monkeypatch):
+    worker, chunk = worker_of(tmp_path, model)
+    check, seen = worker.renderer.cache._check, []
 
     def at_the_third(prompt, answers, text):
         seen.append(text)
         check(prompt, answers, text._replace(prompt="something else") if len(seen) == 3 else text)
 
-    monkeypatch.setattr(maker.templater, "_check", at_the_third)
-    assert same(maker.make(0, chunk), made) and len(seen) == 3
+    monkeypatch.setattr(worker.renderer.cache, "_check", at_the_third)
+    assert same(worker.prepare(0, chunk), made) and len(seen) == 3
 
 
 def test_taken_apart_a_pair_is_two_rows_of_which_one_is_further(tmp_path, model):
-    maker, chunk = maker_of(tmp_path, model, examples="labels")
-    labels = maker.make(0, chunk)
+    worker, chunk = worker_of(tmp_path, model, examples="labels")
+    labels = worker.prepare(0, chunk)
     # 31 pairs are 62 labels: 31 more than there were records.
-    assert len(labels.table) == 62 and labels.facts["further"] == 31
+    assert len(labels.table) == 62 and labels.further == 31
     assert labels.table["label"].to_pylist() == [True, False] * 31
-    assert labels.facts["records"] + labels.facts["further"] == len(labels.table) + len(labels.quarantine)
+    assert labels.records + labels.further == len(labels.table) + len(labels.quarantine)
 
 
 def test_no_records_make_an_empty_part(tmp_path, model):
-    maker, chunk = maker_of(tmp_path, model, [{"prompt": "a"}], format="pairs")
-    empty = maker.make(0, chunk)
-    assert empty.table.equals(parts.SCHEMAS["pairs"].empty_table()) and len(empty.quarantine) == 1
+    worker, chunk = worker_of(tmp_path, model, [{"prompt": "a"}], format="pairs")
+    empty = worker.prepare(0, chunk)
+    assert empty.table.equals(part_worker.SCHEMAS["pairs"].empty_table()) and len(empty.quarantine) == 1
 
 
 def test_a_prompt_falls_on_one_side_by_its_words_alone():
-    assert parts._fraction("why  one\n") == parts._fraction(" why one") != parts._fraction("why two")
-    assert parts._fraction("caf\u00e9") == parts._fraction("cafe\u0301")
-    shares = [parts._fraction(f"why {i}?") for i in range(1000)]
+    assert (
+        part_worker.split_fraction("why  one\n")
+        == part_worker.split_fraction(" why one")
+        != part_worker.split_fraction("why two")
+    )
+    assert part_worker.split_fraction("caf\u00e9") == part_worker.split_fraction("cafe\u0301")
+    shares = [part_worker.split_fraction(f"why {i}?") for i in range(1000)]
     # A quarter of 1000, with a standard deviation of 14.
     assert 190 < sum(share < 0.25 for share in shares) < 310 and 0 <= min(shares) <= max(shares) < 1
 
@@ -136,13 +147,13 @@ def test_a_detail_with_half_a_character_can_be_written():
 
 def test_a_part_is_finished_once_its_record_is_there(tmp_path, made):
     folder = tmp_path / "parts"
-    assert parts.finished(folder, 7) is None
-    record = parts.write(folder, 7, 2, made)
-    assert parts.finished(folder, 7) == record and record["source"] == 2
-    assert artifact.open_arrow_stream(parts.table_file(folder, 7)).equals(made.table)
-    assert parts.finished(folder, 6) is None
-    parts.record_file(folder, 7).unlink()
-    assert parts.finished(folder, 7) is None
+    assert part_worker.find_finished(folder, 7) is None
+    record = part_worker.commit_part(folder, 7, 2, made)
+    assert part_worker.find_finished(folder, 7) == record and record.source == 2
+    assert artifact.open_arrow_stream(part_worker.table_file(folder, 7)).equals(made.table)
+    assert part_worker.find_finished(folder, 6) is None
+    part_worker.record_file(folder, 7).unlink()
+    assert part_worker.find_finished(folder, 7) is None
 
 
 def flip(path: Path) -> None:
@@ -154,6 +165,6 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".json", ".arrow", ".quarantine"])
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-8])])
 def test_a_damaged_part_is_not_finished(tmp_path, made, suffix, damage):
-    parts.write(tmp_path, 0, 0, made)
-    damage(parts.table_file(tmp_path, 0).with_suffix(suffix))
-    assert parts.finished(tmp_path, 0) is None
+    part_worker.commit_part(tmp_path, 0, 0, made)
+    damage(part_worker.table_file(tmp_path, 0).with_suffix(suffix))
+    assert part_worker.find_finished(tmp_path, 0) is None

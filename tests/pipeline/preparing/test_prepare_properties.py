@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import DATE, FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, chunk_of, facts, recipe, saved
 
-from pipeline.preparing.encoder import Encoder
-from pipeline.preparing.parts import Made, Maker
-from pipeline.schema import sequence_key
+from prefcache.pipeline.preparing.encoder import Encoder
+from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart
+from prefcache.pipeline.schema import sequence_key
+from tests.helpers.tokenizers import (
+    DATE,
+    FAMILIES,
+    LOSSLESS,
+    SPECIALS,
+    TEMPLATES,
+    build,
+    chunk_of,
+    facts,
+    resolved_config,
+    saved,
+)
 
 LIMIT = 72
 # Transformers knows today alone, so the one template that prints a date is told it.
@@ -79,9 +90,9 @@ modest = settings(
 
 
 @functools.cache
-def maker(family: str, name: str | None, kind: str, too_long: str) -> Maker:
-    return Maker(
-        recipe(
+def worker(family: str, name: str | None, kind: str, too_long: str) -> PartWorker:
+    return PartWorker(
+        resolved_config(
             facts(family, bos=True),
             TEMPLATES[name] if name else None,
             kind,
@@ -91,16 +102,18 @@ def maker(family: str, name: str | None, kind: str, too_long: str) -> Maker:
     )
 
 
-def made(records: list[Any], family: str, name: str | None, kind: str = "pairs", too_long: str = "drop") -> Made:
-    return maker(family, name, kind, too_long).make(0, chunk_of(records))
+def made(
+    records: list[Any], family: str, name: str | None, kind: str = "pairs", too_long: str = "drop"
+) -> PreparedPart:
+    return worker(family, name, kind, too_long).prepare(0, chunk_of(records))
 
 
-def check_whole(found: Made, records: list[Any]) -> None:
+def check_whole(found: PreparedPart, records: list[Any]) -> None:
     """Every record is a row or a quarantine row, once."""
     lines = sorted([*found.table["line"].to_pylist(), *found.quarantine["line"].to_pylist()])
     assert lines == list(range(1, len(records) + 1))
-    assert found.facts["records"] == len(records) and found.facts["further"] == 0
-    assert sum(found.facts["quarantined"].values()) == len(found.quarantine)
+    assert found.records == len(records) and found.further == 0
+    assert sum(found.quarantined.values()) == len(found.quarantine)
     assert all(row["reason"] for row in found.quarantine.to_pylist())
 
 
@@ -167,12 +180,12 @@ def test_ids_are_transformers_own(records, family, name):
     for row in found.table.to_pylist():
         record = records[row["line"] - 1]
         prompt = as_turns(record["prompt"], "user")
-        if prompt[0]["role"] == "system" and maker(family, name, "pairs", "drop").templater._merges_system:
+        if prompt[0]["role"] == "system" and worker(family, name, "pairs", "drop").renderer._merges_system:
             continue  # Transformers refuses it, or leaves it out
         event("compared")
         assert row["prompt_ids"] == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
         if row["boundary"] == "split" or "think" in json.dumps(record):
-            continue  # cut by hand, or an answer put back: tests/test_templating.py has these
+            continue  # cut by hand, or an answer put back: test_render_chat.py has these
         for column in ("chosen", "rejected"):
             whole = tokenizer.apply_chat_template([*prompt, *as_turns(record[column], "assistant")], **options)
             ids = row["prompt_ids"] + row[f"{column}_ids"]

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from tokenizers_for_tests import CHATML, DATE, GEMMA_CHAT, QWEN3_CHAT, R1_CHAT, TEMPLATES, build
 
-from pipeline.preparing.chat_template import ChatTemplate
-from pipeline.preparing.encoder import Text
-from pipeline.preparing.example import Label, Message, Pair, Turns, Unusable
-from pipeline.preparing.templating import Templater, shorter_prompts
+from prefcache.pipeline.preparing.chat_template import ChatTemplate
+from prefcache.pipeline.preparing.encoder import ExampleText
+from prefcache.pipeline.preparing.example import Label, Message, Pair, Turns, Unusable
+from prefcache.pipeline.preparing.render_chat import ChatRenderer, shorter_prompts
+from tests.helpers.tokenizers import CHATML, DATE, GEMMA_CHAT, QWEN3_CHAT, R1_CHAT, TEMPLATES, build
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": "why red green?"}
@@ -17,32 +17,32 @@ REPLY = {"role": "assistant", "content": "blue fish"}
 ASKED = "<|im_start|>assistant\n"
 
 
-def templater(text: str | None, **tokens: str) -> Templater:
-    return Templater(ChatTemplate(text, tokens or SPECIAL, DATE) if text is not None else None)
+def renderer(text: str | None, **tokens: str) -> ChatRenderer:
+    return ChatRenderer(ChatTemplate(text, tokens or SPECIAL, DATE) if text is not None else None)
 
 
 def assistant(text: str, **more: Any) -> list[Message]:
     return [{"role": "assistant", "content": text, **more}]
 
 
-def outcome(made: Templater, example: Pair | Label) -> Text | Unusable:
+def outcome(made: ChatRenderer, example: Pair | Label) -> ExampleText | Unusable:
     try:
         return made.render(example)
     except Unusable as error:
         return error
 
 
-def rendered(template: str | None, prompt: Turns, answers: tuple[Turns, ...], asked: Any) -> Text | Unusable:
-    """What comes of it; frames do not change that."""
+def rendered(template: str | None, prompt: Turns, answers: tuple[Turns, ...], asked: Any) -> ExampleText | Unusable:
+    """What comes of it, with the template cache as without."""
     example: Pair | Label
     if len(answers) == 2:
         example = Pair(prompt=prompt, chosen=answers[0], rejected=answers[1], **asked)
     else:
         example = Label(prompt=prompt, completion=answers[0], label=True, **asked)
-    framed, one_by_one = templater(template), templater(template)
-    one_by_one.use_frames = False
-    found, expected = outcome(framed, example), outcome(one_by_one, example)
-    assert framed.counts == one_by_one.counts
+    cached, one_by_one = renderer(template), renderer(template)
+    one_by_one.reset(use_cache=False)
+    found, expected = outcome(cached, example), outcome(one_by_one, example)
+    assert cached.counts == one_by_one.counts
     if isinstance(expected, Unusable):
         assert isinstance(found, Unusable) and (found.reason, found.detail) == (expected.reason, expected.detail)
     else:
@@ -50,9 +50,9 @@ def rendered(template: str | None, prompt: Turns, answers: tuple[Turns, ...], as
     return expected
 
 
-def said(template: str | None, prompt: Turns, *answers: Turns, **asked: Any) -> Text:
+def said(template: str | None, prompt: Turns, *answers: Turns, **asked: Any) -> ExampleText:
     found = rendered(template, prompt, answers or ("yes",), asked)
-    assert isinstance(found, Text), (found.reason, found.detail)
+    assert isinstance(found, ExampleText), (found.reason, found.detail)
     return found
 
 
@@ -86,53 +86,66 @@ def test_text_is_that_of_apply_chat_template(name, prompt):
     assert not found.plain
 
 
-def test_a_string_is_one_turn():
-    assert said(CHATML, "why?", "the dog", "a cat") == said(
-        CHATML, [{"role": "user", "content": "why?"}], assistant("the dog"), assistant("a cat")
-    )
+WHY = "<|im_start|>user\nwhy?<|im_end|>\n"
+TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
+SEVERAL_TURNS = [*assistant("one"), USER, *assistant("two")]
+NAMES = "{% for m in messages %}{{ m.name }}:{{ m.content }};{% endfor %}"
 
 
-def test_a_prompt_ends_with_the_generation_prompt_and_an_answer_with_its_end():
-    assert said(CHATML, "why?", "the dog") == Text(
-        f"<|im_start|>user\nwhy?<|im_end|>\n{ASKED}", ("the dog<|im_end|>\n",)
-    )
-
-
-def test_an_answer_of_several_turns_is_rendered_whole():
-    found = said(CHATML, [USER], [*assistant("one"), USER, *assistant("two")])
-    assert found.answers == (f"one<|im_end|>\n<|im_start|>user\nwhy red green?<|im_end|>\n{ASKED}two<|im_end|>\n",)
-
-
-def test_a_template_without_a_generation_prompt_puts_the_header_in_the_answer():
-    found = said(CHATML.partition("{% if add_generation_prompt")[0], "why?", "the dog")
-    assert found == Text("<|im_start|>user\nwhy?<|im_end|>\n", (f"{ASKED}the dog<|im_end|>\n",))
-
-
-def test_a_template_that_trims_is_followed():
-    trimming = CHATML.replace("message['content']", "message['content'] | trim")
-    found = said(trimming, "  why?\n", "\n the dog ", " a\t")
-    assert found == Text(f"<|im_start|>user\nwhy?<|im_end|>\n{ASKED}", ("the dog<|im_end|>\n", "a<|im_end|>\n"))
-
-
-def test_a_template_that_joins_before_it_trims_is_followed():
-    # As Llama 2's: the system message and the first turn become one text, which is stripped as a whole.
-    found = said(TEMPLATES["llama-2"], [SYSTEM, {"role": "user", "content": " why? \n"}], " the dog ")
-    assert found == Text("<s>[INST] <<SYS>>\nthe cat sings\n<</SYS>>\n\n why? [/INST]", (" the dog </s>",))
+@pytest.mark.parametrize(
+    ("template", "prompt", "answers", "expected"),
+    [
+        # A prompt ends with the generation prompt, and an answer with its end.
+        (CHATML, "why?", ["the dog", "a cat"], (WHY + ASKED, "the dog<|im_end|>\n", "a cat<|im_end|>\n")),
+        (CHATML, [{"role": "user", "content": "why?"}], [assistant("the dog")], (WHY + ASKED, "the dog<|im_end|>\n")),
+        # An answer of several turns is rendered whole.
+        (
+            CHATML,
+            "why?",
+            [SEVERAL_TURNS],
+            (WHY + ASKED, f"one<|im_end|>\n<|im_start|>user\nwhy red green?<|im_end|>\n{ASKED}two<|im_end|>\n"),
+        ),
+        # Without a generation prompt the header belongs to the answer.
+        (CHATML.partition("{% if add_generation_prompt")[0], "why?", ["a"], (WHY, f"{ASKED}a<|im_end|>\n")),
+        (TRIMMING, "  why?\n", ["\n the dog ", " a\t"], (WHY + ASKED, "the dog<|im_end|>\n", "a<|im_end|>\n")),
+        # Llama 2's joins the system message and the first turn before it strips the whole.
+        (
+            TEMPLATES["llama-2"],
+            [SYSTEM, {"role": "user", "content": " why? \n"}],
+            [" the dog "],
+            ("<s>[INST] <<SYS>>\nthe cat sings\n<</SYS>>\n\n why? [/INST]", " the dog </s>"),
+        ),
+        # Messages may have more keys than role and content.
+        (NAMES, [USER | {"name": "ann"}], [assistant("a", name="bob")], ("ann:why red green?;", "bob:a;")),
+        # A system message without a place goes before the first question, also where the template just leaves it out.
+        (
+            GEMMA_CHAT,
+            [SYSTEM, USER],
+            ["blue"],
+            (
+                "<s><|im_start|>user\nthe cat sings\n\nwhy red green?<|im_end|>\n<|im_start|>model\n",
+                "blue<|im_end|>\n",
+            ),
+        ),
+        (
+            TEMPLATES["loop"],
+            [SYSTEM, USER],
+            ["blue"],
+            ("User: the cat sings\n\nwhy red green?</s>Assistant:", " blue</s>"),
+        ),
+    ],
+)
+def test_the_text_is_what_the_template_writes(template, prompt, answers, expected):
+    assert said(template, prompt, *answers) == ExampleText(expected[0], expected[1:])
 
 
 def test_spaces_that_a_macro_strips_are_stripped_after_many_conversations_too():
-    # Frames are compared with the template now and then; what differs must not hide between the times.
-    many = templater(TEMPLATES["macro"])
+    # The cache is compared with the template now and then; what differs must not hide between the times.
+    many = renderer(TEMPLATES["macro"])
     for n in range(40):
         spaces = " " * (n % 2 if n > 20 else 0)
         found = many.render(Label(prompt=f"{spaces}why {n}?{spaces}\n", completion=f"{spaces}x ", label=True))
-        assert found == Text(f"<|im_start|>user\nwhy {n}?<|im_end|>\n{ASKED}", ("x<|im_end|>\n",))
-
-
-def test_messages_may_say_more_than_role_and_content():
-    template = "{% for m in messages %}{{ m.name }}:{{ m.content }};{% endfor %}"
-    found = said(template, [USER | {"name": "ann"}], assistant("a", name="bob"))
-    assert found == Text("ann:why red green?;", ("bob:a;",))
+        assert found == ExampleText(f"<|im_start|>user\nwhy {n}?<|im_end|>\n{ASKED}", ("x<|im_end|>\n",))
 
 
 # -- tools and arguments ---------------------------------------------------------------------------------------------
@@ -151,10 +164,19 @@ def test_tools_and_arguments_reach_the_template():
     )
 
 
+def test_a_rows_own_arguments_go_before_the_tokenizers_special_tokens():
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    assert said(template, [USER], "yes").answers[0] != "assistant yes[END]"
+    found = said(template, [USER], "yes", template_kwargs={"eos_token": "[END]"})
+    assert found == ExampleText("user why red green?[END]", ("assistant yes[END]",))
+
+
 def test_where_thinking_is_switched_off_the_answer_follows_the_empty_thoughts():
     # The template's own whole has no empty thoughts, so the answer is put behind those that were asked for.
     found = said(QWEN3_CHAT, "why?", "blue", template_kwargs={"enable_thinking": False})
-    assert found == Text(f"<|im_start|>user\nwhy?<|im_end|>\n{ASKED}<think>\n\n</think>\n\n", ("blue<|im_end|>\n",))
+    assert found == ExampleText(
+        f"<|im_start|>user\nwhy?<|im_end|>\n{ASKED}<think>\n\n</think>\n\n", ("blue<|im_end|>\n",)
+    )
 
 
 @pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
@@ -185,7 +207,7 @@ THOUGHTS = "<think>\nred, green\n</think>\n\nblue"
 
 
 def counted(text: str, *pairs: tuple[Turns, Turns]) -> dict[str, int]:
-    made = templater(text)
+    made = renderer(text)
     for prompt, answer in pairs:
         made.render(Label(prompt=prompt, completion=answer, label=True))
     return dict(made.counts)
@@ -228,12 +250,12 @@ R1_PROMPT = f"<s><|im_start|>user\nwhy?<|im_end|>{ASKED}<think>\n"
 
 def test_a_generation_prompt_that_opens_the_thoughts_is_followed_by_the_rest():
     found = said(R1_CHAT, "why?", THOUGHTS)
-    assert found == Text(R1_PROMPT, ("red, green\n</think>\n\nblue<|im_end|>",))
+    assert found == ExampleText(R1_PROMPT, ("red, green\n</think>\n\nblue<|im_end|>",))
 
 
 def test_an_answer_without_the_opening_follows_it_as_it_is():
     assert said(R1_CHAT, "why?", "red\n</think>\nblue").answers == ("red\n</think>\nblue<|im_end|>",)
-    assert said(R1_CHAT, "why?", "blue", THOUGHTS) == Text(
+    assert said(R1_CHAT, "why?", "blue", THOUGHTS) == ExampleText(
         R1_PROMPT, ("blue<|im_end|>", "red, green\n</think>\n\nblue<|im_end|>")
     )
 
@@ -246,58 +268,36 @@ def test_spaces_alone_are_no_change():
     assert counted(squeezing, ("why?", "the  dog\n runs")) == {}
 
 
-def test_a_template_that_drops_the_answer_makes_the_record_unusable():
-    dropping = CHATML.replace("{{ message['content'] }}", "{{ message.content if message.role != 'assistant' }}")
-    found = refusal(dropping, "why?", "the dog")
-    assert (found.reason, found.detail) == ("template rewrites the answer", "and shows no place for it")
-
-
-def test_a_template_that_rewrites_an_answer_of_several_turns_makes_the_record_unusable():
-    shouting = CHATML.replace("message['content']", "message['content'] | upper")
-    found = refusal(shouting, "WHY?", [*assistant("one"), {"role": "user", "content": "X"}, *assistant("two")])
-    assert found.reason == "template rewrites the answer" and "several turns" in found.detail
-
-
-def test_a_template_that_rewrites_the_prompt_makes_the_record_unusable():
-    found = refusal("{{ messages | length }} turns\n" + CHATML, "why?", "the dog")
-    assert found.reason == "template rewrites the prompt"
-
-
-def test_an_answer_that_stands_in_the_prompt_already_is_not_taken_for_itself():
-    dropping = CHATML.replace("{{ message['content'] }}", "{{ message.content if message.role != 'assistant' }}")
-    assert refusal(dropping, "blue", "blue").reason == "template rewrites the answer"
-
-
 # -- system messages and refusals ------------------------------------------------------------------------------------
 
 
-def test_a_system_message_without_a_place_goes_before_the_first_question():
-    found = said(GEMMA_CHAT, [SYSTEM, USER], "blue")
-    assert found == Text(
-        "<s><|im_start|>user\nthe cat sings\n\nwhy red green?<|im_end|>\n<|im_start|>model\n", ("blue<|im_end|>\n",)
-    )
+def test_a_merged_system_message_is_counted():
     assert counted(GEMMA_CHAT, ([SYSTEM, USER], "blue"), ([USER], "blue")) == {"merged_system": 1}
 
 
-def test_so_it_is_where_a_template_leaves_it_out_without_a_word():
-    found = said(TEMPLATES["loop"], [SYSTEM, USER], "blue")
-    assert found.prompt == "User: the cat sings\n\nwhy red green?</s>Assistant:"
+DROPPING = CHATML.replace("{{ message['content'] }}", "{{ message.content if message.role != 'assistant' }}")
+SHOUTING = CHATML.replace("message['content']", "message['content'] | upper")
 
 
-def test_a_system_message_with_no_question_after_it_makes_the_record_unusable():
-    found = refusal(GEMMA_CHAT, [SYSTEM, {"role": "tool", "content": "42"}], "blue")
-    assert found.reason == "template refuses" and "no place for a system message" in found.detail
-
-
-def test_roles_that_a_template_refuses_make_the_record_unusable_with_its_words():
-    found = refusal(GEMMA_CHAT, [USER, USER], "blue")
-    assert found.reason == "template refuses" and "roles must alternate" in found.detail
-    assert said(GEMMA_CHAT, [USER], "blue").answers == ("blue<|im_end|>\n",)  # others are not touched
-
-
-def test_a_template_that_refuses_everything_is_heard_for_each_record():
-    found = refusal("{{ raise_exception('closed') }}", [SYSTEM, USER], "blue")
-    assert (found.reason, found.detail) == ("template refuses", "TemplateError: closed")
+@pytest.mark.parametrize(
+    ("template", "prompt", "answer", "reason", "detail"),
+    [
+        (DROPPING, "why?", "the dog", "template rewrites the answer", "and shows no place for it"),
+        # An answer that stands in the prompt already is not taken for the answer.
+        (DROPPING, "blue", "blue", "template rewrites the answer", "and shows no place for it"),
+        (SHOUTING, "WHY?", SEVERAL_TURNS, "template rewrites the answer", "several turns"),
+        ("{{ messages | length }} turns\n" + CHATML, "why?", "the dog", "template rewrites the prompt", "when asked"),
+        (GEMMA_CHAT, [SYSTEM, {"role": "tool", "content": "42"}], "blue", "template refuses", "no place for a system"),
+        (GEMMA_CHAT, [USER, USER], "blue", "template refuses", "roles must alternate"),
+        ("{{ raise_exception('closed') }}", [SYSTEM, USER], "blue", "template refuses", "TemplateError: closed"),
+        (CHATML, [USER, REPLY], "the dog", "prompt ends with an assistant turn", ""),
+        (CHATML, [USER], [USER, *assistant("a")], "answer is no assistant turn", "'user'"),
+        (None, [USER], "the dog", "messages where plain text is asked for", "prepare.template: chat"),
+    ],
+)
+def test_what_cannot_be_rendered_makes_the_record_unusable(template, prompt, answer, reason, detail):
+    found = refusal(template, prompt, answer)
+    assert found.reason == reason and detail in found.detail
 
 
 def test_the_messages_are_not_changed():
@@ -306,57 +306,43 @@ def test_the_messages_are_not_changed():
     assert prompt == [SYSTEM, USER] and answer == assistant(THOUGHTS)
 
 
-def test_a_prompt_that_ends_with_an_answer_is_unusable():
-    assert refusal(CHATML, [USER, REPLY], "the dog").reason == "prompt ends with an assistant turn"
-
-
-def test_an_answer_that_begins_with_no_assistant_turn_is_unusable():
-    found = refusal(CHATML, [USER], [USER, *assistant("a")], assistant("a"))
-    assert found.reason == "answer is no assistant turn" and "'user'" in found.detail
-
-
 # -- plain text ------------------------------------------------------------------------------------------------------
 
 
 def test_plain_text_is_taken_as_it_is():
-    assert said(None, "why red", " green dog", " cat") == Text("why red", (" green dog", " cat"), plain=True)
+    assert said(None, "why red", " green dog", " cat") == ExampleText("why red", (" green dog", " cat"), plain=True)
 
 
 def test_text_that_is_rendered_already_gets_no_template():
     found = said(CHATML, f"<s>why?{ASKED}", "the dog</s>", rendered=True)
-    assert found == Text(f"<s>why?{ASKED}", ("the dog</s>",), plain=True, closed=True)
-
-
-def test_plain_text_takes_no_messages():
-    found = refusal(None, [USER], "the dog")
-    assert found.reason == "messages where plain text is asked for" and "prepare.template: chat" in found.detail
+    assert found == ExampleText(f"<s>why?{ASKED}", ("the dog</s>",), plain=True, closed=True)
 
 
 # -- counting and checking -------------------------------------------------------------------------------------------
 
 
 def test_starting_over_forgets_what_was_counted():
-    made = templater(GEMMA_CHAT)
+    made = renderer(GEMMA_CHAT)
     made.render(Label(prompt=[SYSTEM, USER], completion="blue", label=True))
-    made.start_over()
+    made.reset(use_cache=True)
     assert made.counts == {}
 
 
-def test_checking_a_frame_counts_nothing_twice():
-    made = templater(GEMMA_CHAT)
+def test_checking_the_template_cache_counts_nothing_twice():
+    made = renderer(GEMMA_CHAT)
     for n in range(10):
         made.render(Label(prompt=[SYSTEM, USER], completion=f"blue {n}", label=True))
     assert made.counts == {"merged_system": 10}
 
 
 def test_the_most_shapes_are_kept_and_all_are_right(monkeypatch):
-    monkeypatch.setattr("pipeline.preparing.templating._MOST_SHAPES", 2)
-    made = templater(CHATML)
+    monkeypatch.setattr("prefcache.pipeline.preparing.template_cache._MOST_SHAPES", 2)
+    made = renderer(CHATML)
     for n in range(1, 6):
         prompt = [USER, REPLY] * n + [USER]
         found = made.render(Label(prompt=prompt, completion="x", label=True))
         assert found.prompt.count("why red green?") == n + 1
-    assert sum(known is not None for known in made._frames.values()) == 2
+    assert sum(known is not None for known in made.cache._skeletons.values()) == 2
 
 
 # -- without the oldest turns ----------------------------------------------------------------------------------------

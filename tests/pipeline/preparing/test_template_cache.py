@@ -1,18 +1,19 @@
-"""A frame says what its template says, for every text that it serves; where it could not, there is none."""
+"""A skeleton gives what its template writes, for every text that it serves; if it could not, there is none."""
 
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import CHATML, DATE, SPECIALS, TEMPLATES, chunk_of, facts, recipe
 
-from pipeline.preparing import chat_template, frames
-from pipeline.preparing.chat_template import ChatTemplate
-from pipeline.preparing.example import Pair, Unusable
-from pipeline.preparing.frames import Frame, Guard, Inspected, Opaque, Slot
-from pipeline.preparing.parts import Maker
-from pipeline.preparing.templating import FrameMismatch, Templater
+from prefcache.pipeline.preparing import chat_template, placeholder_text, template_cache
+from prefcache.pipeline.preparing.chat_template import ChatTemplate
+from prefcache.pipeline.preparing.example import Pair, Unusable
+from prefcache.pipeline.preparing.part_worker import PartWorker
+from prefcache.pipeline.preparing.placeholder_text import Guard, Inspected, OpaqueText, Slot
+from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.template_cache import Skeleton, TemplateCacheMismatch
+from tests.helpers.tokenizers import CHATML, DATE, SPECIALS, TEMPLATES, chunk_of, facts, resolved_config
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 SHAPES = [
@@ -22,9 +23,9 @@ SHAPES = [
     ("system", "user", "assistant"),
     ("user", "assistant", "user", "assistant", "user"),
 ]
-# What a template may look for, what a frame works with itself, and what text is made of.
+# What a template may look for, what a skeleton works with itself, and what text is made of.
 ODD = [
-    "<think>", "</think>", "<think>\n\n</think>\n\n", "\ue000", "\ue001", frames.MARK, " ", "\n", "\t", "\u00a0", "\u2028",
+    "<think>", "</think>", "<think>\n\n</think>\n\n", "\ue000", "\ue001", placeholder_text.MARK, " ", "\n", "\t", "\u00a0", "\u2028",
     "'", '"', "<b>", "&amp;", "{{ x }}", "{% if %}", "\\n", "<tool_response>", "</tool_response>", "[INST]", "<<SYS>>",
     "user", "%s", "{}", "ß", "日本", "e\u0301", *SPECIALS,
 ]  # fmt: skip
@@ -43,35 +44,35 @@ def turns(shape: Any, texts: Any) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in zip(shape, texts, strict=True)]
 
 
-def traced(text: str, shape: tuple[str, ...] = ("user",), ask: bool = False) -> Frame | None:
-    return frames.trace(rendering(text, ask), shape)
+def traced(text: str, shape: tuple[str, ...] = ("user",), ask: bool = False) -> Skeleton | None:
+    return template_cache.trace_skeleton(rendering(text, ask), shape)
 
 
-FRAMED = [
-    (name, shape, ask, frame)
+SKELETONS = [
+    (name, shape, ask, skeleton)
     for name, text in TEMPLATES.items()
     for shape in SHAPES
     for ask in (True, False)
-    if (frame := traced(text, shape, ask)) is not None
+    if (skeleton := traced(text, shape, ask)) is not None
 ]
 
 
-# -- where there is a frame, it is right -----------------------------------------------------------------------------
+# -- where there is a skeleton, it is right -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shape", "ask", "frame"), FRAMED, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("name", "shape", "ask", "skeleton"), SKELETONS, ids=lambda value: str(value)[:30])
 @given(data=st.data())
 @modest
-def test_a_frame_says_what_its_template_says(name, shape, ask, frame, data):
+def test_a_skeleton_says_what_its_template_says(name, shape, ask, skeleton, data):
     said = data.draw(st.lists(texts, min_size=len(shape), max_size=len(shape)))
-    if frame.holds(said):
-        assert frame.fill(said) == rendering(TEMPLATES[name], ask)(turns(shape, said))
+    if skeleton.fits(said):
+        assert skeleton.fill(said) == rendering(TEMPLATES[name], ask)(turns(shape, said))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_style_of_template_has_frames_for_one_question(name):
-    """The point of frames: conversations of all common templates are spared the template."""
-    shapes = {shape for found, shape, _, _ in FRAMED if found == name}
+def test_every_style_of_template_has_skeletons_for_one_question(name):
+    """Conversations of all common templates are rendered without running the template."""
+    shapes = {shape for found, shape, _, _ in SKELETONS if found == name}
     assert {("user",), ("user", "assistant")} <= shapes
 
 
@@ -108,10 +109,10 @@ def test_what_is_placed_and_stripped_is_known(template, pieces, guards):
 
 
 def test_a_guard_is_about_the_text_as_the_template_asked():
-    frame = traced("{% set c = messages[0].content | trim %}{{ '!' if c.endswith('x') else c }}")
-    assert frame is not None
-    assert frame.holds(["x y"]) and frame.holds(["xa"])
-    assert not frame.holds(["a x \n"])
+    skeleton = traced("{% set c = messages[0].content | trim %}{{ '!' if c.endswith('x') else c }}")
+    assert skeleton is not None
+    assert skeleton.fits(["x y"]) and skeleton.fits(["xa"])
+    assert not skeleton.fits(["a x \n"])
 
 
 # -- where the template looks inside, there is none ------------------------------------------------------------------
@@ -158,23 +159,23 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("looks", LOOKS.values(), ids=LOOKS.keys())
-def test_a_template_that_looks_inside_has_no_frame(looks):
+def test_a_template_that_looks_inside_has_no_skeleton(looks):
     assert traced("{% set c = messages[0].content %}" + looks) is None
 
 
-def test_a_template_that_refuses_has_no_frame():
+def test_a_template_that_refuses_has_no_skeleton():
     assert traced(TEMPLATES["gemma"], ("system", "user")) is None
     assert traced("{{ raise_exception('no') }}") is None
 
 
 def test_private_characters_of_the_templates_own_are_not_taken_for_a_text():
     assert traced("\ue000{{ messages[0].content }}") is None
-    assert traced("{{ messages[0].content }}" + frames.MARK) is None
+    assert traced("{{ messages[0].content }}" + placeholder_text.MARK) is None
 
 
 def test_everything_that_a_string_can_do_is_placed_stripped_asked_or_refused():
-    opaque = Opaque((Slot(0, "whole"),), [])
-    for name in set(dir(str)) - frames._HARMLESS - {
+    opaque = OpaqueText((Slot(0, "whole"),), [])
+    for name in set(dir(str)) - placeholder_text._HARMLESS - {
         "__str__", "__add__", "strip", "lstrip", "rstrip", "startswith", "endswith", "__contains__", "__eq__", "__ne__",
         "__bool__",
     }:  # fmt: skip
@@ -186,12 +187,12 @@ def test_everything_that_a_string_can_do_is_placed_stripped_asked_or_refused():
 
 
 def test_the_one_place_of_a_text_is_found_whatever_else_is_said():
-    opaque = Opaque((Slot(0, "whole"),), [])
+    opaque = OpaqueText((Slot(0, "whole"),), [])
     for other in ODD:
-        if frames.MARK in other:
+        if placeholder_text.MARK in other:
             continue
         written = rendering(CHATML)([{"role": "user", "content": other}, {"role": "assistant", "content": opaque}])
-        assert frames.find(written) == (
+        assert placeholder_text.split_at_slot(written) == (
             f"<|im_start|>user\n{other}<|im_end|>\n<|im_start|>assistant\n",
             Slot(0, "whole"),
             "<|im_end|>\n",
@@ -199,9 +200,9 @@ def test_the_one_place_of_a_text_is_found_whatever_else_is_said():
 
 
 def test_no_place_and_two_places_are_none():
-    opaque = Opaque((Slot(0, "whole"),), [])
-    assert frames.find("plain") is None
-    assert frames.find(rendering("{{ messages[0] }}{{ messages[0] }}")([opaque])) is None
+    opaque = OpaqueText((Slot(0, "whole"),), [])
+    assert placeholder_text.split_at_slot("plain") is None
+    assert placeholder_text.split_at_slot(rendering("{{ messages[0] }}{{ messages[0] }}")([opaque])) is None
 
 
 @pytest.mark.parametrize(
@@ -216,13 +217,13 @@ def test_no_place_and_two_places_are_none():
         (("a",), ("a", "b"), None),
     ],
 )
-def test_the_rest_of_a_frame_after_another(whole, asked, rest):
-    assert frames.after(Frame(whole, ()), Frame(asked, ())) == rest
+def test_the_rest_of_a_skeleton_after_another(whole, asked, rest):
+    assert template_cache.remove_prefix(whole, asked) == rest
 
 
 # -- a look that cannot be seen --------------------------------------------------------------------------------------
 
-# Whether a text is part of a fixed one: Python asks the fixed one, so no Opaque is told.
+# Whether a text is part of a fixed one: Python asks the fixed one, so no OpaqueText is told.
 UNSEEN = (
     "{% for m in messages %}{% if m.content in 'abc' %}(letters){% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -235,34 +236,34 @@ def unseen_pair(prompt: str) -> Pair:
 
 @pytest.fixture
 def careless(monkeypatch):
-    """As if a way of looking into a text had been forgotten: it takes an Opaque for a text, and no trial shows it."""
+    """As if a way of looking into a text had been forgotten: it takes an OpaqueText for a text, and no trial shows it."""
     monkeypatch.setattr(
         chat_template._Searched, "__contains__", lambda self, other: str.__contains__(self._text, other)
     )
-    monkeypatch.setattr(chat_template, "_literals", lambda *_: ())
+    monkeypatch.setattr(template_cache, "_MOST_LITERALS", 0)
 
 
 def test_a_look_that_was_not_seen_is_caught_by_comparing(careless):
-    templater = Templater(ChatTemplate(UNSEEN, SPECIAL, DATE))
-    assert templater.render(unseen_pair("why?")).prompt.startswith("<|im_start|>user")
-    with pytest.raises(FrameMismatch):
-        templater.render(unseen_pair("ab"))
+    renderer = ChatRenderer(ChatTemplate(UNSEEN, SPECIAL, DATE))
+    assert renderer.render(unseen_pair("why?")).prompt.startswith("<|im_start|>user")
+    with pytest.raises(TemplateCacheMismatch):
+        renderer.render(unseen_pair("ab"))
 
 
-def test_a_part_is_then_made_without_frames(careless):
+def test_a_part_is_then_made_without_skeletons(careless):
     prompts = ["why?", "ab", "who?"]
     records = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in prompts]
-    maker = Maker(recipe(facts("byte-level"), UNSEEN))
-    made = maker.make(0, chunk_of(records))
-    said = [maker.encoder.decode(ids) for ids in made.table["prompt_ids"].to_pylist()]
+    worker = PartWorker(resolved_config(facts("byte-level"), UNSEEN))
+    made = worker.prepare(0, chunk_of(records))
+    said = [worker.encoder.decode(ids) for ids in made.table["prompt_ids"].to_pylist()]
     assert said == [
         f"{'(letters)' if prompt == 'ab' else ''}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         for prompt in prompts
     ]
-    assert made.facts["records"] == 3 and made.facts["quarantined"] == {}
+    assert made.records == 3 and made.quarantined == {}
 
 
-# Each asks, in a way of its own, what is in the messages. Some are served by a frame and some are not; none is fooled.
+# Each asks, in a way of its own, what is in the messages. Some are served by a skeleton and some are not; none is fooled.
 LOOKS = {
     "join": "{% set all = messages|map(attribute='content')|join(' ') %}{% if '/no_think' in all %}LOOK{% endif %}",
     "str.join": "{% if '/no_think' in ' '.join(messages|map(attribute='content')|list) %}LOOK{% endif %}",
@@ -291,27 +292,27 @@ LOOKS = {
 @pytest.mark.parametrize("look", LOOKS)
 def test_no_way_of_looking_in_is_overlooked(look):
     text = LOOKS[look] + CHATML
-    framed, plain = (Templater(ChatTemplate(text, SPECIAL, DATE)) for _ in range(2))
-    plain.use_frames = False
-    # More than are compared anyway, so that only the frame's own care can tell them apart.
+    cached, plain = (ChatRenderer(ChatTemplate(text, SPECIAL, DATE)) for _ in range(2))
+    plain.reset(use_cache=False)
+    # More than are compared anyway, so that only the skeleton's own care can tell them apart.
     for prompt in ["why is it so?", "one two three", "what?", "four words are here", "a b", "c d", "/no_think", "e f"]:
-        assert framed.render(unseen_pair(prompt)) == plain.render(unseen_pair(prompt))
+        assert cached.render(unseen_pair(prompt)) == plain.render(unseen_pair(prompt))
     turned = Pair(prompt=[{"content": "why is it so?", "role": "user"}], chosen="yes", rejected="no")
-    assert framed.render(turned) == plain.render(turned)
+    assert cached.render(turned) == plain.render(turned)
 
 
-def test_frames_give_what_templates_give_one_by_one():
+def test_skeletons_give_what_templates_give_one_by_one():
     for name, text in TEMPLATES.items():
-        framed, plain = (Templater(ChatTemplate(text, SPECIAL, DATE)) for _ in range(2))
-        plain.use_frames = False
+        cached, plain = (ChatRenderer(ChatTemplate(text, SPECIAL, DATE)) for _ in range(2))
+        plain.reset(use_cache=False)
         for prompt in ODD:
             pair = Pair(prompt=f"{prompt} why?{prompt}", chosen=f"{prompt}yes{prompt}", rejected="no ")
-            assert outcome(framed, pair) == outcome(plain, pair), (name, prompt)
-        assert any(framed._frames.values()) or name == "r1", name
+            assert outcome(cached, pair) == outcome(plain, pair), (name, prompt)
+        assert any(cached.cache._skeletons.values()) or name == "r1", name
 
 
-def outcome(templater: Templater, pair: Pair) -> Any:
+def outcome(renderer: ChatRenderer, pair: Pair) -> Any:
     try:
-        return templater.render(pair)
+        return renderer.render(pair)
     except Unusable as error:
         return error.reason, error.detail

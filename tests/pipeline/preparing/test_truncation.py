@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import CHATML, DATE, GEMMA_CHAT, chunk_of, facts, recipe
 
-from pipeline.config import Prepare
-from pipeline.preparing.chat_template import ChatTemplate
-from pipeline.preparing.encoder import Encoder, Tokens
-from pipeline.preparing.example import Example, Label, Pair, Unusable
-from pipeline.preparing.lengths import Fitted, fit
-from pipeline.preparing.parts import Maker
-from pipeline.preparing.templating import Templater
+from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.preparing.chat_template import ChatTemplate
+from prefcache.pipeline.preparing.encoder import Encoder, ExampleTokens
+from prefcache.pipeline.preparing.example import Example, Label, Pair, Unusable
+from prefcache.pipeline.preparing.part_worker import PartWorker
+from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
+from tests.helpers.tokenizers import CHATML, DATE, GEMMA_CHAT, chunk_of, facts, resolved_config
 
 PAIR = Pair(prompt="p", chosen="c", rejected="r")
 
@@ -22,17 +22,17 @@ def prepare(**settings: Any) -> Prepare:
     return Prepare(**{"data": "x"} | settings)
 
 
-def never(example: Example) -> Tokens:
+def never(example: Example) -> ExampleTokens:
     raise AssertionError("nothing is to be encoded anew")
 
 
-def tokens(n_prompt: int, *n_answers: int, exact: bool = True) -> Tokens:
-    return Tokens(list(range(n_prompt)), tuple(list(range(100, 100 + n)) for n in n_answers), exact, False)
+def tokens(n_prompt: int, *n_answers: int, exact: bool = True) -> ExampleTokens:
+    return ExampleTokens(list(range(n_prompt)), tuple(list(range(100, 100 + n)) for n in n_answers), exact, False)
 
 
-def refusal(given: Tokens, example: Example = PAIR, encode: Any = never, **settings: Any) -> tuple[str, str]:
+def refusal(given: ExampleTokens, example: Example = PAIR, encode: Any = never, **settings: Any) -> tuple[str, str]:
     with pytest.raises(Unusable) as caught:
-        fit(example, given, prepare(**settings), encode)
+        truncate(example, given, prepare(**settings), encode)
     return caught.value.reason, caught.value.detail
 
 
@@ -43,8 +43,8 @@ def refusal(given: Tokens, example: Example = PAIR, encode: Any = never, **setti
 def test_what_fits_to_the_last_token_is_left_as_it_is(too_long):
     # 4 + max(6, 3) = 10
     given = tokens(4, 6, 3)
-    found = fit(PAIR, given, prepare(max_length=10, max_prompt_length=4, too_long=too_long), never)
-    assert found == Fitted(given, PAIR, 0, ([], []))
+    found = truncate(PAIR, given, prepare(max_length=10, max_prompt_length=4, too_long=too_long), never)
+    assert found == TruncatedExample(given, PAIR, 0, ([], []))
 
 
 @pytest.mark.parametrize("too_long", ["drop", "keep_start", "keep_end"])
@@ -72,7 +72,7 @@ def test_drop_says_both_numbers():
 
 def test_keep_start_cuts_the_ends_of_the_answers():
     # Of 10, the prompt takes 4, which leaves 6: nothing of 3 is cut, 3 of 9.
-    found = fit(PAIR, tokens(4, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
+    found = truncate(PAIR, tokens(4, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
     assert found.tokens.answers == ([100, 101, 102], [100, 101, 102, 103, 104, 105])
     assert found.tokens.prompt == [0, 1, 2, 3]
     assert (found.cut_prompt, found.cut_answers) == (0, ([], [106, 107, 108]))
@@ -80,7 +80,7 @@ def test_keep_start_cuts_the_ends_of_the_answers():
 
 def test_keep_start_never_cuts_a_prompt():
     # With 9 of 10 there is room for one token of the answer, with 10 for none.
-    found = fit(PAIR, tokens(9, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
+    found = truncate(PAIR, tokens(9, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
     assert [len(answer) for answer in found.tokens.answers] == [1, 1]
     assert found.cut_answers == ([101, 102], list(range(101, 109)))
     assert refusal(tokens(10, 3, 9), max_length=10, too_long="keep_start")[0] == "prompt too long"
@@ -95,7 +95,7 @@ def chat(*contents: str, system: str = "") -> list[dict[str, str]]:
     return head + [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
-def words(example: Example) -> Tokens:
+def words(example: Example) -> ExampleTokens:
     """One token per character of the prompt; answers of 2 and 4."""
     n = sum(len(turn["content"]) for turn in example.prompt if isinstance(turn, dict))
     return tokens(n, 2, 4)
@@ -115,7 +115,7 @@ def words(example: Example) -> Tokens:
 def test_keep_end_keeps_as_many_turns_as_fit(max_length, left):
     # Turns of 1, 2, 3, 3 and 3 tokens: 12. From the second question on 9, from the third 3.
     example = Pair(prompt=chat("a", "bb", "ccc", "ddd", "eee"), chosen="x", rejected="y")
-    found = fit(example, words(example), prepare(max_length=max_length, too_long="keep_end"), words)
+    found = truncate(example, words(example), prepare(max_length=max_length, too_long="keep_end"), words)
     n_left = sum(map(len, left))
     assert [turn["content"] for turn in found.example.prompt] == left
     assert len(found.tokens.prompt) == n_left and found.cut_prompt == 12 - n_left
@@ -139,14 +139,14 @@ def test_keep_end_says_that_even_the_last_turn_is_too_long():
 def test_keep_end_keeps_the_system_message():
     # 4 + 12 tokens of the prompt; of 13, 4 are the answer's and 4 the system's: 5 are left, the last turn has 3
     example = Pair(prompt=chat("a", "bb", "ccc", "ddd", "eee", system="SSSS"), chosen="x", rejected="y")
-    found = fit(example, words(example), prepare(max_length=13, too_long="keep_end"), words)
+    found = truncate(example, words(example), prepare(max_length=13, too_long="keep_end"), words)
     assert [turn["content"] for turn in found.example.prompt] == ["SSSS", "eee"]
     assert found.cut_prompt == 16 - 7
 
 
 def test_keep_end_minds_the_most_of_a_prompt():
     example = Pair(prompt=chat("a", "bb", "ccc", "ddd", "eee"), chosen="x", rejected="y")
-    found = fit(example, words(example), prepare(max_prompt_length=9, too_long="keep_end"), words)
+    found = truncate(example, words(example), prepare(max_prompt_length=9, too_long="keep_end"), words)
     assert len(found.tokens.prompt) == 9 and found.cut_prompt == 3
 
 
@@ -168,7 +168,7 @@ def test_keep_end_finds_what_trying_all_finds(lengths, room):
     # Every question begins a prompt that could be kept; the longest that fits is.
     starts = [n for n in range(0, len(contents), 2) if sum(map(len, contents[n:])) + 4 <= room]
     try:
-        found = fit(example, words(example), prepare(max_length=room, too_long="keep_end"), words)
+        found = truncate(example, words(example), prepare(max_length=room, too_long="keep_end"), words)
     except Unusable:
         assert not starts
         return
@@ -182,7 +182,7 @@ CONVERSATION = chat("the cat sings", "and the dog", "why red", "the fish", "why 
 
 
 def rows(records: list[dict[str, Any]], **settings: Any) -> Any:
-    return Maker(recipe(facts("byte-level"), CHATML, **settings)).make(0, chunk_of(records))
+    return PartWorker(resolved_config(facts("byte-level"), CHATML, **settings)).prepare(0, chunk_of(records))
 
 
 def test_both_answers_share_the_cut_prompt_and_the_row_says_by_how_much():
@@ -202,7 +202,7 @@ def test_both_answers_share_the_cut_prompt_and_the_row_says_by_how_much():
     assert cut["chosen_cut_ids"] == cut["rejected_cut_ids"] == []
     # The text is that of what was kept.
     assert "the cat sings" not in cut["prompt"] and cut["prompt"].startswith("system: be brief\nuser: why red")
-    assert made.facts["done"]["cut_prompts"] == 1 and not made.facts["done"].get("cut_answers")
+    assert made.done["cut_prompts"] == 1 and not made.done.get("cut_answers")
 
 
 def test_a_cut_answer_loses_its_end_and_says_so():
@@ -217,7 +217,7 @@ def test_a_cut_answer_loses_its_end_and_says_so():
     assert cut["chosen_key"] != whole["chosen_key"] and cut["rejected_key"] == whole["rejected_key"]
     # Shares are drawn by what the example is before it is cut.
     assert cut["whole_id"] == whole["whole_id"] == int(whole["example_id"], 16) != int(cut["example_id"], 16)
-    assert made.facts["done"]["cut_answers"] == 1
+    assert made.done["cut_answers"] == 1
 
 
 def test_answers_that_are_equal_after_cutting_are_no_pair():
@@ -248,14 +248,14 @@ def test_what_is_far_too_long_is_not_even_encoded():
 
 
 def test_the_templater_merges_a_system_message_into_what_is_left():
-    templater = Templater(ChatTemplate(GEMMA_CHAT, {"bos_token": "<s>"}, DATE))
+    renderer = ChatRenderer(ChatTemplate(GEMMA_CHAT, {"bos_token": "<s>"}, DATE))
     encoder = Encoder(facts("byte-level"))
     example = Label(prompt=CONVERSATION, completion="the cat", label=True)
 
-    def encode(each: Example) -> Tokens:
-        return encoder.encode([templater.render(each)])[0]
+    def encode(each: Example) -> ExampleTokens:
+        return encoder.encode([renderer.render(each)])[0]
 
     whole = encode(example)
     most = len(whole.prompt) + len(whole.answers[0])
-    found = fit(example, whole, prepare(max_length=most - 1, too_long="keep_end"), encode)
+    found = truncate(example, whole, prepare(max_length=most - 1, too_long="keep_end"), encode)
     assert encoder.decode(found.tokens.prompt).startswith("<s><|im_start|>user\nbe brief\n\nwhy red<|im_end|>")

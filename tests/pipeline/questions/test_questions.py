@@ -10,12 +10,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
-from conftest import pair
 
-from pipeline import views
-from pipeline.questions import QUESTIONS
-from pipeline.stored.prepared import Prepared
+from prefcache.pipeline import views
+from prefcache.pipeline.questions import QUESTIONS
+from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.project import invoke, pair
 
 LONG = " ".join(["red", "cat", "sings"] * 40)
 SAME = {
@@ -47,30 +46,20 @@ def folder(tmp_path_factory, model, other_model) -> Path:
         "train": {"run": RUN, "learning_rate": 3e-2, "batch_size": 4, "epochs": 3, "samples": 0, "alerts": "off"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        command("prepare", "config.yaml")
-        command("score", "config.yaml", "--set", f"model={other_model}")
-        command("score", "config.yaml")
-        command("train", "config.yaml")
+    invoke(folder, "prepare", "config.yaml")
+    invoke(folder, "score", "config.yaml", "--set", f"model={other_model}")
+    invoke(folder, "score", "config.yaml")
+    invoke(folder, "train", "config.yaml")
     return folder
 
 
-def command(*arguments: str) -> str:
-    from stages.cli import main
-
-    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture
-def ask(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    asked = lambda name, *settings: command(  # noqa: E731
-        "ask", name, "config.yaml", "--json", *[word for each in settings for word in ("--set", each)]
-    )
-    return lambda *arguments: json.loads(asked(*arguments))
+def ask(folder):
+    def ask(name: str, *settings: str) -> list[dict]:
+        sets = [word for setting in settings for word in ("--set", setting)]
+        return json.loads(invoke(folder, "ask", name, "config.yaml", "--json", *sets).stdout)
+
+    return ask
 
 
 # -- what the files hold, read without SQL ---------------------------------------------------------------------------
@@ -137,22 +126,22 @@ def test_every_question_is_answered_before_anything_is_prepared():
         assert list(views.ask(con, question.sql, (), question.values({})).rows()) == []
 
 
-def test_questions_are_listed_and_their_sql_is_printed(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    listed = command("ask")
+def test_questions_are_listed_and_their_sql_is_printed(folder):
+    listed = invoke(folder, "ask").stdout
     assert all(f"{name}\n    {question.help}" in listed for name, question in QUESTIONS.items())
-    assert "--set limit=20: most rows" in listed
-    assert command("ask", "cost", "--sql") == QUESTIONS["cost"].sql
+    assert "--set limit=20: most rows to list" in listed
+    assert invoke(folder, "ask", "cost", "--sql").stdout == QUESTIONS["cost"].sql
 
 
-def test_a_question_or_parameter_that_is_none_names_the_nearest(folder, prefcache):
-    assert "length-bias" in prefcache("ask", "length-bais", code=2).stderr
-    said = prefcache("ask", "disagreements", folder / "runs/q", "--set", "limits=3", code=2).stderr
-    assert "The nearest is limit" in said
-    said = prefcache("ask", "disagreements", folder / "runs/q", "--set", "limit=some", code=2).stderr
-    assert "limit=some: expected a number, such as 20" in said
+def test_a_question_or_parameter_that_is_none_names_the_nearest(folder):
+    for arguments, said in (
+        (["length-bais"], "length-bias"),
+        (["disagreements", "runs/q", "--set", "limits=3"], "The nearest is limit"),
+        (["disagreements", "runs/q", "--set", "limit=some"], "limit=some: expected a number, such as 20"),
+    ):
+        assert said in invoke(folder, "ask", *arguments, code=2).stderr
     # A run may have a number for its name.
-    assert json.loads(prefcache("ask", "small-gap", folder / "runs/q", "--set", "run=1", "--json").stdout) == []
+    assert json.loads(invoke(folder, "ask", "small-gap", "runs/q", "--set", "run=1", "--json").stdout) == []
 
 
 # -- the data and its references -------------------------------------------------------------------------------------
@@ -399,22 +388,16 @@ def test_large_margin(ask, pairs, latest):
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".arrow", ".jsonl.gz", ".csv"])
-def test_an_answer_is_saved_and_trained_on(folder, monkeypatch, visits, ending):
+def test_an_answer_is_saved_and_trained_on(folder, ask, visits, ending):
     """The pairs of small-gap, and no others, are visited; all the held-out ones are evaluated."""
-    monkeypatch.chdir(folder)
     file, run = f"hard{ending}", f"hard{ending.replace('.', '-')}"
-    assert "rows" in command(
-        "ask", "small-gap", "config.yaml", "--set", f"run={RUN}", "--set", "share=0.25", "--out", file
-    )
-    command(
-        "train", "config.yaml", "--set", f"train.run={run}", "--set", f"train.only={file}", "--set", "train.epochs=1"
-    )
+    settings = ("--set", f"run={RUN}", "--set", "share=0.25")
+    assert "rows" in invoke(folder, "ask", "small-gap", "config.yaml", *settings, "--out", file).stdout
+    only = (f"train.run={run}", f"train.only={file}", "train.epochs=1")
+    invoke(folder, "train", "config.yaml", *(word for setting in only for word in ("--set", setting)))
     rows = [row for part in folder.glob(f"runs/q/{run}/steps/*.parquet") for row in pq.read_table(part).to_pylist()]
-    asked = json.loads(
-        command("ask", "small-gap", "config.yaml", "--set", f"run={RUN}", "--set", "share=0.25", "--json")
-    )
-    assert sorted(row["example_id"] for row in rows if row["split"] == "train") == sorted(
-        row["example_id"] for row in asked
-    )
+    small = ask("small-gap", f"run={RUN}", "share=0.25")
+    visited = by(rows, "split")
+    assert sorted(row["example_id"] for row in visited["train"]) == sorted(row["example_id"] for row in small)
     held_out = {row["example_id"] for row in visits if row["split"] == "held_out"}
-    assert {row["example_id"] for row in rows if row["split"] == "held_out"} == held_out
+    assert {row["example_id"] for row in visited["held_out"]} == held_out

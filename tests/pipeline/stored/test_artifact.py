@@ -1,6 +1,5 @@
 """A file is on disk whole or not at all, and is believed only while its bytes are those that were written."""
 
-import errno
 import json
 import os
 import random
@@ -15,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import IntegrityError, ResourceError, UsageError
-from pipeline.schema import CACHE
-from pipeline.stored import artifact
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.schema import CACHE
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import CheckpointManifest
+from tests.helpers.project import entry_of
 
 
 def names(folder: Path) -> list[str]:
@@ -53,11 +54,47 @@ def test_a_failed_rename_leaves_the_old_file_and_no_temporary(tmp_path, monkeypa
     assert names(tmp_path) == ["a"]
 
 
+@pytest.fixture
+def waits(monkeypatch) -> list[str]:
+    """What the disk is asked to keep, and when a name appears, in order: `keep NAME` and `name NAME`. Process ids are left out."""
+    asked: list[str] = []
+    own = f".{artifact._HOST}-{os.getpid()}"
+
+    def synced(descriptor: int, real=os.fsync) -> None:
+        asked.append(f"keep {Path(f'/proc/self/fd/{descriptor}').readlink().name.replace(own, '')}")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for function in ("replace", "link"):
+        real = getattr(os, function)
+        monkeypatch.setattr(os, function, lambda a, b, real=real: (asked.append(f"name {Path(b).name}"), real(a, b))[1])
+    return asked
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_it_returns(tmp_path, waits, once):
+    artifact.commit_bytes(tmp_path / "run" / "a", b"x", once=once)
+    with artifact.commit_stream(tmp_path / "run" / "b", once=once) as stream:
+        stream.write(b"x")
+    assert waits == ["keep .a.tmp", "name a", "keep run", "keep .b.tmp", "name b", "keep run"]
+    waits.clear()
+    artifact.commit_bytes(tmp_path / "run" / "c", b"x", durable=False)
+    assert waits == ["name c"]
+
+
+def test_all_of_a_folder_is_on_the_disk_before_its_name_and_the_name_before_it_returns(tmp_path, waits):
+    with artifact.commit_folder(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        for name in ("a", "deep/b", "z"):
+            (folder / name).write_bytes(b"x")
+    assert waits == ["keep a", "keep deep", "keep b", "keep z", "keep .out.tmp", "name out", f"keep {tmp_path.name}"]
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_killed_before_the_rename_leaves_the_old_file(tmp_path, step):
     artifact.commit_bytes(tmp_path / "a", b"old")
     killed = python(
-        "import os, signal, sys; from pathlib import Path; from pipeline.stored import artifact\n"
+        "import os, signal, sys; from pathlib import Path; from prefcache.pipeline.stored import artifact\n"
         "setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
         "artifact.commit_bytes(Path(sys.argv[1]), b'new and longer')\n",
         tmp_path / "a",
@@ -71,16 +108,9 @@ def test_killed_before_the_rename_leaves_the_old_file(tmp_path, step):
     assert names(tmp_path) == ["a"]
 
 
-def test_once_the_first_writer_wins(tmp_path):
-    assert artifact.commit_bytes(tmp_path / "a", b"first", once=True) is True
-    assert artifact.commit_bytes(tmp_path / "a", b"second", once=True) is False
-    assert (tmp_path / "a").read_bytes() == b"first"
-    assert names(tmp_path) == ["a"]
-
-
-def test_once_among_racing_processes_exactly_one_wins(tmp_path):
+def test_once_the_first_writer_wins_also_among_racing_processes(tmp_path):
     code = (
-        "import os, sys, time; from pathlib import Path; from pipeline.stored import artifact\n"
+        "import os, sys, time; from pathlib import Path; from prefcache.pipeline.stored import artifact\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "print(artifact.commit_bytes(Path(sys.argv[1]), str(os.getpid()).encode(), once=True), os.getpid())\n"
     )
@@ -92,6 +122,7 @@ def test_once_among_racing_processes_exactly_one_wins(tmp_path):
     said = [racer.communicate(timeout=60)[0].split() for racer in racers]
     winners = [process for won, process in said if won == "True"]
     assert len(said) == 4 and len(winners) == 1
+    assert artifact.commit_bytes(tmp_path / "a", b"late", once=True) is False
     assert (tmp_path / "a").read_text() == winners[0]
     assert names(tmp_path) == ["a"]
 
@@ -100,38 +131,6 @@ def test_a_file_where_a_folder_is_needed_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         artifact.commit_bytes(tmp_path / "file" / "a", b"x")
-
-
-@pytest.mark.parametrize("write", ["commit_bytes(path, b'x' * 9000)", "commit_bytes(path, b'x' * 9000, once=True)"])
-def test_a_full_disk_is_a_resource_error_and_keeps_what_was_there(tmp_path, write):
-    (tmp_path / "a").write_bytes(b"old")
-    # A limit on the size of files fails a write as a full disk does.
-    done = python(
-        "import resource, signal, sys; from pathlib import Path\n"
-        "from pipeline.stored.artifact import commit_bytes; from pipeline.errors import ResourceError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "path = Path(sys.argv[1])\n"
-        f"try: {write}\n"
-        "except ResourceError as error: print(error); sys.exit(error.exit_code)\n",
-        tmp_path / "a",
-    )
-    assert done.returncode == 6, done.stderr
-    assert str(tmp_path / "a") in done.stdout and "run the same command again" in done.stdout
-    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
-
-
-def test_a_full_disk_while_a_folder_fills_is_a_resource_error(tmp_path):
-    done = python(
-        "import resource, signal, sys; from pathlib import Path\n"
-        "from pipeline.stored.artifact import commit_folder; from pipeline.errors import ResourceError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "try:\n"
-        "  with commit_folder(Path(sys.argv[1])) as folder: (folder / 'big').write_bytes(b'x' * 9000)\n"
-        "except ResourceError as error: sys.exit(error.exit_code)\n",
-        tmp_path / "out",
-    )
-    assert done.returncode == 6, done.stderr
-    assert names(tmp_path) == []
 
 
 # -- commit_folder ---------------------------------------------------------------------------------------------------
@@ -149,20 +148,30 @@ def test_a_folder_appears_whole_in_place_of_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_folder_interrupted_leaves_nothing(tmp_path, error):
+def test_a_folder_interrupted_leaves_nothing_or_the_old_one(tmp_path, error):
     with pytest.raises(error), artifact.commit_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("half")
         raise error
     assert names(tmp_path) == []
-
-
-def test_a_folder_interrupted_leaves_the_old_one(tmp_path):
     with artifact.commit_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(RuntimeError), artifact.commit_folder(tmp_path / "out") as folder:
+    with pytest.raises(error), artifact.commit_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("new")
-        raise RuntimeError
+        raise error
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["moved", "dangling"])
+def test_a_folder_takes_the_place_of_a_link_and_what_that_leads_to_stays(tmp_path, there):
+    if there:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "old").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with artifact.commit_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert not (tmp_path / "out").is_symlink() and names(tmp_path / "out") == ["new"]
+    assert names(tmp_path) == (["disk", "out"] if there else ["out"])
+    assert not there or names(tmp_path / "disk") == ["old"]
 
 
 # -- remove_leftovers ------------------------------------------------------------------------------------------------
@@ -197,45 +206,45 @@ def test_sealed_json_reads_back_as_it_was(tmp_path):
     assert shown.keys() - CONTENT.keys() == {"seal_xxh3_128"}
 
 
-def test_every_flipped_bit_of_sealed_json_is_noticed(tmp_path):
-    path = tmp_path / "a.json"
-    sealed = artifact.seal(CONTENT)
+def test_every_flipped_bit_and_every_missing_end_of_sealed_json_is_noticed(tmp_path):
+    path, sealed = tmp_path / "a.json", artifact.seal(CONTENT)
+    changed = [sealed[:n] for n in range(len(sealed) - 1)]  # the last byte is a line's end
     for at in range(len(sealed)):
         for bit in random.Random(at).sample(range(8), 2):
-            path.write_bytes(sealed[:at] + bytes([sealed[at] ^ 1 << bit]) + sealed[at + 1 :])
-            with pytest.raises(IntegrityError):
-                artifact.unseal(path)
-
-
-def test_truncated_sealed_json_is_noticed(tmp_path):
-    path = tmp_path / "a.json"
-    sealed = artifact.seal(CONTENT)
-    for n in range(len(sealed) - 1):  # the last byte is a line's end
-        path.write_bytes(sealed[:n])
+            changed.append(sealed[:at] + bytes([sealed[at] ^ 1 << bit]) + sealed[at + 1 :])
+    for content in changed:
+        path.write_bytes(content)
         with pytest.raises(IntegrityError):
             artifact.unseal(path)
 
 
-@pytest.mark.parametrize("found", [b"", b"{}", b"null", b"[]", b'"text"', b"7", b"\xff\xfe", b'{"rows": 1}'])
-def test_what_is_no_sealed_record_is_an_integrity_error(tmp_path, found):
-    (tmp_path / "a.json").write_bytes(found)
-    with pytest.raises(IntegrityError, match=r"a\.json"):
-        artifact.unseal(tmp_path / "a.json")
-
-
-def test_a_missing_record_is_an_integrity_error(tmp_path):
-    with pytest.raises(IntegrityError, match=r"a\.json"):
-        artifact.unseal(tmp_path / "a.json")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"{}", "has no checksum"),
+        (b'{"rows": 1}', "has no checksum"),
+        *((content, "is not a JSON object") for content in (b"null", b"[]", b'"text"', b"7")),
+    ],
+)
+def test_what_is_not_a_sealed_record_is_refused_in_words(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(IntegrityError) as refused:
+        artifact.unseal(tmp_path / "a.json", "Score again.")
+    assert str(refused.value) == f"{tmp_path / 'a.json'} {reason}. Score again."
 
 
 def test_no_manifest_means_not_finished_and_a_damaged_one_is_an_error(tmp_path):
-    assert artifact.read_manifest(tmp_path) is None
-    artifact.commit_manifest(tmp_path, CONTENT)
-    assert artifact.read_manifest(tmp_path) == CONTENT
+    assert CheckpointManifest.find(tmp_path) is None
     path = tmp_path / artifact.MANIFEST
-    path.write_text(path.read_text().replace('"rows": 12', '"rows": 13'))
+    CheckpointManifest.make(step=12, num_tokens=40).commit(path)
+    assert CheckpointManifest.find(tmp_path).num_tokens == 40
+    path.write_text(path.read_text().replace('"step": 12', '"step": 13'))
     with pytest.raises(IntegrityError, match="changed after it was written"):
-        artifact.read_manifest(tmp_path)
+        CheckpointManifest.find(tmp_path)
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def test_an_undamaged_file_has_no_damage(tmp_path):
     entry = artifact.commit_file(tmp_path / "a", b"hello", rows=3)
     # xxh3-128 of "hello", as xxhsum -H2 prints it.
     assert entry == {"file": "a", "bytes": 5, "xxh3_128": "b5e9c1ad071b3e7fc779cfaa5e523818", "rows": 3}
-    assert artifact.damage(tmp_path, entry) is None
+    assert artifact.damage(tmp_path, entry_of(entry)) is None
     assert artifact.describe(tmp_path / "a") == {key: entry[key] for key in ("file", "bytes", "xxh3_128")}
 
 
@@ -263,7 +272,7 @@ def test_an_undamaged_file_has_no_damage(tmp_path):
 def test_damage_says_what_is_wrong(tmp_path, change, found):
     entry = artifact.commit_file(tmp_path / "a", bytes(3000))
     change(tmp_path / "a")
-    assert found in artifact.damage(tmp_path, entry)
+    assert found in artifact.damage(tmp_path, entry_of(entry))
 
 
 def test_a_flipped_bit_anywhere_is_damage(tmp_path):
@@ -271,7 +280,7 @@ def test_a_flipped_bit_anywhere_is_damage(tmp_path):
     entry = artifact.commit_file(tmp_path / "a", data)
     for at in range(0, len(data), 97):
         (tmp_path / "a").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
-        assert artifact.damage(tmp_path, entry), at
+        assert artifact.damage(tmp_path, entry_of(entry)), at
 
 
 # -- make ------------------------------------------------------------------------------------------------------------
@@ -279,7 +288,7 @@ def test_a_flipped_bit_anywhere_is_damage(tmp_path):
 
 def make_runs(folder: Path, inputs: list[Path | str]) -> list[bool]:
     """Whether make runs the stage: at once, then after the first input changed, then after it vanished."""
-    artifact.commit_manifest(folder, {})
+    artifact.commit_bytes(folder / artifact.MANIFEST, artifact.seal({}))
     artifact.commit_make_inputs(folder, inputs)
     makefile = folder / "Makefile"
     makefile.write_text(f"{folder / artifact.MANIFEST}:\n\t@echo ran\ninclude {folder / 'inputs.mk'}\n")
@@ -361,7 +370,7 @@ def test_a_stream_appears_whole_with_the_entry_of_its_bytes(tmp_path):
     assert path.read_bytes() == b"abc" + np.arange(4, dtype="<i4").tobytes()
     # The same as the entry of a file that lies there, read again.
     assert stream.entry(path, rows=2) == artifact.describe(path) | {"rows": 2}
-    assert artifact.damage(path.parent, stream.entry(path)) is None
+    assert artifact.damage(path.parent, entry_of(stream.entry(path))) is None
 
 
 def test_a_stream_that_breaks_off_leaves_what_was_there(tmp_path):
@@ -371,16 +380,3 @@ def test_a_stream_that_breaks_off_leaves_what_was_there(tmp_path):
         stream.write(b"new")
         raise ZeroDivisionError
     assert [file.name for file in tmp_path.iterdir()] == ["a.bin"] and path.read_bytes() == b"old"
-
-
-def test_a_stream_on_a_full_disk_says_so(tmp_path):
-    def full(data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with (
-        pytest.raises(ResourceError, match=r"a\.bin: the disk took no more"),
-        artifact.commit_stream(tmp_path / "a.bin") as s,
-    ):
-        s._file = type("Full", (), {"write": staticmethod(full)})
-        s.write(b"x")
-    assert not list(tmp_path.iterdir())

@@ -10,17 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import WORDS, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.schema import CACHE, PREPARED, Sequence, sequence_key
-from pipeline.stored import shorten
-from pipeline.stored.cache import Cache
-from pipeline.stored.prepared import Prepared, Sequences, sequence_table
-
-REFERENCE = {"model_id": "a" * 32, "weights": {}, "config": {}}
-MINE, OTHER = "mine", "other"
+from prefcache.pipeline.schema import CACHE, PREPARED, TokenSequence, sequence_key
+from prefcache.pipeline.stored import cut_answers
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.cache_writer import CacheWriter
+from prefcache.pipeline.stored.prepared import Prepared, Sequences, sequence_table
+from prefcache.pipeline.stored.scoring_plan import plan_scoring
+from tests.helpers import examples as examples_helper
+from tests.helpers.examples import MINE, OTHER, REFERENCE, cache_of
+from tests.helpers.project import WORDS, write_config
 
 
 def pair(prompt: list[int], *answers: tuple[list[int], list[int]]) -> dict[str, Any]:
@@ -52,36 +53,19 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 
 def scored(prompt: list[int], completion: list[int], logps: list[float] | None = None, **row: Any) -> dict[str, Any]:
-    """A row of the cache. Unless said, token n has the log-prob -n."""
-    logps = [-float(n) for n, _ in enumerate(completion)] if logps is None else logps
-    return {
-        "key": sequence_key(prompt, completion),
-        "n_prompt": len(prompt),
-        "n_completion": len(completion),
-        "logp_sum": sum(logps),
-        "logps": logps,
-        "numerics_id": MINE,
-        "status": "ok",
-    } | row
-
-
-def cache_of(folder: Path, *chunks: list[dict[str, Any]]) -> Cache:
-    """A cache to which these chunks were committed, each of one numerics_id."""
-    cache = Cache.create(folder, "tiny", REFERENCE)
-    for chunk in chunks:
-        numerics_id = chunk[0]["numerics_id"]
-        cache.commit(pa.Table.from_pylist(chunk, schema=CACHE), {"engine": numerics_id}, numerics_id, None)
-    return Cache(cache.folder, REFERENCE["model_id"])
+    """A row of the cache. Unless given, token n has the log-prob -n."""
+    logps = [-float(n) for n in range(len(completion))] if logps is None else logps
+    return examples_helper.scored(prompt, completion, logps=logps, **{"logp_sum": sum(logps)} | row)
 
 
 def missing(examples: pa.Table, cache: Cache, accepted: list[str]) -> np.ndarray:
-    plan = cache.plan(sequence_table(examples), accepted, 100_000)
+    plan = plan_scoring(cache, sequence_table(examples), accepted, 100_000)
     return np.concatenate([np.empty(0, np.int64), *plan.chunks])
 
 
 def served(examples: pa.Table, cache: Cache, *accepted: str) -> list[dict[str, Any]]:
     names = list(accepted or [MINE])
-    tables = list(shorten.rows(examples, missing(examples, cache, names), cache, names))
+    tables = list(cut_answers.find_rows(examples, missing(examples, cache, names), cache, names))
     assert all(each.schema == CACHE and len(set(each["numerics_id"].to_pylist())) == 1 for each in tables)
     found = [row for each in tables for row in each.to_pylist()]
     assert len({row["key"] for row in found}) == len(found)
@@ -96,31 +80,38 @@ LOGPS = [-0.5, -1.0, -2.0, -4.0, -8.0]
 CUT = table(pair(P, (WHOLE[:3], WHOLE[3:]), ([5], [])))
 
 
-def test_an_answer_of_five_tokens_cut_to_three_is_its_first_three(tmp_path):
-    (row,) = served(CUT, cache_of(tmp_path, [scored(P, WHOLE, LOGPS)]))
-    assert row == {
-        "key": sequence_key([1, 2], [5, 6, 7]),
-        "n_prompt": 2,
-        "n_completion": 3,
-        "logp_sum": -3.5,
-        "logps": [-0.5, -1.0, -2.0],
-        "numerics_id": MINE,
-        "status": "ok",
-    }
-
-
-def test_an_answer_that_the_cache_has_cut_farther_on_serves_as_well(tmp_path):
-    (row,) = served(CUT, cache_of(tmp_path, [scored(P, WHOLE[:4], LOGPS[:4])]))
-    assert row["logps"] == [-0.5, -1.0, -2.0]
-
-
-def test_what_is_committed_is_missing_no_more(tmp_path):
+def test_an_answer_of_five_tokens_cut_to_three_is_its_first_three_and_then_no_longer_missing(tmp_path):
     cache = cache_of(tmp_path, [scored(P, WHOLE, LOGPS), scored(P, [5])])
-    (rows,) = shorten.rows(CUT, missing(CUT, cache, [MINE]), cache, [MINE])
-    cache.commit(rows, cache.numerics()[MINE], MINE, None)
+    (rows,) = cut_answers.find_rows(CUT, missing(CUT, cache, [MINE]), cache, [MINE])
+    assert rows.to_pylist() == [
+        {
+            "key": sequence_key([1, 2], [5, 6, 7]),
+            "n_prompt": 2,
+            "n_completion": 3,
+            "logp_sum": -3.5,
+            "logps": [-0.5, -1.0, -2.0],
+            "numerics_id": MINE,
+            "status": "ok",
+        }
+    ]
+    CacheWriter(cache).commit(rows, cache.numerics()[MINE], MINE, None)
     cache = Cache(cache.folder, REFERENCE["model_id"])
     assert len(missing(CUT, cache, [MINE])) == 0
     assert [values.tolist() for values in cache.logps([CUT["chosen_key"]], [MINE])] == [[-3.5]]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "status"),
+    [
+        ([[scored(P, WHOLE[:4], LOGPS[:4])]], "ok"),
+        ([[scored(P, WHOLE, LOGPS, status="ok: computed in float32")]], "ok: computed in float32"),
+        ([[scored(P, WHOLE) | {"logps": None}], [scored(P, WHOLE[:4], LOGPS[:4])]], "ok"),
+    ],
+    ids=["cut farther on", "computed in float32", "the longest has no list"],
+)
+def test_these_serve_as_well(tmp_path, chunks, status):
+    (row,) = served(CUT, cache_of(tmp_path, *chunks))
+    assert (row["logps"], row["status"]) == ([-0.5, -1.0, -2.0], status)
 
 
 @pytest.mark.parametrize(
@@ -158,17 +149,6 @@ def test_nothing_else_serves(tmp_path, longer):
     assert served(CUT, cache_of(tmp_path, [longer])) == []
 
 
-def test_a_value_in_float32_serves_and_says_so(tmp_path):
-    (row,) = served(CUT, cache_of(tmp_path, [scored(P, WHOLE, LOGPS, status="ok: computed in float32")]))
-    assert row["status"] == "ok: computed in float32"
-
-
-def test_where_the_longest_has_no_list_a_shorter_one_serves(tmp_path):
-    without = scored(P, WHOLE) | {"logps": None}
-    (row,) = served(CUT, cache_of(tmp_path, [without], [scored(P, WHOLE[:4], LOGPS[:4])]))
-    assert row["logps"] == [-0.5, -1.0, -2.0]
-
-
 def test_the_numerics_named_first_serve_though_others_have_more(tmp_path):
     cache = cache_of(tmp_path, [scored(P, WHOLE[:4])], [scored(P, WHOLE, LOGPS, numerics_id=OTHER)])
     for accepted, logps in (((MINE, OTHER), [-0.0, -1.0, -2.0]), ((OTHER, MINE), [-0.5, -1.0, -2.0])):
@@ -199,17 +179,15 @@ def test_labels_are_served_with_their_mismatched_answers(tmp_path):
     }
 
 
-def test_what_was_prepared_before_ends_were_kept_is_scored(tmp_path):
-    old = CUT.drop_columns(["chosen_cut_ids", "rejected_cut_ids"])
-    assert served(old, cache_of(tmp_path, [scored(P, WHOLE, LOGPS)])) == []
-
-
-def test_nothing_missing_and_an_empty_cache_serve_nothing(tmp_path):
+def test_nothing_missing_nothing_cached_and_no_kept_ends_serve_nothing(tmp_path):
     cache = cache_of(tmp_path)
     assert served(CUT, cache) == []
-    assert list(shorten.rows(CUT, np.empty(0), cache, [MINE])) == []
-    assert list(shorten.rows(CUT.slice(0, 0), np.empty(0), cache, [MINE])) == []
-    assert list(shorten.rows(CUT, np.array([0]), cache_of(tmp_path, [scored(P, WHOLE)]), [])) == []
+    assert list(cut_answers.find_rows(CUT, np.empty(0), cache, [MINE])) == []
+    assert list(cut_answers.find_rows(CUT.slice(0, 0), np.empty(0), cache, [MINE])) == []
+    cache = cache_of(tmp_path, [scored(P, WHOLE, LOGPS)])
+    assert list(cut_answers.find_rows(CUT, np.array([0]), cache, [])) == []
+    # Earlier versions did not keep the ends that they cut off.
+    assert served(CUT.drop_columns(["chosen_cut_ids", "rejected_cut_ids"]), cache) == []
 
 
 def many(n: int) -> tuple[pa.Table, list[dict[str, Any]]]:
@@ -226,10 +204,10 @@ def test_how_much_is_done_at_once_changes_no_row(tmp_path, monkeypatch, keys, to
     cache = cache_of(tmp_path, rows[::2], rows[1::2])
     expected = served(examples, cache)
     assert sorted(row["logp_sum"] for row in expected) == sorted(-(3 * i + 3 / 8) for i in range(40))
-    monkeypatch.setattr(shorten, "_KEYS_AT_ONCE", keys)
-    monkeypatch.setattr(shorten, "_TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(cut_answers, "_KEYS_AT_ONCE", keys)
+    monkeypatch.setattr(cut_answers, "_TOKENS_AT_ONCE", tokens)
     assert served(examples, cache) == expected
-    sizes = [len(each) for each in shorten.rows(examples, missing(examples, cache, [MINE]), cache, [MINE])]
+    sizes = [len(each) for each in cut_answers.find_rows(examples, missing(examples, cache, [MINE]), cache, [MINE])]
     assert sum(sizes) == 40 and (tokens > 100 or max(sizes) * 3 <= 2 * (tokens + 3))
 
 
@@ -237,15 +215,15 @@ def test_a_damaged_shard_serves_nothing_and_is_noted(tmp_path):
     examples, rows = many(20)
     cache = cache_of(tmp_path, rows[::2], rows[1::2])
     damaged, whole = cache.records
-    shard = cache.folder / damaged["file"]
+    shard = cache.folder / damaged.file
     at = pq.ParquetFile(shard).metadata.row_group(0).column(4).data_page_offset + 60
     data = bytearray(shard.read_bytes())
     data[at] ^= 1
     shard.write_bytes(data)
-    (found,) = shorten.rows(examples, np.arange(0, 80, 2), cache, [MINE])
-    assert len(found) == whole["rows"] == 20
+    (found,) = cut_answers.find_rows(examples, np.arange(0, 80, 2), cache, [MINE])
+    assert len(found) == whole.rows == 20
     ((record, reason),) = cache.damaged.items()
-    assert record == cache.record_path(damaged) and damaged["file"] in reason
+    assert record == cache.record_path(damaged) and damaged.file in reason
 
 
 # -- whatever is cut and cached --------------------------------------------------------------------------------------
@@ -345,7 +323,7 @@ def opened(folder: Path) -> Cache:
     return Cache(of_model, None)
 
 
-def forward(model: Path, sequence: Sequence) -> np.ndarray:
+def forward(model: Path, sequence: TokenSequence) -> np.ndarray:
     """What Transformers makes of a sequence by itself."""
     from transformers import AutoModelForCausalLM
 
@@ -374,8 +352,8 @@ def test_a_shorter_length_is_served_without_scoring_and_right(prefcache, model, 
             sequence = Sequences(examples)[slot]
             row = found[sequence.key()]
             assert np.abs(np.array(row["logps"]) - forward(model, sequence)).max() < 1e-5
-        for rows in shorten.rows(examples, slots, cache, [numerics_id]):
-            cache.commit(rows, cache.numerics()[numerics_id], numerics_id, None)
+        for rows in cut_answers.find_rows(examples, slots, cache, [numerics_id]):
+            CacheWriter(cache).commit(rows, cache.numerics()[numerics_id], numerics_id, None)
         done = prefcache("score", config, *at_length(length, "keep_start", of_kind), "--json")
         assert json.loads(done.stdout)["scored"] == 0
 

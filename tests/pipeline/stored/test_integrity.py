@@ -1,6 +1,5 @@
 """No wrong value is served: whatever bit flips and wherever a file ends, it is noticed, and only that shard is missing."""
 
-import json
 import os
 import random
 from collections.abc import Callable
@@ -8,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cache import BUDGET, MINE, MODEL, PAIRS, Cache, create, expected, fill, keys_of, reopen
 
-from pipeline.errors import IntegrityError
-from pipeline.stored import cache as cache_module
-from pipeline.stored.upkeep import verify
+from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.stored import artifact, verified_shards
+from prefcache.pipeline.stored.cache_maintenance import verify
+from prefcache.pipeline.stored.memos import VerifiedMemo
+from tests.helpers.caches import BUDGET, MINE, MODEL, PAIRS, Cache, create, expected, fill, keys_of, reopen
 
 RIGHT = {f"ref_{side}_logp": expected(PAIRS, side) for side in ("chosen", "rejected")}
 
@@ -29,16 +29,14 @@ def truncated(data: bytes, dice: random.Random) -> bytes:
 def files_of(cache: Cache) -> list[tuple[Path, dict]]:
     """Every shard and every record, with the record that it belongs to."""
     return [
-        (path, record)
-        for record in cache.records
-        for path in (cache.folder / record["file"], cache.record_path(record))
+        (path, record) for record in cache.records for path in (cache.folder / record.file, cache.record_path(record))
     ]
 
 
 @pytest.mark.parametrize(("change", "times"), [(flipped, 1000), (truncated, 200)], ids=["flips", "truncations"])
 def test_every_change_is_noticed_and_costs_one_shard(tmp_path, change: Callable, times: int):
     cache = fill(create(tmp_path), PAIRS)
-    held = {record["file"]: keys_of_shard(cache, record) for record in cache.records}
+    held = {record.file: keys_of_shard(cache, record) for record in cache.records}
     dice, files = random.Random(0), files_of(cache)
     for i in range(times):
         path, record = dice.choice(files)
@@ -46,10 +44,10 @@ def test_every_change_is_noticed_and_costs_one_shard(tmp_path, change: Callable,
         path.write_bytes(change(data, dice))
         found = reopen(cache)
         assert [*found.damaged] == [cache.record_path(record)]
-        with pytest.raises(IntegrityError, match="make score"):
+        with pytest.raises(IntegrityError, match="prefcache score"):
             found.refuse_damage()
-        assert set().union(*keys_of(PAIRS, found.plan(PAIRS, [MINE], BUDGET))) == held[record["file"]]
-        check_served(found, missing=held[record["file"]])
+        assert set().union(*keys_of(PAIRS, found.plan(PAIRS, [MINE], BUDGET))) == held[record.file]
+        check_served(found, missing=held[record.file])
         if i % 50 == 0:
             assert [*verify(cache.folder).damaged] == [cache.record_path(record).name]
         path.write_bytes(data)
@@ -74,11 +72,11 @@ def check_served(cache: Cache, missing: set[bytes]) -> None:
 def test_what_rots_unseen_by_the_file_system_is_noticed_where_it_is_read(tmp_path, monkeypatch):
     # As if every shard looked to the file system as it did when it was last found whole.
     cache = fill(create(tmp_path), PAIRS)
-    monkeypatch.setattr(cache_module._Memo, "damage", lambda *_: None)
+    monkeypatch.setattr(verified_shards.VerifiedShards, "find_damage", lambda *_: None)
     dice, n_noticed = random.Random(1), 0
     for _ in range(1000):
         record = dice.choice(cache.records)
-        path = cache.folder / record["file"]
+        path = cache.folder / record.file
         data = path.read_bytes()
         path.write_bytes(flipped(data, dice))
         found = reopen(cache)
@@ -95,37 +93,27 @@ def test_what_rots_unseen_by_the_file_system_is_noticed_where_it_is_read(tmp_pat
 
 @pytest.mark.parametrize("column", ["key", "logp_sum", "status"])
 def test_a_bit_that_rots_in_what_is_read_is_noticed_scored_again_and_then_right(tmp_path, monkeypatch, column):
-    monkeypatch.setattr(cache_module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(verified_shards, "SETTLED_SECONDS", -1.0)
     cache = reopen(fill(create(tmp_path), PAIRS))
     record = cache.records[2]
     rot(cache, record, column)
     found = reopen(cache)
     assert not found.damaged  # opening has not read it
-    with pytest.raises(IntegrityError, match=rf"{record['file']} .*make score"):
+    with pytest.raises(IntegrityError, match=rf"{record.file} .*prefcache score"):
         found.join(PAIRS, [MINE])
-    # From now on it is known, and the scorer computes what it held.
+    # From now on it is known, and the scorer computes what it held: also one that planned before it was known.
     again = reopen(cache)
     assert [*again.damaged] == [cache.record_path(record)]
     again.discard_damaged()
-    assert {k: v.tolist() for k, v in fill(reopen(again), PAIRS).join(PAIRS, [MINE]).items()} == RIGHT
-
-
-def test_a_scorer_that_plans_over_a_rotten_shard_writes_it_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SETTLED_SECONDS", -1.0)
-    cache = reopen(fill(create(tmp_path), PAIRS))
-    record = cache.records[2]
-    before = (cache.folder / record["file"]).read_bytes()
-    rot(cache, record, "logp_sum")
-    mended = fill(reopen(cache), PAIRS)
-    assert not mended.damaged and (cache.folder / record["file"]).read_bytes() == before
-    assert {k: v.tolist() for k, v in mended.join(PAIRS, [MINE]).items()} == RIGHT
+    for scorer in (reopen(again), found):
+        assert {k: v.tolist() for k, v in fill(scorer, PAIRS).join(PAIRS, [MINE]).items()} == RIGHT
 
 
 def rot(cache: Cache, record: dict, column: str) -> None:
     """Flip a bit in the middle of a column; to the file system, and so to the memo, nothing has changed."""
     import pyarrow.parquet as pq
 
-    path = cache.folder / record["file"]
+    path = cache.folder / record.file
     stat, meta = path.stat(), pq.read_metadata(path).row_group(0)
     (chunk,) = (meta.column(i) for i in range(meta.num_columns) if meta.column(i).path_in_schema == column)
     begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
@@ -134,27 +122,27 @@ def rot(cache: Cache, record: dict, column: str) -> None:
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     memo = cache.folder.parent / f".verified-{cache.folder.name}.json"
-    known = json.loads(memo.read_bytes())
-    assert known[record["file"]][:4] == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    known = {name: list(stamp) for name, stamp in VerifiedMemo.read(memo).known.items()}
+    assert known[record.file][:4] == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     # A disk that rots leaves the time of the last change alone; this test cannot.
-    known[record["file"]][2] = path.stat().st_ctime_ns
-    memo.write_text(json.dumps(known))
+    known[record.file][2] = path.stat().st_ctime_ns
+    VerifiedMemo.make(known=known).commit(memo)
 
 
 def test_unchanged_shards_are_not_hashed_again_and_changed_ones_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(verified_shards, "SETTLED_SECONDS", -1.0)
     cache = reopen(fill(create(tmp_path), PAIRS))
     hashed = []
-    damage = cache_module.artifact.damage
-    monkeypatch.setattr(cache_module.artifact, "damage", lambda f, e: hashed.append(e["file"]) or damage(f, e))
+    damage = artifact.damage
+    monkeypatch.setattr(artifact, "damage", lambda f, e: hashed.append(e.file) or damage(f, e))
     reopen(cache)
     assert hashed == []
-    shard = cache.folder / cache.records[1]["file"]
+    shard = cache.folder / cache.records[1].file
     os.utime(shard)
     reopen(cache)
     assert hashed == [shard.name]
     Cache(cache.folder, MODEL, every_byte=True)
-    assert sorted(hashed[1:]) == sorted(record["file"] for record in cache.records)
+    assert sorted(hashed[1:]) == sorted(record.file for record in cache.records)
 
 
 def test_a_shard_younger_than_the_clock_can_tell_is_hashed_again(tmp_path):
@@ -162,15 +150,15 @@ def test_a_shard_younger_than_the_clock_can_tell_is_hashed_again(tmp_path):
     fill(create(tmp_path), PAIRS)
     reopen(create(tmp_path))
     memo = next((tmp_path / "cache").glob(".verified-*"), None)
-    assert memo is None or json.loads(memo.read_bytes()) == {}
+    assert memo is None or VerifiedMemo.read(memo).known == {}
 
 
 def test_a_cache_that_cannot_be_written_to_opens_all_the_same(tmp_path, monkeypatch):
     cache = fill(create(tmp_path), PAIRS)
-    monkeypatch.setattr(cache_module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(verified_shards, "SETTLED_SECONDS", -1.0)
 
     def refuses(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cache_module.artifact, "commit_bytes", refuses)
+    monkeypatch.setattr(artifact, "commit_bytes", refuses)
     assert reopen(cache).join(PAIRS, [MINE])["ref_chosen_logp"].tolist() == RIGHT["ref_chosen_logp"]

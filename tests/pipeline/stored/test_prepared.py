@@ -4,10 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import IntegrityError, UsageError
-from pipeline.schema import PREPARED, QUARANTINE, sequence_key
-from pipeline.stored import artifact
-from pipeline.stored.prepared import IdLists, Prepared, Sequences, answers_of, is_current, sequence_table
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.schema import PREPARED, QUARANTINE, sequence_key
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.freshness import check_preparation
+from prefcache.pipeline.stored.prepared import IdLists, Prepared, Sequences, answer_names, sequence_table
+from prefcache.pipeline.stored.records import PreparedManifest
+from tests.helpers.caches import flip
 
 
 def row(i: int, split: str = "train") -> dict:
@@ -64,9 +67,9 @@ def write(folder, rows, kind="pairs", inputs=None) -> None:
             data = artifact.arrow_stream(table.slice(at, 3))
             path = folder / f"{split}-{at // 3}.arrow"
             shards.append(artifact.commit_file(path, data, split=split, rows=min(3, len(table) - at)))
-    quarantine = artifact.commit_file(folder / "quarantine.parquet", artifact.parquet(QUARANTINE.empty_table()))
-    manifest = {"inputs": inputs or {}, "kind": kind, "shards": shards, "quarantine": quarantine}
-    artifact.commit_manifest(folder, manifest)
+    quarantine = artifact.commit_file(folder / "quarantine.parquet", artifact.parquet(QUARANTINE.empty_table()), rows=0)
+    manifest = PreparedManifest.make(inputs=inputs or {}, kind=kind, shards=shards, quarantine=quarantine)
+    manifest.commit(folder / artifact.MANIFEST)
 
 
 # Training rows 0 to 6 and held-out rows 7 to 9.
@@ -96,8 +99,8 @@ def test_an_empty_split_is_an_empty_table(tmp_path):
 def test_datasets_maps_a_shard(prepared):
     from datasets import Dataset
 
-    shard = next(s for s in prepared.manifest["shards"] if s["split"] == "held_out")
-    found = Dataset.from_file(str(prepared.folder / shard["file"]))
+    shard = next(s for s in prepared.manifest.shards if s.split == "held_out")
+    found = Dataset.from_file(str(prepared.folder / shard.file))
     assert found["example_id"] == ["id7", "id8", "id9"] and found[1]["prompt_ids"] == list(range(9))
 
 
@@ -109,23 +112,18 @@ def test_before_the_manifest_there_is_no_preparation(tmp_path):
     artifact.retract_manifest(tmp_path)
     with pytest.raises(UsageError, match="no finished preparation"):
         Prepared(tmp_path)
-    assert not is_current(tmp_path, {})
+    assert not check_preparation(tmp_path, {}).is_stored
 
 
 def test_current_means_the_same_inputs_and_no_damage(tmp_path):
-    write(tmp_path, ROWS, inputs={"data": "x"})
-    assert is_current(tmp_path, {"data": "x"}) is True
-    assert is_current(tmp_path, {"data": "y"}) is False
+    write(tmp_path, ROWS, inputs={"made_from": "x"})
+    assert check_preparation(tmp_path, {"made_from": "x"}).is_fresh
+    assert check_preparation(tmp_path, {"made_from": "y"}).reasons == ["made_from x (now y)"]
     for damaged in ("train-0.arrow", "quarantine.parquet"):
-        write(tmp_path, ROWS, inputs={"data": "x"})
+        write(tmp_path, ROWS, inputs={"made_from": "x"})
         flip(tmp_path / damaged)
-        assert is_current(tmp_path, {"data": "x"}) is False
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
+        (reason,) = check_preparation(tmp_path, {"made_from": "x"}).reasons
+        assert reason == f"{damaged} has other bytes than were written (checksum)"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +136,7 @@ def flip(path):
     ids=["flipped", "truncated", "missing"],
 )
 def test_a_damaged_shard_is_an_integrity_error_that_names_it(prepared, damages, found):
-    shard = prepared.manifest["shards"][-1]["file"]
+    shard = prepared.manifest.shards[-1].file
     damages(prepared.folder / shard)
     with pytest.raises(IntegrityError, match=f"{shard} .*{found}.*prepare again"):
         Prepared(prepared.folder)
@@ -198,24 +196,16 @@ def labels(tmp_path) -> pa.Table:
     return Prepared(tmp_path).table()
 
 
-def test_the_answers_of_a_label_are_its_completion_and_the_mismatched_one(prepared, labels):
-    assert answers_of(labels) == ("completion", "kl")
-    assert answers_of(prepared.table()) == ("chosen", "rejected")
-
-
-def test_slots_of_labels_alternate_completion_and_mismatched_answer(labels):
-    sequences = Sequences(labels)
-    for i, expected in enumerate(labels.to_pylist()):
-        assert sequences[2 * i].key() == expected["completion_key"]
-        if expected["kl_key"]:
-            assert sequences[2 * i + 1].key() == expected["kl_key"]
-
-
-def test_a_label_without_a_mismatched_answer_is_one_sequence(labels):
+def test_slots_of_labels_alternate_completion_and_mismatched_answer_which_one_may_lack(prepared, labels):
+    assert answer_names(labels) == ("completion", "kl")
+    assert answer_names(prepared.table()) == ("chosen", "rejected")
     found = sequence_table(labels).to_pylist()
     # Slot 2 * 1 + 1 would be the missing one.
     assert sorted(row["slot"] for row in found) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     sequences = Sequences(labels)
+    for i, expected in enumerate(labels.to_pylist()):
+        assert sequences[2 * i].key() == expected["completion_key"]
+        assert not expected["kl_key"] or sequences[2 * i + 1].key() == expected["kl_key"]
     for row in found:
         sequence = sequences[row["slot"]]
         assert (sequence.key(), sequence.n_tokens) == (row["key"], row["n"])

@@ -1,18 +1,15 @@
 """What a loss takes over a batch does not depend on how memory and processes cut it, and its gradient is the exact one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, pair, write_config
 from safetensors.torch import load_file
 
-from pipeline.training.losses import LOSSES
+from prefcache.pipeline.training.losses import LOSSES
+from tests.helpers.project import pair, write_config
+from tests.helpers.runs import launch_all, metrics
 
 COUPLED = [name for name, loss in LOSSES.items() if loss.statistics or loss.over_batch]
 # sft beside another loss, whose parts come from one pass.
@@ -27,7 +24,7 @@ def experiment(tmp_path_factory, model) -> Path:
     """48 graded pairs, prepared and scored as pairs and as labels."""
     from click.testing import CliRunner
 
-    from stages.cli import main
+    from prefcache.cli import main
 
     folder = tmp_path_factory.mktemp("scope")
     with open(folder / "pairs.jsonl", "w") as file:
@@ -68,22 +65,7 @@ def arguments(name: str, run: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def two_processes(experiment) -> Path:
     """All of them under torchrun, in one start of two processes."""
-    commands = [arguments(name, "two") for name in [*COUPLED, *MIXED]]
-    script = experiment / "two.py"
-    script.write_text(
-        "import json, sys\nfrom stages.cli import main\n"
-        f"for command in json.loads({json.dumps(json.dumps(commands))}):\n"
-        "    main(command, standalone_mode=False)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613", str(script)],
-        cwd=experiment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
+    launch_all(experiment, 29613, [arguments(name, "two") for name in [*COUPLED, *MIXED]], timeout=500)
     return experiment
 
 
@@ -142,13 +124,11 @@ def test_scope_micro_without_a_size_is_refused(prefcache, monkeypatch, experimen
 
 def test_a_killed_run_of_bco_remembers_its_delta(prefcache, monkeypatch, experiment):
     """The mean of all rewards so far is in the checkpoint: a run cut at step 5 and one that was not are the same."""
-    import pyarrow.parquet as pq
-
-    from pipeline.training import runlog
+    from prefcache.pipeline.training import run_log
 
     every = "train.checkpoint_every=5"
     whole = train(prefcache, monkeypatch, experiment, "bco", "uncut", every)
-    log = runlog.RunLog.metrics
+    log = run_log.RunLog.add_metrics
 
     def dies_at_7(self, row):
         if row["step"] == 7:
@@ -156,18 +136,11 @@ def test_a_killed_run_of_bco_remembers_its_delta(prefcache, monkeypatch, experim
         log(self, row)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runlog.RunLog, "metrics", dies_at_7)
+        patch.setattr(run_log.RunLog, "add_metrics", dies_at_7)
         monkeypatch.chdir(experiment)
         prefcache(*arguments("bco", "cut", every), code=130)
     again = train(prefcache, monkeypatch, experiment, "bco", "cut", every)
     assert all(torch.equal(whole[key], again[key]) for key in whole)
-    deltas = [
-        np.concatenate(
-            [
-                pq.read_table(part)["delta"]
-                for part in sorted((experiment / "runs/labels" / f"{run}-bco" / "metrics").glob("*"))
-            ]
-        )
-        for run in ("uncut", "cut")
-    ]
-    assert deltas[0].tolist() == deltas[1].tolist() and len(set(deltas[0].tolist())) > 5
+    runs = (experiment / "runs/labels" / f"{run}-bco" for run in ("uncut", "cut"))
+    uncut, cut = ([row["delta"] for row in metrics(run)] for run in runs)
+    assert uncut == cut and len(set(uncut)) > 5

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.training.density import density_ratios
+from prefcache.pipeline.training.bco_density_ratio import density_ratios
 
 # A user of the command would see them.
 pytestmark = pytest.mark.filterwarnings("error")

@@ -1,59 +1,66 @@
 """train.best: the run ends with the best evaluation's weights, whatever interrupted it."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import pair, write_config, write_pairs
-from examples_for_tests import objective
 from safetensors.torch import load_file
-from test_train import metrics, table, weights
 
-from pipeline.config import Best
-from pipeline.stored.prepared import Prepared
-from pipeline.training import best, checkpoints
-from pipeline.training.metrics import of_evaluations
+from prefcache.pipeline.config import Best
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.training import best_checkpoint, checkpoints
+from prefcache.pipeline.training.metrics import example_evaluation
+from tests.helpers.examples import objective
+from tests.helpers.project import invoke, options, write_config, write_pairs
+from tests.helpers.runs import metrics, table, weights, write_turned_pairs
 
 TOO_LONG = {"learning_rate": 3e-3, "epochs": 3, "eval_every": 2, "samples": 3}
-LOSS = ["--set", "train.best=eval_loss"]
+LOSS = options("train.best=eval_loss", "train.checkpoint_every=3")
 
 
-def write_turned_pairs(path: Path) -> None:
-    """Two of five are turned around, so that the best evaluation lies between the first and the last."""
-    dice, turned = random.Random(2), {"chosen": "rejected", "rejected": "chosen", "prompt": "prompt"}
-    rows = [pair(i) for i in range(60)]
-    rows = [{turned[key]: row[key] for key in row} if dice.random() < 0.4 else row for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.fixture(scope="module")
+def turned(model, tmp_path_factory) -> Path:
+    """An experiment with two runs: the last step's model and the best evaluation's."""
+    folder = tmp_path_factory.mktemp("turned")
+    write_turned_pairs(folder / "pairs.jsonl")
+    config = write_config(folder, model, **TOO_LONG)
+    for stage in ("prepare", "score"):
+        invoke(folder, stage, config)
+    invoke(folder, "train", config, "--set", "train.run=last")
+    done = invoke(folder, "train", config, *LOSS)
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
 
 
 @pytest.fixture
-def scored(prefcache, model, tmp_path):
-    write_turned_pairs(tmp_path / "pairs.jsonl")
-    config = write_config(tmp_path, model, **TOO_LONG)
-    prefcache("prepare", config)
-    prefcache("score", config)
-    return config
+def scored(turned, tmp_path) -> Path:
+    shutil.copytree(turned, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("trained", "last"))
+    return tmp_path / "config.yaml"
+
+
+@pytest.fixture
+def run(turned, tmp_path) -> Path:
+    """The run that ends with the best evaluation."""
+    shutil.copytree(turned, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs/tiny/trained"
 
 
 def evaluations(run: Path, metric: str) -> dict[int, float]:
     """Of the steps, without the one before the first."""
-    return {row["step"]: row[metric] for row in metrics(run) if row["step"] and row[metric] is not None}
+    return {row["step"]: row[metric] for row in metrics(run) if row["step"] and row.get(metric) is not None}
 
 
 def steps_kept(run: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").iterdir())
 
 
-def test_the_model_is_the_best_evaluations_and_everything_says_which(prefcache, scored, tmp_path):
+def test_the_model_is_the_best_evaluations_and_everything_says_which(run, turned, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    prefcache("train", scored, "--set", "train.run=last")
-    done = prefcache("train", scored, *LOSS)
-    run = tmp_path / "runs/tiny/trained"
     losses = evaluations(run, "eval_loss")
     step = min(losses, key=losses.__getitem__)
     assert 2 < step < max(losses)
@@ -63,8 +70,8 @@ def test_the_model_is_the_best_evaluations_and_everything_says_which(prefcache, 
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["best"] == {"step": step, "metric": "eval_loss", "value": losses[step]}
     assert manifest["after"]["evaluation"]["loss"] == losses[step]
-    for said in (done.stdout, done.stderr, (run / "model/README.md").read_text()):
-        assert f"of step {step}, the best" in said
+    for said in (turned / "stdout", turned / "stderr", run / "model/README.md"):
+        assert f"of step {step}, the best" in said.read_text()
     # Its log-probs, by plain Transformers, are those recorded at that step.
     trained = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     visits = {v["example_id"]: v for v in table(run, "steps") if v["step"] == step and v["split"] == "held_out"}
@@ -93,34 +100,33 @@ def test_more_is_better_for_what_is_no_loss_and_it_can_be_said_otherwise(prefcac
 def test_of_equal_evaluations_the_earlier_is_the_best():
     wanted, found = Best(metric="eval_rewards/accuracies"), None
     for step, value in ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.625)):
-        found = best.after(wanted, found, step, {"rewards/accuracies": value})
-    assert (found["step"], found["waited"]) == (4, 2)
+        found = best_checkpoint.update(wanted, found, step, {"rewards/accuracies": value})
+    assert (found.step, found.waited) == (4, 2)
     # One that was not finite is no better than any; the first of all is, for there is nothing else yet.
-    assert best.after(wanted, None, 2, {})["step"] == 2
-    assert best.after(wanted, found, 10, {})["step"] == 4
-    assert best.after(wanted, best.after(wanted, None, 2, {}), 4, {"rewards/accuracies": 0.0})["step"] == 4
+    assert best_checkpoint.update(wanted, None, 2, {}).step == 2
+    assert best_checkpoint.update(wanted, found, 10, {}).step == 4
+    first = best_checkpoint.update(wanted, None, 2, {})
+    assert best_checkpoint.update(wanted, first, 4, {"rewards/accuracies": 0.0}).step == 4
 
 
 def test_the_best_is_kept_beside_the_newest_until_a_better_one_comes(prefcache, scored, tmp_path):
     """Between two checkpoints it gets one of its own."""
-    prefcache("train", scored, *LOSS, "--set", "train.checkpoint_every=5", "--set", "train.keep_checkpoints=1")
+    prefcache("train", scored, *LOSS, *options("train.checkpoint_every=5", "train.keep_checkpoints=1"))
     run = tmp_path / "runs/tiny/trained"
     losses = evaluations(run, "eval_loss")
     step = min(losses, key=losses.__getitem__)
     assert step % 5 and steps_kept(run) == [step, max(losses)]
-    folder, state = checkpoints.newest(run, pytest.fail)
-    assert folder == checkpoints.at(run, max(losses)) and state["best"]["step"] == step
+    folder, state = checkpoints.find_newest(run, pytest.fail)
+    assert folder == checkpoints.path(run, max(losses)) and state.best.step == step
     kept, model = (
-        load_file(path) for path in (checkpoints.at(run, step) / "weights.safetensors", run / "model/model.safetensors")
+        load_file(path)
+        for path in (checkpoints.path(run, step) / "weights.safetensors", run / "model/model.safetensors")
     )
     assert all(torch.equal(kept[name], values) for name, values in model.items())
 
 
 @pytest.mark.parametrize("lost", ["last", "all", "best", "model"])
-def test_whatever_is_lost_a_resumed_run_ends_with_the_same_bytes(prefcache, scored, tmp_path, lost):
-    settings = [*LOSS, "--set", "train.checkpoint_every=3"]
-    prefcache("train", scored, *settings)
-    run = tmp_path / "runs/tiny/trained"
+def test_whatever_is_lost_a_resumed_run_ends_with_the_same_bytes(prefcache, run, lost):
     expected, step = weights(run), json.loads((run / "manifest.json").read_text())["best"]["step"]
     rows, samples = metrics(run), pq.read_table(run / "samples.parquet")
     if lost == "model":
@@ -129,22 +135,22 @@ def test_whatever_is_lost_a_resumed_run_ends_with_the_same_bytes(prefcache, scor
         (run / "manifest.json").unlink()
         folders = {"last": [max(steps_kept(run))], "best": [step], "all": steps_kept(run)}[lost]
         for each in folders:
-            (checkpoints.at(run, each) / "weights.safetensors").write_bytes(b"")
-    done = prefcache("train", scored, *settings)
+            (checkpoints.path(run, each) / "weights.safetensors").write_bytes(b"")
+    done = prefcache("train", "config.yaml", *LOSS)
     # Without the best, no later checkpoint leads to the same end.
-    assert ("going on from step" in done.stderr) == (lost in ("last", "model"))
+    assert ("resuming from step" in done.stderr) == (lost in ("last", "model"))
     assert weights(run) == expected and metrics(run) == rows
     assert pq.read_table(run / "samples.parquet").equals(samples)
     assert json.loads((run / "manifest.json").read_text())["best"]["step"] == step
     assert steps_kept(run)[0] == step  # nothing damaged is left
 
 
-def test_patience_ends_training_and_a_resumed_run_at_the_same_step(prefcache, scored, tmp_path):
-    settings = ["--set", "train.best={metric: eval_loss, patience: 2}", "--set", "train.checkpoint_every=3"]
-    prefcache("train", scored, "--set", "train.run=whole")
-    prefcache("train", scored, *settings)
-    run = tmp_path / "runs/tiny/trained"
-    losses, all_losses = (evaluations(tmp_path / "runs/tiny" / name, "eval_loss") for name in ("trained", "whole"))
+def test_patience_ends_training_and_a_resumed_run_at_the_same_step(prefcache, run):
+    settings = options("train.best={metric: eval_loss, patience: 2}", "train.checkpoint_every=3", "train.run=patient")
+    prefcache("train", "config.yaml", *settings)
+    all_losses = evaluations(run, "eval_loss")
+    run = run.with_name("patient")
+    losses = evaluations(run, "eval_loss")
     step = min(losses, key=losses.__getitem__)
     # Evaluated at every second step: it ends two evaluations after the best one.
     assert max(losses) == step + 4 < max(all_losses)
@@ -155,26 +161,24 @@ def test_patience_ends_training_and_a_resumed_run_at_the_same_step(prefcache, sc
     for lost in (0, 1):  # ended, but not written to the end; and a checkpoint before
         (run / "manifest.json").unlink()
         for each in steps_kept(run)[::-1][:lost]:
-            shutil.rmtree(checkpoints.at(run, each))
-        prefcache("train", scored, *settings)
+            shutil.rmtree(checkpoints.path(run, each))
+        prefcache("train", "config.yaml", *settings)
         assert weights(run) == expected and evaluations(run, "eval_loss") == losses
 
 
-def test_when_it_is_evaluated_is_part_of_a_run_that_looks_for_the_best(prefcache, scored):
-    prefcache("train", scored)
-    assert "nothing to do" in prefcache("train", scored, "--set", "train.eval_every=3").stderr
-    prefcache("train", scored, *LOSS)
-    done = prefcache("train", scored, *LOSS, "--set", "train.eval_every=3")
-    assert "train.eval_every 2 (now 3)" in done.stderr
+def test_when_it_is_evaluated_is_part_of_a_run_that_looks_for_the_best(prefcache, run):
+    often = options("train.eval_every=3")
+    assert "nothing to do" in prefcache("train", "config.yaml", "--set", "train.run=last", *often).stderr
+    assert "train.eval_every 2 (now 3)" in prefcache("train", "config.yaml", *LOSS, *often).stderr
 
 
 def test_a_run_whose_reference_moves_is_told_what_its_best_is_beside(prefcache, scored, tmp_path):
-    moves = [*LOSS, "--set", "train.moving_reference={every: 4, alpha: 1}", "--set", "train.epochs=2"]
-    said = "eval_loss is measured beside the reference of its step"
+    moves = [*LOSS, *options("train.moving_reference={every: 4, alpha: 1}", "train.epochs=2")]
+    said = "eval_loss is measured against the reference of its step"
     assert said in prefcache("train", scored, *moves).stderr
     for run, metric in (("logps", "eval_logps/chosen"), ("preference", "eval_preference_accuracy")):
-        alone = prefcache("train", scored, *moves, "--set", f"train.best={metric}", "--set", f"train.run={run}")
-        assert "measured beside" not in alone.stderr
+        alone = prefcache("train", scored, *moves, *options(f"train.best={metric}", f"train.run={run}"))
+        assert "measured against" not in alone.stderr
     by_step = evaluations(tmp_path / "runs/tiny/preference", "eval_preference_accuracy")
     assert f"the model is that of step {max(by_step, key=by_step.__getitem__)}, the best" in alone.stderr
 
@@ -188,16 +192,15 @@ def test_a_run_whose_reference_moves_is_told_what_its_best_is_beside(prefcache, 
         (["train.best=eval_los"], "there is no metric 'eval_los'. The nearest is eval_loss. This run's evaluations log eval_loss,"),
         (["train.best=eval_kl"], "eval_rewards/accuracies, eval_rewards/margins, eval_logps/chosen, eval_logps/rejected"),
         (["train.best=grad_norm"], "there is no metric 'eval_grad_norm'"),
-        (["train.best=eval_loss", "train.eval_every=null"], "there is only the one after the last step. Say train.eval_every"),
+        (["train.best=eval_loss", "train.eval_every=null"], "only the last step has one. Set train.eval_every"),
         (["train.best=eval_loss", "prepare.held_out=0"], "no example is held out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_the_best_is_refused_before_anything_is_loaded(prefcache, model, tmp_path, settings, message):
     write_pairs(tmp_path / "pairs.jsonl", 12)
     config = write_config(tmp_path, model, **TOO_LONG)
-    said = [word for each in settings for word in ("--set", each)]
-    prefcache("prepare", config, *(said[-2:] if "prepare" in said[-1] else ()))
-    done = prefcache("train", config, *said, code=2)
+    prefcache("prepare", config, *options(*(each for each in settings if "prepare" in each)))
+    done = prefcache("train", config, *options(*settings), code=2)
     assert message in done.stderr and not (tmp_path / "runs/tiny/trained").exists()
 
 
@@ -219,12 +222,12 @@ def test_a_metric_that_the_held_out_examples_cannot_have_is_refused(prefcache, m
 def test_the_metrics_that_are_named_are_those_that_evaluations_log(prefcache, scored, tmp_path, loss):
     import yaml
 
-    labels = ["--set", "prepare.examples=labels", "--set", "out=runs/labels"] if loss in ("kto", "bco") else []
+    labels = options("prepare.examples=labels", "out=runs/labels") if loss in ("kto", "bco") else []
     for stage in ("prepare", "score") if labels else ():
         prefcache(stage, scored, *labels)
-    prefcache("train", scored, *labels, "--set", f"train.loss={loss}", "--set", "train.epochs=0.1")
+    prefcache("train", scored, *labels, *options(f"train.loss={loss}", "train.epochs=0.1"))
     row = metrics(tmp_path / ("runs/labels" if labels else "runs/tiny") / "trained")[0]
     logged = {
         name.removeprefix("eval_") for name, value in row.items() if name.startswith("eval_") and value is not None
     }
-    assert set(of_evaluations(objective(loss=yaml.safe_load(loss)))) == logged
+    assert set(example_evaluation(objective(loss=yaml.safe_load(loss)))) == logged

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from examples_for_tests import MINE, cache_for, floats, label, logps_of, objective, pair, prepared
 
-from pipeline.errors import UsageError
-from pipeline.training import columns
-from pipeline.training.density import density_ratios
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.training import cache_join, loss_columns
+from prefcache.pipeline.training.bco_density_ratio import density_ratios
+from tests.helpers.examples import MINE, cache_for, cache_of, floats, label, logps_of, objective, pair, prepared, scored
 
 SCORES = {"chosen_score": 3.0, "rejected_score": 1.0}
 PAIRS = [
@@ -36,10 +36,10 @@ def without_kl(rows):
 def examples(tmp_path, rows, failed=(), **train):
     """Training and held-out examples of these rows, with all their answers scored but for those that failed."""
     chosen, data = objective(**train), prepared(tmp_path / "prepared", rows)
-    columns.refuse_missing(chosen, data)
+    loss_columns.refuse_missing(chosen, data)
     cache = cache_for(tmp_path / "cache", rows, failed) if chosen.reference_answers else None
     density_ratio = bool(train.get("density_ratio"))
-    found = columns.examples(chosen, data, cache, [MINE], density_ratio=density_ratio)
+    found = cache_join.join_cache(chosen, data, cache, [MINE], density_ratio=density_ratio)
     return found["train"], found["held_out"]
 
 
@@ -53,7 +53,7 @@ def values(split) -> dict[str, list[float]]:
 
 def refusal(tmp_path, rows, **train) -> str:
     with pytest.raises(UsageError) as caught:
-        columns.refuse_missing(objective(**train), prepared(tmp_path / "prepared", rows))
+        loss_columns.refuse_missing(objective(**train), prepared(tmp_path / "prepared", rows))
     return str(caught.value)
 
 
@@ -92,12 +92,12 @@ def test_labels_without_mismatched_answers_are_refused_for_kto(tmp_path):
 
 @pytest.mark.parametrize(("rows", "loss"), [(PAIRS, "rpo"), (PAIRS, "sigmoid"), (LABELS, "kto"), (LABELS, "bco")])
 def test_what_some_examples_have_is_there(tmp_path, rows, loss):
-    columns.refuse_missing(objective(loss=loss), prepared(tmp_path, rows))
+    loss_columns.refuse_missing(objective(loss=loss), prepared(tmp_path, rows))
 
 
 def test_a_single_label_has_no_mismatched_answer_and_the_remedy_says_why(tmp_path):
     message = refusal(tmp_path, without_kl(LABELS[:1]), loss="kto")
-    assert "where all answers are the same, there is none that does not belong" in message
+    assert "if all answers are the same, no answer can be mismatched" in message
 
 
 # -- where columns come from -----------------------------------------------------------------------------------------
@@ -216,3 +216,14 @@ def test_density_ratios_are_fitted_on_the_training_split(tmp_path):
     assert found == pytest.approx(expected[:4]) and values(held_out)["density_ratio"] == pytest.approx(expected[4:])
     # Word 7 is in desirable prompts only, 9 in undesirable ones only.
     assert found[0] > 1 > found[1]
+
+
+def test_tokens_of_another_number_than_the_answer_has_are_refused(tmp_path):
+    # The row agrees with itself, one token for one; the answer has two.
+    row = pair(0, [1], [2, 3], [4])
+    short = {**scored([1], [2, 3], logps=[-1.0], logp_sum=-1.0), "n_completion": 1}
+    cache = cache_of(tmp_path / "cache", [short, scored([1], [4])])
+    chosen = objective(loss="sigmoid", tokens={"decay": 0.9})
+    data = prepared(tmp_path / "prepared", [row, pair(1, [1], [4], [4], split="held_out")])
+    with pytest.raises(IntegrityError, match="another number of log-probs for an answer than the answer has tokens"):
+        cache_join.join_cache(chosen, data, cache, [MINE], density_ratio=False)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from examples_for_tests import cache_for, floats, label, logps_of, pair, table
 
-from pipeline.training.batches import Examples, n_steps, steps
-from pipeline.training.token_logps import token_logps
+from prefcache.pipeline.training.dataset import Examples, SplitData, n_steps, steps
+from prefcache.pipeline.training.reference_token_logps import token_logps
+from tests.helpers.examples import MINE, cache_for, floats, label, logps_of, pair, table
 
 NAN = float("nan")
 
@@ -19,7 +19,7 @@ def pair_rows(n: int) -> list[dict]:
 def pairs(n: int, without: tuple[int, ...] = (), **more) -> Examples:
     reference = {"ref_chosen_logp": -1.0 * np.arange(n), "ref_rejected_logp": -2.0 * np.arange(n)}
     reference["ref_chosen_logp"][list(without)] = NAN
-    return Examples(table(pair_rows(n), "pairs"), ("chosen", "rejected"), (), reference | more)
+    return Examples(SplitData(table(pair_rows(n), "pairs"), reference | more, ("chosen", "rejected")))
 
 
 def labels(**more) -> Examples:
@@ -28,7 +28,7 @@ def labels(**more) -> Examples:
     rows = [label(i, [i] * 2, [10 + i] * (i + 1), i % 2 == 0, kl=kl[i]) for i in range(4)]
     columns = {"label": np.array([1.0, 0, 1, 0]), "ref_completion_logp": -np.arange(4.0)}
     columns["ref_kl_logp"] = np.array([-1, NAN, -3, -4])
-    return Examples(table(rows, "labels"), ("completion",), ("kl",), columns | more)
+    return Examples(SplitData(table(rows, "labels"), columns | more, ("completion",), ("kl",)))
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -59,14 +59,7 @@ def test_every_example_is_seen_once_per_epoch(n_examples, batch_size):
 
 def test_steps_count_from_one_and_say_how_far_the_epochs_are():
     # 10 examples in steps of 4 are 3 steps an epoch.
-    assert [(step, epoch) for step, epoch, _ in steps(10, 4, 2, 0, 0)] == [
-        (1, 1 / 3),
-        (2, 2 / 3),
-        (3, 1),
-        (4, 4 / 3),
-        (5, 5 / 3),
-        (6, 2),
-    ]
+    assert [(step, epoch) for step, epoch, _ in steps(10, 4, 2, 0, 0)] == [(i, i / 3) for i in range(1, 7)]
 
 
 @pytest.mark.parametrize("after", range(7))
@@ -118,8 +111,8 @@ def test_a_batch_has_the_tokens_and_columns_of_its_pairs():
 
 
 def test_only_the_answers_that_are_asked_for_have_their_tokens():
-    assert pairs(3).batch(np.array([0]), "cpu").answers == {}
-    assert list(pairs(3).batch(np.array([0]), "cpu", ("rejected",)).answers) == ["rejected"]
+    for names in ((), ("rejected",)):
+        assert tuple(pairs(3).batch(np.array([0]), "cpu", names).answers) == names
 
 
 def test_examples_without_a_value_are_left_out_and_counted_by_the_column_that_lacks_it():
@@ -136,22 +129,21 @@ def test_examples_without_a_value_are_left_out_and_counted_by_the_column_that_la
     assert texts == ["why 5?", "why 1?"] and [list(row) for row in ids] == [[5], [1, 1]]
 
 
-def test_where_nothing_is_lacking_nothing_is_left_out():
-    assert (len(pairs(4)), pairs(4).left_out) == (4, {})
-
-
 @pytest.mark.parametrize("kind", ["pairs", "labels"])
 def test_no_examples_are_none(kind):
     answers, optional = (("chosen", "rejected"), ()) if kind == "pairs" else (("completion",), ("kl",))
-    found = Examples(table([], kind), answers, optional, {f"ref_{answers[0]}_logp": np.empty(0)})
+    found = Examples(SplitData(table([], kind), {f"ref_{answers[0]}_logp": np.empty(0)}, answers, optional))
     assert (len(found), found.left_out) == (0, {})
     assert found.micro_batches(np.arange(0), 10) == found.micro_batches(np.arange(0), 10, 2) == []
     assert found.batch(np.arange(0), "cpu", answers).rows == []
 
 
-def test_when_every_example_lacks_something_there_are_none():
-    found = pairs(3, without=(0, 1, 2))
-    assert (len(found), found.left_out) == (0, {"ref_chosen_logp": 3})
+@pytest.mark.parametrize(
+    ("without", "n", "left_out"), [((), 3, {}), ((0, 1, 2), 0, {"ref_chosen_logp": 3})], ids=["none", "all"]
+)
+def test_none_or_all_examples_may_lack_something(without, n, left_out):
+    found = pairs(3, without)
+    assert (len(found), found.left_out) == (n, left_out)
 
 
 def test_tokens_of_a_step_are_those_of_both_sequences():
@@ -163,7 +155,7 @@ def test_tokens_of_a_step_are_those_of_both_sequences():
 
 def test_a_loss_of_chosen_answers_alone_counts_no_rejected_tokens():
     # Also where an evaluation looks at both.
-    found = Examples(table(pair_rows(10), "pairs"), ("chosen", "rejected"), (), {}, learned=("chosen",))
+    found = Examples(SplitData(table(pair_rows(10), "pairs"), {}, ("chosen", "rejected"), learned=("chosen",)))
     assert found.n_tokens(np.array([0, 7])) == 2 + 4
     assert list(found.batch(np.array([0]), "cpu", ("rejected",)).answers) == ["rejected"]
 
@@ -182,20 +174,10 @@ def test_a_label_without_a_mismatched_answer_stays_and_has_none():
     assert batch.columns["label"].tolist() == [0, 1] and batch.columns["ref_kl_logp"][0].isnan()
 
 
-def test_labels_may_lack_every_mismatched_answer():
-    found = labels(ref_kl_logp=np.full(4, NAN))
-    assert len(found) == 4
-    assert found.batch(np.arange(4), "cpu", ("kl",)).answers["kl"] == [None] * 4
-
-
-def test_a_mismatched_answer_without_a_reference_value_is_no_answer():
-    found = labels(ref_kl_logp=np.array([NAN, NAN, -3, -4]))
-    assert [each is None for each in found.batch(np.arange(4), "cpu", ("kl",)).answers["kl"]] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+@pytest.mark.parametrize("ref_kl_logp", [[NAN] * 4, [NAN, NAN, -3, -4]], ids=["all", "two"])
+def test_a_mismatched_answer_without_a_reference_value_is_no_answer(ref_kl_logp):
+    answers = labels(ref_kl_logp=np.array(ref_kl_logp)).batch(np.arange(4), "cpu", ("kl",)).answers["kl"]
+    assert [each is None for each in answers] == np.isnan(ref_kl_logp).tolist()
 
 
 def test_a_label_lacking_its_own_value_is_left_out_also_of_the_others():
@@ -214,12 +196,12 @@ def test_the_references_tokens_follow_the_examples(tmp_path):
     rows = pair_rows(6)
     cache, examples = cache_for(tmp_path, rows, without=(rows[1]["rejected_key"],)), table(rows, "pairs")
     keys = [examples["chosen_key"], examples["rejected_key"]]
-    sums = cache.logps(keys, ["mine"])
+    sums = cache.logps(keys, [MINE])
     columns = {
         f"ref_{name}_logp": np.ma.filled(values, NAN) for name, values in zip(("chosen", "rejected"), sums, strict=True)
     }
-    tokens = dict(zip(("chosen", "rejected"), token_logps(cache, keys, sums, ["mine"]), strict=True))
-    found = Examples(examples, ("chosen", "rejected"), (), columns, tokens)
+    tokens = dict(zip(("chosen", "rejected"), token_logps(cache, keys, sums, [MINE]), strict=True))
+    found = Examples(SplitData(examples, columns, ("chosen", "rejected"), tokens=tokens))
     assert found.left_out == {"ref_rejected_logp": 1}
     batch = found.batch(np.array([4, 1]), "cpu", ("chosen", "rejected"))
     # Without row 1, the fifth is row 5 and the second row 2.

@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, write_config, write_pairs
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-import stages.train
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.stored.prepared import Prepared
-from pipeline.training import devices
-from pipeline.training.policy import Policy
-from stages.cli import main
+from prefcache.cli import main
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.training import distributed, policy
+from prefcache.pipeline.training.policy import Policy
+from tests.helpers.project import ROOT, write_config, write_pairs
+from tests.helpers.runs import metrics
 
 # Micro-batches of one of 5 examples: of two processes one has three, the other two. Every step is clipped.
 TRAIN = {"batch_size": 5, "micro_batch_size": 1, "epochs": 1, "learning_rate": 1e-3, "max_grad_norm": 0.5}
@@ -97,7 +97,7 @@ def in_two_processes(folder: Path, jobs: list[Job], **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=500,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
     return done.stderr
@@ -112,7 +112,7 @@ def in_each_process() -> None:
             super().__init__(*given)
             policies.append(self)
 
-    stages.train.Policy = Seen
+    policy.Policy = Seen
     for job in (Job(**each) for each in json.loads(Path("jobs.json").read_text())):
         os.environ.update(job.environment)
         if job.goes_on_from and rank == 0:
@@ -173,12 +173,8 @@ def trained(one_process) -> Path:
     flags = launched_by_accelerate("--use_fsdp", "--fsdp_version", "2")
     said = in_two_processes(one_process, [*shards, *copies, *again, *asked], **flags)
     assert said.count("the model is sharded over 2 processes (FSDP2)") == len(shards) + len(asked)
-    assert said.count("going on from step") == len(again)
+    assert said.count("resuming from step") == len(again)
     return one_process
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [row for part in sorted((run / "metrics").glob("*")) for row in pq.read_table(part).to_pylist()]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -274,7 +270,7 @@ def test_a_sharded_run_resumes_bit_by_bit(trained):
 def test_a_run_goes_on_in_another_number_of_processes(trained):
     assert_same(run_folder(trained, "llama", "joined"), run_folder(trained, "llama", "one"))
     go_back(trained, "shards", "lora", "parted-lora")
-    assert "going on from step" in in_this_process(trained, *command("lora", "parted"))
+    assert "resuming from step" in in_this_process(trained, *command("lora", "parted"))
     assert_same(run_folder(trained, "lora", "parted"), run_folder(trained, "lora", "one"))
 
 
@@ -296,7 +292,7 @@ def test_what_accelerate_launch_asks_for_and_would_not_happen_is_refused(monkeyp
     for key, value in launched_by_accelerate(*flags).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UsageError, match=remedy):
-        devices.accelerator(Train(device="cpu"))
+        distributed.make_accelerator(Train(device="cpu"))
 
 
 def test_deepspeed_is_refused_and_the_message_names_what_does_the_same(prefcache, one_process, monkeypatch):
@@ -307,22 +303,22 @@ def test_deepspeed_is_refused_and_the_message_names_what_does_the_same(prefcache
     assert not run_folder(one_process, "llama", "deepspeed").exists()
 
 
-def test_quantised_weights_are_not_sharded():
+def test_quantized_weights_are_not_sharded():
     train = Train(device="cpu", shard="fsdp")
     with pytest.raises(UsageError, match="Weights in 4bit"):
-        devices.is_sharded(train, devices.accelerator(train), "4bit")
+        distributed.is_sharded(train, distributed.make_accelerator(train), "4bit")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_4bit"])
-def test_a_quantised_optimizer_is_not_sharded(optimizer):
+def test_a_quantized_optimizer_is_not_sharded(optimizer):
     train = Train(device="cpu", shard="fsdp", optimizer=optimizer)
-    with pytest.raises(UsageError, match=f"train.optimizer={optimizer} quantises its state in blocks"):
-        devices.is_sharded(train, devices.accelerator(train), None)
+    with pytest.raises(UsageError, match=f"train.optimizer={optimizer} quantizes its state in blocks"):
+        distributed.is_sharded(train, distributed.make_accelerator(train), None)
 
 
 def test_one_process_has_nothing_to_shard():
     train = Train(device="cpu", shard="fsdp")
-    assert not devices.is_sharded(train, devices.accelerator(train), None)
+    assert not distributed.is_sharded(train, distributed.make_accelerator(train), None)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from models_for_tests import build, sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.model.forward import Forward
-from pipeline.training.flops import Computed, computed, peak, peak_of, shapes_of
+from prefcache.pipeline.training.flops import Work, count_work, model_cost, named_peak_flops, peak_flops
+from tests.helpers.models import build, sequence, start_forward
 
 PROMPTS = [sequence(n, 2).prompt_ids for n in (9, 4)]
 # Two prompts with two answers each, and one with a single one.
@@ -22,51 +21,49 @@ MODELS = ["llama", "llama-tied", "qwen3", "gpt2", "mistral", "neox"]
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
 
 
-def counted(model, way: str, groups) -> int:
+def counted(model, layout: str, groups) -> int:
     """By PyTorch, forward and backward. Attention and experts are spelt out, in multiplications that it knows."""
-    forward = Forward(model, "eager", way, "float32", "train.rows")
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
-    forward.choose([each for group in groups for each in group])
-    assert forward.way == way
+    forward = start_forward(model, layout, [each for group in groups for each in group])
     with FlopCounterMode(display=False) as counter:
         torch.cat(forward.logps(groups).logps).sum().backward()
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("way", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("name", MODELS + MIXTURES)
-def test_it_is_what_pytorch_counts(name, way):
+def test_it_is_what_pytorch_counts(name, layout):
     model = build(name)
-    groups = GROUPS if way == "shared" else [[each] for group in GROUPS for each in group]
-    found = shapes_of(model).flops(computed(groups, way))
-    assert found == counted(model, way, groups)
+    groups = GROUPS if layout == "shared" else [[each] for group in GROUPS for each in group]
+    found = model_cost(model).flops(count_work(groups, layout))
+    assert found == counted(model, layout, groups)
 
 
 def test_experts_count_as_far_as_a_token_takes_them():
     dense, mixture = build("llama"), build("mixtral")
     # Two of four experts instead of one MLP of the same size, and a router of 32 x 4, in 2 layers; all trained.
     more = 3 * 2 * (3 * 32 * 48 + 32 * 4)
-    assert shapes_of(mixture).of_position - shapes_of(dense).of_position == more
+    assert model_cost(mixture).position - model_cost(dense).position == more
 
 
 def test_of_an_adapter_only_its_own_weights_have_gradients():
     from peft import LoraConfig, get_peft_model
 
-    whole = shapes_of(build("llama"))
+    whole = model_cost(build("llama"))
     adapted = build("llama")
     get_peft_model(adapted, LoraConfig(r=2, target_modules=["q_proj"]))
     # Two passes of three through what stays as it is, and three through 2 x (32 + 32) in 2 layers.
-    assert shapes_of(adapted).of_position == whole.of_position * 2 / 3 + 2 * 3 * 2 * (32 + 32)
-    assert shapes_of(adapted).of_head_position == whole.of_head_position * 2 / 3
+    assert model_cost(adapted).position == whole.position * 2 / 3 + 2 * 3 * 2 * (32 + 32)
+    assert model_cost(adapted).head_position == whole.head_position * 2 / 3
 
 
 def test_a_row_by_hand():
     # A prompt of 9, answers of 6 and 3 whose last tokens are no inputs; each is predicted, and sees the prompt and itself.
-    assert computed(GROUPS[:1], "shared") == Computed(9 + 5 + 2, 6 + 3, 14**2 + 2 * 11)
+    assert count_work(GROUPS[:1], "shared") == Work(9 + 5 + 2, 6 + 3, 14**2 + 2 * 11)
     one, other = GROUPS[0]
-    assert computed([[one], [other]], "packed") == Computed(14 + 11, 6 + 3, 14**2 + 11**2)
-    assert computed([[one], [other]], "padded") == Computed(2 * 14, 2 * 6, 2 * 14**2)
+    assert count_work([[one], [other]], "packed") == Work(14 + 11, 6 + 3, 14**2 + 11**2)
+    assert count_work([[one], [other]], "padded") == Work(2 * 14, 2 * 6, 2 * 14**2)
 
 
 # The makers' data sheets, bf16 without sparsity.
@@ -82,14 +79,14 @@ def test_a_row_by_hand():
     ],
 )
 def test_the_peak_of_a_gpu_is_known_by_its_name(name, teraflops):
-    assert peak_of(name) == teraflops * 1e12
+    assert named_peak_flops(name) == teraflops * 1e12
 
 
 @pytest.mark.parametrize(
     "name", ["NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA L40"]
 )
 def test_a_gpu_that_is_not_known_has_no_peak(name):
-    assert peak_of(name) is None and peak(torch.device("cpu"), "bfloat16") is None
+    assert named_peak_flops(name) is None and peak_flops(torch.device("cpu"), "bfloat16") is None
 
 
 def test_a_runs_steps_say_their_arithmetic_and_no_share_of_a_peak_on_a_cpu(prefcache, config):

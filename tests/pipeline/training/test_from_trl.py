@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from pipeline.errors import UsageError
-from pipeline.training.from_trl import check, convert
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.training.from_trl import convert
 
 DPO = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -33,6 +33,13 @@ DPO = {
     "ref_model_sync_steps": 100,
     "no_such_key": 1,
 }
+
+
+def test_a_config_of_ours_is_not_taken_for_one_of_theirs(prefcache, config):
+    said = prefcache("from-trl", config, "--out", "new.yaml", code=2).stderr
+    assert (
+        said.startswith(f"error: {config} is already a prefcache config") and not config.with_name("new.yaml").exists()
+    )
 
 
 def test_every_key_of_a_file_is_accounted_for():
@@ -63,7 +70,7 @@ def test_every_key_of_a_file_is_accounted_for():
     assert set(found.ignored) == {"lora_dropout", "logging_steps", "dataloader_num_workers", "precompute_ref_log_probs"}
     assert found.cannot == {"no_such_key": "not known here"}
     assert set(DPO) <= set(found.became) | set(found.ignored) | set(found.cannot)
-    check(found)
+    found.check()
 
 
 def test_what_trl_would_do_without_being_told_is_written_down():
@@ -75,7 +82,7 @@ def test_what_trl_would_do_without_being_told_is_written_down():
 def test_our_table_of_defaults_is_trls():
     from trl import DPOConfig
 
-    from pipeline.training.from_trl import _DEFAULTS
+    from prefcache.pipeline.training.from_trl import _DEFAULTS
 
     theirs = {f.name: f for f in dataclasses.fields(DPOConfig)}
     for name, ours in _DEFAULTS.items():
@@ -105,10 +112,10 @@ def test_the_schedule_and_the_optimizer_come_along():
     # A schedule that TRL calls constant has no warm-up.
     assert (train["scheduler"], train["warmup_ratio"], train["optimizer"]) == ("constant", 0.0, "adamw_4bit")
     assert train["betas"] == [0.9, 0.95]
-    check(found)
+    found.check()
     found = convert({"lr_scheduler_type": "polynomial", "optim": "lomo"})
-    assert found.cannot["lr_scheduler_type"] == "there is linear, cosine, constant (train.scheduler)"
-    assert found.cannot["optim"] == "there is adamw, adamw_8bit, adamw_4bit (train.optimizer)"
+    assert found.cannot["lr_scheduler_type"] == "train.scheduler is one of linear, cosine, constant"
+    assert found.cannot["optim"] == "train.optimizer is one of adamw, adamw_8bit, adamw_4bit"
     assert not {"scheduler", "optimizer"} & set(found.config["train"])
 
 
@@ -121,7 +128,7 @@ def test_kto_is_trained_on_labels_with_its_weights():
     assert found.config["prepare"]["examples"] == "labels"
     assert found.config["train"]["loss_args"] == {"desirable_weight": 1.5}
     assert "label_smoothing" in found.ignored  # kto does not read it, in TRL either
-    check(found)
+    found.check()
 
 
 def test_options_of_a_loss_come_along_where_it_reads_them():
@@ -138,18 +145,18 @@ def test_options_of_a_loss_come_along_where_it_reads_them():
     train = found.config["train"]
     assert train["loss_args"] == {"label_smoothing": 1e-3, "f_divergence": "alpha_divergence", "f_alpha": 0.3}
     assert train["tokens"] == {"ld_alpha": 0.5} and train["weighting"] == "wpo"
-    check(found)
+    found.check()
 
 
 def test_a_mixture_of_data_sets_is_several_sources():
     found = convert({"datasets": [{"path": "a", "name": "b", "split": "test"}, {"path": "c"}]})
     assert found.config["prepare"]["data"] == [{"hub": "a", "name": "b", "split": "test"}, {"path": "c"}]
-    check(found)
+    found.check()
 
 
 def test_a_loss_that_there_is_not_is_refused():
     with pytest.raises(UsageError, match=r"no loss 'sigmoidal'\. The nearest is sigmoid"):
-        check(convert({"loss_type": "sigmoidal"}))
+        convert({"loss_type": "sigmoidal"}).check()
     with pytest.raises(UsageError, match="loss_weights has 1 values for 2 losses"):
         convert({"loss_type": ["sigmoid", "sft"], "loss_weights": [1]})
 
@@ -172,7 +179,7 @@ def test_the_config_trains(prefcache, config, model, tmp_path):
 def test_the_best_model_at_the_end_is_ours():
     found = convert({"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "eval_steps": 20})
     assert found.config["train"]["best"] == {"metric": "rewards/margins"} and not found.cannot
-    check(found)
+    found.check()
     # Unless said, Transformers takes the loss.
     found = convert({"load_best_model_at_end": True, "greater_is_better": False, "eval_steps": 20})
     assert found.config["train"]["best"] == {"metric": "loss", "greater_is_better": False}

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from examples_for_tests import objective
 
-from pipeline.training.metrics import log_ratio, of_evaluation, of_visit
+from prefcache.pipeline.training.metrics import evaluation_metrics, log_ratio, visit_metrics
+from tests.helpers.examples import objective
 
 NAN = float("nan")
 
@@ -39,7 +39,7 @@ def chosen(of, *rows):
 
 def test_metrics_of_pairs_by_hand():
     # Rewards 0.5 times the log-ratios: chosen 0.5, 1, -0.5; rejected -0.5, 2, -0.5. Margins 1, -1, 0: one of three is won.
-    assert of_visit(PAIRS, objective(loss="sigmoid", beta=0.5)) == pytest.approx(
+    assert visit_metrics(PAIRS, objective(loss="sigmoid", beta=0.5)) == pytest.approx(
         {
             "loss": 0.5,
             "rewards/chosen": 1 / 3,
@@ -54,28 +54,22 @@ def test_metrics_of_pairs_by_hand():
     )
 
 
-def test_rewards_per_token_where_the_formula_has_them():
+def test_rewards_without_a_reference_and_per_token_where_the_formula_has_them():
     # simpo, beta 2, no reference: 2 * -4/2, -6/4, -9/2 and 2 * -7/1, -2/2, -9/4
     without = {name: values for name, values in PAIRS.items() if not name.startswith("ref_")}
-    found = of_visit(without, objective(loss="simpo"))
+    found = visit_metrics(without, objective(loss="simpo"))
     assert found["rewards/chosen"] == pytest.approx((-4 - 3 - 9) / 3)
     assert found["rewards/rejected"] == pytest.approx((-14 - 2 - 4.5) / 3)
     assert found["rewards/accuracies"] == pytest.approx(1 / 3) and found["logps/chosen"] == pytest.approx(-19 / 3)
-
-
-def test_without_a_reference_rewards_are_log_probs_times_beta():
-    found = of_visit(
-        PAIRS | visit(ref_chosen_logp=[0] * 3, ref_rejected_logp=[0] * 3),
-        objective(loss="sigmoid", reference_free=True, beta=0.5),
-    )
+    zeros = visit(ref_chosen_logp=[0] * 3, ref_rejected_logp=[0] * 3)
+    found = visit_metrics(PAIRS | zeros, objective(loss="sigmoid", reference_free=True, beta=0.5))
     assert (found["rewards/chosen"], found["rewards/rejected"]) == pytest.approx((-19 / 6, -3))
-    left_out = {name: values for name, values in PAIRS.items() if not name.startswith("ref_")}
-    assert of_visit(left_out, objective(loss="cpo", beta=0.5)) == found
+    assert visit_metrics(without, objective(loss="cpo", beta=0.5)) == found
 
 
 def test_metrics_of_labels_by_hand():
     # Rewards 0.5, 1 and 0.5, -1, 0. Of 2 * 3 combinations the desirable one is higher in 2 (0.5 is no higher than 0.5) and 3.
-    assert of_visit(LABELS, objective(loss="kto", beta=0.5)) == pytest.approx(
+    assert visit_metrics(LABELS, objective(loss="kto", beta=0.5)) == pytest.approx(
         {
             "loss": 3,
             "rewards/chosen": 0.75,
@@ -91,40 +85,30 @@ def test_metrics_of_labels_by_hand():
 
 
 def test_a_batch_without_one_of_the_kinds_says_nothing_about_it():
-    good, bad = (of_visit(chosen(LABELS, *rows), objective(loss="kto", beta=0.5)) for rows in ((0, 1), (2, 3, 4)))
+    good, bad = (visit_metrics(chosen(LABELS, *rows), objective(loss="kto", beta=0.5)) for rows in ((0, 1), (2, 3, 4)))
     assert good == {"loss": 1.5, "rewards/chosen": 0.75, "logps/chosen": -5, "log_ratios/chosen": 0.5}
     assert bad == pytest.approx(
         {"loss": 4, "rewards/rejected": -0.5 / 3, "logps/rejected": -20 / 3, "log_ratios/rejected": -1 / 6}
     )
 
 
-def test_a_single_example_has_metrics():
-    found = of_visit(chosen(PAIRS, 0), objective(loss="sigmoid", beta=0.5))
+def test_few_examples_terms_answers_and_finite_values_leave_the_other_metrics():
+    found = visit_metrics(chosen(PAIRS, 0), objective(loss="sigmoid", beta=0.5))
     assert (found["rewards/margins"], found["rewards/accuracies"]) == (1, 1)
-    assert of_visit(chosen(LABELS, 3), objective(loss="bco", beta=0.5))["rewards/rejected"] == -1
-
-
-def test_each_term_of_several_has_its_mean_loss():
-    found = of_visit(
-        PAIRS | visit(**{"loss/sigmoid": [1, 2, 3], "loss/sft": [0, 0, 3]}), objective(loss=["sigmoid", "sft"])
-    )
+    assert visit_metrics(chosen(LABELS, 3), objective(loss="bco", beta=0.5))["rewards/rejected"] == -1
+    terms = visit(**{"loss/sigmoid": [1, 2, 3], "loss/sft": [0, 0, 3]})
+    found = visit_metrics(PAIRS | terms, objective(loss=["sigmoid", "sft"]))
     assert (found["loss/sigmoid"], found["loss/sft"], found["loss"]) == (2, 1, 0.5)
-
-
-def test_a_step_that_sees_chosen_answers_alone_says_nothing_about_rewards():
-    only = visit(chosen_logp=[-4, -6], n_chosen=[2, 4], loss=[1, 2])
-    assert of_visit(only, objective(loss="sft")) == {"loss": 1.5, "logps/chosen": -5}
-
-
-def test_what_is_not_finite_is_left_out():
-    found = of_visit(PAIRS | visit(loss=[0.25, NAN, 0.75]), objective(loss="sigmoid"))
+    only = visit(chosen_logp=[-4, -6], n_chosen=[2, 4], loss=[1, 2])  # a step of sft
+    assert visit_metrics(only, objective(loss="sft")) == {"loss": 1.5, "logps/chosen": -5}
+    found = visit_metrics(PAIRS | visit(loss=[0.25, NAN, 0.75]), objective(loss="sigmoid"))
     assert "loss" not in found and np.isfinite(found["rewards/margins"])
 
 
 def test_how_often_the_policy_itself_finds_the_chosen_answer_likelier():
     # -4 > -7, but not -6 > -2, nor -9 > -9.
-    assert of_evaluation(PAIRS, objective(loss="sigmoid"))["preference_accuracy"] == pytest.approx(1 / 3)
-    assert "preference_accuracy" not in of_evaluation(LABELS, objective(loss="kto"))
+    assert evaluation_metrics(PAIRS, objective(loss="sigmoid"))["preference_accuracy"] == pytest.approx(1 / 3)
+    assert "preference_accuracy" not in evaluation_metrics(LABELS, objective(loss="kto"))
 
 
 def test_a_log_ratio_is_policy_minus_reference_or_minus_nothing():

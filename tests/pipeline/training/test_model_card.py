@@ -2,14 +2,17 @@
 
 import yaml
 
-from pipeline.training import modelcard
+from prefcache.pipeline.stored.records import BestEntry, Provenance
+from prefcache.pipeline.training import model_card
+from prefcache.pipeline.visible_text import visible
 
+MODEL = "4" * 32
 FACTS = {
     "model": "org/tiny | <b>",
-    "kind": "pairs",
     "loss": "0.8 sigmoid + 0.2 sft",
     "loss_arguments": {"sigmoid": {"weight": 0.8, "beta": 0.1}, "sft": {"weight": 0.2}},
-    "inputs": {"prepared": "p123", "policy": "m456", "reference": "m456", "numerics": ["n789"]},
+    "beta": 0.1,
+    "inputs": {"prepared": "p123", "policy": MODEL, "reference": MODEL, "numerics": ["n789"], "train": {}},
     "versions": {"torch": "2.13.0"},
     "precision": "float32",
 }
@@ -17,7 +20,9 @@ COUNTS = {"examples": 2656, "held_out": 296, "steps": 83}
 
 
 def test_a_card_says_what_the_run_was_made_from():
-    card = modelcard.text(FACTS, COUNTS, {"loss": 0.6931}, {"loss": 0.5, "rewards/accuracies": 1.0})
+    card = model_card.render(
+        Provenance.make(**FACTS), "pairs", None, COUNTS, {"loss": 0.6931}, {"loss": 0.5, "rewards/accuracies": 1.0}
+    )
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {
         "base_model": "org/tiny | <b>",
@@ -26,7 +31,7 @@ def test_a_card_says_what_the_run_was_made_from():
     }
     for line in (
         "| prepared data | p123 |",
-        "| reference | m456 |",
+        f"| reference | {MODEL} |",
         "| numerics of its log-probs | n789 |",
         "| sigmoid's beta | 0.1 |",
         "| torch | 2.13.0 |",
@@ -38,9 +43,20 @@ def test_a_card_says_what_the_run_was_made_from():
     assert "# org/tiny \\| &lt;b>, trained on preferences" in card
 
 
+def test_names_are_text_and_nothing_in_them_acts():
+    acting = "a\x1b[31m\u202e|<b>\n# b"
+    facts = FACTS | {"model": acting, "loss": acting, "loss_arguments": {acting: {acting: acting}}}
+    best = BestEntry(step=1, metric=acting, evaluation={}, waited=0)
+    card = model_card.render(Provenance.make(**facts), "pairs", best, COUNTS, {}, {})
+    shown = "a\u241b[31m&lt;U+202E>\\|&lt;b> # b"
+    assert card.count(shown) == 6 and visible(card) == card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == acting and head["tags"] == ["prefcache", acting]
+
+
 def test_without_a_reference_and_held_out_examples_it_says_so():
     facts = FACTS | {"inputs": FACTS["inputs"] | {"reference": None, "numerics": None}}
-    card = modelcard.text(facts, COUNTS, {}, {})
+    card = model_card.render(Provenance.make(**facts), "pairs", None, COUNTS, {}, {})
     assert "| reference | none was read |" in card and "held-out" not in card
 
 

@@ -13,17 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PREFCACHE, write_config, write_pairs
 from safetensors.torch import load_file
-from test_train import launch, table, weights
-from test_train_trl import BATCH, in_order, losses_of_trl
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Train
-from pipeline.stored.prepared import Prepared
-from pipeline.training.alerts import Watch
-from pipeline.training.losses import get_loss
-from pipeline.training.policy import Policy
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.records import CheckpointManifest
+from prefcache.pipeline.training.alerts import Watch
+from prefcache.pipeline.training.losses import get_loss
+from prefcache.pipeline.training.policy import Policy
+from prefcache.pipeline.training.policy_logps import PolicyLogps
+from tests.helpers.project import PREFCACHE, options, write_config, write_pairs
+from tests.helpers.runs import launch, table, weights
+from tests.helpers.trl_runs import BATCH, in_order, losses_of_trl
 
 torch.set_num_threads(1)
 SOFT, HARD = {"every": 4, "alpha": 0.6}, {"every": 4, "alpha": 1.0}
@@ -226,13 +228,13 @@ def test_the_reference_is_scored_with_no_second_copy_of_the_weights(prefcache, m
     """At every forward: the weights, the optimizer's two moments of what is trained, and little else; no gradients."""
     config = ready(prefcache, tmp_path, model, 20, moving_reference={"every": 2})
     alive: dict[bool, list[int]] = {True: [], False: []}
-    logps = Policy._token_logps
+    logps = PolicyLogps._token_logps
 
     def watched(policy, *arguments, **options):
         alive[torch.is_grad_enabled()].append(device_bytes())
         return logps(policy, *arguments, **options)
 
-    monkeypatch.setattr(Policy, "_token_logps", watched)
+    monkeypatch.setattr(PolicyLogps, "_token_logps", watched)
     gc.collect()
     gc.freeze()
     try:
@@ -270,7 +272,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(prefcache, model, tmp_p
         for folder in (run / "checkpoints").iterdir():
             if int(folder.name.removeprefix("step-")) > goes_on:
                 shutil.rmtree(folder)
-        assert f"going on from step {goes_on}" in prefcache("train", config).stderr
+        assert f"resuming from step {goes_on}" in prefcache("train", config).stderr
         assert [file.read_bytes(), table(run, "metrics"), table(run, "steps")] == expected
         if goes_on == 2:
             kept = shutil.copytree(run, tmp_path / "kept")
@@ -288,7 +290,7 @@ def test_killed_while_it_moves_it_ends_with_the_same_weights_and_leaves_nothing(
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not (run / "manifest.json").exists()
-    assert "going on from step" in prefcache("train", config).stderr
+    assert "resuming from step" in prefcache("train", config).stderr
     assert weights(run) == weights(tmp_path / "runs/tiny/whole")
     assert table(run, "metrics") == table(tmp_path / "runs/tiny/whole", "metrics")
     assert not list(run.glob(".*.tmp"))
@@ -302,9 +304,19 @@ def test_a_checkpoint_whose_reference_is_damaged_is_passed_over(prefcache, model
     expected = weights(run)
     (run / "manifest.json").unlink()
     newest = sorted((run / "checkpoints").iterdir())[-1]
+    kept = shutil.copytree(run, tmp_path / "kept")
     (newest / file).unlink()
     done = prefcache("train", config)
     assert f"{file} is missing. Going back to the checkpoint before it" in done.stderr and weights(run) == expected
+    # Sealed again without it, its manifest says so.
+    shutil.rmtree(run)
+    shutil.copytree(kept, run)
+    (newest / file).unlink()
+    facts = CheckpointManifest.find(newest).facts()
+    facts["files"] = [entry for entry in facts["files"] if entry["file"] != file]
+    CheckpointManifest.make(**facts).commit(newest / "manifest.json")
+    done = prefcache("train", config)
+    assert f"does not list {file}. Going back to the checkpoint before it" in done.stderr and weights(run) == expected
 
 
 def test_two_processes_share_what_the_reference_scores(prefcache, model, tmp_path):
@@ -335,13 +347,13 @@ def test_a_run_says_that_its_reference_moves(prefcache, model, tmp_path):
         (["train.loss=simpo"], "this run reads none"),
         (["train.reference_free=true"], "this run reads none"),
         (["train.moving_reference={}"], "the reference would never move"),
-        (["train.lora={dora: true}"], "DoRA's lengths cannot"),
+        (["train.lora={dora: true}"], "DoRA's magnitudes cannot"),
         (["train.moving_reference.alpha=0"], "greater than 0"),
     ],
 )
 def test_what_has_no_meaning_is_refused(prefcache, model, tmp_path, settings, says):
     config = ready(prefcache, tmp_path, model, 20, moving_reference={"every": 2, "alpha": 0.5})
-    done = prefcache("train", config, *(word for each in settings for word in ("--set", each)), code=2)
+    done = prefcache("train", config, *options(*settings), code=2)
     assert says in done.stderr
 
 
@@ -359,7 +371,7 @@ def test_when_it_is_evaluated_belongs_to_a_run_whose_reference_moves(prefcache, 
     config = ready(prefcache, tmp_path, model, 20, moving_reference={"every": 2})
     prefcache("train", config)
     (tmp_path / "runs/tiny/trained/manifest.json").unlink()
-    assert "train.eval_every None (now 1)" in prefcache("train", config, "--set", "train.eval_every=1", code=2).stderr
+    assert "train.eval_every none (now 1)" in prefcache("train", config, "--set", "train.eval_every=1", code=2).stderr
 
 
 def test_a_loss_that_rises_because_the_reference_moved_is_no_alert():
@@ -368,7 +380,7 @@ def test_a_loss_that_rises_because_the_reference_moved_is_no_alert():
     healthy = get_loss("sigmoid").healthy
 
     def kinds(moves: int | None) -> set[str]:
-        watch = Watch(healthy, n_steps=300, batch_size=32, warmup=0, moves=moves)
+        watch = Watch(healthy, n_steps=300, batch_size=32, warmup=0, reference_moves_every=moves)
         return {alert.kind for row in rows for alert in watch.feed(row)}
 
     assert "loss_rising" in kinds(None) and "loss_rising" not in kinds(60)

@@ -2,17 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from examples_for_tests import objective
-from losses_for_tests import LOGPS, columns_of, random_columns, t
 
-from pipeline import config
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.training.losses import LOSSES
-from pipeline.training.objective import Objective, losses_for, part_of
+from prefcache.pipeline import config_file
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.training.losses import LOSSES
+from prefcache.pipeline.training.objective import Losses, Objective, losses_for, select_examples
+from tests.helpers.examples import objective
+from tests.helpers.losses import LOGPS, columns_of, random_columns, t
+from tests.helpers.project import ROOT
+
+NAN = float("nan")
 
 
 def refusal(**train) -> str:
@@ -27,63 +29,47 @@ def softplus(x):
 
 # Two pairs: margins (-2 + 3) - (-5 + 4) = 2 and (-1 + 1) - (-2 + 6) = -4.
 PAIRS = columns_of([(-2, -5, -3, -4), (-1, -2, -1, -6)]) | {"n_chosen": t(2, 6), "n_rejected": t(4, 1)}
+# -log sigmoid(0.5 * 2) and -log sigmoid(0.5 * -4); -chosen over the mean of 2 and 6 tokens: 2 / 4 and 1 / 4.
+SIGMOID, SFT = np.array([softplus(-1), softplus(2)]), np.array([0.5, 0.25])
 
 
-def values(chosen: Objective, columns):
-    statistics, _, _ = chosen.with_statistics(columns, {}, learning=True)
-    return chosen.values(columns, statistics)
+def compute(chosen: Objective, columns) -> Losses:
+    return chosen.compute_losses(columns, chosen.compute_statistics(columns, {}, learning=True).values)
 
 
 # -- one loss and several --------------------------------------------------------------------------------------------
 
 
-def test_a_single_loss_is_that_loss():
-    chosen = objective(loss="sigmoid", beta=0.5)
-    total, parts = values(chosen, PAIRS)
-    # -log sigmoid(0.5 * 2) and -log sigmoid(0.5 * -4)
-    assert total.tolist() == pytest.approx([softplus(-1), softplus(2)], rel=1e-12)
-    assert list(parts) == ["sigmoid"] and torch.equal(parts["sigmoid"], total)
-    assert (chosen.name, chosen.kind, chosen.answers) == ("sigmoid", "pairs", ("chosen", "rejected"))
+@pytest.mark.parametrize(
+    ("loss", "weights", "expected"),
+    [
+        ("sigmoid", {}, SIGMOID),
+        ({"sigmoid": 0.8, "sft": 0.25}, {}, 0.8 * SIGMOID + 0.25 * SFT),
+        (["sigmoid", "sft"], {}, SIGMOID + SFT),
+        ({"sigmoid": 1, "sft": 0}, {}, SIGMOID),  # switched off, and still shown
+        # An example's weight weighs every term; one from the data multiplies wpo's.
+        (["sigmoid", "sft"], {"weight": t(0.5, 3)}, (SIGMOID + SFT) * [0.5, 3]),
+        (["sigmoid", "sft"], {"weight": t(0.5, 3), "given_weight": t(4, 1)}, (SIGMOID + SFT) * [2, 3]),
+    ],
+)
+def test_a_loss_is_the_weighted_sum_of_its_terms(loss, weights, expected):
+    losses = compute(objective(loss=loss, beta=0.5), PAIRS | weights)
+    assert losses.total.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    example_weight = np.prod([values.numpy() for values in weights.values()], axis=0)
+    for name, values in losses.terms.items():
+        plain = {"sigmoid": SIGMOID, "sft": SFT}[name]
+        assert values.tolist() == pytest.approx((plain * example_weight).tolist(), rel=1e-12)
 
 
-def test_a_weighted_sum_of_losses_and_its_parts_before_their_weights():
-    chosen = objective(loss={"sigmoid": 0.8, "sft": 0.25}, beta=0.5)
-    total, parts = values(chosen, PAIRS)
-    # sft: -chosen over the mean of 2 and 6 tokens: 2 / 4 and 1 / 4
-    assert parts["sft"].tolist() == [0.5, 0.25]
-    assert parts["sigmoid"].tolist() == pytest.approx([softplus(-1), softplus(2)], rel=1e-12)
-    assert total.tolist() == pytest.approx([0.8 * softplus(-1) + 0.125, 0.8 * softplus(2) + 0.0625], rel=1e-12)
-    assert chosen.name == "0.8 sigmoid + 0.25 sft"
-
-
-def test_a_list_of_losses_weighs_them_alike():
-    total, _ = values(objective(loss=["sigmoid", "sft"], beta=0.5), PAIRS)
-    assert total.tolist() == pytest.approx([softplus(-1) + 0.5, softplus(2) + 0.25], rel=1e-12)
-
-
-def test_a_weight_of_zero_switches_a_term_off_and_still_shows_it():
-    total, parts = values(objective(loss={"sigmoid": 1, "sft": 0}, beta=0.5), PAIRS)
-    assert total.tolist() == pytest.approx([softplus(-1), softplus(2)], rel=1e-12)
-    assert parts["sft"].tolist() == [0.5, 0.25]
-
-
-def test_the_weight_of_an_example_weighs_every_term():
-    # wpo's weights: 0.5 for the first pair, 3 for the second.
-    total, parts = values(objective(loss=["sigmoid", "sft"], beta=0.5), PAIRS | {"weight": t(0.5, 3)})
-    assert parts["sft"].tolist() == [0.25, 0.75]
-    assert total.tolist() == pytest.approx([0.5 * softplus(-1) + 0.25, 3 * softplus(2) + 0.75], rel=1e-12)
-
-
-def test_a_given_weight_multiplies_that_of_wpo():
-    weights = {"weight": t(0.5, 3), "given_weight": t(4, 1)}
-    total, parts = values(objective(loss=["sigmoid", "sft"], beta=0.5), PAIRS | weights)
-    assert parts["sft"].tolist() == [1, 0.75]
-    assert total.tolist() == pytest.approx([2 * softplus(-1) + 1, 3 * softplus(2) + 0.75], rel=1e-12)
+def test_an_objective_has_a_name_and_a_kind():
+    one, two = objective(loss="sigmoid"), objective(loss={"sigmoid": 0.8, "sft": 0.25})
+    assert (one.name, one.kind, one.answers) == ("sigmoid", "pairs", ("chosen", "rejected"))
+    assert two.name == "0.8 sigmoid + 0.25 sft"
 
 
 def test_gradients_of_a_sum_are_the_weighted_sum_of_gradients():
     columns = {name: values.clone().requires_grad_() for name, values in PAIRS.items()}
-    values(objective(loss={"sigmoid": 0.8, "sft": 0.25}, beta=0.5), columns)[0].sum().backward()
+    compute(objective(loss={"sigmoid": 0.8, "sft": 0.25}, beta=0.5), columns)[0].sum().backward()
     # sigmoid: -beta s(-u), of which 0.8; sft: -1 / 4 tokens, of which 0.25
     slope = [-0.8 * 0.5 / (1 + math.exp(1)) - 0.0625, -0.8 * 0.5 / (1 + math.exp(-2)) - 0.0625]
     assert columns["chosen_logp"].grad.tolist() == pytest.approx(slope, rel=1e-12)
@@ -99,7 +85,7 @@ def test_every_loss_makes_an_objective_that_says_what_it_reads(name):
     assert set(chosen.answers) == {answer for answer in read if not answer.startswith("ref_")} - {"kl"}
     assert set(chosen.reference_answers) == {answer[4:] for answer in read if answer.startswith("ref_")}
     assert chosen.without_gradient == (("kl",) if "kl" in read else ())
-    assert chosen.described == {name: {"weight": 1.0, **loss.hyperparameters}}
+    assert chosen.loss_arguments == {name: {"weight": 1.0, **loss.hyperparameters}}
 
 
 def test_an_evaluation_looks_at_both_answers_of_a_pair_and_at_what_the_divergence_needs():
@@ -121,7 +107,7 @@ def test_losses_together_read_what_each_reads_once():
 
 
 def arguments(**train):
-    return {name: {key: of[key] for key in of if key != "weight"} for name, of in objective(**train).described.items()}
+    return {term.loss.name: term.arguments for term in objective(**train).terms}
 
 
 def test_beta_goes_to_all_that_have_one_and_the_rest_keep_their_defaults():
@@ -165,31 +151,26 @@ def test_the_scale_of_rewards_is_the_first_losss_beta(train, beta):
     assert objective(**train).beta == beta
 
 
-def test_rewards_are_per_token_where_the_first_losss_formula_has_them():
-    assert [objective(loss=each).per_token for each in ("simpo", ["simpo", "sigmoid"], ["sigmoid", "simpo"])] == [
-        True,
-        True,
-        False,
-    ]
-
-
-@pytest.mark.parametrize("loss", [["sft", "simpo"], ["slic", "simpo"]])
-def test_scale_and_unit_of_rewards_are_the_same_terms(loss):
-    # sft and slic have no beta; simpo's 2 is of log-probs per token.
-    assert (objective(loss=loss).beta, objective(loss=loss).per_token) == (2.0, True)
+@pytest.mark.parametrize(
+    ("loss", "per_token"),
+    [("simpo", True), (["simpo", "sigmoid"], True), (["sigmoid", "simpo"], False), (["slic", "simpo"], True)],
+)
+def test_rewards_are_per_token_if_the_term_with_their_scale_is(loss, per_token):
+    # slic has no beta; simpo's is of log-probs per token.
+    assert objective(loss=loss).per_token == per_token
 
 
 def test_a_beta_that_is_not_the_losss_own_is_said():
-    assert objective(loss="simpo", beta=0.1).said == "simpo's beta 0.1 (its own: 2.0)"
+    assert objective(loss="simpo", beta=0.1).overrides == "simpo's beta 0.1 (its own: 2.0)"
     mixed = objective(loss=["sigmoid", "simpo"], beta=0.1, loss_args={"gamma": 1, "sigmoid.label_smoothing": 0.2})
-    assert mixed.said == "sigmoid's label_smoothing 0.2 (its own: 0.0), simpo's beta 0.1 (its own: 2.0)"
-    assert objective(loss="sigmoid", beta=0.1).said == objective(loss="simpo").said == ""
+    assert mixed.overrides == "sigmoid's label_smoothing 0.2 (its own: 0.0), simpo's beta 0.1 (its own: 2.0)"
+    assert objective(loss="sigmoid", beta=0.1).overrides == objective(loss="simpo").overrides == ""
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_demos_config_leaves_every_loss_its_own_beta(name):
-    demo = config.load(ROOT / "data/demo/config.yaml", [f"train.loss={name}"])
-    assert Objective(demo.train).said == ""
+    demo = config_file.load(ROOT / "data/demo/config.yaml", [f"train.loss={name}"])
+    assert Objective(demo.train).overrides == ""
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -209,7 +190,7 @@ def test_an_unknown_loss_among_several_is_refused_with_the_nearest():
 @pytest.mark.parametrize(
     ("train", "found"),
     [
-        ({"loss_args": {"beta": 0.2}}, "say it as train.beta, or LOSS.beta for one loss of several"),
+        ({"loss_args": {"beta": 0.2}}, "set train.beta instead, or LOSS.beta for one of several losses"),
         (
             {"loss_args": {"tau": 0.2}},
             "train.loss_args.tau: loss 'sigmoid' has no 'tau'; sigmoid has label_smoothing, f_divergence, f_alpha. "
@@ -251,7 +232,7 @@ def test_a_wrong_argument_is_refused_with_those_there_are(train, found):
             "train.tokens.ld_alpha compares the lengths of a pair's answers",
         ),
         ({"loss": "bco", "tokens": {"sampo": True}}, "train.tokens.sampo compares the lengths"),
-        ({"loss": "sft", "tokens": {"ld_alpha": 0.5}}, "and sft reads answers that come alone"),
+        ({"loss": "sft", "tokens": {"ld_alpha": 0.5}}, "and sft reads single answers"),
         ({"loss": "simpo", "tokens": {"clamp": (-1, 1)}}, "this run reads none"),
         ({"loss": "sigmoid", "reference_free": True, "tokens": {"clamp": (-1, 1)}}, "this run reads none"),
         ({"loss": "sft", "scope": "micro"}, "set train.micro_batch_size"),
@@ -332,81 +313,68 @@ def labels(*rows):
     return columns_of(rows, names) | {"density_ratio": torch.ones(len(rows), dtype=torch.float64)}
 
 
-NAN = float("nan")
-
-
 def test_a_statistic_is_taken_over_all_examples_of_the_batch_and_logged():
-    statistics, memory, logged = objective(loss="kto").with_statistics(
-        labels((-4, -5, 1, -1, -3), (-2, -2, 0, NAN, NAN), (-2, -3, 0, -7, -6)), {}, learning=True
-    )
+    columns = labels((-4, -5, 1, -1, -3), (-2, -2, 0, NAN, NAN), (-2, -3, 0, -7, -6))
+    statistics = objective(loss="kto").compute_statistics(columns, {}, learning=True)
     # Two mismatched answers: (2 - 1) / 2; the middle label has none.
-    assert statistics["kto/kl"].item() == 0.5
-    assert (memory, logged) == ({}, {"kl": 0.5})
+    assert statistics == ({"kto/kl": 0.5}, {}, {"kl": 0.5})
 
 
 @pytest.mark.parametrize("kl", [(NAN, NAN), (-1, NAN), (NAN, -1), (-5, -1)])
 def test_a_divergence_that_nothing_tells_or_that_is_negative_is_zero(kl):
-    total, _ = values(objective(loss="kto", beta=0.5), labels((-4, -5, 1, *kl)))
+    total, _ = compute(objective(loss="kto", beta=0.5), labels((-4, -5, 1, *kl)))
     # 1 - s(0.5 * 1) of a single example
     assert total.tolist() == pytest.approx([1 / (1 + math.exp(0.5))], rel=1e-12)
 
 
 def test_kto_with_all_of_one_kind_is_its_half_of_the_formula():
     columns = labels((-4, -5, 1, -1, -3), (-2, -2, 1, -7, -6))  # z = (2 - 1) / 2
-    total, _ = values(objective(loss="kto", beta=0.5, loss_args={"undesirable_weight": 9}), columns)
+    total, _ = compute(objective(loss="kto", beta=0.5, loss_args={"undesirable_weight": 9}), columns)
     assert total.tolist() == pytest.approx([1 / (1 + math.exp(0.25)), 1 / (1 + math.exp(-0.25))], rel=1e-12)
 
 
-def test_a_running_statistic_remembers_from_step_to_step():
-    chosen = objective(loss="bco", beta=0.5)
-    first, memory, logged = chosen.with_statistics(
-        labels((-4, -5, 1, NAN, NAN), (-2, -5, 0, NAN, NAN)), {}, learning=True
-    )
+def test_a_running_statistic_is_carried_from_step_to_step_and_an_evaluation_does_not_move_it():
+    chosen, one_more = objective(loss="bco", beta=0.5), labels((-1, -9, 1, NAN, NAN))
+    first = chosen.compute_statistics(labels((-4, -5, 1, NAN, NAN), (-2, -5, 0, NAN, NAN)), {}, learning=True)
     # Rewards 0.5 * 1 and 0.5 * 3: mean 1. Then one of 0.5 * 8 = 4: (0.5 + 1.5 + 4) / 3 = 2.
-    assert first["bco/delta"].item() == 1.0 and logged == {"delta": 1.0}
-    assert memory == {"bco/delta": {"n": 2.0, "mean": 1.0}}
-    second, after, _ = chosen.with_statistics(labels((-1, -9, 1, NAN, NAN)), memory, learning=True)
-    assert second["bco/delta"].item() == pytest.approx(2.0) and after["bco/delta"]["n"] == 3
-    assert memory == {"bco/delta": {"n": 2.0, "mean": 1.0}}  # what was given is as it was
+    running = {"bco/delta": {"n": 2.0, "mean": 1.0}}
+    assert first == ({"bco/delta": 1.0}, running, {"delta": 1.0})
+    second = chosen.compute_statistics(one_more, first.running, learning=True)
+    assert second.values["bco/delta"].item() == pytest.approx(2.0) and second.running["bco/delta"]["n"] == 3
+    assert first.running == running  # the argument is unchanged
+    assert chosen.compute_statistics(one_more, running, learning=False) == ({"bco/delta": 1.0}, running, {"delta": 1.0})
+    # Without running statistics, before the first step, the examples themselves count, and nothing is carried.
+    assert chosen.compute_statistics(one_more, {}, learning=False) == ({"bco/delta": 4.0}, {}, {"delta": 4.0})
 
 
-def test_an_evaluation_reads_the_memory_and_does_not_move_it():
-    chosen, memory = objective(loss="bco", beta=0.5), {"bco/delta": {"n": 2.0, "mean": 1.0}}
-    found, after, logged = chosen.with_statistics(labels((-1, -9, 1, NAN, NAN)), memory, learning=False)
-    assert found["bco/delta"].item() == 1.0 and logged == {"delta": 1.0} and after == memory
-    # Before the first step there is none: then the examples at hand count, and still nothing is remembered.
-    found, after, _ = chosen.with_statistics(labels((-1, -9, 1, NAN, NAN)), {}, learning=False)
-    assert found["bco/delta"].item() == 4.0 and after == {}
-
-
-def test_memory_is_kept_apart_by_loss_and_statistic():
+def test_running_statistics_are_kept_apart_by_loss_and_statistic():
     chosen = objective(loss=["beta_dpo", "alpha_dpo"])
-    _, memory, logged = chosen.with_statistics(random_columns(6), {}, learning=True)
-    assert sorted(memory) == ["alpha_dpo/relative_margin", "beta_dpo/calibrated_beta", "beta_dpo/kept_share"]
-    assert all(isinstance(value, float) for state in memory.values() for value in state.values())
+    _, running, logged = chosen.compute_statistics(random_columns(6), {}, learning=True)
+    assert sorted(running) == ["alpha_dpo/relative_margin", "beta_dpo/calibrated_beta", "beta_dpo/kept_share"]
+    assert all(isinstance(value, float) for state in running.values() for value in state.values())
     assert list(logged) == ["calibrated_beta"]  # one value per example is no number to log
 
 
 def test_a_statistic_has_the_hyperparameters_of_its_own_loss():
     columns = random_columns(4)
     chosen = objective(loss="beta_dpo", beta=0.2, loss_args={"alpha": 0, "keep": 1})
-    statistics, _, _ = chosen.with_statistics(columns, {}, learning=True)
+    statistics, _, _ = chosen.compute_statistics(columns, {}, learning=True)
     assert statistics["beta_dpo/calibrated_beta"].item() == pytest.approx(0.2)  # alpha 0 leaves beta as it is
-    total, _ = chosen.values(columns, statistics)
-    expected, _ = values(objective(loss="sigmoid", beta=0.2), columns)
+    total, _ = chosen.compute_losses(columns, statistics)
+    expected, _ = compute(objective(loss="sigmoid", beta=0.2), columns)
     torch.testing.assert_close(total, expected)
 
 
 def test_no_gradient_flows_through_a_statistic():
     columns = {name: values.clone().requires_grad_() for name, values in labels((-4, -5, 1, -1, -3)).items()}
-    values(objective(loss="kto"), columns)[0].sum().backward()
+    compute(objective(loss="kto"), columns)[0].sum().backward()
     assert columns["kl_logp"].grad is None and columns["completion_logp"].grad.abs().item() > 0
 
 
 def test_a_part_of_the_batch_has_its_own_of_each_examples_values_and_all_of_the_others():
-    found = part_of({"kept": t(1, 2, 3), "z": torch.tensor(7.0)}, torch.tensor([2, 0]), 3)
+    found = select_examples({"kept": t(1, 2, 3), "z": torch.tensor(7.0)}, torch.tensor([2, 0]), 3)
     assert found["kept"].tolist() == [3, 1] and found["z"].item() == 7
-    single = part_of({"kept": t(4), "z": torch.tensor(7.0)}, torch.tensor([0]), 1)
+    single = select_examples({"kept": t(4), "z": torch.tensor(7.0)}, torch.tensor([0]), 1)
     assert single["kept"].tolist() == [4] and single["z"].ndim == 0
 
 
@@ -415,11 +383,11 @@ def test_a_part_of_the_batch_has_its_own_of_each_examples_values_and_all_of_the_
 )
 def test_parts_with_the_batchs_statistics_have_the_values_of_the_whole(name):
     chosen, columns = objective(loss=name), random_columns(7)
-    statistics, _, _ = chosen.with_statistics(columns, {}, learning=True)
-    whole, _ = chosen.values(columns, statistics)
+    statistics, _, _ = chosen.compute_statistics(columns, {}, learning=True)
+    whole, _ = chosen.compute_losses(columns, statistics)
     for positions in (torch.tensor([5, 0]), torch.tensor([1, 2, 3, 4, 6])):
         part = {key: each[positions] for key, each in columns.items()}
-        found, _ = chosen.values(part, part_of(statistics, positions, 7))
+        found, _ = chosen.compute_losses(part, select_examples(statistics, positions, 7))
         torch.testing.assert_close(found, whole[positions], rtol=1e-12, atol=1e-12)
 
 
@@ -427,8 +395,8 @@ def test_parts_with_the_batchs_statistics_have_the_values_of_the_whole(name):
 def test_a_single_example_is_a_batch(name):
     chosen, columns = objective(loss=name), random_columns(1)
     leaves = columns | {key: columns[key].clone().requires_grad_() for key in LOGPS[:2]}
-    statistics, _, _ = chosen.with_statistics(columns, {}, learning=True)
-    total, _ = chosen.values(leaves, statistics)
+    statistics, _, _ = chosen.compute_statistics(columns, {}, learning=True)
+    total, _ = chosen.compute_losses(leaves, statistics)
     total.sum().backward()
     assert total.shape == (1,) and total.isfinite().all()
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves.values())
@@ -446,6 +414,6 @@ def test_the_losses_for_some_columns_are_those_that_need_no_other():
     assert losses_for(set()) == []
 
 
-def test_defaults_and_what_is_said_as_default_are_one_objective():
-    plain, said = Objective(Train()), Objective(Train(loss={"sigmoid": 1}, beta=0.1, loss_args={"label_smoothing": 0}))
-    assert plain.described == said.described
+def test_an_explicit_default_is_the_default():
+    explicit = objective(loss={"sigmoid": 1}, beta=0.1, loss_args={"label_smoothing": 0})
+    assert objective().loss_arguments == explicit.loss_arguments

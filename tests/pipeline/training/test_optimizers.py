@@ -8,14 +8,22 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.training import checkpoints, optimizers
-from pipeline.training.optimizers import learning_rate, make, refuse_missing, restore, state, take_step
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.training import checkpoints, optimizers
+from prefcache.pipeline.training.optimizers import (
+    get_state,
+    learning_rate,
+    make_optimizer,
+    refuse_missing,
+    restore,
+    take_step,
+)
+from prefcache.pipeline.training.policy import save_weights
 
 CPU = torch.device("cpu")
 KINDS = ["adamw", "adamw_8bit", "adamw_4bit"]
-SHAPES = [(128, 64), (64,), (4, 4)]  # the first is large enough to be quantised
+SHAPES = [(128, 64), (64,), (4, 4)]  # the first is large enough to be quantized
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +34,7 @@ def _torchao(torchao, monkeypatch):
 def started(kind: str, **settings) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    return parameters, make(parameters, Train(optimizer=kind, **settings), CPU)
+    return parameters, make_optimizer(parameters, Train(optimizer=kind, **settings), CPU)
 
 
 def step(parameters, optimizer, seed: int, learnt: int = 3) -> None:
@@ -57,12 +65,12 @@ def test_the_first_step_is_adamws(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_state_takes_as_many_bytes_as_the_trial_leaves_for_it(kind):
     parameters = [torch.nn.Parameter(torch.zeros(256, 256))]
-    optimizer = make(parameters, Train(optimizer=kind), CPU)
+    optimizer = make_optimizer(parameters, Train(optimizer=kind), CPU)
     step(parameters, optimizer, 1)
-    n_bytes = sum(each.numel() * each.element_size() for each in state(optimizer).values())
+    n_bytes = sum(each.numel() * each.element_size() for each in get_state(optimizer).values())
     # Beside it there are the number of steps and two tables of what a code stands for.
     tables = {"adamw": 0, "adamw_8bit": 2 * 256 * 4, "adamw_4bit": 2 * 16 * 4}
-    assert n_bytes == 256 * 256 * optimizers.N_BYTES[kind] + 4 + tables[kind]
+    assert n_bytes == 256 * 256 * optimizers.STATE_BYTES[kind] + 4 + tables[kind]
 
 
 def missing(name: str) -> str:
@@ -96,12 +104,18 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(kind, learnt, tmp_path):
     parameters, optimizer = started(kind)
     for seed in (1, 2, 3):
         step(parameters, optimizer, seed, learnt)
-    checkpoints.save(tmp_path, 3, lambda folder: None, state(optimizer), {}, 1)
-    folder, _ = checkpoints.newest(tmp_path, pytest.fail)
+    checkpoints.save(
+        tmp_path,
+        lambda folder: save_weights(folder, {}),
+        get_state(optimizer),
+        checkpoints.CheckpointState(step=3),
+        1,
+    )
+    folder, _ = checkpoints.find_newest(tmp_path, pytest.fail)
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
 
     resumed, again = started(kind)
-    restore(again, checkpoints.optimizer(folder))
+    restore(again, checkpoints.read_optimizer(folder), folder)
     for old, new in zip(parameters, resumed, strict=True):
         new.data.copy_(old)
     # At last with gradients of all: what had none so far begins then.
@@ -109,9 +123,27 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(kind, learnt, tmp_path):
         step(parameters, optimizer, seed, learns)
         step(resumed, again, seed, learns)
     assert all(torch.equal(old, new) for old, new in zip(parameters, resumed, strict=True))
-    found, expected = state(again), state(optimizer)
+    found, expected = get_state(again), get_state(optimizer)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert ("0.exp_avg.codes" in found) == (kind != "adamw") and "1.exp_avg" in found
+
+
+@pytest.mark.parametrize("what", ["unknown", "shape", "missing", "empty"])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, what):
+    parameters, optimizer = started("adamw")
+    step(parameters, optimizer, 1)
+    saved = get_state(optimizer)
+    if what == "unknown":
+        saved["x"] = torch.zeros(2)
+    elif what == "shape":
+        saved["0.exp_avg"] = torch.zeros(3)
+    elif what == "missing":
+        del saved["1.exp_avg_sq"]
+    else:
+        saved.clear()
+    said = {"unknown": "'x'", "shape": "'0.exp_avg'", "missing": "lacks 1.exp_avg_sq", "empty": "is empty"}[what]
+    with pytest.raises(IntegrityError, match=rf"step-1 holds the state of another optimizer.*{said}.*Delete it"):
+        restore(started("adamw")[1], saved.items(), tmp_path / "step-1")
 
 
 def test_a_run_in_8_bits_resumes_with_the_same_weights(prefcache, config, tmp_path):
@@ -122,7 +154,7 @@ def test_a_run_in_8_bits_resumes_with_the_same_weights(prefcache, config, tmp_pa
     expected = (run / "model/model.safetensors").read_bytes()
     (run / "manifest.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    assert "going on from step 10" in prefcache("train", config, *said).stderr
+    assert "resuming from step 10" in prefcache("train", config, *said).stderr
     assert (run / "model/model.safetensors").read_bytes() == expected
     assert "torchao" in json.loads((run / "provenance.json").read_text())["versions"]
 

@@ -3,11 +3,23 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples_for_tests import MINE, OTHER, cache_for, cache_of, failed, floats, label, logps_of, pair, scored, table
 
-from pipeline.errors import IntegrityError, UsageError
-from pipeline.stored import upkeep
-from pipeline.training.token_logps import token_logps
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.stored import cache_maintenance
+from prefcache.pipeline.training.reference_token_logps import token_logps
+from tests.helpers.examples import (
+    MINE,
+    OTHER,
+    cache_for,
+    cache_of,
+    failed,
+    floats,
+    label,
+    logps_of,
+    pair,
+    scored,
+    table,
+)
 
 ROWS = [pair(0, [1], [2, 3, 4], [5]), pair(1, [1, 1], [6], [7, 8]), pair(2, [1], [5], [9, 9, 9, 9])]
 PAIRS = table(ROWS, "pairs")
@@ -75,15 +87,18 @@ def test_a_failure_under_the_first_numerics_is_served_from_the_second(tmp_path):
 
 
 def test_a_row_that_is_there_twice_under_one_numerics_is_served_once_as_the_smaller(tmp_path):
-    twice = [scored([1], [2], logps=[value], logp_sum=value) for value in (-0.25, -0.5)]
+    twice = [scored([1], [2], logps=[value], logp_sum=value) for value in (-0.25, -0.2500001)]
     # Two scorers whose chunks overlapped: each row with another beside it.
     cache = cache_of(tmp_path, [twice[0], scored([1], [3])], [twice[1], scored([1], [4])])
-    assert served(cache, table([pair(0, [1], [2], [3])], "pairs")) == {"chosen": [[-0.5]], "rejected": [[-0.375]]}
+    assert served(cache, table([pair(0, [1], [2], [3])], "pairs")) == {
+        "chosen": [[float(np.float32(-0.2500001))]],
+        "rejected": [[-0.375]],
+    }
 
 
 def test_rows_scored_without_tokens_are_refused_with_what_to_do(tmp_path):
     cache = cache_of(tmp_path, [scored([1], [2], logps=None), scored([1], [3])])
-    shard = cache.records[0]["file"]
+    shard = cache.records[0].file
     with pytest.raises(UsageError) as caught:
         served(cache, table([pair(0, [1], [2], [3])], "pairs"))
     assert f"{shard} has no values of single tokens" in str(caught.value)
@@ -99,6 +114,21 @@ def test_tokens_that_another_row_of_the_same_sum_has_are_found(tmp_path, order):
     rows = [[scored([1], [2], logps=None)], [scored([1], [2], numerics_id=OTHER)]]
     cache = cache_of(tmp_path, *(rows[i] for i in order))
     assert served(cache, table([pair(0, [1], [2], [2])], "pairs"), [MINE, OTHER])["chosen"] == [[-0.25]]
+
+
+def test_a_list_of_another_length_than_its_answer_is_refused_and_its_shard_named(tmp_path):
+    # One token short, its sum and checksums in order: no scorer writes that.
+    short = {**scored([1], [2, 3], logps=[-1.0], logp_sum=-1.0), "n_completion": 2}
+    cache = cache_of(tmp_path, [short], [scored([1], [4])])
+    (file,) = (record.file for record in cache.records if _has(cache, record, short["key"]))
+    with pytest.raises(
+        IntegrityError, match=rf"{file} has a row with another number of log-probs.*Remove .*score again"
+    ):
+        served(cache, table([pair(0, [1], [2, 3], [4])], "pairs"))
+
+
+def _has(cache, record, key):
+    return key in cache.read(record)["key"].to_pylist()
 
 
 def test_a_label_without_a_mismatched_answer_has_no_tokens_of_one(tmp_path):
@@ -136,8 +166,8 @@ def test_shards_that_are_merged_under_its_eyes_are_read_where_they_went(tmp_path
     cache = cache_of(tmp_path, *chunks)
     keys = [PAIRS["chosen_key"], PAIRS["rejected_key"]]
     sums = cache.logps(keys, [MINE])
-    upkeep.gc(cache.folder, 1 << 20)
-    assert not any((cache.folder / record["file"]).exists() for record in cache.records)
+    cache_maintenance.gc(cache.folder, 1 << 20)
+    assert not any((cache.folder / record.file).exists() for record in cache.records)
     found = token_logps(cache, keys, sums, [MINE])
     assert [floats(found[0][row]) for row in range(3)] == expected("chosen")
 
@@ -145,5 +175,5 @@ def test_shards_that_are_merged_under_its_eyes_are_read_where_they_went(tmp_path
 def test_rows_that_went_away_are_an_integrity_error(tmp_path):
     cache = cache_of(tmp_path, [scored([1], [2])])
     keys = [table([pair(0, [1], [3], [3])], "pairs")["chosen_key"]]
-    with pytest.raises(IntegrityError, match=r"has lost rows.*make score"):
+    with pytest.raises(IntegrityError, match=r"has lost rows.*prefcache score"):
         token_logps(cache, keys, [np.ma.array([-1.0])], [MINE])

@@ -8,23 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_config, write_pairs
-from examples_for_tests import pair, table
-from models_for_tests import build, sequence
-from test_train import launch, metrics
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.identity import Reference
-from pipeline.model.forward import Forward
-from pipeline.model.routing import router_of
-from pipeline.model.trainable import recompute_layers
-from pipeline.training.balance import balance_of
-from pipeline.training.batches import Examples
-from pipeline.training.devices import accelerator
-from pipeline.training.objective import Objective
-from pipeline.training.policy import Policy
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model.trainable import recompute_layers
+from prefcache.pipeline.training.dataset import Examples, SplitData
+from prefcache.pipeline.training.distributed import make_accelerator
+from prefcache.pipeline.training.gradient_step import accumulate_gradient
+from prefcache.pipeline.training.objective import Objective
+from prefcache.pipeline.training.policy import Policy
+from prefcache.pipeline.training.router_loss import RouterCounts, RouterLoss, make_router_loss
+from tests.helpers.examples import pair, table
+from tests.helpers.models import build, sequence, start_forward
+from tests.helpers.project import write_config, write_pairs
+from tests.helpers.runs import launch_all, metrics
 
 CPU = torch.device("cpu")
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]
@@ -47,22 +46,25 @@ def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
 
-def ours(model, way: str, groups) -> torch.Tensor:
-    forward, router = Forward(model, "sdpa", way, "float32", "train.rows"), router_of(model)
-    forward.choose([each for group in groups for each in group])
-    assert forward.way == way
-    seen: list[torch.Tensor] = []
-    forward.logps(groups, watch=seen.extend)
-    routed = router.routed(seen)
-    return router.loss(routed, routed)
+def observe(model, layout: str, groups) -> tuple[RouterLoss, RouterCounts]:
+    """The loss, and what it counts in one forward of these groups."""
+    loss = make_router_loss(model, Train(router_aux_loss=1), CPU)
+    forward = start_forward(model, layout, [sequence for group in groups for sequence in group])
+    forward.logps(groups, router_hook=loss.hook)
+    return loss, loss.take_counts()
 
 
-@pytest.mark.parametrize("way", ["padded", "packed", "shared"])
+def ours(model, layout: str, groups) -> torch.Tensor:
+    loss, counts = observe(model, layout, groups)
+    return loss.value(counts, counts)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_value_and_gradients_are_those_of_transformers_padded_batch(name, way):
+def test_value_and_gradients_are_those_of_transformers_padded_batch(name, layout):
     expected = theirs(model := build(name), APART)
     grads = gradients(model, expected)
-    found = ours(model, way, [[each] for each in APART])
+    found = ours(model, layout, [[each] for each in APART])
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     grads2 = gradients(model, found)
     assert grads2.keys() == grads.keys() and any("gate" in key for key in grads)
@@ -73,14 +75,10 @@ def test_value_and_gradients_are_those_of_transformers_padded_batch(name, way):
 def test_a_prompt_that_is_shared_is_one_prompt_to_the_routers():
     model = build("mixtral")
     one, other = sequence(9, 6), sequence(9, 4)._replace(prompt_ids=sequence(9, 6).prompt_ids)
-    forward = Forward(model, "sdpa", "shared", "float32", "train.rows")
-    forward.choose([one, other])
-    seen: list[torch.Tensor] = []
-    forward.logps([[one, other]], watch=seen.extend)
-    routed = router_of(model).routed(seen)
+    _, counts = observe(model, "shared", [[one, other]])
     # 9 tokens of prompt, 5 and 3 of answers, 2 layers; and two experts of four for each.
-    assert routed.n == 2 * (9 + 5 + 3) and routed.chosen_E.sum() == 2 * routed.n
-    assert routed.probability_E.sum().item() == pytest.approx(routed.n)
+    assert counts.n == 2 * (9 + 5 + 3) and counts.chosen_E.sum() == 2 * counts.n
+    assert counts.probability_E.sum().item() == pytest.approx(counts.n)
 
 
 def test_recomputed_layers_give_its_gradients_too():
@@ -114,8 +112,12 @@ def mixture(model, tmp_path_factory) -> Path:
 def policy_of(folder: Path, weight: float = 0.5, **settings) -> tuple[Policy, Examples, Objective]:
     train = Train(learning_rate=1e-3, router_aux_loss=weight, **settings)
     columns = {name: np.full(len(ROWS), -30.0) for name in ("ref_chosen_logp", "ref_rejected_logp")}
-    data = Examples(table(ROWS, "pairs"), ("chosen", "rejected"), (), columns)
-    return Policy(Reference(folder), None, train, accelerator(train), data.longest(3), print), data, Objective(train)
+    data = Examples(SplitData(table(ROWS, "pairs"), columns, ("chosen", "rejected")))
+    return (
+        Policy(Reference(folder), None, train, make_accelerator(train), data.longest(3), print),
+        data,
+        Objective(train),
+    )
 
 
 def stepped(folder: Path, **settings) -> tuple[float, dict[str, torch.Tensor], list]:
@@ -151,7 +153,7 @@ def test_its_gradient_is_added_to_the_losss_with_its_weight(mixture):
     found = []
     for weight in (0, 0.5):
         policy, data, objective = policy_of(mixture, weight=weight, rows="padded", tokens_per_micro_batch=30)
-        policy._step(data, np.arange(len(ROWS)), objective, {}, 0)
+        accumulate_gradient(policy._logps, data, np.arange(len(ROWS)), objective, {}, 0)
         found.append({name: each.grad.clone() for name, each in policy._trained.parameters().items()})
     batch = data.batch(np.arange(len(ROWS)), CPU, ("chosen", "rejected"))
     model = AutoModelForCausalLM.from_pretrained(mixture)
@@ -174,20 +176,28 @@ def test_what_is_scored_between_two_steps_is_no_part_of_the_next_ones_loss(mixtu
     assert found[1] == found[0]
 
 
-@pytest.mark.parametrize("scope", [{}, {"scope": "micro", "micro_batch_size": 1}], ids=["batch", "micro"])
-def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tmp_path, scope):
+def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 40)
-    config = write_config(tmp_path, mixture, epochs=1, samples=0, router_aux_loss=0.1, **scope)
-    for stage in ("prepare", "score", "train"):
+    config = write_config(tmp_path, mixture, epochs=1, samples=0, router_aux_loss=0.1)
+    for stage in ("prepare", "score"):
         prefcache(stage, config)
+    scopes = {"batch": (), "micro": ("--set", "train.scope=micro", "--set", "train.micro_batch_size=1")}
+    commands = {
+        f"{n}-{name}": ("train", str(config), *settings, "--set", f"train.run={n}-{name}")
+        for name, settings in scopes.items()
+        for n in ("one", "two")
+    }
+    for name in scopes:
+        prefcache(*commands[f"one-{name}"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launch(tmp_path, port, "train", str(config), "--set", "train.run=two")
-    one, two = (metrics(tmp_path / "runs/tiny" / run) for run in ("trained", "two"))
-    for name in ("aux_loss", "eval_aux_loss", "grad_norm"):
-        found = [[row[name] for row in run if row[name] is not None] for run in (one, two)]
-        assert len(found[0]) > 1 and found[1] == pytest.approx(found[0], abs=1e-5)
+    launch_all(tmp_path, port, [commands[f"two-{name}"] for name in scopes])
+    for scope in scopes:
+        one, two = (metrics(tmp_path / "runs/tiny" / f"{n}-{scope}") for n in ("one", "two"))
+        for name in ("aux_loss", "eval_aux_loss", "grad_norm"):
+            found = [[row[name] for row in run if row[name] is not None] for run in (one, two)]
+            assert len(found[0]) > 1 and found[1] == pytest.approx(found[0], abs=1e-5)
 
 
 # -- whether it is wanted --------------------------------------------------------------------------------------------
@@ -195,15 +205,15 @@ def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tm
 
 def test_unless_said_the_models_config_decides():
     quiet, loud = build("mixtral"), build("mixtral", output_router_logits=True, router_aux_loss_coef=0.25)
-    assert balance_of(quiet, Train(), CPU) is None and balance_of(loud, Train(), CPU).coefficient == 0.25
-    assert balance_of(loud, Train(router_aux_loss=0), CPU) is None
-    assert balance_of(quiet, Train(router_aux_loss=0.1), CPU).coefficient == 0.1
-    assert balance_of(build("llama"), Train(), CPU) is None
+    assert make_router_loss(quiet, Train(), CPU) is None and make_router_loss(loud, Train(), CPU).coefficient == 0.25
+    assert make_router_loss(loud, Train(router_aux_loss=0), CPU) is None
+    assert make_router_loss(quiet, Train(router_aux_loss=0.1), CPU).coefficient == 0.1
+    assert make_router_loss(build("llama"), Train(), CPU) is None
 
 
 def test_a_model_without_such_a_loss_is_refused():
-    with pytest.raises(UsageError, match="LlamaForCausalLM is no mixture of experts that has a load-balancing loss"):
-        balance_of(build("llama"), Train(router_aux_loss=0.1), CPU)
+    with pytest.raises(UsageError, match="LlamaForCausalLM is not a mixture of experts with a load-balancing loss"):
+        make_router_loss(build("llama"), Train(router_aux_loss=0.1), CPU)
 
 
 def test_another_balancing_loss_than_this_one_is_refused(monkeypatch):
@@ -211,5 +221,5 @@ def test_another_balancing_loss_than_this_one_is_refused(monkeypatch):
 
     balance = modeling_mixtral.load_balancing_loss_func
     monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *given: 2 * balance(*given))
-    with pytest.raises(UsageError, match="is another than the one known here"):
-        router_of(build("mixtral"))
+    with pytest.raises(UsageError, match="differs from the supported one"):
+        make_router_loss(build("mixtral"), Train(router_aux_loss=0.1), CPU)

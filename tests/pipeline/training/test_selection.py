@@ -6,16 +6,16 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples_for_tests import MINE, cache_for, label, objective, pair, prepared, table
 
-from pipeline import views
-from pipeline.config import Train
-from pipeline.errors import DataError, ResourceError, UsageError
-from pipeline.schema import PREPARED
-from pipeline.training import columns
-from pipeline.training.batches import steps
-from pipeline.training.selection import Selection, column_names
-from pipeline.views import Sources
+from prefcache.pipeline import views
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import DataError, ResourceError, UsageError
+from prefcache.pipeline.schema import PREPARED
+from prefcache.pipeline.training import cache_join
+from prefcache.pipeline.training.dataset import steps
+from prefcache.pipeline.training.selection import Selection, column_names
+from prefcache.pipeline.views import Sources
+from tests.helpers.examples import MINE, cache_for, label, objective, pair, prepared, table
 
 # Margins of the reference: 2, 5, -1, none, 0.
 CHOSEN = np.array([-1.0, -2.0, -4.0, np.nan, -3.0])
@@ -145,8 +145,8 @@ def test_every_column_of_the_view_is_there_with_its_values(kind):
 def test_a_mistyped_column_is_named_with_the_nearest():
     assert "there is no column 'mragin'; the nearest: margin" in refusal(where="mragin > 0")
     message = refusal(where='source = "wiki"')
-    assert "there is no column 'wiki'; there are example_id, split, source" in message
-    assert "Text stands in single quotes." in message
+    assert "there is no column 'wiki'; the columns: example_id, split, source" in message
+    assert "Put text in single quotes." in message
 
 
 def test_a_column_of_the_other_kind_is_told_apart_from_a_mistake():
@@ -375,7 +375,7 @@ def test_an_order_cannot_leave_its_bracket(order_by):
 
 def test_even_what_would_pass_for_an_expression_meets_a_locked_database(monkeypatch):
     """The second lock, without the first: as `prefcache sql`, no file is read."""
-    from pipeline.training.selection import _Expression
+    from prefcache.pipeline.training.selection import _Expression
 
     monkeypatch.setattr(_Expression, "_checked_names", lambda self, con: [])
     for where in ("exists(from read_text('/etc/passwd'))", "exists(from '/etc/passwd')", "exists(from pa)"):
@@ -391,9 +391,30 @@ def test_an_error_while_it_is_computed_is_the_users():
 
 
 def test_more_memory_than_there_is_for_it_is_an_error_in_words(monkeypatch):
-    monkeypatch.setattr("pipeline.training.selection.MEMORY_LIMIT", "50MB")
+    monkeypatch.setattr("prefcache.pipeline.training.selection.MEMORY_LIMIT", "50MB")
     with pytest.raises(ResourceError, match="needs more than 50MB of memory"):
         choose(EVERY_OF_MANY, PAIRS * 4000, reference={}, where="row_number() over (order by repeat(prompt, 1000)) > 4")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        # Of constants, computed when it is described; of a column, when it is evaluated.
+        "length(lpad('x', 2000000000, 'y')) > 0",
+        "levenshtein(repeat(prompt || 'ab', 200000), repeat(prompt || 'bc', 200000)) > 0",
+    ],
+)
+def test_what_takes_too_long_is_ended_within_one_function(monkeypatch, where):
+    monkeypatch.setattr("prefcache.pipeline.training.selection._SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"train.where \(.*\) took more than 0\.5 s"):
+        choose(where=where)
+    assert time.monotonic() - began < 3
+
+
+def test_what_needs_memory_that_duckdb_does_not_count_is_an_error_in_words():
+    with pytest.raises(ResourceError, match=r"train.where .* needs more than 3GB of memory"):
+        choose(where="length(repeat(prompt, 400000000)) > 0")
 
 
 # -- among the columns -----------------------------------------------------------------------------------------------
@@ -403,7 +424,7 @@ def examples(tmp_path, rows, failed=(), **train):
     chosen, data = objective(**train), prepared(tmp_path / "prepared", rows)
     selection = Selection(Train(**train), data.kind)
     cache = cache_for(tmp_path / "cache", rows, failed)
-    return columns.examples(chosen, data, cache, [MINE], density_ratio=False, selection=selection)
+    return cache_join.join_cache(chosen, data, cache, [MINE], density_ratio=False, selection=selection)
 
 
 def values(split):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from conftest import write_config, write_pairs
 
-from pipeline.errors import UsageError
-from pipeline.training.sweep import combinations
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.training.sweep import combinations
+from tests.helpers.project import write_config, write_pairs
 
 
 def test_a_sweep_is_every_combination_in_the_order_written():
@@ -40,9 +40,9 @@ def test_brackets_and_quotes_hold_commas_and_blanks_together():
         ("prepare.seed=1,2", "expected keys of train"),
         ("train.run=a,b", "expected keys of train"),
         ("train.beta=0.1 train.beta=0.2", "names train.beta twice"),
-        ("train.beta=0.1,0.1", "would have one name"),
+        ("train.beta=0.1,0.1", "would have the same name"),
         ("train.loss={a,b", "is not YAML"),
-        (f"train.seed={','.join(map(str, range(1001)))}", "1,001 runs; 1,000 are the most"),
+        (f"train.seed={','.join(map(str, range(1001)))}", "1,001 runs; at most 1,000 are allowed"),
     ],
 )
 def test_what_makes_no_sweep_is_refused(text, says):

@@ -2,19 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_pairs
 
-from pipeline.errors import IntegrityError
-from pipeline.pieces import pieces
-from pipeline.schema import HELD_OUT
-from pipeline.schema import Sequence as TokenSequence
-from pipeline.stored.cache import open_scored
-from pipeline.training import gains
-from pipeline.training.runlog import RunLog
+from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.schema import HELD_OUT, TokenSequence
+from prefcache.pipeline.stored.scored import open_scored
+from prefcache.pipeline.token_text import token_texts
+from prefcache.pipeline.training import token_gains
+from prefcache.pipeline.training.run_log import RunLog
+from tests.helpers.project import invoke, options, write_config, write_pairs
 
 
 def log_of(folder, before, after):
@@ -22,53 +22,56 @@ def log_of(folder, before, after):
     log = RunLog(folder)
     for step, columns in ((0, before), (2, after)):
         ids = columns.pop("example_id")
-        log.visit(step, step / 2, HELD_OUT, ids, {name: np.array(values) for name, values in columns.items()})
+        log.add_visit(step, step / 2, HELD_OUT, ids, {name: np.array(values) for name, values in columns.items()})
         log.flush(step)
     return log
 
 
-def test_a_pairs_gain_is_the_chosen_answers_rise_less_the_rejected_ones(tmp_path):
+def test_a_gain_is_what_good_answers_rise_and_bad_ones_fall(tmp_path):
     # a: (-4 + 5) - (-7 + 6) = 2; b: (-9 + 8) - (-5 + 6) = -2; c: (-1 + 1) - (-2 + 3) = -1, in another order afterwards
     before = {"example_id": ["a", "b", "c"], "chosen_logp": [-5.0, -8, -1], "rejected_logp": [-6.0, -6, -3]}
     after = {"example_id": ["c", "a", "b"], "chosen_logp": [-1.0, -4, -9], "rejected_logp": [-2.0, -7, -5]}
-    found = gains.gains(log_of(tmp_path, before, after), 2)
+    found = token_gains.measure_gains(log_of(tmp_path / "pairs", before, after), 2)
     assert list(found.items()) == [("a", 2), ("c", -1), ("b", -2)]
-
-
-def test_a_labels_gain_is_its_answers_rise_or_its_fall_where_it_is_undesirable(tmp_path):
     before = {"example_id": ["good", "bad"], "completion_logp": [-5.0, -5], "label": [True, False]}
     after = {"example_id": ["good", "bad"], "completion_logp": [-4.0, -8], "label": [True, False]}
-    assert gains.gains(log_of(tmp_path, before, after), 2) == {"bad": 3, "good": 1}
-
-
-def test_an_example_without_a_finite_log_prob_has_no_gain(tmp_path):
+    assert token_gains.measure_gains(log_of(tmp_path / "labels", before, after), 2) == {"bad": 3, "good": 1}
+    # An example without a finite log-prob has none.
     visits = {"example_id": ["a", "b"], "chosen_logp": [-5.0, float("-inf")], "rejected_logp": [-6.0, -6]}
-    assert list(gains.gains(log_of(tmp_path, {**visits}, {**visits}), 2)) == ["a"]
+    assert list(token_gains.measure_gains(log_of(tmp_path / "infinite", {**visits}, {**visits}), 2)) == ["a"]
 
 
-@pytest.mark.parametrize("n", [0, 3, 2 * gains.SHOWN, 20])
+@pytest.mark.parametrize("n", [0, 3, 2 * token_gains.SHOWN, 20])
 def test_the_first_and_the_last_are_shown_and_none_twice(n):
     by_gain = {str(i): -float(i) for i in range(n)}
-    shown = gains.ends(by_gain)
-    assert len(set(shown)) == len(shown) == min(n, 2 * gains.SHOWN)
-    assert shown[: gains.SHOWN] == [str(i) for i in range(min(n, gains.SHOWN))]
+    shown = token_gains.extremes(by_gain)
+    assert len(set(shown)) == len(shown) == min(n, 2 * token_gains.SHOWN)
+    assert shown[: token_gains.SHOWN] == [str(i) for i in range(min(n, token_gains.SHOWN))]
     assert shown[-1:] == [str(i) for i in range(n)][-1:]
 
 
 def test_tokens_that_hold_parts_of_a_character_are_one_piece():
     ids = list("né".encode())
-    assert pieces(lambda some: bytes(some).decode("utf-8", "replace"), ids) == ["n", "", "é"]
+    assert token_texts(lambda some: bytes(some).decode("utf-8", "replace"), ids) == ["n", "", "é"]
+
+
+@pytest.fixture(scope="module")
+def once(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gains")
+    write_pairs(folder / "pairs.jsonl", 60)
+    for stage in ("prepare", "score", "train"):
+        invoke(folder, stage, write_config(folder, model), "--set", "prepare.held_out=0.4")
+    return folder
 
 
 @pytest.fixture
-def trained(prefcache, config, tmp_path):
-    for stage in ("prepare", "score", "train"):
-        prefcache(stage, config, "--set", "prepare.held_out=0.4")
+def trained(once, tmp_path) -> Path:
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs/tiny/trained"
 
 
 def test_tokens_add_up_to_what_the_run_and_the_cache_say_of_each_answer(trained, prefcache):
-    rows = pq.read_table(trained / gains.FILE).to_pylist()
+    rows = pq.read_table(trained / token_gains.FILE).to_pylist()
     query = (
         "select example_id, b.chosen_logp, b.rejected_logp, b.ref_chosen_logp, b.ref_rejected_logp, "
         "(b.chosen_logp - a.chosen_logp) - (b.rejected_logp - a.rejected_logp) as gain, chosen, rejected "
@@ -83,27 +86,25 @@ def test_tokens_add_up_to_what_the_run_and_the_cache_say_of_each_answer(trained,
         assert row["gain"] == pytest.approx(of["gain"], abs=1e-9)
         assert "".join(row["tokens"]).startswith(of[row["answer"]]) and row["tokens"][-2] == "<|im_end|>"
     by_gain = sorted((of["gain"] for of in said.values()), reverse=True)
-    assert len(by_gain) > 2 * gains.SHOWN
+    assert len(by_gain) > 2 * token_gains.SHOWN
     shown = [row["gain"] for row in rows[::2]]
-    assert shown == pytest.approx(by_gain[: gains.SHOWN] + by_gain[-gains.SHOWN :])
+    assert shown == pytest.approx(by_gain[: token_gains.SHOWN] + by_gain[-token_gains.SHOWN :])
 
 
-def test_lost_it_is_made_again_from_the_last_checkpoint_to_the_same_bytes(trained, prefcache, config):
-    before = (trained / gains.FILE).read_bytes()
-    (trained / gains.FILE).write_bytes(before[:-1])
-    assert (
-        f"{gains.FILE} has {len(before) - 1} bytes"
-        in prefcache("train", config, "--set", "prepare.held_out=0.4").stderr
-    )
-    assert (trained / gains.FILE).read_bytes() == before
+def test_lost_it_is_made_again_from_the_last_checkpoint_to_the_same_bytes(trained, prefcache):
+    before = (trained / token_gains.FILE).read_bytes()
+    (trained / token_gains.FILE).write_bytes(before[:-1])
+    done = prefcache("train", "config.yaml", "--set", "prepare.held_out=0.4")
+    assert f"{token_gains.FILE} has {len(before) - 1} bytes" in done.stderr
+    assert (trained / token_gains.FILE).read_bytes() == before
 
 
 def test_a_run_ends_well_where_the_cache_has_no_single_tokens_or_is_read_by_no_loss(prefcache, config, tmp_path):
     prefcache("prepare", config)
     prefcache("score", config, "--set", "score.logps=false")
     for run, loss in (("sums", "sigmoid"), ("free", "simpo")):
-        done = prefcache("train", config, "--set", f"train.run={run}", "--set", f"train.loss={loss}")
-        rows = pq.read_table(tmp_path / f"runs/tiny/{run}/{gains.FILE}").to_pylist()
+        done = prefcache("train", config, *options(f"train.run={run}", f"train.loss={loss}"))
+        rows = pq.read_table(tmp_path / f"runs/tiny/{run}/{token_gains.FILE}").to_pylist()
         assert rows and all(row["ref_logps"] is None and row["logps"] for row in rows)
         assert ("has no log-probs of single tokens" in done.stderr) == (run == "sums")
 
@@ -114,16 +115,16 @@ def test_a_cache_that_went_away_along_the_run_is_an_error_of_ours(trained):
     shutil.rmtree(cache.folder)
     sequence = TokenSequence(np.array([1], np.int32), np.array([2], np.int32))
     with pytest.raises(IntegrityError):
-        gains.reference_tokens(cache, {"chosen": [sequence]}, list(cache.numerics()))
+        token_gains.read_reference(cache, {"chosen": [sequence]}, list(cache.numerics()))
 
 
 def test_labels_and_runs_with_nothing_held_out_have_theirs(prefcache, config, tmp_path):
-    labels = ["--set", "prepare.examples=labels", "--set", "out=runs/labels", "--set", "train.loss=kto"]
-    nothing = ["--set", "prepare.held_out=0", "--set", "out=runs/nothing"]
+    labels = options("prepare.examples=labels", "out=runs/labels", "train.loss=kto")
+    nothing = options("prepare.held_out=0", "out=runs/nothing")
     write_pairs(tmp_path / "pairs.jsonl", 20)
     for settings in (labels, nothing):
         for stage in ("prepare", "score", "train"):
             prefcache(stage, config, *settings, "--set", "train.epochs=0.5")
-    rows = pq.read_table(tmp_path / f"runs/labels/trained/{gains.FILE}").to_pylist()
+    rows = pq.read_table(tmp_path / f"runs/labels/trained/{token_gains.FILE}").to_pylist()
     assert rows and {row["answer"] for row in rows} == {"completion"}
-    assert not (tmp_path / f"runs/nothing/trained/{gains.FILE}").exists()
+    assert not (tmp_path / f"runs/nothing/trained/{token_gains.FILE}").exists()

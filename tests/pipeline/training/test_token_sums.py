@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from models_for_tests import build, sequence
 
-from pipeline.config import Tokens
-from pipeline.model.logprobs import completion_logps
-from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from prefcache.pipeline.config import Tokens
+from prefcache.pipeline.model.logprobs import padded_logps
+from prefcache.pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from tests.helpers.models import build, sequence
 
 torch.set_num_threads(1)
 
@@ -22,49 +22,113 @@ REFERENCE = {"chosen": lists([-2, -2, -2, -2], [-1]), "rejected": lists([-4, -4]
 SEED = Seed(0, 1, [0, 1])
 
 
-def found(tokens=None, policy=POLICY, reference=REFERENCE, seed=SEED, **said):
-    sums = answer_sums(policy, reference, tokens or Tokens(**said), seed)
-    return {name: values.tolist() for name, values in sums.items()}
+def sums(policy=POLICY, reference=REFERENCE, seed=SEED, **tokens):
+    return {name: x.tolist() for name, x in answer_sums(policy, reference, Tokens(**tokens), seed).items()}
 
 
-def test_unless_said_otherwise_log_probs_are_added_up_in_float64():
-    assert found() == {"chosen_logp": [-15, -0.5], "rejected_logp": [-8, -4]}
+PLAIN = {"chosen_logp": [-15, -0.5], "rejected_logp": [-8, -4]}
+PLAIN_REFERENCE = {"ref_chosen_logp": [-8, -1], "ref_rejected_logp": [-8, -7]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ({}, PLAIN),
+        # LD-DPO weighs what lies beyond the shorter answer, of policy and reference.
+        # First pair: -1 - 2 + 0.5 (-4 - 8) = -9 of the chosen, the reference's -4 + 0.5 * -4 = -6. Second: -1 + 0.5 * -3.
+        (
+            {"ld_alpha": 0.5},
+            {"chosen_logp": [-9, -0.5], "rejected_logp": [-8, -2.5]}
+            | {"ref_chosen_logp": [-6, -1], "ref_rejected_logp": [-8, -4]},
+        ),
+        # Of the policy alone, it leaves the reference's sums to the cache.
+        ({"ld_alpha": 0.5, "ld_alpha_of": "policy"}, {"chosen_logp": [-9, -0.5], "rejected_logp": [-8, -2.5]}),
+        # Other weights are of both: decay 0.5 weighs 1, 1/2, 1/4, 1/8; ld_alpha halves the policy's last two.
+        (
+            {"ld_alpha": 0.5, "ld_alpha_of": "policy", "decay": 0.5},
+            {"chosen_logp": [-1 - 1 - 0.5 - 0.5, -0.5], "rejected_logp": [-5.5, -1 - 0.25 - 0.25]}
+            | {"ref_chosen_logp": [-2 - 1 - 0.5 - 0.25, -1], "ref_rejected_logp": [-6, -1 - 1 - 1]},
+        ),
+        (
+            {"ld_alpha": 0.5, "ld_alpha_of": "policy", "clamp": (-100, 100)},
+            {"chosen_logp": [-9, -0.5], "rejected_logp": [-8, -2.5]} | PLAIN_REFERENCE,
+        ),
+        # An ld_alpha of 1 is plain.
+        ({"ld_alpha": 1}, PLAIN | PLAIN_REFERENCE),
+        ({"ld_alpha": 1, "ld_alpha_of": "policy"}, PLAIN),
+        # Each token counts half of the one before: -1 - 1 - 1 - 1; -3 - 2.5; -1 - 0.5 - 0.5
+        (
+            {"decay": 0.5},
+            {"chosen_logp": [-4, -0.5], "rejected_logp": [-5.5, -2]}
+            | {"ref_chosen_logp": [-3.75, -1], "ref_rejected_logp": [-6, -3]},
+        ),
+        ({"decay": 1}, PLAIN | PLAIN_REFERENCE),
+        # Humanline: ratios 1, 0, -2, -6 become 1, 0, -1.5, -1.5 on the reference's -2 each; -0.5 - -1 = 0.5 stays.
+        # Rejected: 1, -1 stay; 0, 1, 2 become 0, 1, 1.5 on -1, -2, -4.
+        (
+            {"clamp": (-1.5, 1.5)},
+            {"chosen_logp": [-10, -0.5], "rejected_logp": [-8, -4.5]} | PLAIN_REFERENCE,
+        ),
+        # Clamped -1, -2, -3.5, -3.5 times 1, 1/2, 1/4, 1/8; -3, -5 times 1, 1/2; -1, -1, -2.5.
+        (
+            {"clamp": (-1.5, 1.5), "decay": 0.5},
+            {"chosen_logp": [-1 - 1 - 0.875 - 0.4375, -0.5], "rejected_logp": [-5.5, -1 - 0.5 - 0.625]}
+            | {"ref_chosen_logp": [-3.75, -1], "ref_rejected_logp": [-6, -3]},
+        ),
+    ],
+)
+def test_sums_by_hand(tokens, expected):
+    assert sums(**tokens) == expected
+
+
+def test_log_probs_are_added_up_in_float64():
     # 2**24 + 1 is no float32.
     big = answer_sums({"chosen": lists([-16777216.0, -1.0])}, {}, Tokens(), Seed(0, 0, [0]))["chosen_logp"]
     assert big.dtype == torch.float64 and big.tolist() == [-16777217]
 
 
-# -- LD-DPO ----------------------------------------------------------------------------------------------------------
-
-
-def test_ld_alpha_weighs_what_lies_beyond_the_shorter_answer_of_policy_and_reference():
-    # First pair: -1 - 2 + 0.5 (-4 - 8) = -9 of the chosen, the reference's -4 + 0.5 * -4 = -6. Second: -1 + 0.5 * -3.
-    assert found(ld_alpha=0.5) == {
-        "chosen_logp": [-9, -0.5],
-        "rejected_logp": [-8, -2.5],
-        "ref_chosen_logp": [-6, -1],
-        "ref_rejected_logp": [-8, -4],
-    }
-
-
-def test_ld_alpha_of_the_policy_leaves_the_references_sums_to_the_cache():
-    assert found(ld_alpha=0.5, ld_alpha_of="policy") == {"chosen_logp": [-9, -0.5], "rejected_logp": [-8, -2.5]}
-
-
-def test_ld_alpha_of_the_policy_stays_the_policys_beside_other_weights():
-    # Decay 0.5 weighs 1, 1/2, 1/4, 1/8, of both; ld_alpha 0.5 halves the last two, of the policy alone.
-    sums = found(ld_alpha=0.5, ld_alpha_of="policy", decay=0.5)
-    assert sums["chosen_logp"] == [-1 - 1 - 0.5 - 0.5, -0.5]
-    assert sums["ref_chosen_logp"] == [-2 - 1 - 0.5 - 0.25, -1]
-    sums = found(ld_alpha=0.5, ld_alpha_of="policy", clamp=(-100, 100))
-    assert (sums["chosen_logp"], sums["ref_chosen_logp"]) == ([-9, -0.5], [-8, -1])
-
-
 @pytest.mark.parametrize("of", ["both", "policy"])
-def test_an_ld_alpha_of_one_is_plain_and_of_zero_is_the_common_length(of):
-    assert {name: found(ld_alpha=1, ld_alpha_of=of)[name] for name in found()} == found()
-    cut = found(ld_alpha=0, ld_alpha_of=of)
+def test_an_ld_alpha_of_zero_is_the_common_length(of):
+    cut = sums(ld_alpha=0, ld_alpha_of=of)
     assert (cut["chosen_logp"], cut["rejected_logp"]) == ([-3, -0.5], [-8, -1])
+
+
+def test_decay_and_ld_alpha_multiply():
+    # -1 - 1 and half of -1 - 1
+    assert sums(decay=0.5, ld_alpha=0.5)["chosen_logp"] == [-3, -0.5]
+
+
+def test_a_label_has_weights_without_another_answer():
+    one = {"completion": lists([-2, -4])}
+    weighed = sums(one, one, Seed(0, 1, [0]), decay=0.5)
+    assert weighed == {"completion_logp": [-4], "ref_completion_logp": [-4]}
+
+
+def test_without_a_reference_only_the_policy_is_weighed():
+    assert sums(reference={}, decay=0.5) == {"chosen_logp": [-4, -0.5], "rejected_logp": [-5.5, -2]}
+
+
+def test_if_policy_and_reference_agree_a_clamp_changes_nothing():
+    clamped = sums(policy=REFERENCE, clamp=(-1.5, 1.5))
+    assert clamped["chosen_logp"] == clamped["ref_chosen_logp"] == [-8, -1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weights"),
+    [
+        ({"clamp": (-1.5, 1.5)}, {"chosen": [[1, 1, 0, 0], [1]], "rejected": [[1, 1], [1, 1, 0]]}),
+        (
+            {"decay": 0.5, "ld_alpha": 0.25},
+            {"chosen": [[1, 0.5, 0.0625, 0.03125], [1]], "rejected": [[1, 0.5], [1, 0.125, 0.0625]]},
+        ),
+    ],
+)
+def test_each_tokens_gradient_is_its_weight_and_nothing_is_learned_beyond_a_clamp(tokens, weights):
+    policy = {name: [each.clone().requires_grad_() for each in rows] for name, rows in POLICY.items()}
+    weighed = answer_sums(policy, REFERENCE, Tokens(**tokens), SEED)
+    (weighed["chosen_logp"].sum() + weighed["rejected_logp"].sum()).backward()
+    assert {name: [each.grad.tolist() for each in rows] for name, rows in policy.items()} == weights
+    assert not weighed["ref_chosen_logp"].requires_grad
 
 
 # -- SamPO -----------------------------------------------------------------------------------------------------------
@@ -76,8 +140,7 @@ LONG = {"chosen": lists(POWERS), "rejected": lists(POWERS[:N_SHORT])}
 
 
 def drawn(seed=0, epoch=1, row=0, policy=LONG, name="chosen"):
-    sums = answer_sums(policy, policy, Tokens(sampo=True), Seed(seed, epoch, [row]))
-    total = int(-sums[f"{name}_logp"][0].item())
+    total = -int(sums(policy, policy, Seed(seed, epoch, [row]), sampo=True)[f"{name}_logp"][0])
     return {n for n in range(N_LONG) if total >> n & 1}
 
 
@@ -86,8 +149,9 @@ def test_sampo_takes_as_many_tokens_of_the_longer_answer_as_the_shorter_has():
 
 
 def test_sampo_takes_the_same_tokens_of_policy_and_reference():
-    sums = answer_sums(LONG, {name: [2 * each[0]] for name, each in LONG.items()}, Tokens(sampo=True), Seed(0, 1, [0]))
-    assert sums["ref_chosen_logp"].item() == 2 * sums["chosen_logp"].item() != 2 * sum(POWERS)
+    twice = {name: [2 * each[0]] for name, each in LONG.items()}
+    drawn = sums(LONG, twice, Seed(0, 1, [0]), sampo=True)
+    assert drawn["ref_chosen_logp"][0] == 2 * drawn["chosen_logp"][0] != 2 * sum(POWERS)
 
 
 def test_what_sampo_draws_depends_on_seed_epoch_and_example():
@@ -101,94 +165,16 @@ def test_what_sampo_draws_depends_on_seed_epoch_and_example():
 
 def test_what_sampo_draws_does_not_depend_on_the_batch():
     three = {"chosen": lists(POWERS[:9], POWERS, POWERS[:3]), "rejected": lists(POWERS[:4], POWERS[:N_SHORT], POWERS)}
-    together = answer_sums(three, three, Tokens(sampo=True), Seed(0, 1, [5, 8, 2]))
-    alone = answer_sums(LONG, LONG, Tokens(sampo=True), Seed(0, 1, [8]))
-    for name, values in alone.items():
-        assert together[name][1] == values[0]
+    together, alone = (
+        sums(three, three, Seed(0, 1, [5, 8, 2]), sampo=True),
+        sums(LONG, LONG, Seed(0, 1, [8]), sampo=True),
+    )
+    assert {name: [values[1]] for name, values in together.items()} == alone
 
 
 def test_sampo_of_answers_of_one_length_takes_all():
     even = {"chosen": lists([-1, -2], [-3]), "rejected": lists([-4, -8], [-5])}
-    assert found(policy=even, reference=even, sampo=True) == {
-        "chosen_logp": [-3, -3],
-        "rejected_logp": [-12, -5],
-        "ref_chosen_logp": [-3, -3],
-        "ref_rejected_logp": [-12, -5],
-    }
-
-
-# -- decay -----------------------------------------------------------------------------------------------------------
-
-
-def test_decay_weighs_each_token_less_than_the_one_before():
-    # 1, 1/2, 1/4, 1/8: -1 - 1 - 1 - 1; -3 - 2.5; -1 - 0.5 - 0.5
-    assert found(decay=0.5) == {
-        "chosen_logp": [-4, -0.5],
-        "rejected_logp": [-5.5, -2],
-        "ref_chosen_logp": [-3.75, -1],
-        "ref_rejected_logp": [-6, -3],
-    }
-    assert found(decay=1)["chosen_logp"] == [-15, -0.5]
-
-
-def test_decay_and_ld_alpha_multiply():
-    # -1 - 1 and half of -1 - 1
-    assert found(decay=0.5, ld_alpha=0.5)["chosen_logp"] == [-3, -0.5]
-
-
-def test_a_label_has_weights_without_another_answer():
-    one = {"completion": lists([-2, -4])}
-    assert found(policy=one, reference=one, seed=Seed(0, 1, [0]), decay=0.5) == {
-        "completion_logp": [-4],
-        "ref_completion_logp": [-4],
-    }
-
-
-def test_without_a_reference_only_the_policy_is_weighed():
-    assert found(reference={}, decay=0.5) == {"chosen_logp": [-4, -0.5], "rejected_logp": [-5.5, -2]}
-
-
-# -- Humanline -------------------------------------------------------------------------------------------------------
-
-
-def test_clamp_limits_each_tokens_ratio_to_the_reference():
-    # Ratios 1, 0, -2, -6 become 1, 0, -1.5, -1.5 on the reference's -2 each; -0.5 - -1 = 0.5 stays.
-    # Rejected: 1, -1 stay; 0, 1, 2 become 0, 1, 1.5 on -1, -2, -4.
-    assert found(clamp=(-1.5, 1.5)) == {
-        "chosen_logp": [-10, -0.5],
-        "rejected_logp": [-8, -4.5],
-        "ref_chosen_logp": [-8, -1],
-        "ref_rejected_logp": [-8, -7],
-    }
-
-
-def test_nothing_is_learned_from_tokens_beyond_the_clamp():
-    policy = {name: [each.clone().requires_grad_() for each in rows] for name, rows in POLICY.items()}
-    sums = answer_sums(policy, REFERENCE, Tokens(clamp=(-1.5, 1.5)), SEED)
-    (sums["chosen_logp"].sum() + sums["rejected_logp"].sum()).backward()
-    assert [each.grad.tolist() for each in policy["chosen"]] == [[1, 1, 0, 0], [1]]
-    assert [each.grad.tolist() for each in policy["rejected"]] == [[1, 1], [1, 1, 0]]
-
-
-def test_clamp_then_decay():
-    # Clamped -1, -2, -3.5, -3.5 times 1, 1/2, 1/4, 1/8
-    assert found(clamp=(-1.5, 1.5), decay=0.5)["chosen_logp"] == [-1 - 1 - 0.875 - 0.4375, -0.5]
-
-
-def test_where_policy_and_reference_agree_a_clamp_changes_nothing():
-    sums = found(policy=REFERENCE, clamp=(-1.5, 1.5))
-    assert sums["chosen_logp"] == sums["ref_chosen_logp"] == [-8, -1]
-
-
-# -- gradients in general --------------------------------------------------------------------------------------------
-
-
-def test_each_tokens_gradient_is_its_weight():
-    policy = {name: [each.clone().requires_grad_() for each in rows] for name, rows in POLICY.items()}
-    sums = answer_sums(policy, REFERENCE, Tokens(decay=0.5, ld_alpha=0.25), SEED)
-    sums["chosen_logp"].sum().backward()
-    assert policy["chosen"][0].grad.tolist() == [1, 0.5, 0.0625, 0.03125]
-    assert not sums["ref_chosen_logp"].requires_grad
+    assert sums(even, even, sampo=True) == sums(even, even, decay=1)
 
 
 # -- WPO -------------------------------------------------------------------------------------------------------------
@@ -207,7 +193,7 @@ def test_wpo_weights_are_those_of_the_models_own_distributions():
     model = build("llama")
     answers = {"chosen": [sequence(3, 5), sequence(4, 1)], "rejected": [sequence(3, 2, 1), sequence(4, 6, 1)]}
     flat = [*answers["chosen"], *answers["rejected"]]
-    logps, squares = completion_logps(model, flat, squares=True)
+    logps, squares = padded_logps(model, flat, squares=True)
     found = wpo_weights({"chosen": logps[:2], "rejected": logps[2:]}, {"chosen": squares[:2], "rejected": squares[2:]})
     assert logps[0].requires_grad and not found.requires_grad
     exact = build("llama").double()

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import write_config, write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import metrics, weights
+
+from tests.helpers.project import write_config, write_pairs
+from tests.helpers.runs import metrics, weights
 
 REPORT = ["--set", "train.report_to=tensorboard"]
 
@@ -46,24 +47,19 @@ def compare(run: Path) -> None:
         assert [value for _, value in theirs[name]] == pytest.approx([value for _, value in values], rel=1e-6)
 
 
-def test_tensorboard_has_every_metric_of_every_step_and_the_settings(prefcache, scored, tmp_path):
+def test_tensorboard_has_every_metric_and_setting_and_each_step_once_after_an_interruption(prefcache, scored, tmp_path):
     prefcache("train", scored, *REPORT)
     run = tmp_path / "runs/tiny/trained"
     compare(run)
     (settings,) = (run / "tensorboard").rglob("hparams.yml")
     said = settings.read_text()
     assert "train.learning_rate: 0.001" in said and "prepare.held_out: 0.2" in said
-
-
-def test_after_an_interruption_it_has_every_step_once(prefcache, scored, tmp_path):
-    prefcache("train", scored, *REPORT)
-    run = tmp_path / "runs/tiny/trained"
     # As if it was killed with steps after its last checkpoint in TensorBoard's files, and with lost ones before.
     (run / "manifest.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     events = next((run / "tensorboard").glob("events.*"))
     events.write_bytes(events.read_bytes()[:-200])
-    assert "going on from step" in prefcache("train", scored, *REPORT).stderr
+    assert "resuming from step" in prefcache("train", scored, *REPORT).stderr
     compare(run)
 
 

@@ -2,14 +2,11 @@
 
 import pytest
 
-from pipeline.errors import UsageError
-from pipeline.preparing.example import Label, Pair, Ranked, Ranking, Unusable
-from pipeline.preparing.examples import expand
-from pipeline.preparing.formats import FORMATS, get_format
-
-
-def read(name: str, record: dict, **options):
-    return get_format(name).bind(options)(record)
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing.example import Candidate, Label, Pair, Ranking
+from prefcache.pipeline.preparing.expand_rankings import expand
+from prefcache.pipeline.preparing.formats import FORMATS, get_format
+from tests.helpers.formats import read, refused
 
 
 def said(role: str, content: str, **more) -> dict:
@@ -254,9 +251,7 @@ UNUSABLE = [
 
 @pytest.mark.parametrize(("reason", "name", "record"), UNUSABLE, ids=[f"{name}-{why}" for why, name, _ in UNUSABLE])
 def test_a_record_that_cannot_be_used_says_why(reason, name, record):
-    with pytest.raises(Unusable) as caught:
-        read(name, record)
-    assert caught.value.reason == reason
+    assert refused(name, record)[0] == reason
 
 
 # -- by the tokenizer's own template ---------------------------------------------------------------------------------
@@ -432,7 +427,7 @@ def test_the_best_of_nectar_has_rank_1():
     ranking = read("zephyr.nectar", NECTAR)
     assert ranking == Ranking(
         prompt="<|system|>\n</s>\n<|user|>\n\n\nHuman: Name a bird.\n\nAssistant: </s>\n<|assistant|>\n",
-        answers=(Ranked("A bat.", -3), Ranked("A wren.", -1), Ranked("A bee.", -2)),
+        answers=(Candidate("A bat.", -3), Candidate("A wren.", -1), Candidate("A bee.", -2)),
         rendered=True,
     )
     (pair,) = expand(ranking, pairing="best_worst", ties=False, as_labels=False)

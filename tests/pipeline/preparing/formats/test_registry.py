@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UsageError
-from pipeline.preparing.example import Label, Pair, Ranking, Unusable, plain_text
-from pipeline.preparing.formats import FORMATS, fields, frameworks, get_format, ours, public, recognise
-from pipeline.preparing.formats.registry import Format
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing.example import Label, Pair, Ranking, Unusable, plain_text
+from prefcache.pipeline.preparing.formats import FORMATS, fields, frameworks, get_format, public, recognise, trl
+from prefcache.pipeline.preparing.formats.registry import Format
 
 USER, SYSTEM = {"role": "user", "content": "why?"}, {"role": "system", "content": "be kind"}
 GOOD = {"prompt": "why?", "chosen": "because", "rejected": "no"}
@@ -175,7 +175,7 @@ ROWS: dict[str, dict] = {
 }
 MORE = {"id": 3, "source": "web", "metadata": {"lang": "en"}}
 OF_THESE_FILES = [
-    each for each in FORMATS.values() if each.reader.__module__ in {m.__name__ for m in (public, frameworks, ours)}
+    each for each in FORMATS.values() if each.reader.__module__ in {m.__name__ for m in (public, frameworks, trl)}
 ]
 
 
@@ -315,32 +315,38 @@ def test_an_option_that_a_format_lacks_is_refused():
 # Ours
 
 
-def test_strings_are_a_pair():
-    assert read(GOOD) == Pair(prompt="why?", chosen="because", rejected="no")
+NAMED = [{"role": "user", "content": "why?", "name": "Ann"}]
 
 
-def test_messages_are_a_pair():
-    record = {"prompt": [SYSTEM, USER], "chosen": answer("because"), "rejected": answer("no")}
-    assert read(record) == Pair(prompt=[SYSTEM, USER], chosen=answer("because"), rejected=answer("no"))
-
-
-def test_strings_and_messages_may_be_mixed():
-    assert read(GOOD | {"chosen": answer("because")}).chosen == answer("because")
-
-
-def test_other_columns_and_other_keys_of_messages_are_let_be():
-    named = [{"role": "user", "content": "why?", "name": "Ann"}]
-    assert read(GOOD | {"prompt": named, "mood": 3}).prompt == named
-
-
-def test_whitespace_of_a_text_is_kept():
-    assert read(GOOD | {"chosen": " because\n"}).chosen == " because\n"
-
-
-def test_scores_of_a_pair_are_kept():
-    pair = read(GOOD | {"chosen_score": 4, "rejected_score": 1.5})
-    assert (pair.chosen_score, pair.rejected_score) == (4.0, 1.5)
-    assert read(GOOD | {"chosen_score": None}).chosen_score is None
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (GOOD, Pair(**GOOD)),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": answer("because"), "rejected": answer("no")},
+            Pair(prompt=[SYSTEM, USER], chosen=answer("because"), rejected=answer("no")),
+        ),
+        (GOOD | {"chosen": answer("because")}, Pair(prompt="why?", chosen=answer("because"), rejected="no")),
+        # Other columns and other keys of messages make no difference, and whitespace is kept.
+        (GOOD | {"prompt": NAMED, "mood": 3}, Pair(prompt=NAMED, chosen="because", rejected="no")),
+        (GOOD | {"chosen": " because\n"}, Pair(prompt="why?", chosen=" because\n", rejected="no")),
+        (
+            GOOD | {"chosen_score": 4, "rejected_score": 1.5},
+            Pair(**GOOD, columns={"chosen_score": 4.0, "rejected_score": 1.5}),
+        ),
+        (GOOD | {"chosen_score": None}, Pair(**GOOD)),
+        # `system` goes before the prompt, unless it is empty or the prompt has a system message of its own.
+        (GOOD | {"system": "be kind"}, Pair(**GOOD | {"prompt": [SYSTEM, USER]})),
+        (GOOD | {"system": "be kind", "prompt": [USER]}, Pair(**GOOD | {"prompt": [SYSTEM, USER]})),
+        *((GOOD | {"system": system}, Pair(**GOOD)) for system in (None, "", " \n", float("nan"))),
+        *(
+            (GOOD | {"system": "be kind", "prompt": [own, USER]}, Pair(**GOOD | {"prompt": [own, USER]}))
+            for own in ({"role": role, "content": "be brief"} for role in ("system", "developer"))
+        ),
+    ],
+)
+def test_a_pair_is_read(record, expected):
+    assert read(record) == expected
 
 
 def test_a_turn_that_only_calls_a_tool_says_nothing():
@@ -362,8 +368,8 @@ BAD = [
     ("wrong type", GOOD | {"chosen": message(role=1)}, "role is int"),
     ("wrong type", GOOD | {"chosen_score": "4"}, "chosen_score is str"),
     ("wrong type", GOOD | {"chosen_score": 10**400}, "chosen_score is int"),
-    ("wrong type", GOOD | {"tools": "none of them"}, "tools is no list"),
-    ("wrong type", GOOD | {"tools": [1]}, "tools is no list"),
+    ("wrong type", GOOD | {"tools": "none of them"}, "tools is not a list"),
+    ("wrong type", GOOD | {"tools": [1]}, "tools is not a list"),
     ("wrong type", GOOD | {"chat_template_kwargs": "thinking"}, "chat_template_kwargs is str"),
     ("wrong type", GOOD | {"system": ["be kind"]}, "system is list"),
     ("empty prompt", GOOD | {"prompt": []}, "prompt"),
@@ -379,21 +385,6 @@ def test_a_bad_record_says_why(reason, record, detail):
         read(record)
     assert caught.value.reason == reason
     assert detail in caught.value.detail
-
-
-def test_system_goes_before_the_prompt():
-    assert read(GOOD | {"system": "be kind"}).prompt == [SYSTEM, USER]
-    assert read(GOOD | {"system": "be kind", "prompt": [USER]}).prompt == [SYSTEM, USER]
-
-
-@pytest.mark.parametrize("system", [None, "", " \n", float("nan")])
-def test_an_empty_system_is_none(system):
-    assert read(GOOD | {"system": system}).prompt == "why?"
-
-
-def test_a_prompt_with_a_system_message_of_its_own_keeps_it():
-    own = [{"role": "system", "content": "be brief"}, USER]
-    assert read(GOOD | {"system": "be kind", "prompt": own}).prompt == own
 
 
 def test_tools_and_template_arguments_are_kept():
@@ -528,7 +519,7 @@ def test_system_tools_and_scores_go_with_an_implicit_prompt():
     pair = implied(
         [USER, *answer("a")], [USER, *answer("b")], system="be kind", tools=[{"name": "look"}], chosen_score=2
     )
-    assert (pair.prompt, pair.tools, pair.chosen_score) == ([SYSTEM, USER], [{"name": "look"}], 2.0)
+    assert (pair.prompt, pair.tools, pair.columns) == ([SYSTEM, USER], [{"name": "look"}], {"chosen_score": 2.0})
 
 
 def test_plain_text_is_one_turns_text_or_named_turns():

@@ -16,10 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Source
-from pipeline.errors import DataError, UsageError
-from pipeline.preparing.sources import CHUNK_BYTES, CHUNK_RECORDS, Limits, Line, Opened, kinds, open_source, text
-from pipeline.stored import artifact
+from prefcache.pipeline.config import Source
+from prefcache.pipeline.errors import DataError, UsageError
+from prefcache.pipeline.preparing.sources import (
+    CHUNK_BYTES,
+    CHUNK_RECORDS,
+    DataSource,
+    Limits,
+    Line,
+    jsonl,
+    open_source,
+    sniff,
+)
+from prefcache.pipeline.stored import artifact
 
 ROWS = [
     {"prompt": f'{i}: why, "so"?\nAnd ü {"é" * (i % 7)}', "chosen": "one\u2028two\u0085three, four", "rejected": "true"}
@@ -27,11 +36,11 @@ ROWS = [
 ]
 
 
-def opened(path, tmp_path: Path | None = None, **entry) -> Opened:
+def opened(path, tmp_path: Path | None = None, **entry) -> DataSource:
     return open_source(Source(path=str(path), **entry), (tmp_path or Path("never")) / "spool")
 
 
-def lines_of(found: Opened, limits: Limits | None = None) -> list[Line]:
+def lines_of(found: DataSource, limits: Limits | None = None) -> list[Line]:
     chunks = found.chunks(limits) if limits else found.chunks()
     return [line for chunk in chunks for line in chunk.lines()]
 
@@ -115,32 +124,22 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_every_container_gives_the_same_records(tmp_path, name):
+def test_every_container_gives_the_same_records_however_it_is_cut(tmp_path, name):
     (tmp_path / name).write_bytes(CONTAINERS[name])
-    lines = lines_of(opened(tmp_path / name))
+    source = opened(tmp_path / name)
+    lines = lines_of(source)
     assert [line.record for line in lines] == ROWS
     assert {line.source for line in lines} == {str(tmp_path / name)}
-    # What quarantine would keep is the record, whatever it came in.
+    # The quarantine would keep the record, whatever its container.
     assert [json.loads(line.raw) for line in lines] == ROWS
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_small_chunks_give_the_same_as_large_ones_and_travel_to_other_processes(tmp_path, name):
-    (tmp_path / name).write_bytes(CONTAINERS[name])
-    found = opened(tmp_path / name)
-    chunks = [pickle.loads(pickle.dumps(chunk)) for chunk in found.chunks(Limits(7, 600))]
-    assert len(chunks) > 7
-    assert [line for chunk in chunks for line in chunk.lines()] == lines_of(found)
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_a_chunk_keeps_to_its_limits(tmp_path, name):
-    (tmp_path / name).write_bytes(CONTAINERS[name])
-    for limits in (Limits(3, 10_000), Limits(100, 400), Limits(100, 1)):
-        for chunk in opened(tmp_path / name).chunks(limits):
+    # Small chunks, which can be sent to other processes, give the same as large ones.
+    for limits in (Limits(7, 600), Limits(3, 10_000), Limits(100, 400), Limits(100, 1)):
+        chunks = [pickle.loads(pickle.dumps(chunk)) for chunk in source.chunks(limits)]
+        assert len(chunks) > 7
+        assert [line for chunk in chunks for line in chunk.lines()] == lines
+        for chunk in chunks:
             n_records = len(list(chunk.lines()))
-            assert n_records <= limits.records
-            assert chunk.n_bytes <= limits.n_bytes or n_records <= 1
+            assert n_records <= limits.records and (chunk.n_bytes <= limits.n_bytes or n_records <= 1)
 
 
 MESSAGES = [
@@ -203,6 +202,9 @@ def test_lines_are_records_with_their_number_and_raw_bytes(tmp_path):
     first, second = read(tmp_path, b'{"a": 1}\n{"a": "\xc3\xbc"}\n')
     assert first == (str(tmp_path / "a.jsonl"), 1, b'{"a": 1}', {"a": 1}, "", "")
     assert (second.number, second.raw, second.record) == (2, b'{"a": "\xc3\xbc"}', {"a": "ü"})
+    # Without the line end of Windows and the byte order mark.
+    lines = read(tmp_path, b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert [line.raw for line in lines] == [b'{"a": 1}', b'{"a": 2}']
 
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(1, 1000), Limits(2, 1000), Limits(1000, 9), Limits(1000, 1)])
@@ -210,11 +212,6 @@ def test_blank_lines_are_passed_over_but_counted_across_chunks(tmp_path, limits)
     (tmp_path / "a.jsonl").write_bytes(b'\n{"a": 1}\n  \n\t\r\n{"a": 2}\n\n\n{"a": 3}')
     lines = lines_of(opened(tmp_path / "a.jsonl"), limits)
     assert [(line.number, line.record) for line in lines] == [(2, {"a": 1}), (5, {"a": 2}), (8, {"a": 3})]
-
-
-def test_windows_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
-    lines = read(tmp_path, b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
-    assert [(line.record, line.raw) for line in lines] == [({"a": 1}, b'{"a": 1}'), ({"a": 2}, b'{"a": 2}')]
 
 
 BAD = {
@@ -308,11 +305,11 @@ def test_where_the_window_on_an_array_ends_does_not_matter(tmp_path, monkeypatch
     for raw in (as_array(rows), as_array(rows, indent=2, ensure_ascii=False)):
         (tmp_path / "a.json").write_bytes(raw)
         found = opened(tmp_path / "a.json")
-        monkeypatch.setattr(text, "BLOCK", block)
+        monkeypatch.setattr(jsonl, "BLOCK", block)
         assert [line.record for line in lines_of(found)] == rows
         monkeypatch.undo()
         (tmp_path / "a.json").write_bytes(raw[:-1] + b", " + numbers + b"]")
-        monkeypatch.setattr(text, "BLOCK", block)
+        monkeypatch.setattr(jsonl, "BLOCK", block)
         assert [line.raw for line in lines_of(found)][-3:] == numbers.split(b", ")
         (tmp_path / "a.json").write_bytes(raw[:-1] + b", x]")
         last = raw.count(b"\n") + 1
@@ -408,9 +405,9 @@ def test_chunks_are_cut_by_the_rule_however_the_file_is_read(tmp_path, monkeypat
         raw = b"\n".join(b"x" * rng.choice([0, 0, 1, 3, 20, 60]) for _ in range(rng.randrange(12)))
         (tmp_path / "a.jsonl").write_bytes(raw)
         limits = Limits(rng.randrange(1, 5), rng.randrange(1, 100))
-        monkeypatch.setattr(text, "BLOCK", rng.choice([2, 5, 33, 1 << 20]))
-        monkeypatch.setattr(text, "_PIECE", rng.choice([1, 7, 1 << 16]))
-        chunks = text.line_chunks(tmp_path / "a.jsonl", "a", limits)
+        monkeypatch.setattr(jsonl, "BLOCK", rng.choice([2, 5, 33, 1 << 20]))
+        monkeypatch.setattr(jsonl, "_PIECE", rng.choice([1, 7, 1 << 16]))
+        chunks = jsonl.line_chunks(tmp_path / "a.jsonl", "a", limits)
         assert [(chunk.number, chunk.payload) for chunk in chunks] == greedy(raw, limits)
 
 
@@ -436,7 +433,7 @@ def test_a_compressed_file_is_cut_like_the_plain_one(tmp_path, monkeypatch, comp
     plain = cuts(tmp_path / "a.jsonl", limits)
     assert cuts(tmp_path / "b.jsonl.x", limits) == plain
     assert b"".join(payload for _, _, payload in plain) == raw
-    monkeypatch.setattr(text, "BLOCK", 1000)  # how much is read at once changes nothing either
+    monkeypatch.setattr(jsonl, "BLOCK", 1000)  # how much is read at once changes nothing either
     assert cuts(tmp_path / "a.jsonl", limits) == plain
 
 
@@ -580,7 +577,7 @@ def test_what_is_not_there_is_the_users_mistake(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"is an address.*Download it first"):
         opened("https://example.org/a.jsonl")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match=r"no regular file. Pipe it in"):
+    with pytest.raises(UsageError, match=r"not a regular file. Pipe it in"):
         opened("pipe")
 
 
@@ -593,7 +590,7 @@ def test_a_file_that_may_not_be_read_is_the_users_mistake(tmp_path):
 
 
 def test_names_that_are_known():
-    assert [name for name in ("a.JSONL", "a.json.gz", "b.csv.zst", "c.txt", "d.gz") if kinds.known(Path(name))] == [
+    assert [name for name in ("a.JSONL", "a.json.gz", "b.csv.zst", "c.txt", "d.gz") if sniff.is_known(Path(name))] == [
         "a.JSONL",
         "a.json.gz",
         "b.csv.zst",
@@ -689,7 +686,7 @@ def hub(tmp_path_factory, monkeypatch) -> Path:
     return data
 
 
-def from_hub(hub, **entry) -> Opened:
+def from_hub(hub, **entry) -> DataSource:
     return open_source(Source(hub=str(hub), **entry), Path("never"))
 
 
@@ -743,3 +740,14 @@ def test_the_commit_of_a_hub_data_set_is_part_of_its_identity(hub, monkeypatch):
     assert from_hub("org/name", revision="main").identity()[0]["revision"] == sha
     with pytest.raises(UsageError, match=f"revision {'f' * 40} was asked for, the local cache has {sha}"):
         from_hub("org/name", revision="f" * 40)
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_a_sentence(prefcache, config, model, tmp_path):
+    name = os.fsdecode(b"p\xff.jsonl")
+    (tmp_path / "pairs.jsonl").rename(tmp_path / name)
+    for command in (
+        ["prepare", config, "--set", "prepare.data=p*.jsonl"],
+        ["score", "--input", name, "--model", model, "--output", "scored.parquet"],
+    ):
+        done = prefcache(*command, code=2)
+        assert "p\\xff.jsonl: this name is not valid UTF-8. Rename it." in done.stderr

@@ -13,10 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from datasets import Dataset
-from losses_for_tests import LEARNT, call
-from models_for_tests import SIZES
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,13 +21,16 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from pipeline.config import Train
-from pipeline.model.logprobs import completion_logps, sums
-from pipeline.schema import Sequence
-from pipeline.training.losses import LOSSES
-from pipeline.training.losses.registry import DIVERGENCES
-from pipeline.training.objective import PLAIN, WEIGHT, Objective
-from pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.model.logprobs import padded_logps, sum_logps
+from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.training.losses import LOSSES
+from prefcache.pipeline.training.losses.registry import DIVERGENCES
+from prefcache.pipeline.training.objective import PLAIN, WEIGHT, Objective
+from prefcache.pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from tests.helpers.losses import LEARNT, call
+from tests.helpers.models import SIZES
+from tests.helpers.project import WORDS
 
 Columns = dict[str, torch.Tensor]
 
@@ -208,26 +208,26 @@ def reference():
 # -- through a model -------------------------------------------------------------------------------------------------
 
 
-def sequences(ids_BT: torch.Tensor, answer_BT: torch.Tensor) -> list[Sequence]:
+def sequences(ids_BT: torch.Tensor, answer_BT: torch.Tensor) -> list[TokenSequence]:
     """Prompt and answer of each row of a batch of TRL's; what follows the answer is padding."""
     found = []
     for ids_T, answer_T in zip(ids_BT.numpy(), answer_BT.bool().numpy(), strict=True):
         start, n = int(answer_T.argmax()), int(answer_T.sum())
         assert answer_T[start : start + n].all() and start > 0
-        found.append(Sequence(ids_T[:start], ids_T[start : start + n]))
+        found.append(TokenSequence(ids_T[:start], ids_T[start : start + n]))
     return found
 
 
-def lengths(answers: list[Sequence]) -> torch.Tensor:
+def lengths(answers: list[TokenSequence]) -> torch.Tensor:
     return torch.tensor([len(answer.completion_ids) for answer in answers], dtype=torch.float64)
 
 
-def of_pairs(policy: Any, reference: Any, chosen: list[Sequence], rejected: list[Sequence]) -> Columns:
+def of_pairs(policy: Any, reference: Any, chosen: list[TokenSequence], rejected: list[TokenSequence]) -> Columns:
     columns = {"n_chosen": lengths(chosen), "n_rejected": lengths(rejected)}
     for name, answers in {"chosen": chosen, "rejected": rejected}.items():
-        columns[f"{name}_logp"] = sums(completion_logps(policy, answers).logps)
+        columns[f"{name}_logp"] = sum_logps(padded_logps(policy, answers).logps)
         if reference is not None:
-            columns[f"ref_{name}_logp"] = sums(completion_logps(reference, answers).logps).detach()
+            columns[f"ref_{name}_logp"] = sum_logps(padded_logps(reference, answers).logps).detach()
     return columns
 
 
@@ -235,8 +235,8 @@ def of_labels(policy: Any, reference: Any, batch: Any) -> Columns:
     columns = {"label": batch["label"].double()}
     for name, prefix in {"completion": "", "kl": "KL_"}.items():
         answers = sequences(batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"])
-        columns[f"{name}_logp"] = sums(completion_logps(policy, answers).logps)
-        columns[f"ref_{name}_logp"] = sums(completion_logps(reference, answers).logps).detach()
+        columns[f"{name}_logp"] = sum_logps(padded_logps(policy, answers).logps)
+        columns[f"ref_{name}_logp"] = sum_logps(padded_logps(reference, answers).logps).detach()
     return columns | {"kl_logp": columns["kl_logp"].detach()}
 
 
@@ -512,14 +512,14 @@ def objective_of(
         for lists in (policy, reference, squares)
     )
     columns = {f"n_{name}": torch.tensor([len(each) for each in lists]).double() for name, lists in of_policy.items()}
-    columns |= {f"ref_{name}_logp": sums(lists) for name, lists in of_reference.items()}
-    columns |= {f"{PLAIN}{name}_logp": sums(lists) for name, lists in of_policy.items()}
+    columns |= {f"ref_{name}_logp": sum_logps(lists) for name, lists in of_reference.items()}
+    columns |= {f"{PLAIN}{name}_logp": sum_logps(lists) for name, lists in of_policy.items()}
     columns |= answer_sums(of_policy, of_reference, train.tokens, Seed(0, 0, range(len(policy) // 2)))
     if train.weighting:
         columns[WEIGHT] = wpo_weights(of_policy, of_squares)
     objective = Objective(train)
-    statistics, *_ = objective.with_statistics(columns, {}, learning=True)
-    return objective.values(columns, statistics)[0].mean(), columns
+    statistics, *_ = objective.compute_statistics(columns, {}, learning=True)
+    return objective.compute_losses(columns, statistics)[0].mean(), columns
 
 
 @combined
@@ -527,9 +527,9 @@ def test_a_combined_step_of_dpo_is_trls(train, dpo, set_up_combined, policy, ref
     set_up_combined(train)
     theirs = dpo.compute_loss(dpo.model, dpo.batch)
     both = sequences(dpo.batch["input_ids"], dpo.batch["completion_mask"])
-    logps, squares = completion_logps(policy, both, squares=True)
+    logps, squares = padded_logps(policy, both, squares=True)
     with torch.no_grad():
-        ref_logps = completion_logps(reference, both).logps
+        ref_logps = padded_logps(reference, both).logps
     ours, columns = objective_of(train, logps, ref_logps, squares)
     assert_same_step(theirs, dpo.model, ours, policy, columns)
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from losses_for_tests import call, random_columns, statistics, t
 
-from pipeline.training.losses import STATISTICS
-from pipeline.training.losses.labels import apo_zero_unpaired, bco, delta, kl, kto
+from prefcache.pipeline.training.losses import STATISTICS
+from prefcache.pipeline.training.losses.labels import apo_zero_unpaired, bco, delta, kl, kto
+from tests.helpers.losses import call, random_columns, statistics, t
 
 COLUMNS = ("completion_logp", "ref_completion_logp", "label", "density_ratio")
 

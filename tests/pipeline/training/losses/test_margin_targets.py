@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from losses_for_tests import (
+
+from prefcache.pipeline.training.losses import LOSSES
+from tests.helpers.losses import (
     GRADES,
     LENGTHS,
     LOGPS,
@@ -18,8 +20,6 @@ from losses_for_tests import (
     statistics,
     t,
 )
-
-from pipeline.training.losses import LOSSES
 
 TARGETS = ("dpop", "rpo", "odpo", "r_dpo", "cal_dpo", "alpha_dpo")
 FORMS = [

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from losses_for_tests import (
+
+from prefcache.pipeline.training.losses import LOSSES
+from tests.helpers.losses import (
     LENGTHS,
     LOGPS,
     call,
@@ -17,8 +19,6 @@ from losses_for_tests import (
     statistics,
     t,
 )
-
-from pipeline.training.losses import LOSSES
 
 NOISE = ("beta_dpo", "dr_dpo", "chi_po")
 

@@ -1,19 +1,18 @@
-"""A loss that somebody adds: written as the README says it is listed and trained, and one that cannot be is refused in words."""
+"""A loss that somebody adds: written as the guide says it is listed and trained, and one that cannot be is refused in words."""
 
 import math
-import re
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
-from losses_for_tests import random_columns
 
-from pipeline.config import Train
-from pipeline.errors import UsageError
-from pipeline.training.losses import LOSSES, STATISTICS, get_loss, hyperparameters
-from pipeline.training.losses.registry import loss, statistic
-from pipeline.training.objective import Objective
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.training.losses import LOSSES, STATISTICS, get_loss, hyperparameters
+from prefcache.pipeline.training.losses.registry import loss, statistic
+from prefcache.pipeline.training.objective import Objective
+from tests.helpers.documents import blocks
+from tests.helpers.losses import random_columns
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +29,16 @@ def add(function, **said):
     return loss(said.pop("formula"), **said)(function)
 
 
-def add_the_readmes() -> None:
-    """The README's own, letter by letter but for its name, beneath what the file that it goes into has imported."""
-    from pipeline.training.losses import pairs
+def add_the_guides() -> None:
+    """The guide's own, letter by letter but for its name, beneath what the file that it goes into has imported."""
+    from prefcache.pipeline.training.losses import pairs
 
-    section = (ROOT / "README.md").read_text().partition("## Add a loss")[2]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    code = next(block for block in blocks("python") if "def bco_pair" in block)
     exec(code.replace("def bco_pair", "def own"), dict(vars(pairs)))
 
 
-def test_the_readmes_loss_is_listed_shown_and_trained(prefcache, config):
-    add_the_readmes()
+def test_the_guides_loss_is_listed_shown_and_trained(prefcache, config):
+    add_the_guides()
     assert "own\n    Each answer is good or bad in itself" in prefcache("losses").stdout
     shown = prefcache("losses", "own").stdout
     assert shown.startswith("own\n\n    -log s(beta a_w)") and "\nWhen: Each answer is good or bad" in shown
@@ -84,7 +82,7 @@ def test_a_loss_that_does_not_give_one_value_per_example_is_refused(shape):
 
     add(own)
     with pytest.raises(UsageError, match=r"Loss 'own' gave values of shape .* for 7 examples. It has to return one"):
-        Objective(Train(loss="own")).values(random_columns(7), {})
+        Objective(Train(loss="own")).compute_losses(random_columns(7), {})
 
 
 def trained(prefcache, config, *train: str, code: int = 0):
@@ -109,6 +107,17 @@ def test_a_loss_without_a_value_at_the_start_is_refused(prefcache, config):
     add(own)
     done = trained(prefcache, config, "loss=own", code=2)
     assert "Loss 'own' has no finite value where policy and reference agree" in done.stderr
+
+
+def test_a_loss_and_a_statistic_stay_functions_to_be_called():
+    def spread(chosen_logp):
+        return chosen_logp.std()
+
+    def by_spread(chosen_logp, spread):
+        return chosen_logp * spread
+
+    assert statistic(spread) is spread and STATISTICS["spread"].function is spread
+    assert loss("p s", when="In this test.")(by_spread) is by_spread
 
 
 @pytest.mark.parametrize("weighed", ["weighting=wpo", "tokens.ld_alpha=0"])

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from losses_for_tests import LENGTHS, LOGPS, call, columns_of, gradients, random_columns, statistics, t
 
-from pipeline.training.losses import LOSSES
-from pipeline.training.losses.pairs import aot, discopop, exo_pair, hinge, ipo, sft, sigmoid, sppo_hard
+from prefcache.pipeline.training.losses import LOSSES
+from prefcache.pipeline.training.losses.pairs import aot, discopop, exo_pair, hinge, ipo, sft, sigmoid, sppo_hard
+from tests.helpers.losses import LENGTHS, LOGPS, call, columns_of, gradients, random_columns, statistics, t
 
 ZERO = t(0.0)
 

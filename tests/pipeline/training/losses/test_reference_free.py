@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from losses_for_tests import LENGTHS, LOGPS, call, gradients, random_columns, t
 
-from pipeline.training.losses import LOSSES, reference_free
-from pipeline.training.losses.reference_free import alphapo, cpo, orpo, simpo, slic
+from prefcache.pipeline.training.losses import LOSSES, reference_free
+from prefcache.pipeline.training.losses.reference_free import alphapo, cpo, orpo, simpo, slic
+from tests.helpers.losses import LENGTHS, LOGPS, call, gradients, random_columns, t
 
 NAMES = [name for name, loss in LOSSES.items() if loss.function.__module__ == reference_free.__name__]
 ONES = torch.ones(30).double()

@@ -1,10 +1,16 @@
 """What holds of every loss: its signature is what it reads, its gradient its slope, its value finite and its own."""
 
 import inspect
+import re
 
 import pytest
 import torch
-from losses_for_tests import (
+
+from prefcache.pipeline import config_file
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.training.losses import LOSSES, STATISTICS, get_loss, hyperparameters, registry
+from prefcache.pipeline.training.losses.registry import DIVERGENCES
+from tests.helpers.losses import (
     COLUMNS,
     call,
     extreme_columns,
@@ -14,11 +20,6 @@ from losses_for_tests import (
     random_columns,
     statistics,
 )
-
-from pipeline import config
-from pipeline.errors import UsageError
-from pipeline.training.losses import LOSSES, STATISTICS, get_loss, hyperparameters
-from pipeline.training.losses.registry import DIVERGENCES
 
 of_every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -66,6 +67,12 @@ def test_a_loss_names_its_paper_and_says_when_and_what_to_expect(name):
     assert loss.papers and all(paper.startswith("https://") for paper in loss.papers)
     assert loss.summary.endswith(".") and loss.when.endswith(".") and loss.formula
     assert {each.direction for each in loss.healthy} & {"rises", "falls"}
+    # What runs log, TRL's names and those of statistics: alerts look for these.
+    logged = {f"rewards/{each}" for each in ("margins", "accuracies")} | {
+        f"logps/{each}" for each in ("chosen", "rejected")
+    }
+    assert {each.metric for each in loss.healthy} <= {"loss", *logged, *STATISTICS}
+    assert {each.direction for each in loss.healthy} <= {"rises", "falls", "may fall", "holds"}
 
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.reads_reference])
@@ -73,6 +80,62 @@ def test_what_a_loss_without_a_reference_expects_is_not_beside_one(name):
     # Where nothing is taken off, the first margin is the model's own, and half of them being right is no rule.
     for each in LOSSES[name].healthy:
         assert "the reference" not in each.note and "from about 0.5" not in each.note
+
+
+PLAIN, F = {"beta": 0.1}, {"f_divergence": "reverse_kl", "f_alpha": 0.5}
+# TRL's, or the paper's where TRL has no such loss: what a run gets that says nothing.
+DEFAULTS = {
+    "kto": {**PLAIN, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "apo_zero_unpaired": {**PLAIN, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "bco": {**PLAIN, "min_density_ratio": 0.5, "max_density_ratio": 10.0},
+    "sigmoid": {**PLAIN, "label_smoothing": 0.0, **F},
+    "sigmoid_norm": {"beta": 5.0, **F},
+    "hinge": {**PLAIN, **F},
+    "ipo": {**PLAIN, "per_token": True, **F},
+    "exo_pair": {**PLAIN, "label_smoothing": 1e-3, **F},
+    "robust": {**PLAIN, "label_smoothing": 0.1, **F},
+    "aot": {**PLAIN, "label_smoothing": 0.0},
+    "aot_unpaired": {**PLAIN, "label_smoothing": 0.0},
+    "discopop": {**PLAIN, "tau": 0.05, **F},
+    "sft": {},
+    "dpop": {"beta": 0.3, "penalty": 50.0},
+    "rpo": {**PLAIN, "eta": 1.0, "distance": "backward"},
+    "odpo": {**PLAIN, "alpha": 1.0, "offset": "log"},
+    "r_dpo": {**PLAIN, "alpha": 0.01},
+    "alpha_dpo": {"beta": 2.5, "gamma": 1.5, "alpha": 0.5, "momentum": 0.9},
+    "dr_dpo": {**PLAIN, "beta_prime": 1.0},
+    "chi_po": {**PLAIN, "r_max": 10.0},
+    "beta_dpo": {**PLAIN, "alpha": 0.6, "keep": 0.8, "momentum": 0.9, "min_beta": 1e-3},
+    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0},
+    "alphapo": {"beta": 2.0, "gamma": 1.0, "alpha": 0.25, "label_smoothing": 0.0},
+    "cpo": {**PLAIN, "label_smoothing": 0.0, "nll": 1.0},
+    "cpo_hinge": {**PLAIN, "nll": 1.0},
+    "cpo_ipo": {**PLAIN, "nll": 1.0},
+    "slic": {"delta": 1.0, "nll": 0.1},
+    **dict.fromkeys(
+        ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "kto_pair", "cal_dpo", "orpo"), PLAIN
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_defaults_are_the_known_ones(name):
+    """Another default would change every run that says nothing."""
+    loss = LOSSES[name]
+    assert loss.hyperparameters == DEFAULTS[name]
+    own = inspect.signature(loss.function).parameters
+    assert {key: own[key].default for key in loss.hyperparameters} == DEFAULTS[name]
+
+
+def test_what_is_taken_over_the_batch_per_token_or_from_plain_sums_is_known():
+    marked = {
+        "over_batch": {"aot", "aot_unpaired", "dr_dpo"},
+        "per_token": {"simpo", "alphapo", "cpo_ipo", "orpo"},
+        "plain": {"sft"},
+    }
+    for mark, names in marked.items():
+        assert {name for name in DEFAULTS if getattr(LOSSES[name], mark)} == names
+    assert not any(getattr(LOSSES["ipo"], mark) for mark in marked)
 
 
 @of_every_loss
@@ -173,7 +236,7 @@ def test_hyperparameters_are_the_losss_own_under_what_is_given():
 
 def test_1e_2_is_a_number_although_yaml_1_1_reads_text():
     said = ["model=m", "out=o", "prepare.data=d", "train.loss_args.label_smoothing=1e-2"]
-    found = hyperparameters(get_loss("sigmoid"), config.load(None, said).train.loss_args)
+    found = hyperparameters(get_loss("sigmoid"), config_file.load(None, said).train.loss_args)
     assert found["label_smoothing"] == 0.01
 
 
@@ -226,7 +289,15 @@ def test_every_number_of_a_loss_has_to_be_finite(name):
 
 
 def test_f_alpha_without_its_divergence_is_refused():
-    with pytest.raises(UsageError, match=r"f_alpha is of alpha_divergence, and loss 'sigmoid' has reverse_kl"):
+    with pytest.raises(UsageError, match=r"f_alpha belongs to alpha_divergence, and loss 'sigmoid' uses reverse_kl"):
         hyperparameters(get_loss("sigmoid"), {"f_alpha": 0.3})
     given = {"f_alpha": 0.3, "f_divergence": "alpha_divergence"}
     assert hyperparameters(get_loss("sigmoid"), given)["f_alpha"] == 0.3
+
+
+@pytest.mark.parametrize("name", registry.LOSS_ALIASES)
+def test_a_name_from_elsewhere_leads_to_the_loss(name):
+    same = registry.LOSS_ALIASES[name]
+    with pytest.raises(UsageError, match=f"here it is {re.escape(same)}"):
+        get_loss(name.upper())
+    assert same.split(",")[0].split(" ")[0] in {*LOSSES, "any"} and name not in LOSSES

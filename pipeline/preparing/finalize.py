@@ -1,0 +1,306 @@
+"""From finished parts to the prepared folder: duplicates, weights, mismatched answers, shards, and the manifest last.
+
+What depends on more than one part is decided here, from small columns of all parts (hashes, in numpy). The rows
+themselves stream from part to shard, so memory does not grow with the data.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.errors import DataError
+from prefcache.pipeline.preparing import part_worker
+from prefcache.pipeline.schema import HELD_OUT, PREPARED, QUARANTINE, TRAIN, key_of_bytes
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import PartRecord
+
+_BLOCK_ROWS = 8192
+_NEIGHBOURS = 64
+_NONE = -1
+
+
+@dataclass
+class Parts:
+    """The finished parts of one preparation, in order."""
+
+    folder: Path
+    records: list[PartRecord]
+    starts: np.ndarray = field(init=False)  # number of rows before each part
+
+    def __post_init__(self) -> None:
+        rows = [record.table.rows for record in self.records]
+        self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.starts[-1])
+
+    @contextlib.contextmanager
+    def open_table(self, number: int) -> Iterator[pa.Table]:
+        """Memory-map a part while it is used: pages of all parts at once would count as this process's memory."""
+        with pa.memory_map(str(part_worker.table_file(self.folder, number))) as mapped:
+            yield pa.ipc.open_stream(mapped).read_all()
+
+    def read_column(
+        self, name: str, to_numpy: Callable[[pa.ChunkedArray], np.ndarray] = pa.ChunkedArray.to_numpy, dtype: Any = "u8"
+    ) -> np.ndarray:
+        """Return one column of all parts."""
+        column = np.empty(self.n_rows, dtype)
+        for number in range(len(self.records)):
+            with self.open_table(number) as table:
+                column[self.starts[number] : self.starts[number + 1]] = to_numpy(table[name])
+        return column
+
+    def sum_counts(self, name: Literal["done", "quarantined"]) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for record in self.records:
+            total.update(getattr(record, name))
+        return dict(sorted((what, n) for what, n in total.items() if n))
+
+
+def commit_quarantine(path: Path, parts: Parts) -> dict[str, Any]:
+    """Write every record that could not be used, in the order of the input."""
+    n_rows = 0
+    with artifact.commit_stream(path) as stream:
+        options = {"compression": "zstd", "write_page_checksum": True}
+        with pq.ParquetWriter(pa.PythonFile(stream, "w"), QUARANTINE, **options) as writer:
+            for record in parts.records:
+                if record.quarantine.rows:
+                    table = artifact.open_arrow_stream(parts.folder / record.quarantine.file)
+                    writer.write_table(table)
+                    n_rows += len(table)
+    return stream.entry(path, rows=n_rows)
+
+
+def commit_shards(
+    folder: Path, parts: Parts, kind: str, generation: str, prepare: Prepare, weights: list[float]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Write the shards of both splits. Return their entries, and counts of what was done to the rows.
+
+    `weights` has one number per part.
+    """
+    ids = parts.read_column("example_id", lambda ids: np.frombuffer(bytes.fromhex("".join(ids.to_pylist())), ">u8"))
+    held_out = parts.read_column("split", lambda splits: splits.to_numpy(zero_copy_only=False) == HELD_OUT, bool)
+    whole_ids = parts.read_column("whole_id")
+    row_weights = np.repeat(np.asarray(weights), np.diff(parts.starts))
+    copies, done = _count_copies(ids, whole_ids, held_out, row_weights, prepare)
+    if not copies.any():
+        raise DataError(f"None of {len(copies):,} examples is left: the weights of their sources are too small.")
+    mismatched = _MismatchedAnswers(parts, ids, whole_ids, copies > 0, prepare) if kind == "labels" else None
+    earlier_copies = _sum_earlier(ids, copies)
+    with contextlib.ExitStack() as stack:
+        shards = {
+            split: stack.enter_context(_ShardWriter(folder, split, generation, kind, prepare.rows_per_shard))
+            for split in (TRAIN, HELD_OUT)
+        }
+        for number in range(len(parts.records)):
+            begin, end = parts.starts[number], parts.starts[number + 1]
+            with parts.open_table(number) as table:
+                for split, is_in_split in ((TRAIN, ~held_out[begin:end]), (HELD_OUT, held_out[begin:end])):
+                    rows = begin + np.repeat(np.arange(end - begin), copies[begin:end] * is_in_split)
+                    copy_numbers = earlier_copies[rows] + _sum_earlier(rows, np.ones_like(rows))
+                    for at in range(0, len(rows), _BLOCK_ROWS):
+                        some = slice(at, at + _BLOCK_ROWS)
+                        block = _name_copies(table.take(rows[some] - begin), copy_numbers[some])
+                        block = mismatched.add_columns(block, rows[some]) if mismatched else block
+                        shards[split].write(block.select(PREPARED[kind].names))
+    if mismatched and prepare.kl_pairs:
+        done["unmatched"] = mismatched.n_without
+    return [entry for writer in shards.values() for entry in writer.entries], done
+
+
+# -- which rows, how often, under which name -------------------------------------------------------------------------
+
+
+def _count_copies(
+    ids: np.ndarray, whole_ids: np.ndarray, held_out: np.ndarray, weights: np.ndarray, prepare: Prepare
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Count how often each row is used: its source's weight, whose fraction is the share of rows that get one more.
+
+    A held-out row is used once at most: the same pair twice says nothing more about a policy.
+    """
+    whole = np.floor(weights).astype(np.int64)
+    copies = whole + (_hash_with_seed(whole_ids, prepare.seed) / 2.0**64 < weights - whole)
+    copies = np.where(held_out, np.minimum(copies, 1), copies)
+    # A row is a duplicate of an earlier one that is used, not of one that a weight left out.
+    is_duplicate = (copies > 0) & (_sum_earlier(ids, (copies > 0).astype(np.int64)) > 0)
+    done = {"duplicates": int(is_duplicate.sum()), "left_out": int((copies == 0).sum())}
+    if prepare.duplicates == "drop":
+        done["dropped"] = int(is_duplicate.sum())
+        copies[is_duplicate] = 0
+    done["repeated"] = int(np.maximum(copies - 1, 0).sum())
+    return copies, done
+
+
+def _sum_earlier(ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return for each row the sum of the counts of earlier rows with its id."""
+    if not len(ids):
+        return np.zeros(0, np.int64)
+    order = np.argsort(ids, kind="stable")
+    sums = np.cumsum(counts[order]) - counts[order]
+    is_first = np.concatenate([[True], ids[order][1:] != ids[order][:-1]])
+    earlier = np.empty(len(ids), np.int64)
+    earlier[order] = sums - np.maximum.accumulate(np.where(is_first, sums, 0))
+    return earlier
+
+
+def _name_copies(block: pa.Table, numbers: np.ndarray) -> pa.Table:
+    """Give copies of an example ids of their own: the second is `ID-2`."""
+    if not numbers.any():
+        return block
+    names = [f"{name}-{n + 1}" if n else name for name, n in zip(block["example_id"].to_pylist(), numbers, strict=True)]
+    at = block.schema.get_field_index("example_id")
+    return block.set_column(at, block.schema.field(at), pa.array(names, pa.string()))
+
+
+def _hash_with_seed(ids: np.ndarray, seed: int) -> np.ndarray:
+    """Return another hash of each id for each seed (the finalizer of MurmurHash3)."""
+    with np.errstate(over="ignore"):
+        x = ids ^ (np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019))
+        for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            x = (x ^ (x >> np.uint64(33))) * np.uint64(multiplier)
+        hashes: np.ndarray = x ^ (x >> np.uint64(33))
+        return hashes
+
+
+# -- mismatched answers ----------------------------------------------------------------------------------------------
+
+
+class _MismatchedAnswers:
+    """For each label, another example's answer: what KTO's estimate of the divergence is taken over.
+
+    All examples form a ring in the order of a hash of seed and id; each takes the answer of the next one that has
+    another prompt and another answer. So the choice depends on the data and the seed, not on shards or workers, nor on
+    where answers are cut.
+    """
+
+    def __init__(
+        self, parts: Parts, ids: np.ndarray, whole_ids: np.ndarray, used: np.ndarray, prepare: Prepare
+    ) -> None:
+        self._parts, self._ids, self._max_length = parts, ids, prepare.max_length
+        self.n_without = 0
+        self._partners = np.full(len(ids), _NONE, np.int64)
+        if prepare.kl_pairs and used.any():
+            rows = np.flatnonzero(used)
+            ring = rows[np.lexsort((rows, _hash_with_seed(whole_ids[rows], prepare.seed)))]
+            hashes = {name: parts.read_column(name)[ring] for name in ("prompt_hash", "text_hash", "ids_hash")}
+            self._partners[ring] = _next_in_ring(ring, **hashes)
+
+    def add_columns(self, block: pa.Table, rows: np.ndarray) -> pa.Table:
+        """Return the block with the columns of the mismatched answers."""
+        partners = self._partners[rows]
+        prompts, completions = block["prompt_ids"].to_pylist(), block["completion_ids"].to_pylist()
+        kl_rows: list[dict[str, Any]] = []
+        for partner, prompt, own, (whole, n_kept) in zip(
+            partners, prompts, completions, self._read_answers(partners), strict=True
+        ):
+            answer = whole[: min(n_kept, self._max_length - len(prompt))]
+            # Cut to the length that is left, it may have become the row's own.
+            if partner == _NONE or not len(answer) or answer.tolist() == own:
+                self.n_without += 1
+                kl_rows.append({})
+                continue
+            key = key_of_bytes(np.asarray(prompt, "<i4").tobytes(), answer.tobytes())
+            of = f"{self._ids[partner]:016x}"
+            cut = whole[len(answer) :]
+            kl_rows.append({"kl_of": of, "kl_ids": answer, "kl_cut_ids": cut, "kl_key": key, "n_kl": len(answer)})
+        schema = PREPARED["labels"]
+        arrays = [
+            block[column.name].combine_chunks()
+            if column.name in block.column_names
+            else pa.array([row.get(column.name) for row in kl_rows], column.type)
+            for column in schema
+        ]
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+    def _read_answers(self, partners: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Return the answers of these rows, which may be in any part: whole, and how many of their tokens were kept."""
+        answers: list[tuple[np.ndarray, int]] = [(np.empty(0, np.int32), 0)] * len(partners)
+        parts = np.where(partners == _NONE, _NONE, np.searchsorted(self._parts.starts, partners, side="right") - 1)
+        for number in np.unique(parts[parts != _NONE]):
+            at = np.flatnonzero(parts == number)
+            with self._parts.open_table(int(number)) as table:
+                rows = partners[at] - self._parts.starts[number]
+                answer_ids = table.select(["completion_ids", "completion_cut_ids"]).take(rows)
+                for i, kept, cut in zip(at, *(column.to_pylist() for column in answer_ids.columns), strict=True):
+                    answers[i] = np.asarray(kept + cut, "<i4"), len(kept)
+        return answers
+
+
+def _next_in_ring(ring: np.ndarray, prompt_hash: np.ndarray, text_hash: np.ndarray, ids_hash: np.ndarray) -> np.ndarray:
+    n = len(ring)
+    partners = np.full(n, _NONE, np.int64)
+
+    def have_other_answers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        other: np.ndarray = (text_hash[a] != text_hash[b]) & (ids_hash[a] != ids_hash[b])
+        return other
+
+    waiting = np.arange(n)
+    for step in range(1, min(n, _NEIGHBOURS + 1)):
+        neighbours = (waiting + step) % n
+        fits = have_other_answers(waiting, neighbours) & (prompt_hash[waiting] != prompt_hash[neighbours])
+        partners[waiting[fits]] = ring[neighbours[fits]]
+        waiting = waiting[~fits]
+    # If the neighbours are all of one prompt or one answer, any other answer has to do. If two answers differ, at least
+    # one of them differs from any given third.
+    others = np.flatnonzero(have_other_answers(np.arange(n), np.zeros(n, np.int64)))
+    for candidate in [0, int(others[0])] if len(others) else []:
+        fits = have_other_answers(waiting, np.full(len(waiting), candidate))
+        partners[waiting[fits]] = ring[candidate]
+        waiting = waiting[~fits]
+    return partners
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+class _ShardWriter:
+    """Writes the shards of one split, each as it fills."""
+
+    def __init__(self, folder: Path, split: str, generation: str, kind: str, rows_per_shard: int) -> None:
+        self._folder, self._split, self._generation = folder, split, generation
+        self._schema, self._rows_per_shard = PREPARED[kind], rows_per_shard
+        self._open: contextlib.ExitStack | None = None
+        self._path: Path
+        self._stream: artifact.Stream
+        self._writer: Any = None
+        self._n_rows = 0
+        self.entries: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "_ShardWriter":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self._close()
+        elif self._open:
+            self._open.__exit__(kind, error, trace)
+
+    def write(self, block: pa.Table) -> None:
+        while len(block):
+            if self._open is None:
+                self._open = contextlib.ExitStack()
+                self._path = self._folder / f"{self._split}-{self._generation}-{len(self.entries):05}.arrow"
+                self._stream = self._open.enter_context(artifact.commit_stream(self._path))
+                file = pa.PythonFile(self._stream, "w")
+                self._writer = self._open.enter_context(pa.ipc.new_stream(file, self._schema))
+            room = self._rows_per_shard - self._n_rows
+            self._writer.write_table(block.slice(0, room).combine_chunks())
+            self._n_rows += min(room, len(block))
+            block = block.slice(room)
+            if self._n_rows == self._rows_per_shard:
+                self._close()
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self.entries.append(self._stream.entry(self._path, split=self._split, rows=self._n_rows))
+            self._open, self._n_rows = None, 0

@@ -1,0 +1,362 @@
+"""A part: one chunk of records, prepared by a worker on its own.
+
+What a part holds depends on its records and the resolved config alone, so any process on any machine may prepare it, in
+any order. A part is finished once its record is committed; an interrupted preparation continues with the missing ones.
+
+    chunk -> records -> examples -> text -> ids -> within the length -> part-00007.arrow, and its quarantine
+"""
+
+import contextlib
+import gc
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.preparing import expand_rankings
+from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit
+from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
+from prefcache.pipeline.preparing.example import Example, Pair, Turns, Unusable, plain_text
+from prefcache.pipeline.preparing.formats import get_format
+from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, rename_columns
+from prefcache.pipeline.preparing.sources import Chunk, Limits, Line, group_by_size
+from prefcache.pipeline.preparing.template_cache import TemplateCacheMismatch
+from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
+from prefcache.pipeline.schema import ANSWERS, HELD_OUT, LABELS, PAIRS, QUARANTINE, TRAIN, data_columns, key_of_bytes
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import NewerError, PartRecord
+
+BATCH = 1024  # examples that the tokenizer encodes at once
+_BATCH_BYTES = 8 << 20
+CHARACTERS_PER_TOKEN = 512  # more than the longest token of any vocabulary
+MOST_CHARACTERS = 4 << 20  # of a text that is to be cut: all of it has to be encoded to know where
+_MOST_STRIKES = 3
+
+# Columns of parts alone, by which shares and mismatched answers are chosen. whole_id is what example_id would be if no
+# answer were cut: the same examples are chosen whatever the length, so that scores at another length can be reused.
+_WHOLE = pa.field("whole_id", pa.uint64())
+_HASHES = ("prompt_hash", "text_hash", "ids_hash")
+_KL = ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl")
+SCHEMAS = {
+    "pairs": PAIRS.append(_WHOLE),
+    "labels": pa.schema(
+        [field for field in LABELS if field.name not in _KL]
+        + [_WHOLE, *(pa.field(name, pa.uint64()) for name in _HASHES)]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PreparedPart:
+    """The rows of a part and its quarantine; the other fields are those of PartRecord."""
+
+    table: pa.Table
+    quarantine: pa.Table
+    records: int
+    further: int
+    quarantined: dict[str, int]
+    first: dict[str, str]
+    done: dict[str, int]
+
+
+class PartWorker:
+    """Prepares parts. One per process: it holds the tokenizer and the compiled template."""
+
+    def __init__(self, resolved: ResolvedConfig) -> None:
+        self.resolved = resolved
+        template = resolved.template and ChatTemplate(
+            resolved.template, resolved.tokenizer.special, resolved.prepare.date, tool_text=resolved.tool_template
+        )
+        self.renderer = ChatRenderer(template or None)
+        self.encoder = Encoder(resolved.tokenizer)
+        self._strikes = 0  # records of this part that were too much for the template
+        self._readers = [get_format(source.format).bind(source.arguments) for source in resolved.source_formats]
+
+    def prepare(self, source: int, chunk: Chunk) -> PreparedPart:
+        with _without_garbage_collection():
+            try:
+                return self._prepare(source, chunk, use_cache=True)
+            except TemplateCacheMismatch:
+                # The template depends on the texts in a way that the cache missed. Render each conversation by itself.
+                return self._prepare(source, chunk, use_cache=False)
+
+    def _prepare(self, source: int, chunk: Chunk, *, use_cache: bool) -> PreparedPart:
+        self.renderer.reset(use_cache=use_cache)
+        quarantine, rows = Quarantine(), _RowColumns(self.resolved.kind, self.resolved.prepare.held_out)
+        lines = list(chunk.lines())
+        n_examples = self._strikes = 0
+        examples = ((line, example) for line in lines for example in self.read_examples(line, source, quarantine))
+        # As many examples as the tokenizer takes well at once, and no more text than memory does.
+        for _, batch in group_by_size(examples, Limits(BATCH, _BATCH_BYTES), lambda item: len(item[0].raw)):
+            n_examples += len(batch)
+            for line, truncated in self.tokenize(batch, quarantine):
+                rows.add(line, truncated)
+            rows.pack()
+        return PreparedPart(
+            rows.table(),
+            quarantine.table(),
+            records=len(lines),
+            further=n_examples + quarantine.n_unread - len(lines),
+            quarantined=dict(sorted(quarantine.reasons.items())),
+            first=quarantine.first,
+            done=dict(sorted((rows.done + self.renderer.counts).items())),
+        )
+
+    # -- record -> examples -> text -> ids ---------------------------------------------------------------------------
+
+    def read_examples(self, line: Line, source: int, quarantine: "Quarantine") -> list[Example]:
+        prepare, columns = self.resolved.prepare, self.resolved.source_formats[source].columns
+        try:
+            if line.record is None:
+                raise Unusable(line.reason, line.detail)
+            record = rename_columns(line.record, columns) if columns else line.record
+            return expand_rankings.expand(
+                self._readers[source](record),
+                pairing=prepare.pairing,
+                ties=prepare.ties == "keep",
+                as_labels=self.resolved.kind == "labels",
+            )
+        except Unusable as unusable:
+            quarantine.n_unread += 1
+            quarantine.add(line, unusable)
+            return []
+
+    def tokenize(
+        self, examples: Iterable[tuple[Line, Example]], quarantine: "Quarantine"
+    ) -> Iterator[tuple[Line, TruncatedExample]]:
+        prepare = self.resolved.prepare
+        rendered: list[tuple[Line, Example, ExampleText]] = []
+        with ChatTemplate.limits():
+            for line, example in examples:
+                try:
+                    expand_rankings.check(example, ties=prepare.ties == "keep")
+                    rendered.append((line, example, self._render(example)))
+                except (Unusable, TemplateLimit) as error:
+                    quarantine.add(line, self._count_strike(error))
+        tokens = self.encoder.encode([text for _, _, text in rendered])
+        for (line, example, _), ids in zip(rendered, tokens, strict=True):
+            try:
+                truncated = truncate(example, ids, prepare, self._encode_again)
+                if isinstance(example, Pair) and prepare.ties != "keep":
+                    chosen, rejected = truncated.tokens.answers
+                    if chosen == rejected:
+                        when = "after cutting" if any(truncated.cut_answers) else "after templating"
+                        raise Unusable("chosen equals rejected", when)
+                yield line, truncated
+            except (Unusable, TemplateLimit) as error:
+                quarantine.add(line, self._count_strike(error))
+
+    def tokenize_one(self, example: Example) -> tuple[ExampleTokens, TruncatedExample]:
+        """Return an example's ids in full, and as they are used."""
+        with ChatTemplate.limits():
+            expand_rankings.check(example, ties=self.resolved.prepare.ties == "keep")
+        tokens = self._encode_again(example)
+        return tokens, truncate(example, tokens, self.resolved.prepare, self._encode_again)
+
+    def _count_strike(self, error: Unusable | TemplateLimit) -> Unusable:
+        """Quarantine a record that is too much for the template. If record after record is, blame the template."""
+        if isinstance(error, Unusable):
+            return error
+        self._strikes += 1
+        if self._strikes > _MOST_STRIKES:
+            raise error
+        return Unusable("template takes too much", str(error))
+
+    def _render(self, example: Example) -> ExampleText:
+        # Spare the template, and the tokenizer, whose time can grow with the square of a word's length, an obviously
+        # overlong text.
+        n, most = max(map(_count_characters, (example.prompt, *example.answers))), self.resolved.prepare.max_length
+        if n > (most * CHARACTERS_PER_TOKEN if self.resolved.prepare.too_long == "drop" else MOST_CHARACTERS):
+            raise Unusable("too long", f"{n:,} characters, prepare.max_length is {most} tokens")
+        return self.renderer.render(example)
+
+    def _encode_again(self, example: Example) -> ExampleTokens:
+        with ChatTemplate.limits(), self.renderer.uncounted():
+            text = self._render(example)
+        return self.encoder.encode([text])[0]
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Switch off the search for cycles: records form none, and it takes a tenth of the time on so many small objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _count_characters(turns: Turns) -> int:
+    return len(turns) if isinstance(turns, str) else sum(len(turn.get("content") or "") for turn in turns)
+
+
+class Quarantine:
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first: dict[str, str] = {}  # by reason, the line and detail of the first record with it
+        self.n_unread = 0  # records of which no example could be made
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, line: Line, unusable: Unusable) -> None:
+        # A lone surrogate in a key or a value can reach the detail; it must not keep the quarantine from being written.
+        detail = unusable.detail.encode("utf-8", "backslashreplace").decode()
+        self.reasons[unusable.reason] += 1
+        self.first.setdefault(unusable.reason, f"line {line.number}{': ' if detail else ''}{detail}")
+        self.rows.append(
+            {"source": line.source, "line": line.number, "reason": unusable.reason, "detail": detail, "raw": line.raw}
+        )
+
+    def table(self) -> pa.Table:
+        # Unreadable records are noticed before unusable ones.
+        return pa.Table.from_pylist(sorted(self.rows, key=lambda row: row["line"]), schema=QUARANTINE)
+
+
+# -- rows as columns -------------------------------------------------------------------------------------------------
+
+
+class _RowColumns:
+    """Rows on their way into Arrow. Ids become bytes at once: as Python numbers they would take ten times the memory."""
+
+    def __init__(self, kind: str, held_out: float) -> None:
+        self._schema, self._held_out = SCHEMAS[kind], held_out
+        self._answers = ANSWERS["pairs"] if kind == "pairs" else ANSWERS["labels"][:1]
+        self._data_columns = data_columns(kind)
+        self._values: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._batches: list[pa.RecordBatch] = []
+        self.done: Counter[str] = Counter()
+
+    def add(self, line: Line, truncated: TruncatedExample) -> None:
+        example, tokens = truncated.example, truncated.tokens
+        prompt = plain_text(example.prompt)
+        prompt_ids = array("i", tokens.prompt).tobytes()
+        row: dict[str, Any] = {
+            "split": HELD_OUT if split_fraction(prompt) < self._held_out else TRAIN,
+            "source": line.source,
+            "line": line.number,
+            "prompt": prompt,
+            "prompt_ids": prompt_ids,
+            "boundary": "exact" if tokens.exact else "split",
+            "n_prompt": len(tokens.prompt),
+            "cut_prompt": truncated.cut_prompt,
+        }
+        keys, whole_keys = b"", b""
+        for name, turns, ids, cut in zip(
+            self._answers, example.answers, tokens.answers, truncated.cut_answers, strict=True
+        ):
+            answer, cut_off = array("i", ids).tobytes(), array("i", cut).tobytes()
+            key = key_of_bytes(prompt_ids, answer)
+            keys += key
+            whole_keys += key_of_bytes(prompt_ids, answer + cut_off) if cut else key
+            row |= {name: plain_text(turns), f"{name}_ids": answer, f"{name}_key": key, f"n_{name}": len(ids)}
+            row |= {f"cut_{name}": len(cut), f"{name}_cut_ids": cut_off}
+        row |= {name: example.columns.get(name) for name in self._data_columns}
+        if not isinstance(example, Pair):
+            row |= {"label": example.label, "prompt_hash": _hash_number(prompt_ids)}
+            row |= {"text_hash": _hash_number(row["completion"].encode()), "ids_hash": _hash_number(answer)}
+        label = b"" if isinstance(example, Pair) else bytes([example.label])
+        row |= {"example_id": _hash(keys + label).hex(), "whole_id": _hash_number(whole_keys + label)}
+        for name, values in self._values.items():
+            values.append(row[name])
+        events = {
+            "exact" if tokens.exact else "split": True,
+            "ended": tokens.ended,
+            "cut_prompts": truncated.cut_prompt,
+            "cut_answers": any(truncated.cut_answers),
+        }
+        self.done.update(name for name, happened in events.items() if happened)
+
+    def pack(self) -> None:
+        columns = [
+            _id_lists(self._values[field.name])
+            if pa.types.is_list(field.type)
+            else pa.array(self._values[field.name], type=field.type)
+            for field in self._schema
+        ]
+        self._batches.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        for values in self._values.values():
+            values.clear()
+
+    def table(self) -> pa.Table:
+        return pa.Table.from_batches(self._batches, schema=self._schema).combine_chunks()
+
+
+def _id_lists(rows: list[bytes]) -> pa.ListArray:
+    offsets = array("i", [0])
+    for ids in rows:
+        offsets.append(offsets[-1] + len(ids) // 4)
+    values = pa.Array.from_buffers(pa.int32(), offsets[-1], [None, pa.py_buffer(b"".join(rows))])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def split_fraction(prompt: str) -> float:
+    """Map a prompt to [0, 1) by its text alone, so that it never changes sides when data is added.
+
+    Spaces and composed characters do not count: prompts that differ only in them may be one to the model.
+    """
+    text = " ".join(unicodedata.normalize("NFC", prompt).split())
+    return _hash_number(text.encode()) / 2**64
+
+
+def _hash(data: bytes) -> bytes:
+    return blake2b(data, digest_size=8).digest()
+
+
+def _hash_number(data: bytes) -> int:
+    return int.from_bytes(_hash(data), "big")
+
+
+# -- parts on disk ---------------------------------------------------------------------------------------------------
+
+
+def table_file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06}.arrow"
+
+
+def record_file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06}.json"
+
+
+def start_worker(resolved: ResolvedConfig, folder: Path) -> Callable[..., PartRecord]:
+    """Return what a worker does with a task: prepare a part and commit it. Only its record is sent back."""
+    worker = PartWorker(resolved)
+    return lambda number, source, chunk: commit_part(folder, number, source, worker.prepare(source, chunk))
+
+
+def commit_part(folder: Path, number: int, source: int, part: PreparedPart) -> PartRecord:
+    """Commit a part, its record last. Without waiting for the disk: a torn part is noticed, and prepared again."""
+    path = table_file(folder, number)
+    entries = {
+        name: artifact.commit_file(file, artifact.arrow_stream(table), durable=False, rows=len(table))
+        for name, file, table in (
+            ("table", path, part.table),
+            ("quarantine", path.with_suffix(".quarantine"), part.quarantine),
+        )
+    }
+    counts = {name: getattr(part, name) for name in ("records", "further", "quarantined", "first", "done")}
+    record = PartRecord.make(**counts, source=source, **entries)
+    record.commit(record_file(folder, number), durable=False)
+    return record
+
+
+def find_finished(folder: Path, number: int) -> PartRecord | None:
+    """Return the record of a part; None if the part is missing or damaged."""
+    path = record_file(folder, number)
+    if not path.exists():
+        return None
+    try:
+        record = PartRecord.read(path)
+    except NewerError:
+        raise
+    except IntegrityError:
+        return None
+    return None if any(artifact.damage(folder, entry) for entry in (record.table, record.quarantine)) else record

@@ -1,0 +1,183 @@
+"""From an example to the text that the model sees.
+
+With a chat template, the prompt is what the model sees when it is asked: its turns and the generation prompt. An answer
+is the rest of the rendered whole. If the template would change an answer's text (some drop what is between thinking
+tags), the original answer is put in its place. If the template has no place for a system message, its text goes before
+the first user turn, as Gemma's documentation recommends.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+from prefcache.pipeline.preparing.chat_template import ChatTemplate
+from prefcache.pipeline.preparing.encoder import ExampleText
+from prefcache.pipeline.preparing.example import Example, Label, Message, Turns, Unusable
+from prefcache.pipeline.preparing.placeholder_text import MARK, OpaqueText, Slot, split_at_slot
+from prefcache.pipeline.preparing.template_cache import TemplateCache
+
+_NO_TOOLS = Label(prompt="", completion="", label=True)
+
+
+class ChatRenderer:
+    """`counts` says how often something was changed or missed: merged_system, restored, unseen_tools."""
+
+    def __init__(self, template: ChatTemplate | None) -> None:
+        """Without a template, text is taken as it is."""
+        self.template = template
+        self.counts: Counter[str] = Counter()
+        self.cache = TemplateCache(template, self._render_uncached) if template else None
+        self._use_cache = True
+        with ChatTemplate.limits():
+            self._merges_system = template is not None and not _prints_system(template)
+
+    def reset(self, *, use_cache: bool) -> None:
+        """Start a part: count from 0, so that its counts and checks depend on its own records alone."""
+        self.counts.clear()
+        self._use_cache = use_cache
+        if self.cache:
+            self.cache.reset()
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Keep the counts as they are, for an example that was rendered before."""
+        counts = self.counts.copy()
+        try:
+            yield
+        finally:
+            self.counts = counts
+
+    def render(self, example: Example) -> ExampleText:
+        if self.template is None or example.rendered:
+            answers = tuple(_as_text(answer) for answer in example.answers)
+            return ExampleText(_as_text(example.prompt), answers, plain=True, closed=example.rendered)
+        self._check_tools(self.template, example)
+        prompt = self._prompt_turns(example)
+        turns = [_as_messages(answer, "assistant") for answer in example.answers]
+        if self.cache and self._use_cache and not example.tools and not example.template_kwargs:
+            text = self.cache.render(prompt, turns)
+            if text is not None:
+                return text
+        return self._render(prompt, turns, example)
+
+    def _check_tools(self, template: ChatTemplate, example: Example) -> None:
+        """Refuse a call that the template does not print: it would be an empty turn. Count tools that it does not print."""
+        if example.tools and not template.knows_tools:
+            self.counts["unseen_tools"] += 1
+        if not template.knows_tool_calls:
+            conversations = (turns for turns in (example.prompt, *example.answers) if not isinstance(turns, str))
+            if any(turn.get("tool_calls") for turn in chain.from_iterable(conversations)):
+                raise Unusable("template prints no tool calls")
+
+    def _prompt_turns(self, example: Example) -> list[Message]:
+        """Return the prompt's turns as the template gets them."""
+        prompt = _as_messages(example.prompt, "user")
+        if prompt[-1]["role"] == "assistant":
+            raise Unusable("prompt ends with an assistant turn")
+        if self._merges_system and prompt[0]["role"] == "system":
+            self.counts["merged_system"] += 1
+            system, *rest = prompt
+            if not rest or rest[0]["role"] != "user":
+                raise Unusable(
+                    "template refuses", "it has no place for a system message, and no user turn follows to put it into"
+                )
+            return [rest[0] | {"content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+        return prompt
+
+    # -- by the template itself --------------------------------------------------------------------------------------
+
+    def _render_uncached(self, prompt: list[Message], answers: list[list[Message]]) -> ExampleText:
+        with self.uncounted():
+            return self._render(prompt, answers, _NO_TOOLS)
+
+    def _render(self, prompt: list[Message], answers: list[list[Message]], example: Example) -> ExampleText:
+        asked = self._apply(prompt, example, add_generation_prompt=True)
+        return ExampleText(asked, tuple(self._render_answer(prompt, asked, answer, example) for answer in answers))
+
+    def _apply(self, messages: list[Message], example: Example, *, add_generation_prompt: bool = False) -> str:
+        assert self.template is not None
+        return self.template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=example.tools,
+            kwargs=example.template_kwargs,
+        )
+
+    def _render_answer(self, prompt: list[Message], asked: str, answer: list[Message], example: Example) -> str:
+        if answer[0]["role"] != "assistant":
+            raise Unusable("answer is no assistant turn", f"its role is {answer[0]['role']!r}")
+        whole = self._apply([*prompt, *answer], example)
+        if whole.startswith(asked) and _contains_answer(whole, len(asked), answer):
+            return whole[len(asked) :]
+        if len(answer) == 1 and answer[0].get("content") and not answer[0].get("tool_calls"):
+            return self._restore_answer(prompt, asked, answer[0], example)
+        what = "several turns" if len(answer) > 1 else "tool calls"
+        raise Unusable("template rewrites the answer", f"and it has {what}, so that it cannot be put back")
+
+    def _restore_answer(self, prompt: list[Message], asked: str, answer: Message, example: Example) -> str:
+        """Put the original answer where the template puts an answer that it does not change."""
+        # A template that takes any answer apart, with thoughts or without, refuses the first content; the second one, a
+        # plain text without thoughts, it takes apart too and leaves whole.
+        for content in (OpaqueText((Slot(0, "whole"),), []), MARK):
+            try:
+                place = split_at_slot(self._apply([*prompt, answer | {"content": content}], example))
+            except Unusable:
+                place = None  # refused, or looked into
+            if place is not None:
+                break
+        else:
+            raise Unusable("template rewrites the answer", "and shows no place for it")
+        before, slot, after = place
+        text = slot.fill([answer["content"]])
+        self.counts["restored"] += 1
+        if before.startswith(asked):
+            return before[len(asked) :] + text + after
+        if asked.startswith(before):  # the generation prompt has begun the answer, with an opening tag perhaps
+            return text.removeprefix(asked.removeprefix(before)) + after
+        raise Unusable("template rewrites the prompt", "with an answer added, it no longer begins as it did when asked")
+
+
+def _as_messages(turns: Turns, role: str) -> list[Message]:
+    return [{"role": role, "content": turns}] if isinstance(turns, str) else turns
+
+
+def _as_text(turns: Turns) -> str:
+    if not isinstance(turns, str):
+        raise Unusable("messages where plain text is asked for", "set prepare.template: chat")
+    return turns
+
+
+def _contains_answer(whole: str, begin: int, answer: list[Message]) -> bool:
+    """Return whether every turn of the answer is there, spaces aside, at or a little before the answer's beginning."""
+    for turn in answer:
+        content = turn.get("content") or ""
+        if content.strip() not in whole[begin:]:
+            bare = "".join(content.split())
+            if bare not in "".join(whole[max(0, begin - len(content)) :].split()):
+                return False
+    return True
+
+
+def _prints_system(template: ChatTemplate) -> bool:
+    """Return whether a system message reaches the text; True if even a user turn is refused, which each record reports."""
+    system, user = {"role": "system", "content": "Syst\u00e9mique"}, {"role": "user", "content": "x"}
+    try:
+        template.render([user], add_generation_prompt=True)
+    except Unusable:
+        return True
+    try:
+        return system["content"] in template.render([system, user], add_generation_prompt=True)
+    except Unusable:
+        return False
+
+
+def shorter_prompts(example: Example) -> list[Example]:
+    """Return the example without its oldest turns, one exchange less each time; a system message stays."""
+    if isinstance(example.prompt, str):
+        return []
+    n_system = 1 if example.prompt[0]["role"] in ("system", "developer") else 0
+    head, turns = example.prompt[:n_system], example.prompt[n_system:]
+    begins = [n for n, turn in enumerate(turns) if n and turn["role"] == "user"]
+    return [replace(example, prompt=[*head, *turns[n:]]) for n in begins]

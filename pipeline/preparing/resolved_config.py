@@ -1,0 +1,160 @@
+"""The resolved config of a preparation: the settings, what the tokenizer brings, and the format of each source.
+
+It is resolved once, before the first record, and sent to every worker.
+"""
+
+import difflib
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.preparing import encoder, formats
+from prefcache.pipeline.preparing.chat_template import prints_date, read_template
+from prefcache.pipeline.preparing.encoder import TokenizerFacts
+from prefcache.pipeline.preparing.example import Unusable
+from prefcache.pipeline.preparing.formats import Format
+from prefcache.pipeline.preparing.sources import DataSource
+from prefcache.pipeline.progress import Progress
+
+_SAMPLE = 100  # records at which a format is recognised
+_ENOUGH = 20  # records that tell that a named format is wrong
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """How the records of one source are read. The manifest records these fields."""
+
+    format: str
+    arguments: dict[str, Any]
+    columns: dict[str, str]  # ours -> theirs
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """All that a part depends on, apart from its records."""
+
+    prepare: Prepare
+    kind: str  # pairs or labels
+    tokenizer: TokenizerFacts
+    template: str | None  # None: plain text
+    tool_template: str | None
+    source_formats: tuple[SourceFormat, ...]
+
+    @property
+    def date(self) -> str | None:
+        """The date that the template prints as today's, if it prints one."""
+        return self.prepare.date.isoformat() if prints_date(self.template, self.tool_template) else None
+
+
+def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], progress: Progress) -> ResolvedConfig:
+    tokenizer = encoder.load_facts(model)
+    template, tool_template = tokenizer.chat_template, tokenizer.tool_template
+    if prepare.chat_template is not None:
+        template, tool_template = read_template(prepare.chat_template), None
+    if prepare.template == "none":
+        template = tool_template = None
+        if tokenizer.eos is None:
+            raise UsageError(f"The tokenizer in {model} has no end token, which plain text needs after an answer.")
+    elif not template:
+        raise UsageError(
+            f"The tokenizer in {model} has no chat template. Name one (prepare.chat_template: FILE.jinja), "
+            "or train on plain text (prepare.template: none)."
+        )
+    matches = [_find_format(source, progress) for source in sources]
+    source_formats = tuple(
+        SourceFormat(each.name, source.entry.format_args, source.entry.columns)
+        for source, each in zip(sources, matches, strict=True)
+    )
+    return ResolvedConfig(
+        prepare, _resolve_kind(prepare, sources, matches), tokenizer, template, tool_template, source_formats
+    )
+
+
+def _find_format(source: DataSource, progress: Progress) -> Format:
+    """Return the format that the config names, or the one that the first records show."""
+    name = source.entry.format or "auto"
+    named = None if name == "auto" else formats.get_format(name)
+    lines = (line for chunk in islice(source.chunks(), 1) for line in chunk.lines())
+    records = list(islice((line.record for line in lines if line.record is not None), _SAMPLE))
+    _check_columns(source, records)
+    records = [rename_columns(record, source.entry.columns) for record in records]
+    if named:
+        _check_fits(named, source, records)
+        return named
+    if not records:
+        return formats.get_format("pairs")  # whatever there is goes to quarantine, with a reason
+    recognised = formats.recognise(records)
+    if recognised is None:
+        raise UsageError(
+            f"{source.name}: no format is recognised by its columns ({', '.join(records[0]) or 'none'}). Name one "
+            "(prepare.format; `prefcache formats` lists them), or rename columns (prepare.columns)."
+        )
+    progress.say(f"prepare: {source.name} is read as {recognised.name} ({recognised.help.rstrip('.')})")
+    return recognised
+
+
+def _check_columns(source: DataSource, records: list[dict[str, Any]]) -> None:
+    """Check both sides of a renaming: the format's, and the data's."""
+    known = {name for each in formats.FORMATS.values() for name in (*each.columns, *each.optional)}
+    present = {name for record in records for name in record}
+    for ours, theirs in source.entry.columns.items():
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            hint = f" The nearest is {near[0]}." if near else ""
+            raise UsageError(f"prepare.columns: no format reads a column {ours!r}.{hint} Write it as OURS: THEIRS.")
+        if records and theirs not in present:
+            raise UsageError(
+                f"prepare.columns: {source.name} has no column {theirs!r}; found {', '.join(sorted(present))}."
+            )
+
+
+def _check_fits(named: Format, source: DataSource, records: list[dict[str, Any]]) -> None:
+    """Refuse a format that can read none of many records, before all of them are quarantined."""
+    if len(records) < _ENOUGH:
+        return
+    read, details = named.bind(source.entry.format_args), set()
+    for record in records:
+        try:
+            read(record)
+            return
+        except Unusable as unusable:
+            if unusable.reason != "missing column":
+                return
+            details.add(unusable.detail)
+    recognised = formats.recognise(records)
+    hint = f" They are those of {recognised.name}." if recognised else ""
+    raise UsageError(
+        f"{source.name} is not in format {named.name}: none of its first {len(records)} records has the columns "
+        f"{', '.join(named.columns)} (missing {min(details)}).{hint}"
+    )
+
+
+def _resolve_kind(prepare: Prepare, sources: list[DataSource], matches: list[Format]) -> str:
+    labelled = [source.name for source, each in zip(sources, matches, strict=True) if each.makes == "labels"]
+    if prepare.examples == "pairs" and labelled:
+        raise UsageError(
+            f"{', '.join(labelled)} has labelled answers, of which no pairs can be made. Set prepare.examples: labels."
+        )
+    if prepare.examples == "auto" and labelled and len(labelled) < len(matches):
+        raise UsageError(
+            f"{', '.join(labelled)} has labelled answers, the other sources have pairs. Set prepare.examples: labels, and "
+            "the pairs are taken apart, or prepare them on their own."
+        )
+    if not labelled and prepare.examples != "labels":
+        return "pairs"
+    if prepare.pairing in ("adjacent", "all") and any(each.makes == "rankings" for each in matches):
+        raise UsageError(
+            f"prepare.pairing: {prepare.pairing} would label answers in the middle both good and bad. For labels, set it "
+            "to best_worst or best_rest."
+        )
+    return "labels"
+
+
+def rename_columns(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """Return a record under the formats' names; `columns` maps ours to theirs."""
+    theirs = set(columns.values())
+    others = {name: value for name, value in record.items() if name not in theirs and name not in columns}
+    return others | {ours: record[name] for ours, name in columns.items() if name in record}

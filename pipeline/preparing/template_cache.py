@@ -1,0 +1,154 @@
+"""A cache for chat templates: most conversations are rendered without running the template.
+
+What a template writes around the texts of a conversation is the same for all conversations with the same roles, if it
+does not look into the texts. It is rendered once with opaque texts (placeholder_text.py); the result is a skeleton, into
+which the texts of other conversations are filled.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from prefcache.pipeline.preparing.chat_template import ChatTemplate
+from prefcache.pipeline.preparing.encoder import ExampleText
+from prefcache.pipeline.preparing.example import Message, Unusable
+from prefcache.pipeline.preparing.placeholder_text import MARK_START, Guard, OpaqueText, Piece, Slot, text_pieces
+
+# Texts on which a new skeleton is tried: with spaces around, with what templates look for, and long. The template's own
+# literals are tried too, alone and within a text.
+_TRIALS = (" \n%d\t ", "<think>\na\n</think>\n\n%d", "%d \"'<&> " * 64)
+_MOST_LITERALS = 64
+_CHECKED_ALWAYS, _CHECKED_EVERY = 4, 64
+_MOST_SHAPES, _LONGEST_SHAPE = 512, 64
+_KEYS = ["role", "content"]
+
+Render = Callable[[list[Message]], str]
+
+
+class TemplateCacheMismatch(Exception):
+    """The cache gave another text than the template: it must not be used."""
+
+
+class Skeleton(NamedTuple):
+    """What a template writes, with places for texts. It serves those texts for which the guards hold."""
+
+    pieces: tuple[Piece, ...]
+    guards: tuple[Guard, ...]
+
+    def fits(self, texts: Sequence[str]) -> bool:
+        return all(guard.holds(texts) for guard in self.guards)
+
+    def fill(self, texts: Sequence[str]) -> str:
+        return "".join([piece if isinstance(piece, str) else piece.fill(texts) for piece in self.pieces])
+
+
+class TemplateCache:
+    """The skeletons of a template by the roles of a conversation.
+
+    Rendering 10,000 pairs of one turn takes 0.12 s instead of 1.86 s with Qwen 3's template, and 0.08 s instead of
+    0.55 s with plain ChatML (one core).
+
+    Skeletons are compared with the template on the first conversations of their shape and on every 64th after that.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, render_uncached: Callable[[list[Message], list[list[Message]]], ExampleText]
+    ) -> None:
+        self._template, self._render_uncached = template, render_uncached
+        self._skeletons: dict[tuple[str, ...], tuple[Skeleton, Skeleton] | None] = {}
+        self._uses: Counter[tuple[str, ...]] = Counter()
+
+    def reset(self) -> None:
+        """Compare anew, so that the conversations compared do not depend on those of earlier parts."""
+        self._uses.clear()
+
+    def render(self, prompt: list[Message], answers: list[list[Message]]) -> ExampleText | None:
+        """Return the text of a prompt and its answers; None if the template itself has to render them."""
+        # In this order, as in the skeleton: a template may iterate over a message's keys.
+        if any(list(turn) != _KEYS for turn in chain(prompt, *answers)):
+            return None
+        if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
+            return None
+        shape = (*[turn["role"] for turn in prompt], "assistant")
+        if shape not in self._skeletons:
+            is_worth_it = len(shape) <= _LONGEST_SHAPE and len(self._skeletons) < _MOST_SHAPES
+            self._skeletons[shape] = self._trace(shape) if is_worth_it else None
+        skeletons = self._skeletons[shape]
+        if skeletons is None:
+            return None
+        asked, rest = skeletons
+        texts = [turn["content"] for turn in prompt]
+        wholes = [[*texts, answer[0]["content"]] for answer in answers]
+        if not all(rest.fits(whole) for whole in wholes):
+            return None
+        text = ExampleText(asked.fill(texts), tuple([rest.fill(whole) for whole in wholes]))
+        self._uses[shape] += 1
+        if self._uses[shape] <= _CHECKED_ALWAYS or self._uses[shape] % _CHECKED_EVERY == 0:
+            self._check(prompt, answers, text)
+        return text
+
+    def _check(self, prompt: list[Message], answers: list[list[Message]], text: ExampleText) -> None:
+        try:
+            expected = self._render_uncached(prompt, answers)
+        except Unusable:
+            expected = None
+        if text != expected:
+            raise TemplateCacheMismatch(", ".join(turn["role"] for turn in prompt))
+
+    def _trace(self, shape: Sequence[str]) -> tuple[Skeleton, Skeleton] | None:
+        """Return skeletons of the prompt, and of an answer after it with the guards of both."""
+        render, literals = self._template.render, self._template.literals
+        asked = trace_skeleton(lambda turns: render(turns, add_generation_prompt=True), shape[:-1], literals)
+        whole = trace_skeleton(lambda turns: render(turns, add_generation_prompt=False), shape, literals)
+        rest = remove_prefix(whole.pieces, asked.pieces) if whole and asked else None
+        if whole is None or asked is None or rest is None:
+            return None
+        # The answer stands once in the rest, and nothing else does.
+        if [piece.which for piece in rest if isinstance(piece, Slot)] != [len(shape) - 1]:
+            return None
+        return asked, Skeleton(rest, tuple(dict.fromkeys((*asked.guards, *whole.guards))))
+
+
+def trace_skeleton(render: Render, shape: Sequence[str], literals: Sequence[str] = ()) -> Skeleton | None:
+    """Return the skeleton of conversations with these roles; None if the output depends on the texts."""
+    guards: list[Guard] = []
+    try:
+        written = render(_turns(shape, [OpaqueText((Slot(n, "whole"),), guards) for n in range(len(shape))]))
+    except Unusable:
+        return None  # refused, or looked into
+    skeleton = Skeleton(text_pieces(written), tuple(dict.fromkeys(guards)))
+    if any(isinstance(piece, str) and MARK_START in piece for piece in skeleton.pieces):
+        return None  # a text was read in a way that OpaqueText does not notice
+    own = (trial for literal in literals[:_MOST_LITERALS] for trial in (literal, f"a {literal} %d"))
+    return skeleton if all(_passes(skeleton, render, shape, trial) for trial in chain(_TRIALS, own)) else None
+
+
+def _passes(skeleton: Skeleton, render: Render, shape: Sequence[str], trial: str) -> bool:
+    """Return whether a skeleton gives what the template gives for such texts."""
+    texts = [trial.replace("%d", str(n)) for n in range(len(shape))]
+    if not skeleton.fits(texts):
+        return True
+    try:
+        return render(_turns(shape, texts)) == skeleton.fill(texts)
+    except Unusable:
+        return False
+
+
+def _turns(shape: Sequence[str], texts: Sequence[str]) -> list[Message]:
+    return [{"role": role, "content": text} for role, text in zip(shape, texts, strict=True)]
+
+
+def remove_prefix(pieces: Sequence[Piece], prefix: Sequence[Piece]) -> tuple[Piece, ...] | None:
+    """Return the pieces after a prefix; None if they do not begin with it."""
+    rest = list(pieces)
+    for piece in prefix:
+        if not rest:
+            return None
+        if rest[0] == piece:
+            rest.pop(0)
+        elif isinstance(piece, str) and isinstance(rest[0], str) and rest[0].startswith(piece):
+            rest[0] = rest[0][len(piece) :]
+        else:
+            return None
+    return tuple(rest)

@@ -1,0 +1,115 @@
+"""Read what the report shows of the data, from the views and the manifest of its preparation."""
+
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+
+from prefcache.pipeline.report.confidence_intervals import Estimate, share
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.stored.prepared import DONE
+from prefcache.pipeline.stored.records import PreparedManifest
+
+_MOST_SOURCES = 20  # there may be thousands
+_RECORDS_PER_REASON = 2
+LENGTHS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    n: dict[str, int]  # by split
+    tokens: dict[str, float]  # mean length of prompts and answers
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """Whether the chosen answer is the longer one."""
+
+    longer: Estimate  # among pairs whose answers differ in length
+    difference: np.ndarray  # in tokens, chosen minus rejected
+
+
+@dataclass(frozen=True)
+class QuarantinedRecord:
+    source: str
+    line: int
+    detail: str
+    raw: str
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why records are in quarantine, with the first of them."""
+
+    name: str
+    n: int
+    records: list[QuarantinedRecord]
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str
+    formats: list[str]
+    records: int
+    n: dict[str, int]  # by split
+    sources: list[Source]
+    n_sources: int
+    lengths: dict[str, np.ndarray]
+    bias: LengthBias | None
+    desirable: Estimate | None  # of labels
+    quarantined: list[Reason]
+    notes: list[str]
+
+    @property
+    def n_quarantined(self) -> int:
+        return sum(reason.n for reason in self.quarantined)
+
+
+def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
+    kind = manifest.kind
+    sources = _read_sources(con, LENGTHS[kind])
+    notes = [f"{n:,} {DONE[name]}" for name, n in manifest.done.items() if n and name in DONE]
+    if split := manifest.boundaries.get("split"):
+        notes.append(f"{split:,} where the tokenizer would merge prompt and answer; the text was cut there")
+    columns = ", ".join(f"n_{name} as {name}" for name in LENGTHS[kind])
+    lengths = con.execute(f"select {columns}, n_chosen - n_rejected as difference, label from examples").fetchnumpy()
+    difference, labels = lengths.pop("difference"), lengths.pop("label")
+    differing = difference[difference != 0]
+    return Data(
+        kind,
+        list(dict.fromkeys(reading.format for reading in manifest.formats)),
+        manifest.records + manifest.further,
+        {split: sum(each.n[split] for each in sources) for split in (TRAIN, HELD_OUT)},
+        sources[:_MOST_SOURCES],
+        len(sources),
+        {name: np.ma.compressed(values) for name, values in lengths.items()},
+        LengthBias(share(differing > 0), difference) if kind == "pairs" and len(differing) else None,
+        share(labels) if kind == "labels" and len(labels) else None,
+        _read_quarantine(con),
+        notes,
+    )
+
+
+def _read_sources(con: duckdb.DuckDBPyConnection, lengths: tuple[str, ...]) -> list[Source]:
+    means = ", ".join(f"avg(n_{name})" for name in lengths)
+    rows = con.execute(
+        f"select source, count(*) filter (split = '{TRAIN}'), count(*) filter (split = '{HELD_OUT}'), {means} from examples "
+        "group by source order by count(*) desc, source"
+    ).fetchall()
+    return [
+        Source(name, {TRAIN: train, HELD_OUT: held_out}, dict(zip(lengths, tokens, strict=True)))
+        for name, train, held_out, *tokens in rows
+    ]
+
+
+def _read_quarantine(con: duckdb.DuckDBPyConnection) -> list[Reason]:
+    rows = con.execute(
+        "select reason, count(*) over (partition by reason) as n, source, line, detail, raw from quarantine "
+        "qualify row_number() over (partition by reason order by source, line) <= $most order by n desc, reason, source, line",
+        {"most": _RECORDS_PER_REASON},
+    ).fetchall()
+    reasons: dict[str, Reason] = {}
+    for name, n, *record in rows:
+        reasons.setdefault(name, Reason(name, n, [])).records.append(QuarantinedRecord(*record))
+    return list(reasons.values())

@@ -1,0 +1,21 @@
+"""What a scoring is made from: prepared data, reference, cache, settings and the versions of the engine."""
+
+from typing import Any
+
+from prefcache.pipeline import identity
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.scoring.engines import find_engine
+from prefcache.pipeline.stored.prepared import Prepared
+
+# Settings that change only how fast it is.
+_SPEED = {"tokens_per_batch", "tokens_per_shard", "parity_sample", "rescore", "rows", "ray"}
+
+
+def find_inputs(config: Config, prepared: Prepared, reference: identity.Reference, model_id: str) -> dict[str, Any]:
+    return {
+        "prepared": prepared.id,
+        "model_id": model_id,
+        "cache": config.cache,
+        "config": config.score.model_dump(mode="json", exclude=_SPEED),
+        "versions": find_engine(config.score.engine).versions(reference, config.score),
+    }

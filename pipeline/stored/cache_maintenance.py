@@ -1,0 +1,425 @@
+"""Maintain a cache: verify that every value is as written and possible at all; remove what nothing needs.
+
+Merging loses and doubles no row for any reader, wherever it is killed. The merged shard and its record are committed
+like any other; from then on its rows exist twice, which every reader takes for one row. They are read back, and only
+then are the records of the small shards deleted, and after those their files. A later gc sees shards all of whose rows
+others hold, and finishes the work. So that the outcome does not depend on interruptions, sizes are counted before
+compression and over the rows that are kept, so that they add up: a merged shard is never small again.
+
+A shard without a record may be one whose record a scorer is about to write. It is removed only if no process has
+claimed its chunk, and if it is old or an earlier gc had noted that it was removing it. If a scorer without claims were
+suspended for longer, its record would name a missing shard: that is noticed, and scored again.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.schema import CACHE
+from prefcache.pipeline.stored import artifact, claims, shards
+from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.cache_writer import CacheWriter
+from prefcache.pipeline.stored.contradictions import Contradictions
+from prefcache.pipeline.stored.key_index import concat
+from prefcache.pipeline.stored.records import SHARD_FILE, MalformedError, NewerError, RemovalRecord, ShardRecord
+
+TARGET_MIB = 128
+_TRIES = 5
+_REMOVING = ".removing"  # lists the shards that gc is about to remove
+# No scorer is this slow: between a shard and its record there are milliseconds.
+OLD_SECONDS = 3600.0
+# Keys that are compared at once; a cache with more is read once for each share of its keys.
+_ROWS_AT_ONCE = 1 << 23
+# Bytes of a row before compression: key, counts and sum, and the log-prob of each token.
+_ROW_BYTES, _TOKEN_BYTES = 32, 4
+# Log-probs are at most zero, but the head of a model in low precision rounds.
+_MAX_LOGP = 1e-3
+_SUM_TOLERANCE = 1e-9
+
+
+def find_caches(paths: Sequence[str]) -> list[Path]:
+    """The folders of references among `paths` and directly in them."""
+    folders = []
+    for path in map(Path, paths):
+        inside = [file.parent for file in sorted(path.glob(f"*/{REFERENCE_FILE}"))]
+        here = [path] if (path / REFERENCE_FILE).exists() else inside
+        if not here:
+            raise UsageError(f"{path} holds no cache: no {REFERENCE_FILE} in it or in its folders. Name one.")
+        folders += here
+    return folders
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VerifiedCache:
+    """What is in a cache, and what is wrong with it."""
+
+    folder: Path
+    reference: str = ""
+    shards: int = 0
+    rows: int = 0
+    failed: int = 0
+    doubled: int = 0  # rows beyond the first of a key and numerics: harmless
+    n_bytes: int = 0
+    orphans: int = 0
+    leftovers: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)  # file -> what is wrong
+    newer: list[str] = field(default_factory=list)  # those of the damaged that a newer prefcache wrote
+    malformed: list[str] = field(default_factory=list)  # those that have a valid seal, and yet are no record of ours
+
+
+def verify(folder: Path) -> VerifiedCache:
+    """Check every byte, page, row and sum of a cache."""
+    result, on_disk = VerifiedCache(folder), _list_shards(folder)
+    try:
+        cache = Cache(folder, None, every_byte=True, remember="damage")
+    except IntegrityError as error:
+        result.damaged[REFERENCE_FILE] = str(error)
+        if isinstance(error, MalformedError):
+            (result.newer if isinstance(error, NewerError) else result.malformed).append(REFERENCE_FILE)
+        return result
+    result.reference = cache.reference.name
+    result.orphans, result.leftovers = len(_find_orphans(cache, on_disk)), len(_list_leftovers(folder))
+    _add_damage(result, cache)
+    whole, wrong = _check_content(cache)
+    for record in whole:
+        result.rows += record.rows
+        result.n_bytes += record.bytes
+        result.failed += int(np.isnan(shards.read_values(folder, record)[1]).sum())
+    result.shards = len(whole)
+    kept, contradicting = _mark_duplicates(cache, whole)
+    result.damaged |= wrong | contradicting
+    result.doubled = sum(int((~shard.keep).sum()) for shard in kept)
+    return result
+
+
+def _add_damage(result: "VerifiedCache | CollectedCache", cache: Cache) -> None:
+    """Add the damage that opening the cache has shown, by its remedy."""
+    result.damaged |= {path.name: reason for path, reason in cache.damaged.items()}
+    result.newer = sorted(path.name for path in cache.newer)
+    result.malformed = sorted(path.name for path in cache.malformed - cache.newer)
+
+
+def find_contradictions(cache: Cache) -> dict[str, str]:
+    """The files of shards whose values of a sequence differ by more than rounding, with where they do."""
+    return _mark_duplicates(cache, cache.records)[1]
+
+
+def refuse_contradictions(cache: Cache) -> None:
+    """IntegrityError on contradictions, for readers that bypass `Cache.logps`, such as SQL."""
+    for reason in find_contradictions(cache).values():
+        raise IntegrityError(
+            f"{reason}. Neither is served. Score again (prefcache score CONFIG): only what they held is computed."
+        )
+
+
+def _check_content(cache: Cache) -> tuple[list[ShardRecord], dict[str, str]]:
+    """Tell shards whose rows a scorer can have written from others; the latter by file, with what is wrong."""
+    whole, wrong = [], {}
+    for record in cache.records:
+        try:
+            keys, _ = shards.read_values(cache.folder, record)
+            reason = None if keys.is_ascending() else "its keys are not in order, or one is there twice"
+            for batch in shards.read_batches(cache.folder, record):
+                if reason:
+                    break
+                reason = _check_rows(batch, record)
+        except (IntegrityError, FileNotFoundError) as error:
+            reason = str(error)
+        except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException):
+            reason = "it has other columns than a cache has"
+        if reason:
+            wrong[record.file] = reason
+        else:
+            whole.append(record)
+    return whole, wrong
+
+
+def _check_rows(rows: pa.Table, record: ShardRecord) -> str | None:
+    """What no scorer would have written into these rows; None if all is well."""
+    if rows.schema.names != CACHE.names:
+        return "it has other columns than a cache has"
+    is_usable, sums, n_completion = shards.usable_rows(rows), shards.usable_sums(rows), rows["n_completion"].to_numpy()
+    numerics = rows["numerics_id"].unique().to_pylist()
+    lists = rows["logps"].combine_chunks()
+    has_list = lists.is_valid().to_numpy(zero_copy_only=False)
+    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    logps = lists.flatten().to_numpy()
+    # Added in float64 and in order, as bincount does: pairwise sums differ in the last bits only.
+    added = np.bincount(np.repeat(np.arange(len(lengths)), lengths), logps.astype(np.float64), len(lengths))
+    with np.errstate(invalid="ignore"):
+        is_off = ~(np.abs(added - sums) <= _SUM_TOLERANCE * np.maximum(1.0, np.abs(sums)))
+    wrong = {
+        "a row's numerics are not those of its record": np.array(numerics != [record.numerics_id]),
+        "a row has a value and its status says that it has none, or the other way round": is_usable
+        != rows["logp_sum"].is_valid().to_numpy(),
+        "a log-prob is not finite": np.concatenate([is_usable & ~np.isfinite(sums), ~np.isfinite(logps)]),
+        "a log-prob is above zero": np.concatenate([sums > _MAX_LOGP * np.maximum(1, n_completion), logps > _MAX_LOGP]),
+        "a row has another number of log-probs than its answer has tokens": has_list & (lengths != n_completion),
+        "logp_sum is not the sum of logps": has_list & is_usable & is_off,
+    }
+    return next((reason for reason, mask in wrong.items() if mask.any()), None)
+
+
+# -- gc --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CollectedCache:
+    """What gc has done, or would do."""
+
+    folder: Path
+    leftovers: int = 0
+    orphans: int = 0
+    superseded: int = 0  # shards all of whose rows others hold
+    merged: int = 0  # shards that became fewer
+    into: int = 0
+    doubled: int = 0  # rows that were there more than once
+    shards: int = 0  # afterwards
+    damaged: dict[str, str] = field(default_factory=dict)
+    newer: list[str] = field(default_factory=list)
+    malformed: list[str] = field(default_factory=list)
+
+
+def gc(folder: Path, target_bytes: int, dry_run: bool = False, old_seconds: float = OLD_SECONDS) -> CollectedCache:
+    """Remove what nothing needs, and merge small shards that verify would pass; scorers and trainers may be running."""
+    if dry_run:
+        return _collect(folder, target_bytes, True, old_seconds)
+    for _ in range(_TRIES):
+        with claims.claim(claims.claim_path(folder, "gc"), wait=False) as is_mine:
+            if is_mine:
+                os.utime(claims.claim_path(folder, "gc"))
+                return _collect(folder, target_bytes, False, old_seconds)
+        # A starting scorer holds every claim for a moment, to see whether its process is gone.
+        time.sleep(0.05)
+    raise UsageError(f"Another gc is at work on {folder}. Wait for it, or stop it.")
+
+
+def _collect(folder: Path, target_bytes: int, dry_run: bool, old_seconds: float) -> CollectedCache:
+    on_disk = _list_shards(folder)
+    # gc notes what it has hashed; its dry run changes nothing.
+    cache = Cache(folder, None, every_byte=True, remember="nothing" if dry_run else "all")
+    result = CollectedCache(folder)
+    _add_damage(result, cache)
+    result.leftovers = _remove_leftovers(folder, old_seconds, dry_run)
+    result.orphans = _remove_orphans(cache, _find_orphans(cache, on_disk), old_seconds, dry_run)
+    # Before anything is merged or superseded: a wrong row would replace a right one, under a new checksum.
+    whole, wrong = _check_content(cache)
+    kept, contradicting = _mark_duplicates(cache, whole)
+    result.damaged |= wrong | contradicting
+    result.doubled = sum(int((~shard.keep).sum()) for shard in kept)
+    superseded = [shard.record for shard in kept if not shard.keep.any()]
+    result.superseded = len(superseded)
+    if not dry_run:
+        _remove(cache, superseded)
+    for group in _group(cache, [shard for shard in kept if shard.keep.any()], target_bytes):
+        result.merged += len(group)
+        result.into += 1
+        if not dry_run:
+            _merge(cache, group)
+    result.shards = len(kept) - result.superseded - result.merged + result.into
+    return result
+
+
+@dataclass
+class _Shard:
+    """A shard, and a mask of the rows that no other shard holds as well or better."""
+
+    record: ShardRecord
+    keep: np.ndarray
+
+
+def _mark_duplicates(cache: Cache, records: Sequence[ShardRecord]) -> tuple[list[_Shard], dict[str, str]]:
+    """Choose the rows to keep, so that every key has one for each numerics.
+
+    A value comes before a failure, then the smaller value, which is what readers take, then the later generation.
+    Shards that contradict each other are returned apart: their files, and what is wrong.
+    """
+    contradicting: dict[str, str] = {}
+    while True:
+        left = [record for record in records if record.file not in contradicting]
+        kept = {record.file: _Shard(record, np.ones(record.rows, bool)) for record in left}
+        new: dict[str, str] = {}
+        for numerics_id in sorted({record.numerics_id for record in left}):
+            same = [record for record in left if record.numerics_id == numerics_id]
+            same.sort(key=lambda record: (-record.generation, record.file))
+            n_shares = -(-sum(record.rows for record in same) // _ROWS_AT_ONCE)
+            for share in range(n_shares):
+                new |= _drop_duplicates(cache, [kept[record.file] for record in same], share, n_shares)
+        if not new:
+            return [*kept.values()], contradicting
+        contradicting |= new
+
+
+def _drop_duplicates(cache: Cache, group: Sequence[_Shard], share: int, n_shares: int) -> dict[str, str]:
+    """Unmark the rows of one share of all keys that another row replaces; return the shards that contradict each other."""
+    parts = []
+    for i, each in enumerate(group):
+        keys, sums = shards.read_values(cache.folder, each.record)
+        # Keys are hashes: their first bits deal them out evenly.
+        at = np.flatnonzero((keys.high >> np.uint64(40)) % np.uint64(n_shares) == share)
+        parts.append((keys.take(at), sums[at], np.full(len(at), i, np.int32), at))
+    key = concat([keys for keys, *_ in parts])
+    value, shard, place = (np.concatenate([part[column] for part in parts]) for column in (1, 2, 3))
+    by_high = np.argsort(key.high)
+    same_high = key.high[by_high][1:] == key.high[by_high][:-1]
+    if not same_high.any():
+        return {}
+    twice = by_high[np.concatenate([[False], same_high]) | np.concatenate([same_high, [False]])]
+    key, value, shard, place = key.take(twice), value[twice], shard[twice], place[twice]
+    # nan, for a failure, sorts last.
+    order = np.lexsort((place, shard, value, key.low, key.high))
+    is_same = (key.high[order][1:] == key.high[order][:-1]) & (key.low[order][1:] == key.low[order][:-1])
+    losers = order[1:][is_same]
+    for i in np.unique(shard[losers]):
+        group[i].keep[place[losers[shard[losers] == i]]] = False
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(~np.concatenate([[False], is_same]))
+    rows = Contradictions(cache.folder)
+    for i in np.unique(shard):
+        is_its = shard == i
+        rows.add(group[i].record, number[is_its], place[is_its], value[is_its])
+    return {record.file: reason for record, reason in rows.find()}
+
+
+def _group(cache: Cache, kept: Sequence[_Shard], target_bytes: int) -> Iterator[list[_Shard]]:
+    """Yield the shards to rewrite: each large one with rows to drop, and small ones together, up to the target."""
+    small: dict[str, list[tuple[_Shard, int]]] = {}
+    for shard in sorted(kept, key=lambda shard: shard.record.file):
+        n_completion = cache.read(shard.record, ["n_completion"])["n_completion"].to_numpy()
+        n_tokens = n_completion[shard.keep].sum(dtype=np.int64)
+        size = _ROW_BYTES * int(shard.keep.sum()) + _TOKEN_BYTES * int(n_tokens)
+        if 2 * size < target_bytes:
+            small.setdefault(shard.record.numerics_id, []).append((shard, size))
+        elif not shard.keep.all():
+            yield [shard]
+    for numerics_id in sorted(small):
+        group: list[_Shard] = []
+        total = 0
+        for shard, size in small[numerics_id]:
+            if total + size > target_bytes:
+                # More than half of the target, so that it is never small again.
+                yield group
+                group, total = [], 0
+            group.append(shard)
+            total += size
+        if len(group) > 1 or (group and not group[0].keep.all()):
+            yield group
+
+
+def _merge(cache: Cache, group: Sequence[_Shard]) -> None:
+    tables = [cache.read(shard.record).cast(CACHE).filter(pa.array(shard.keep)) for shard in group]
+    rows = pa.concat_tables(tables).sort_by("key")
+    replaced = [shard.record for shard in group]
+    merged = CacheWriter(cache).commit_merged(rows, replaced)
+    reason = artifact.damage(cache.folder, merged) or (merged.rows != len(rows) and "has other rows than were merged")
+    if reason:
+        raise IntegrityError(
+            f"{cache.folder / merged.file} {reason}. Nothing is lost: the shards that it was merged from are still there. "
+            f"Delete {cache.record_path(merged)} and run gc again."
+        )
+    _remove(cache, replaced)
+
+
+def _remove(cache: Cache, records: Sequence[ShardRecord]) -> None:
+    """Delete the records first: a record without its shard would be damage, a shard without its record is nothing."""
+    if not records:
+        return
+    RemovalRecord.make(files=[record.file for record in records]).commit(cache.folder / _REMOVING)
+    for record in records:
+        artifact.member(cache.folder, record.name).unlink(missing_ok=True)
+    artifact.sync_folder(cache.folder)
+    for record in records:
+        artifact.member(cache.folder, record.file).unlink(missing_ok=True)
+    (cache.folder / _REMOVING).unlink(missing_ok=True)
+
+
+# -- files without a record ------------------------------------------------------------------------------------------
+
+
+def _list_leftovers(folder: Path) -> list[Path]:
+    """Temporaries and claims, of processes that are gone or still running."""
+    mine = claims.claim_path(folder, "gc")
+    temporaries = (path for path in folder.glob(".*.tmp") if artifact.TEMPORARY.fullmatch(path.name))
+    return [path for path in (*temporaries, *folder.glob(f".*{claims.SUFFIX}")) if path != mine and path.is_file()]
+
+
+def _remove_leftovers(folder: Path, old_seconds: float, dry_run: bool) -> int:
+    before = _list_leftovers(folder)
+    if dry_run:
+        return len(before)
+    artifact.remove_leftovers(folder)
+    claims.remove_free(folder)
+    for path in _list_leftovers(folder):
+        # Another machine's, whose processes cannot be asked for.
+        if path.suffix == ".tmp" and _age(folder, path) > old_seconds:
+            path.unlink(missing_ok=True)
+    return len(before) - len(set(before) & set(_list_leftovers(folder)))
+
+
+def _list_shards(folder: Path) -> list[Path]:
+    """List the shard files, with a record or without. Call it before opening the cache: a record follows its shard."""
+    return sorted(path for path in folder.iterdir() if SHARD_FILE.fullmatch(path.name) and path.is_file())
+
+
+def _find_orphans(cache: Cache, on_disk: Sequence[Path]) -> list[Path]:
+    """The shards that no record names. A record that a newer prefcache wrote may name any of them, so then none counts."""
+    if cache.malformed:
+        return []
+    named = {record.file for record in cache.records}
+    damaged = {path.stem for path in cache.damaged}
+    return [path for path in on_disk if path.name not in named and path.name.rpartition("-")[0] not in damaged]
+
+
+def _remove_orphans(cache: Cache, orphans: Sequence[Path], old_seconds: float, dry_run: bool) -> int:
+    n_removed, begun = 0, set[str]()
+    with contextlib.suppress(IntegrityError):
+        begun = set(RemovalRecord.read(cache.folder / _REMOVING).files)  # by a gc that was killed
+    for path in orphans:
+        if path.name not in begun and _age(cache.folder, path) <= old_seconds:
+            continue
+        if dry_run:
+            n_removed += 1
+            continue
+        with claims.claim(claims.claim_path(cache.folder, path.name.rpartition("-")[0]), wait=False) as is_free:
+            if is_free and not _may_be_named(cache, path):
+                path.unlink(missing_ok=True)
+                n_removed += 1
+    if not dry_run and (cache.folder / _REMOVING).is_file():
+        (cache.folder / _REMOVING).unlink(missing_ok=True)
+    return n_removed
+
+
+def _may_be_named(cache: Cache, shard: Path) -> bool:
+    """Whether a record names the shard that came after the cache was opened, or cannot be read.
+
+    The record of the shard's own chunk is read in any case: it may have been discarded and committed anew.
+    """
+    chunk = shard.name.rpartition("-")[0]
+    for path in shards.list_records(cache.folder):
+        if path.name not in cache.listed or path.stem == chunk:
+            try:
+                if ShardRecord.read(path).file == shard.name:
+                    return True
+            except IntegrityError:
+                return True
+    return False
+
+
+def _age(folder: Path, path: Path) -> float:
+    """Seconds by the clock of the file system, which other machines also write by."""
+    clock = claims.claim_path(folder, "gc")
+    try:
+        now = clock.stat().st_mtime if clock.exists() else time.time()
+        return now - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,145 @@
+"""Writing to the reference cache: creating it, claiming chunks of work, committing shards.
+
+**No lock is needed.** A chunk of work is named from its keys and numerics, and the first record under a name wins; the
+shard's own name holds a hash of its content, so two scorers never write different bytes to one name. Claims only spare
+a scorer the work that another is doing.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.stored import artifact, claims, shards
+from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache, find_folder, has_whole_reference
+from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
+from prefcache.pipeline.stored.records import ReferenceRecord, ShardRecord
+
+_MERGED = "merged-"
+
+
+def create_cache(root: Path, name: str, reference: dict[str, Any]) -> Cache:
+    """Open the cache of these weights, whatever name they had when it was created, or create one."""
+    folder = find_folder(root, name, reference["model_id"])
+    if not has_whole_reference(folder):
+        (folder / REFERENCE_FILE).unlink(missing_ok=True)
+        ReferenceRecord.make(name=name, **reference).commit(folder / REFERENCE_FILE, once=True)
+    # A read-only cache is still readable; skip cleanup.
+    with contextlib.suppress(OSError):
+        artifact.remove_leftovers(folder)
+        claims.remove_free(folder)
+    return Cache(folder, reference["model_id"])
+
+
+class CacheWriter:
+    """Adds shards to a cache while other scorers write and gc merges."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._listed = set(cache.listed)  # file names of the records that were looked at
+        self._merged: list[
+            tuple[str, KeyIndex]
+        ] = []  # numerics_id and keys of shards merged since the cache was opened
+
+    def refuse_read_only(self) -> None:
+        if not os.access(self.cache.folder, os.W_OK):
+            raise UsageError(
+                f"{self.cache.folder} is read-only, and some sequences are missing in it. Name another place (cache), or "
+                "change its permissions."
+            )
+
+    def discard_damaged(self) -> None:
+        """Delete the records of damaged shards, so that their rows count as missing and are scored again."""
+        self.cache.refuse_malformed()
+        for record in self.cache.damaged:
+            artifact.member(self.cache.folder, record.name).unlink(missing_ok=True)
+        self.cache.damaged = {}
+
+    # -- claims ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def claim(
+        self, keys: Sequence[bytes], numerics_id: str, *, wait: bool = False
+    ) -> Iterator[Literal["mine", "taken", "done"]]:
+        """Keep other scorers from a chunk for as long as the block runs.
+
+        mine: score it here, within the block. done: it is in the cache. taken: another scorer is working on it. With
+        `wait`, the other scorer is waited for, and the chunk is done then, or mine if that scorer died. A scorer passes
+        over taken chunks and comes back to them at the end, waiting. A claim dies with its process, however it ends.
+        """
+        if self.has_chunk(keys, numerics_id):
+            yield "done"
+            return
+        path = claims.claim_path(self.cache.folder, _chunk_name(keys, numerics_id))
+        with claims.claim(path, wait=wait) as is_mine:
+            if not is_mine:
+                yield "taken"
+            elif self.has_chunk(keys, numerics_id):
+                yield "done"
+            else:
+                yield "mine"
+
+    def has_chunk(self, keys: Sequence[bytes], numerics_id: str) -> bool:
+        """Whether another scorer has committed this chunk meanwhile, even if gc has merged it into a larger shard."""
+        folder = self.cache.folder
+        path = folder / f"{_chunk_name(keys, numerics_id)}.json"
+        if path in self.cache.damaged or path.is_file():
+            return path not in self.cache.damaged
+        names = {path.name for path in shards.list_records(folder) if path.name.startswith(_MERGED)}
+        for name in sorted(names - self._listed):
+            with contextlib.suppress(IntegrityError, FileNotFoundError):
+                record = ShardRecord.read(folder / name)
+                self._merged.append((record.numerics_id, KeyIndex(shards.read_values(folder, record)[0])))
+            self._listed.add(name)
+        if not self._merged:
+            return False
+        wanted = read_keys([pa.chunked_array([pa.array(keys, pa.binary(16))])])
+        is_present = np.zeros(len(keys), bool)
+        for other, index in self._merged:
+            if other == numerics_id:
+                is_present[index.find(wanted)[0]] = True
+        return bool(is_present.all())
+
+    # -- commits -----------------------------------------------------------------------------------------------------
+
+    def commit(self, rows: pa.Table, numerics: dict[str, str], numerics_id: str, parity: dict[str, Any] | None) -> None:
+        """Write the rows of a chunk to disk. If another scorer was first, what it wrote stays."""
+        name = _chunk_name(rows["key"].to_pylist(), numerics_id)
+        path = self.cache.folder / f"{name}.json"
+        if self.cache.damaged.pop(path, None):
+            path.unlink(missing_ok=True)
+        self._commit(name, rows.sort_by("key"), {"numerics_id": numerics_id, "numerics": numerics, "parity": parity})
+
+    def commit_merged(self, rows: pa.Table, merged: Sequence[ShardRecord]) -> ShardRecord:
+        """Write sorted rows of several shards as one. Its generation is above theirs, so that its rows replace them."""
+        generation = 1 + max(record.generation for record in merged)
+        # The worst parity stands for all; everything else in a record is the same for all of one numerics_id.
+        facts = max(merged, key=lambda record: record.parity.max if record.parity else -1.0).facts()
+        digest = hashlib.blake2b(f"{facts['numerics_id']} {generation} ".encode(), digest_size=16)
+        digest.update(read_keys([rows["key"]]).checksum().encode())
+        name = f"{_MERGED}{digest.hexdigest()}"
+        self._commit(name, rows, {**facts, "generation": generation})
+        return ShardRecord.read(self.cache.folder / f"{name}.json")
+
+    def _commit(self, name: str, rows: pa.Table, facts: dict[str, Any]) -> None:
+        data, folder = artifact.parquet(rows, float_lists=["logps"]), self.cache.folder
+        shard = artifact.member(folder, f"{name}-{artifact.checksum_bytes(data)[:8]}.parquet")
+        entry = artifact.commit_file(shard, data, rows=len(rows))
+        checksum = shards.checksum_values(read_keys([rows["key"]]), shards.usable_sums(rows))
+        record = ShardRecord.make(**{**facts, **entry, "values_xxh3_128": checksum})
+        path = artifact.member(folder, record.name)
+        if not record.commit(path, once=True) and not path.is_file():
+            raise IntegrityError(f"{path} is not a file, and a shard's record belongs there. Remove it.")
+
+
+def _chunk_name(keys: Sequence[bytes], numerics_id: str) -> str:
+    digest = hashlib.blake2b(numerics_id.encode(), digest_size=16)
+    for key in sorted(keys):
+        digest.update(key)
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""Results that need not be computed again: shards found whole, hashes of weights, fingerprints of tokenizers.
+
+The first two lie next to the caches, the third in each experiment. A damaged memo is ignored and rebuilt; one that a
+newer prefcache wrote is ignored and kept.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field
+
+from prefcache.pipeline.errors import IntegrityError, PrefcacheError
+from prefcache.pipeline.safetensors_files import Digests, Tensor
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import BareName, Checksum, Fingerprint, NewerError, StoredRecord
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_MAX_TOKENIZERS = 64
+
+
+class _Memo(StoredRecord):
+    @classmethod
+    def recall(cls, path: Path) -> Self | None:
+        """Read the memo; None if there is no valid one."""
+        try:
+            return cls.read(path)
+        except IntegrityError:
+            return None
+
+    @classmethod
+    def damage(cls, path: Path) -> str | None:
+        """Why an existing memo cannot be used; None if it can."""
+        if path.exists():
+            try:
+                cls.read(path, "It is ignored, and built anew when it is next needed.")
+            except IntegrityError as error:
+                return str(error)
+        return None
+
+    def remember(self, path: Path) -> None:
+        """Write the memo, unless a newer prefcache has written one here."""
+        try:
+            self.refuse_newer(artifact.unseal(path), path)
+        except NewerError:
+            return
+        except IntegrityError:
+            pass  # damaged or absent
+        # A read-only folder only costs the time of finding out again.
+        with contextlib.suppress(OSError, PrefcacheError):
+            self.commit(path, durable=False)
+
+
+class VerifiedMemo(_Memo):
+    """Shards that were found whole, with their size, times, inode and checksum then."""
+
+    known: dict[BareName, tuple[int, int, int, int, Checksum]]
+
+
+class WeightsMemo(_Memo):
+    """Hashes of weight files by their stamps: by tensor and, for ids of earlier versions, of whole files."""
+
+    tensors: dict[str, dict[str, tuple[str, tuple[int, ...], Sha256]]] = Field(default_factory=dict)
+    files: dict[str, Sha256] = Field(default_factory=dict)
+
+    @staticmethod
+    def path(caches: Path) -> Path:
+        return caches / ".weights.json"
+
+    @classmethod
+    def make_from(cls, digests: Digests) -> Self:
+        known = {
+            stamp: {name: (tensor.dtype, tensor.shape, tensor.sha256) for name, tensor in tensors.items()}
+            for stamp, tensors in digests.tensors.items()
+        }
+        return cls(tensors=known, files=dict(digests.files))
+
+    def digests(self) -> Digests:
+        known = {
+            stamp: {name: Tensor(*facts) for name, facts in tensors.items()} for stamp, tensors in self.tensors.items()
+        }
+        return Digests(known, dict(self.files))
+
+
+class TokenizersMemo(_Memo):
+    """Fingerprints of tokenizers, by the stamps of the files that each was loaded from."""
+
+    encoded: dict[str, Fingerprint] = Field(default_factory=dict)
+
+    @staticmethod
+    def path(experiment: Path) -> Path:
+        return experiment / ".tokenizers.json"
+
+    def with_another(self, stamp: str, encoded: Fingerprint) -> "TokenizersMemo":
+        recent = list(self.encoded.items())[-_MAX_TOKENIZERS:]
+        return TokenizersMemo(encoded=dict(recent) | {stamp: encoded})

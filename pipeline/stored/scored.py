@@ -1,0 +1,90 @@
+"""A finished scoring: the manifest in scored/, and the cache that it names, wherever that is now."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefcache.pipeline import identity, stored_paths
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.errors import IdentityError, IntegrityError
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.model_ids import identify, is_same_model
+from prefcache.pipeline.stored.records import MalformedError, ReferenceRecord, ScoredManifest
+from prefcache.pipeline.stored.verified_shards import Remember
+
+
+class CacheMissing(IntegrityError):
+    """The cache that a manifest names is nowhere."""
+
+
+def open_scored(
+    scored: Path, *, every_byte: bool = True, remember: Remember = "nothing"
+) -> tuple[ScoredManifest, Cache] | None:
+    """Open the cache that a finished scoring vouches for, and change nothing; None where nothing has been scored.
+
+    `every_byte` is for readers that let something other than Cache read the shards.
+    """
+    if (manifest := ScoredManifest.find(scored)) is None:
+        return None
+    folder = find_scored_cache(scored, manifest)
+    cache = Cache(folder, manifest.reference.model_id, every_byte=every_byte, remember=remember)
+    cache.refuse_damage()
+    return manifest, cache
+
+
+@contextlib.contextmanager
+def retract_if_damaged(scored: Path) -> Iterator[None]:
+    """Delete the manifest where its cache turns out to be damaged, so that make sees that there is work.
+
+    For stages that write; a command that only reads leaves it.
+    """
+    try:
+        yield
+    except (MalformedError, CacheMissing):
+        raise  # a newer version's, planted, or on a disk that is not mounted: not ours to remove
+    except IntegrityError:
+        artifact.retract_manifest(scored)
+        raise
+
+
+def describe_cache_place(cache: Path, scored: Path) -> dict[str, str]:
+    """What the manifest in `scored` says about where its cache is: the path as the command named it, a relative and an
+    absolute one, so that it is found from any working directory and when the experiment moves with or without it."""
+    absolute = cache.resolve()
+    relative = os.path.relpath(absolute, scored.resolve())
+    return {"cache": str(cache), "cache_relative": relative, "cache_absolute": str(absolute)}
+
+
+def find_scored_cache(scored: Path, manifest: ScoredManifest) -> Path:
+    """Find the folder of the cache that a manifest names."""
+    # Manifests of earlier versions have `cache` alone, relative to where score was run.
+    stored = [
+        *([scored / manifest.cache_relative] if manifest.cache_relative else []),
+        *([Path(manifest.cache_absolute)] if manifest.cache_absolute else []),
+    ]
+    for place in [*stored, *stored_paths.candidate_places(manifest.cache, scored)]:
+        try:
+            is_it = ReferenceRecord.read(place / REFERENCE_FILE).model_id == manifest.reference.model_id
+        except IntegrityError:
+            is_it = (place / REFERENCE_FILE).exists()  # damaged, so it does not say whose it is
+        if is_it:
+            shown = Path(manifest.cache)
+            return shown if shown.exists() and shown.samefile(place) else place.resolve()
+    tried = ", ".join(dict.fromkeys(os.path.normpath(place) for place in [*stored, Path(manifest.cache)]))
+    raise CacheMissing(
+        f"The cache that {scored} was made with is gone: it is not at {tried}. Put it back, or score again "
+        "(prefcache score CONFIG)."
+    )
+
+
+def refuse_other_reference(config: Config, scored: ScoredManifest, *, remember: bool = False) -> None:
+    """IdentityError if the config now names other weights than those that scored, under whatever name."""
+    reference, model, root = scored.reference, identity.find_reference(config), Path(config.cache)
+    if not is_same_model(reference.model_id, model, root, remember=remember):
+        model_id = identify(model, root, remember=remember)["model_id"]
+        raise IdentityError(
+            f"{config.scored} was scored by {reference.name}@{reference.model_id[:8]}; this run names "
+            f"{config.model}@{model_id[:8]}. Score with it (prefcache score CONFIG), or set model back."
+        )

@@ -1,0 +1,107 @@
+"""One shard of the cache: a Parquet file of rows, and the JSON record that vouches for it.
+
+Parquet has a checksum for each page; the record has one for all keys and sums, which also covers headers and footers.
+A damaged shard is an IntegrityError, a shard that is gone a FileNotFoundError: gc may have merged it meanwhile.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.schema import OK
+from prefcache.pipeline.stored.key_index import Keys, read_keys
+from prefcache.pipeline.stored.records import SHARD_RECORD_FILE, ShardRecord
+
+# Below this, waking Arrow's threads takes longer than reading the rows.
+_ROWS_FOR_THREADS = 1 << 16
+
+
+def list_records(folder: Path) -> list[Path]:
+    """List the records of shards in a folder, by name. Files of other names, and what is not a file, are ignored."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if SHARD_RECORD_FILE.fullmatch(entry.name) and entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names)]
+
+
+@contextlib.contextmanager
+def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
+    path = folder / record.file
+    try:
+        # Dictionary codes cost next to nothing where every row has the same string.
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["status", "numerics_id"]) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
+        raise IntegrityError(f"{path} cannot be read ({str(error).partition(chr(10))[0]})") from error
+
+
+def read_rows(folder: Path, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
+    with _open(folder, record) as file:
+        table = file.read(columns, use_threads=record.rows > _ROWS_FOR_THREADS)
+    if len(table) != record.rows:
+        raise IntegrityError(f"{folder / record.file} has {len(table)} rows, {record.rows} were written")
+    return table
+
+
+def read_batches(folder: Path, record: ShardRecord, n_rows: int = 8192) -> Iterator[pa.Table]:
+    """Yield all rows of a shard, `n_rows` at a time."""
+    with _open(folder, record) as file:
+        for batch in file.iter_batches(n_rows):
+            yield pa.Table.from_batches([batch])
+
+
+def read_values(folder: Path, record: ShardRecord) -> tuple[Keys, np.ndarray]:
+    """Return the keys and summed log-probs of a shard, verified by the record; nan where a row has no value."""
+    table = read_rows(folder, record, ["key", "logp_sum", "status"])
+    try:
+        keys, sums = read_keys([table["key"]]), usable_sums(table)
+    except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise IntegrityError(f"{folder / record.file} has other columns than were written") from error
+    if record.values_xxh3_128 not in (None, checksum_values(keys, sums)):
+        raise IntegrityError(f"{folder / record.file} has other values than were written (checksum)")
+    return keys, sums
+
+
+def lacks_lists(folder: Path, record: ShardRecord) -> bool:
+    """Whether any row may have no log-prob per token. Parquet's statistics count them, so that no list is read."""
+    with _open(folder, record) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    statistics = [column.statistics for column in columns if column.path_in_schema.startswith("logps.")]
+    return any(each is None or each.null_count for each in statistics)
+
+
+def is_usable(status: str | None) -> bool:
+    """Whether a row of this status has a value."""
+    return status is not None and (status == OK or status.startswith(f"{OK}:"))
+
+
+def usable_rows(rows: pa.Table) -> np.ndarray:
+    """Mask of the rows that have a value."""
+    masks = [np.empty(0, bool)]
+    for chunk in rows["status"].chunks:
+        encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        by_code = np.array([*map(is_usable, encoded.dictionary.to_pylist()), False])
+        codes = encoded.indices.fill_null(len(by_code) - 1) if encoded.null_count else encoded.indices
+        masks.append(by_code[codes.to_numpy()])
+    return np.concatenate(masks)
+
+
+def usable_sums(rows: pa.Table) -> np.ndarray:
+    """The column logp_sum, with nan in the rows of failures."""
+    return np.where(usable_rows(rows), rows["logp_sum"].to_numpy(), np.nan)
+
+
+def checksum_values(keys: Keys, sums: np.ndarray) -> str:
+    return f"{keys.checksum()}-{xxhash.xxh3_128_hexdigest(sums.astype('<f8').data)}"

@@ -1,0 +1,68 @@
+"""Which shards of a cache were hashed and found whole, so that opening it again reads a tenth of the bytes."""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.memos import VerifiedMemo
+from prefcache.pipeline.stored.records import ShardRecord
+
+# A file changed twice within a tick of the clock shows the same times, so younger files are not noted.
+SETTLED_SECONDS = 2.0
+Remember = Literal["all", "damage", "nothing"]
+Stamp = tuple[int, int, int, int, str]  # size, times of change, inode; and the checksum that the file then had
+
+
+class VerifiedShards:
+    """The memo next to a cache. `remember`: what is written to it.
+
+    A command that only reads writes nothing. With "damage", only shards found damaged are removed from the memo, so
+    that the next scorer hashes them.
+    """
+
+    def __init__(self, folder: Path, remember: Remember) -> None:
+        self._folder, self._file = folder, folder.parent / f".verified-{folder.name}.json"
+        self._remember, self._now = remember, time.time()
+        memo = VerifiedMemo.recall(self._file)
+        self._before: dict[str, Stamp] = dict(memo.known) if memo else {}
+        self._known, self._seen, self._damaged = dict(self._before), set[str](), set[str]()
+
+    def find_damage(self, record: ShardRecord, every_byte: bool) -> str | None:
+        """What is wrong with a shard; None if it is as it was written."""
+        name, stamp = record.file, self._stamp(record)
+        self._seen.add(name)
+        # Without a checksum of the values, reading a shard would not show what has rotted since it was hashed.
+        if not every_byte and stamp is not None and self._known.get(name) == stamp and record.values_xxh3_128:
+            return None
+        self._known.pop(name, None)
+        reason = artifact.damage(self._folder, record)
+        if reason is not None:
+            self._damaged.add(name)
+        elif stamp is not None and stamp == self._stamp(record) and max(stamp[1:3]) / 1e9 < self._now - SETTLED_SECONDS:
+            self._known[name] = stamp
+        return reason
+
+    def forget(self, record: ShardRecord) -> None:
+        """Remove a shard whose damage only reading has shown."""
+        self._seen = set(self._known)
+        self._known.pop(record.file, None)
+        self._damaged.add(record.file)
+
+    def save(self) -> None:
+        if self._remember == "nothing":
+            return
+        known = {name: stamp for name, stamp in self._known.items() if name in self._seen}
+        if self._remember == "damage":
+            known = {name: stamp for name, stamp in self._before.items() if name not in self._damaged}
+        if known != self._before:
+            VerifiedMemo.make(known=known).remember(self._file)
+
+    def _stamp(self, record: ShardRecord) -> Stamp | None:
+        if not artifact.is_inside(self._folder, record.file):
+            return None
+        try:
+            stat = (self._folder / record.file).stat()
+        except OSError:
+            return None
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, record.xxh3_128

@@ -1,0 +1,34 @@
+"""A model's tokenizer, as Transformers loads it; the folder's own code is never run."""
+
+from pathlib import Path
+from typing import Any
+
+from prefcache.pipeline.errors import UsageError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it warns about every text longer than the model's limit
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # The loader raises whatever its parts raise.
+        refuse_own_code(error, folder)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{folder} has no tokenizer that loads ({first}). Expected tokenizer.json next to the model."
+        ) from None
+
+
+def refuse_own_code(error: Exception, folder: Path) -> None:
+    """Explain an error that Transformers raised because it would have to run the folder's code."""
+    if "trust_remote_code" in str(error):
+        raise needs_own_code(folder) from None
+
+
+def needs_own_code(folder: Path) -> UsageError:
+    return UsageError(
+        f"{folder} needs Python code of its own (auto_map in its config), which prefcache never runs: Transformers has no "
+        "class for it. Name a model that Transformers knows, or convert this one to such a class."
+    )

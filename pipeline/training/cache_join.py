@@ -1,0 +1,160 @@
+"""The examples of a run: prepared data joined with the cache, without examples that lack what the objective reads."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from prefcache.pipeline.errors import DataError, IntegrityError
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.prepared import IdLists, Prepared
+from prefcache.pipeline.stored.scored import retract_if_damaged
+from prefcache.pipeline.training.bco_density_ratio import density_ratios
+from prefcache.pipeline.training.dataset import Examples, SplitData
+from prefcache.pipeline.training.objective import WITHOUT_GRADIENT, Objective
+from prefcache.pipeline.training.reference_token_logps import TokenLogps, token_logps
+from prefcache.pipeline.training.run_inputs import RunSetup
+from prefcache.pipeline.training.selection import Selection
+
+
+def load_examples(setup: RunSetup, progress: Progress) -> dict[str, Examples]:
+    """Return the examples of both splits; report those that are left out, and refuse to train on none."""
+    with retract_if_damaged(setup.config.scored) if setup.scored else nullcontext():
+        examples = join_cache(
+            setup.objective,
+            setup.prepared,
+            setup.cache,
+            setup.scored.accepted_numerics if setup.scored else (),
+            density_ratio=setup.config.train.density_ratio,
+            selection=setup.selection,
+        )
+    for split in (TRAIN, HELD_OUT):
+        for column, n in examples[split].left_out.items():
+            is_reference = column.startswith("ref_")
+            reason = "the reference has no finite log-prob for them" if is_reference else f"they have no {column}"
+            progress.warn(f"{n:,} {split} examples are left out: {reason}")
+    train = examples[TRAIN]
+    for note in train.said:
+        progress.say(note)
+    if train.missing_kind:
+        progress.warn(
+            f"none of the {len(train):,} labels to train on is {train.missing_kind}: nothing holds the policy against the other "
+            "kind, and margins and accuracies are not logged"
+        )
+    if not len(train):
+        missing = ", ".join(train.left_out)
+        remedy = f"none has {missing}; see the warnings above" if missing else "lower prepare.held_out, or add data"
+        raise DataError(f"{setup.prepared.folder} has no example to train on: {remedy}.")
+    return examples
+
+
+@dataclass
+class _ReferenceLogps:
+    """The reference's log-probs of one answer in one split."""
+
+    split: str
+    answer: str
+    keys: pa.ChunkedArray
+    sums: np.ma.MaskedArray
+    is_read_by_loss: bool  # else only the selection reads it
+    tokens: TokenLogps | None = None
+
+    @property
+    def column(self) -> dict[str, np.ndarray]:
+        return {f"ref_{self.answer}_logp": np.ma.filled(self.sums, np.nan)}
+
+
+def join_cache(
+    objective: Objective,
+    prepared: Prepared,
+    cache: Cache | None,
+    accepted: Sequence[str],
+    *,
+    density_ratio: bool,
+    selection: Selection | None = None,
+) -> dict[str, Examples]:
+    """Return each split's examples that have all that the objective reads; of the training split, those selected."""
+    tables = {split: prepared.table(split) for split in (TRAIN, HELD_OUT)}
+    columns = {split: _data_columns(objective, table) for split, table in tables.items()}
+    if "density_ratio" in objective.columns:
+        for split, ratios in _density_ratios(tables, density_ratio).items():
+            columns[split]["density_ratio"] = ratios
+    reference = _read_reference(objective, selection, tables, cache, accepted)
+    for logps in reference:
+        if logps.is_read_by_loss:
+            columns[logps.split] |= logps.column
+
+    optional = objective.without_gradient
+    answers = [name for name in objective.visited if name not in optional]
+    splits = {}
+    for split, table in tables.items():
+        tokens = {r.answer: r.tokens for r in reference if r.split == split and r.tokens is not None}
+        splits[split] = SplitData(table, columns[split], answers, optional, objective.answers, tokens)
+    choice = None
+    if selection:
+        # With train.reference_free the loss sees zeros, and the selection the reference as it is.
+        seen = {name: values for logps in reference if logps.split == TRAIN for name, values in logps.column.items()}
+        choice = selection.choose(tables[TRAIN], seen, splits[TRAIN].complete_rows)
+    return {TRAIN: Examples(splits[TRAIN], choice), HELD_OUT: Examples(splits[HELD_OUT])}
+
+
+def _data_columns(objective: Objective, table: pa.Table) -> dict[str, np.ndarray]:
+    """What the prepared data gives: columns that the objective reads, and lengths, which a run's table always has."""
+    columns: dict[str, np.ndarray] = {}
+    lengths = (f"n_{answer}" for answer in objective.visited if answer not in WITHOUT_GRADIENT)
+    for name in dict.fromkeys([*lengths, *objective.columns]):
+        if name.startswith("ref_") and not objective.reference_answers:
+            columns[name] = np.zeros(len(table))  # train.reference_free
+        elif not name.endswith("_logp") and name != "density_ratio":
+            columns[name] = table[name].to_numpy().astype(np.float64)
+    return columns
+
+
+def _density_ratios(tables: Mapping[str, pa.Table], is_wanted: bool) -> dict[str, np.ndarray]:
+    """Fit the ratios on the training split, so that an evaluation weighs prompts as training does."""
+    if not is_wanted:
+        return {split: np.ones(len(table)) for split, table in tables.items()}
+    prompts = []
+    for split in (TRAIN, HELD_OUT):
+        ids = IdLists(tables[split]["prompt_ids"])
+        prompts += [ids[row] for row in range(len(tables[split]))]
+    label = tables[TRAIN]["label"].to_numpy()
+    ratios = density_ratios(prompts, label)
+    return {TRAIN: ratios[: len(label)], HELD_OUT: ratios[len(label) :]}
+
+
+def _read_reference(
+    objective: Objective,
+    selection: Selection | None,
+    tables: Mapping[str, pa.Table],
+    cache: Cache | None,
+    accepted: Sequence[str],
+) -> list[_ReferenceLogps]:
+    columns = [(split, answer) for split in tables for answer in objective.reference_answers]
+    by_selection = selection.reference_answers if selection else ()
+    columns += [(TRAIN, answer) for answer in by_selection if answer not in objective.reference_answers]
+    if not columns:
+        return []
+    assert cache is not None
+    # In one call, so that the cache is read a single time.
+    keys = [tables[split][f"{answer}_key"] for split, answer in columns]
+    reference = [
+        _ReferenceLogps(split, answer, column, sums, answer in objective.reference_answers)
+        for (split, answer), column, sums in zip(columns, keys, cache.logps(keys, accepted), strict=True)
+    ]
+    if objective.reads_tokens:
+        by_loss = [logps for logps in reference if logps.is_read_by_loss]
+        lists = token_logps(cache, [logps.keys for logps in by_loss], [logps.sums for logps in by_loss], accepted)
+        for logps, tokens in zip(by_loss, lists, strict=True):
+            n_answer = tables[logps.split][f"n_{logps.answer}"].fill_null(0).to_numpy()
+            if ((tokens.lengths != 0) & (tokens.lengths != n_answer)).any():
+                raise IntegrityError(
+                    f"{cache.folder} has another number of log-probs for an answer than the answer has tokens: "
+                    "no scorer wrote that. Score again into another cache (--set cache=FOLDER)."
+                )
+            logps.tokens = tokens
+    return reference

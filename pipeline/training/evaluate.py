@@ -1,0 +1,85 @@
+"""What is measured on the held-out examples: metrics, answers to the same prompts, and what a run moved most, token by token.
+
+With a sharded model every process has to take part in each of these.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from prefcache.pipeline.errors import IntegrityError, PrefcacheError
+from prefcache.pipeline.schema import HELD_OUT
+from prefcache.pipeline.stored.records import Before
+from prefcache.pipeline.training import best_checkpoint, metrics, sample_answers, token_gains
+from prefcache.pipeline.training.objective import RunningStats
+from prefcache.pipeline.training.run_context import Session, Trained
+
+
+def evaluate(s: Session, step: int, epoch: float, running_stats: RunningStats, *, log: bool = True) -> dict[str, float]:
+    examples = s.examples[HELD_OUT]
+    if not len(examples):
+        return {}
+    indices = np.arange(len(examples))
+    visit, logged = s.policy.evaluate(examples, indices, s.objective, running_stats)
+    if log:
+        s.log.add_visit(step, epoch, HELD_OUT, examples.example_ids(indices), visit)
+    return {**metrics.evaluation_metrics(visit, s.objective), **logged}
+
+
+def eval_row(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"{best_checkpoint.PREFIX}{name}": value for name, value in evaluation.items()}
+
+
+def generate_samples(s: Session) -> list[str]:
+    """Generate answers to the first held-out prompts."""
+    indices = _sample_indices(s)
+    if not len(indices) or not (s.main or s.policy.sharded):
+        return []
+    return s.policy.generate(s.examples[HELD_OUT].prompts(indices)[1])
+
+
+def sample_rows(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
+    examples, indices = s.examples[HELD_OUT], _sample_indices(s)
+    if not len(indices):
+        return []
+    prompts, _ = examples.prompts(indices)
+    return sample_answers.rows(examples.example_ids(indices), prompts, before, after, s.config.train.kinds)
+
+
+def _sample_indices(s: Session) -> np.ndarray:
+    return np.arange(min(s.config.train.samples, len(s.examples[HELD_OUT])))
+
+
+def refuse_other_examples(s: Session, before: Before, path: Path, remedy: str) -> None:
+    """Refuse measurements from before the first step that were made on other held-out examples."""
+    n, expected, n_held_out = len(before.answers), len(_sample_indices(s)), len(s.examples[HELD_OUT])
+    if n != expected:
+        raise IntegrityError(f"{path} has {n} answers, expected {expected}. {remedy}")
+    if bool(before.evaluation) != bool(n_held_out):
+        found = "an evaluation" if before.evaluation else "no evaluation"
+        raise IntegrityError(f"{path} has {found}, and {n_held_out} examples are held out. {remedy}")
+
+
+def token_table(s: Session, trained: Trained) -> pa.Table | None:
+    """Return the log-probs of the examples that the run moved most; None if nothing held out has moved."""
+    examples, last = s.examples[HELD_OUT], trained.best.step if trained.best else trained.steps
+    gains = s.policy.broadcast(token_gains.measure_gains(s.log, last) if s.main and len(examples) else {})
+    if not gains:
+        return None
+    index_of = {example_id: i for i, example_id in enumerate(examples.example_ids(np.arange(len(examples))))}
+    indices = np.array([index_of[example_id] for example_id in token_gains.extremes(gains)], dtype=np.int64)
+    names = [name for name in s.objective.visited if name not in s.objective.without_gradient]
+    answers = examples.batch(indices, "cpu", names).answers
+    sequences = {name: [sequence for sequence in answers[name] if sequence is not None] for name in answers}
+    logps = s.policy.score(examples, indices, names, tokens=True).tokens
+    reference = {}
+    if s.cache is not None and s.objective.reference_answers:
+        try:
+            reference = token_gains.read_reference(s.cache, sequences, s.inputs["numerics"])
+        except PrefcacheError:  # the cache holds sums only, or is no longer there, and the run does not need it
+            s.progress.say(
+                f"train: {s.cache.folder} has no log-probs of single tokens: {token_gains.FILE} has the policy's alone"
+            )
+    return token_gains.token_table(gains, sequences, s.policy.tokenizer, logps, reference)

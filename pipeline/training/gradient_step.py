@@ -1,0 +1,148 @@
+"""The gradient of the mean loss over a step's examples, in as many forwards as memory needs.
+
+A batch's loss is computed in one of three ways, so that the result is that of one forward over everything:
+
+    ForwardLoss  each forward is a batch of its own: train.scope micro, losses without statistics, or a single forward
+    BatchLoss    a first pass without gradients gives the statistics of the whole batch
+    SlopeLoss    gradients flow between examples, so the first pass also gives the slope of the batch's loss at each log-prob,
+                 which the second pass carries on into the model
+
+Shapes: B examples.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from prefcache.pipeline.training import router_loss
+from prefcache.pipeline.training.dataset import Examples
+from prefcache.pipeline.training.objective import PLAIN, Objective, RunningStats, Statistics, select_examples
+from prefcache.pipeline.training.policy_logps import PolicyLogps, Visit, stored_columns
+from prefcache.pipeline.training.router_loss import RouterCounts
+
+Columns = dict[str, torch.Tensor]
+
+
+class Step(NamedTuple):
+    visit: Visit  # before the update
+    logged: dict[str, float]
+    running_stats: RunningStats
+
+
+class Part(NamedTuple):
+    """The loss of one forward's examples."""
+
+    total: torch.Tensor
+    columns: Columns  # to store
+
+
+@dataclass
+class ForwardLoss:
+    objective: Objective
+    answers: tuple[str, ...]  # that each forward computes
+    statistics: Statistics  # of the last forward
+    router_counts: RouterCounts | None = None
+
+    def compute(self, columns: Columns, positions: torch.Tensor, *, counts: bool) -> Part:
+        detached = {name: values.detach() for name, values in columns.items()}
+        self.statistics = self.objective.compute_statistics(detached, self.statistics.running, learning=counts)
+        losses = self.objective.compute_losses(columns, self.statistics.values)
+        return Part(losses.total.sum(), losses.columns())
+
+
+@dataclass
+class BatchLoss:
+    objective: Objective
+    answers: tuple[str, ...]
+    statistics: Statistics
+    router_counts: RouterCounts | None
+    n: int  # examples
+
+    def compute(self, columns: Columns, positions: torch.Tensor, *, counts: bool) -> Part:
+        losses = self.objective.compute_losses(columns, select_examples(self.statistics.values, positions, self.n))
+        return Part(losses.total.sum(), losses.columns())
+
+
+@dataclass
+class SlopeLoss(BatchLoss):
+    slopes: Columns  # of the summed loss at each log-prob
+    columns: Columns  # to store
+
+    def compute(self, columns: Columns, positions: torch.Tensor, *, counts: bool) -> Part:
+        total = torch.stack([(columns[name] * slope_B[positions]).sum() for name, slope_B in self.slopes.items()]).sum()
+        return Part(total, {name: values_B[positions] for name, values_B in self.columns.items()})
+
+
+def accumulate_gradient(
+    logps: PolicyLogps,
+    examples: Examples,
+    indices: np.ndarray,
+    objective: Objective,
+    running_stats: RunningStats,
+    epoch: int,
+) -> Step:
+    """Add the gradient of these examples' mean loss to the parameters."""
+    accelerator, routers, n = logps.accelerator, logps.routers, len(indices)
+    turns, logps.step_flops = logps.turns(examples, indices), 0.0
+    batch_loss = _choose_loss(logps, examples, indices, objective, running_stats, epoch, n_turns=len(turns))
+    position_of = {int(index): i for i, index in enumerate(indices)}
+    parts: list[tuple[np.ndarray, Columns]] = []
+    aux_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for i, (part, counts) in enumerate(turns):
+        # The gradients of a sharded model are reduced in every part, because until then they are whole.
+        with accelerator.no_sync(logps.module) if i < len(turns) - 1 else contextlib.nullcontext():
+            columns = logps.columns(examples, part, objective, batch_loss.answers, epoch)
+            positions = torch.tensor([position_of[int(index)] for index in part])
+            loss = batch_loss.compute(columns, positions, counts=counts)
+            # Averaged over the step's examples, never over micro-batches: memory must not change the result. The
+            # reduction averages over processes, hence their number.
+            n_processes = accelerator.num_processes if counts else 0
+            share = loss.total * (n_processes / n)
+            if routers:
+                aux = routers.take_loss(batch_loss.router_counts, len(part) / n)
+                share = share + n_processes * routers.coefficient * aux
+                aux_loss += aux.detach() if counts else 0
+            accelerator.backward(share)
+        if counts:
+            parts.append((part, {name: values.detach() for name, values in (columns | loss.columns).items()}))
+    logged = batch_loss.statistics.logged
+    if routers and batch_loss.router_counts is None:
+        # If micro-batches have losses of their own, each process has added up its share.
+        logged = {**logged, router_loss.METRIC: float(accelerator.reduce(aux_loss, "sum"))}
+    return Step(stored_columns(logps.gather(indices, parts)), logged, batch_loss.statistics.running)
+
+
+def _choose_loss(
+    logps: PolicyLogps,
+    examples: Examples,
+    indices: np.ndarray,
+    objective: Objective,
+    running_stats: RunningStats,
+    epoch: int,
+    n_turns: int,
+) -> ForwardLoss | BatchLoss:
+    """Make a first pass over the batch, if the step needs one."""
+    needs_batch = objective.has_statistics or objective.over_batch or logps.routers
+    is_one_forward = n_turns == 1 and logps.accelerator.num_processes == 1
+    if logps.train.scope == "micro" or not needs_batch or is_one_forward:
+        every = (*objective.answers, *objective.without_gradient)
+        return ForwardLoss(objective, every, Statistics({}, running_stats, {}))
+    answers = (*objective.first_pass, *(objective.answers if logps.routers else ()))
+    columns = logps.visit(examples, indices, objective, tuple(dict.fromkeys(answers)), epoch)
+    statistics = objective.compute_statistics(columns, running_stats, learning=True)
+    router_counts = logps.take_router_counts()
+    if logps.routers and router_counts:
+        statistics.logged[router_loss.METRIC] = float(logps.routers.value(router_counts, router_counts))
+    batch_loss = BatchLoss(objective, objective.answers, statistics, router_counts, len(indices))
+    if not objective.over_batch:
+        return batch_loss
+    names = [f"{kind}{name}_logp" for name in objective.answers for kind in ("", PLAIN)]
+    leaves = {name: columns[name].clone().requires_grad_() for name in names}
+    losses = objective.compute_losses(columns | leaves, statistics.values)
+    slopes = torch.autograd.grad(losses.total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    stored = {name: values_B.detach() for name, values_B in losses.columns().items()}
+    by_name = dict(zip(leaves, slopes, strict=True))
+    return SlopeLoss(**vars(batch_loss), slopes=by_name, columns=stored)

@@ -1,0 +1,172 @@
+"""What a run is made from, found and checked before any model is loaded: data, scores, settings, and where the policy starts.
+
+`RunSetup.inputs` identify the run: where they are the same, the run is the same.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefcache.pipeline import identity
+from prefcache.pipeline.config import Config, Train
+from prefcache.pipeline.errors import IdentityError, UsageError
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.freshness import Freshness
+from prefcache.pipeline.stored.model_ids import identify, is_same_model
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.records import Provenance, ScoredManifest
+from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference, retract_if_damaged
+from prefcache.pipeline.training import existing_run, loss_columns
+from prefcache.pipeline.training.objective import Objective
+from prefcache.pipeline.training.run_log import PROVENANCE
+from prefcache.pipeline.training.selection import Selection
+
+# Keys that change neither the order of the data nor, but for rounding, the outcome of a step.
+_HARMLESS = {
+    "run",
+    "tokens_per_micro_batch",
+    "rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "alerts",
+    "report_to",
+    "kinds",
+    "device",
+    "shard",
+    "gradient_checkpointing",
+}
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    config: Config
+    objective: Objective
+    prepared: Prepared
+    selection: Selection
+    scored: ScoredManifest | None  # None, as is the cache, if neither loss nor selection reads the reference
+    cache: Cache | None
+    start: identity.Reference  # where the policy starts
+    inputs: dict[str, Any]
+
+
+def collect(config: Config) -> RunSetup:
+    objective, prepared = Objective(config.train), Prepared(config.prepared)
+    loss_columns.refuse_missing(objective, prepared)
+    selection = Selection(config.train, prepared.kind)
+    reads_reference = objective.reference_answers or selection.reference_answers
+    scored, cache = _open_scores(config, prepared, objective, selection) if reads_reference else (None, None)
+    start = _find_start(config)
+    inputs = _identify_run(config, objective, prepared, selection, scored, start, remember=True)
+    return RunSetup(config, objective, prepared, selection, scored, cache, start, inputs)
+
+
+def check_freshness(config: Config) -> Freshness:
+    """Compare the run with what its data, scores and settings give now. Changes nothing."""
+    objective, prepared = Objective(config.train), Prepared(config.prepared)
+    selection = Selection(config.train, prepared.kind)
+    reads_reference = objective.reference_answers or selection.reference_answers
+    scored = ScoredManifest.find(config.scored) if reads_reference else None
+    if reads_reference and scored is None:
+        raise UsageError(f"{config.prepared} has not been scored: {config.scored} does not exist.")
+    start = _find_start(config)
+    inputs = _identify_run(config, objective, prepared, selection, scored, start, remember=False)
+    return existing_run.check(config.run, inputs)
+
+
+def _identify_run(
+    config: Config,
+    objective: Objective,
+    prepared: Prepared,
+    selection: Selection,
+    scored: ScoredManifest | None,
+    start: identity.Reference,
+    *,
+    remember: bool,
+) -> dict[str, Any]:
+    inputs = {
+        "prepared": prepared.id,
+        "reference": scored.reference.model_id if scored else None,
+        "numerics": scored.accepted_numerics if scored else None,
+        "policy": identify(start, Path(config.cache), remember=remember)["model_id"],
+        # As computed: naming a default does not make another run.
+        "loss": objective.loss_arguments,
+        "rewards": {"beta": objective.beta, "per_token": objective.per_token},
+        "train": config.train.model_dump(mode="json", exclude=_harmless_keys(config.train)) | selection.identity,
+    }
+    _refuse_unmixable_start(config.train, inputs["policy"], inputs["reference"])
+    return inputs | _recorded_older_ids(config, inputs, start, remember=remember)
+
+
+def _open_scores(
+    config: Config, prepared: Prepared, objective: Objective, selection: Selection
+) -> tuple[ScoredManifest, Cache]:
+    with retract_if_damaged(config.scored):
+        opened = open_scored(config.scored, every_byte=False, remember="all")
+    if opened is None:
+        reader = "" if objective.reference_answers else f"{selection.reader}, which scoring gives: "
+        raise UsageError(
+            f"{reader}{config.prepared} has not been scored: {config.scored} does not exist. Score first (prefcache score CONFIG)."
+        )
+    scored, cache = opened
+    if scored.inputs.prepared != prepared.id:
+        raise IdentityError(
+            f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (prefcache score CONFIG)."
+        )
+    if config.train.model is None or Path(config.model).is_dir():
+        refuse_other_reference(config, scored, remember=True)
+    return scored, cache
+
+
+def _find_start(config: Config) -> identity.Reference:
+    """Find what the policy starts from; an adapter or quantized weights only if an adapter is trained."""
+    start = identity.find_start(config)
+    problem = "an adapter" if start.adapter else start.quantization and "quantized weights"
+    if problem and config.train.lora is None:
+        raise UsageError(
+            f"The policy would start from {start.adapter or start.folder}, which has {problem}; training all weights starts from "
+            "a whole model. Train an adapter (train.lora={}: an existing one is trained further), name a whole model "
+            "(train.model), or merge the adapter (prefcache merge) and set model to the result."
+        )
+    return start
+
+
+def _harmless_keys(train: Train) -> set[str]:
+    """Keys of train that do not identify a run, or that `inputs` holds elsewhere.
+
+    The size of micro-batches matters where statistics are taken over them, and the times of evaluations where they choose the best
+    checkpoint or a moving reference scores what they will read.
+    """
+    harmless = _HARMLESS | {"loss", "loss_args", "beta"}
+    if train.scope == "batch":
+        harmless |= {"micro_batch_size"}
+    return harmless - {"eval_every"} if train.best or train.moving_reference else harmless
+
+
+def _refuse_unmixable_start(train: Train, policy: str, reference: str | None) -> None:
+    """The first mixture needs the reference's weights, and training only has those that the policy starts from."""
+    if train.moving_reference and train.moving_reference.alpha < 1 and policy != reference:
+        raise UsageError(
+            f"train.moving_reference.alpha={train.moving_reference.alpha:g} mixes the policy's weights with the reference's, and the "
+            "policy starts from others, while training loads no reference. Set alpha to 1, or let the policy start from the "
+            "reference (leave train.model out)."
+        )
+
+
+def _recorded_older_ids(
+    config: Config, inputs: dict[str, Any], start: identity.Reference, *, remember: bool
+) -> dict[str, str]:
+    """Return the ids that a run of an earlier version, which identified whole files, recorded for these same models."""
+    record = config.run / PROVENANCE
+    if not record.exists():
+        return {}
+    recorded = Provenance.read(record, f"Move {config.run} away, or name another run.").inputs.facts()
+    models = {"policy": start}
+    if inputs["reference"] and (config.train.model is None or Path(config.model).is_dir()):
+        models["reference"] = identity.find_reference(config)
+    return {
+        name: recorded[name]
+        for name, model in models.items()
+        if recorded.get(name) not in (None, inputs[name])
+        and is_same_model(recorded[name], model, Path(config.cache), remember=remember)
+    }

@@ -1,0 +1,177 @@
+"""The command group: help sections, errors as exit codes, and the options that commands share."""
+
+import contextlib
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefcache import interrupts
+from prefcache.pipeline.errors import PrefcacheError, ResourceError, UsageError
+from prefcache.pipeline.model.oom import is_out_of_memory
+from prefcache.pipeline.visible_text import visible
+
+if TYPE_CHECKING:
+    from prefcache.pipeline.config import Config
+
+# PyTorch reads this when it loads. Threads that spin while they wait slow a busy machine several times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+_OUT_OF_MEMORY = (
+    "out of memory. Lower score.tokens_per_batch or train.tokens_per_micro_batch; neither changes a result."
+)
+
+
+_SECTIONS = {
+    "Pipeline": ("prepare", "score", "train", "merge", "push"),
+    "Query": ("preview", "show", "sql", "ask", "report"),
+    "Cache": ("export", "import", "parity", "verify", "gc"),
+    "Setup": ("init", "config", "from-trl", "completion"),
+    "Info": ("guide", "losses", "formats", "architectures", "doctor"),
+}
+
+
+class Commands(click.Group):
+    """Translate errors in one place: one line on stderr, and an exit code for its kind."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for title, names in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with interrupts.raise_signals():
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            # It quotes arguments, which may be anything.
+            raise click.UsageError(visible(error.format_message()), error.ctx) from None
+        except PrefcacheError as error:
+            _fail(str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail(interrupts.SENTENCE, interrupts.EXIT_CODE)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                _fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}).", ResourceError.exit_code)
+            if error.filename is None:
+                raise
+            _fail(
+                f"{error.filename}: {error.strerror}. Name a path that exists and that you may use.",
+                UsageError.exit_code,
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _fail(f"{_OUT_OF_MEMORY} ({error})" if str(error) else _OUT_OF_MEMORY, ResourceError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {visible(message)}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(package_name="prefcache")
+def main() -> None:
+    """Run the reference model once; train on its log-probs as often as you like.
+
+    \b
+        prefcache prepare data/demo/config.yaml
+        prefcache score data/demo/config.yaml
+        prefcache train data/demo/config.yaml
+        prefcache sql "select avg(margin) from rewards" runs/demo
+
+    The stages meet only on disk. Each is safe to interrupt, and skips what is already done. `prefcache guide` has the documentation.
+
+    Exit codes: 0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 7 alerts of a strict run, 130 interrupted.
+    """
+
+
+def _complete_setting(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    from prefcache.pipeline.config_settings import settings
+
+    keys = (setting.key for setting in settings() if not setting.is_section)
+    return [f"{key}=" for key in keys if key.startswith(typed)]
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the arguments that every stage takes."""
+    function = click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print the result as JSON, with invisible characters escaped.",
+    )(function)
+    function = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")(function)
+    function = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        shell_complete=_complete_setting,
+        help="Override a config key, e.g. train.beta=0.2.",
+    )(function)
+    return click.argument("config", required=False, metavar="[CONFIG]", type=click.Path())(function)
+
+
+@contextlib.contextmanager
+def open_config(path: str | None, overrides: tuple[str, ...], quiet: bool) -> Iterator[tuple["Config", Any]]:
+    """Load a config, and work in the folder that its paths are relative to; report the time it took at the end."""
+    from prefcache.pipeline import config_file
+    from prefcache.pipeline.progress import Progress
+
+    if path is None and not overrides:
+        raise UsageError("No config. Name one (`prefcache init my.yaml` writes one to start from), or --set its keys.")
+    progress, began = Progress(quiet), time.monotonic()
+    base = config_file.base_of_run_config(path) if path is not None else None
+    if path is not None and base is not None:
+        path = str(Path(path).absolute())
+        progress.say(f"{path} is a run's own config: its paths are relative to {base}")
+    with contextlib.chdir(base) if base is not None else contextlib.nullcontext():
+        yield config_file.load(path, overrides), progress
+    progress.say(f"{click.get_current_context().info_name}: {time.monotonic() - began:.1f} s in total")
+
+
+_FORCE = "Replace an existing file, but never data, a model, a cache or an experiment's files."
+
+
+def force(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --force, for a command that writes a file that the user names."""
+    return click.option("--force", is_flag=True, help=_FORCE)(function)
+
+
+def force_with_input(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --force to a command that writes such a file only with --input."""
+    return click.option("--force", is_flag=True, help=f"With --input: {_FORCE[0].lower()}{_FORCE[1:]}")(function)
+
+
+def output_path(output: str | None, config: str | None) -> Path | None:
+    """Return the output path, relative to the working directory even if the config's own paths are relative to another folder."""
+    from prefcache.pipeline.config_file import base_of_run_config
+
+    if output is None:
+        return None
+    return Path(output).absolute() if config is not None and base_of_run_config(config) else Path(output)
+
+
+def print_result(result: object, as_json: bool) -> None:
+    """Print what a stage returned, as JSON or for a person."""
+    if as_json:
+        from prefcache import command_results
+
+        click.echo(command_results.to_json(result))
+    else:
+        from prefcache import terminal_output
+
+        terminal_output.print_result(result)

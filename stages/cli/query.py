@@ -1,0 +1,222 @@
+"""Query data, references and rewards: SQL, ready-made questions, the report, single examples."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefcache.cli.app import force, main, open_config, output_path, print_result, stage
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.visible_text import count, visible
+
+if TYPE_CHECKING:
+    from prefcache.query import Experiment
+
+
+def output_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for the output of a query."""
+    for option in (
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            default=600,
+            show_default=True,
+            help="Seconds after which the query is ended.",
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            default=50,
+            show_default=True,
+            help="Maximum number of rows in a table. Other formats print all rows.",
+        ),
+        force,
+        click.option(
+            "--out", "--output", metavar="FILE", help="Write all rows to FILE: .parquet, .arrow, .jsonl or .csv."
+        ),
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="Same as --format json, with invisible characters escaped.",
+        ),
+        click.option(
+            "--format",
+            "form",
+            type=click.Choice(["table", "csv", "json", "parquet", "markdown"]),
+            default="table",
+            show_default=True,
+            help="Format of the printed rows.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("query", required=False)
+@click.argument("folder", required=False)
+@click.option("--views", "list_views", is_flag=True, help="Describe the views and their columns.")
+@output_options
+def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) -> None:
+    """Query an experiment in SQL, once or at a prompt.
+
+    \b
+        prefcache sql runs/demo
+        prefcache sql "select run, avg(margin) from rewards group by run"
+        prefcache sql "select * from examples where n_chosen > 99" runs/demo
+        prefcache sql "select * from pairs where margin < 0" --out pairs.csv
+
+    Without QUERY it opens a prompt. --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is a config or its `out`; leave it out if runs/ has only one experiment. A query is one SELECT and reads the views only. CSV output holds texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
+    """
+    from prefcache import terminal_output
+    from prefcache.pipeline import views
+    from prefcache.query import Experiment
+
+    if list_views:
+        where = folder or query
+        terminal_output.print_views(Experiment(where).describe() if where else views.describe())
+        return
+    if query and folder is None and _exists(query):
+        query, folder = None, query
+    if query is not None:
+        _answer(Experiment(folder), query, None, **output)
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("No query. Ask one, as in `prefcache sql 'select * from rewards'`, or see --views.")
+    from prefcache import sql_repl
+
+    experiment = Experiment(folder)
+    names = [name for view, _, columns in experiment.describe() for name in (view, *(column for column, _ in columns))]
+    sql_repl.run(lambda query: _answer(experiment, query, None, **output), names)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.argument("folder", required=False)
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the question, e.g. limit=5."
+)
+@click.option("--sql", "as_sql", is_flag=True, help="Print the SQL of the question, as a starting point.")
+@output_options
+def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql: bool, **output: Any) -> None:
+    """Ask a ready-made question; without NAME, list them.
+
+    \b
+        prefcache ask
+        prefcache ask length-bias runs/demo
+        prefcache ask reference-probability runs/demo --out clear.parquet
+        prefcache train my.yaml --set train.only=clear.parquet
+
+    FOLDER is a config or its `out`; leave it out if runs/ has only one experiment. A file of rows with an example_id selects training examples (train.only). CSV output holds texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
+    """
+    from prefcache import query, terminal_output
+    from prefcache.pipeline import questions
+
+    if name is None:
+        terminal_output.print_questions(questions.QUESTIONS.values())
+        return
+    question = questions.get_question(name)
+    if as_sql:
+        click.echo(question.sql, nl=False)
+        return
+    values = question.values(dict(setting.partition("=")[::2] for setting in settings))
+    _answer(query.Experiment(folder), question.sql, values, **output)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # too long for a path, as queries may be
+        return False
+
+
+def _answer(
+    experiment: "Experiment",
+    query: str,
+    parameters: dict[str, Any] | None,
+    *,
+    form: str,
+    as_json: bool,
+    out: str | None,
+    force: bool,
+    limit: int,
+    timeout: float,
+) -> None:
+    """Print the answer to a query, or write it into a file."""
+    from prefcache import query_output, terminal_output
+
+    if out is not None:
+        query_output.check_output(Path(out), experiment.inputs, force)
+    form = "json" if as_json else form
+    with experiment.ask(query, parameters, timeout) as result:
+        if out is not None:
+            click.echo(visible(f"{out}: {count(query_output.save(result, Path(out)), 'row')}"))
+        elif form == "table":
+            terminal_output.print_rows(result.columns, result.rows(), limit)
+        else:
+            query_output.print_answer(result, form)
+        for line in result.explain_empty():
+            click.echo(visible(line), err=True)
+
+
+@main.command()
+@click.option(
+    "--run", "names", multiple=True, metavar="RUN", help="A run of the experiment; repeat it to compare several."
+)
+@click.option("--output", "--out", metavar="FILE", help="File for the page.  [default: OUT/RUN/report.html]")
+@force
+@stage
+def report(
+    config: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    names: tuple[str, ...],
+    output: str | None,
+    force: bool,
+) -> None:
+    """Write a report of an experiment as one HTML page.
+
+    \b
+        prefcache report data/demo/config.yaml
+        prefcache report runs/demo --run trained --run ipo --output ab.html
+
+    CONFIG is a config (its run) or its `out` (all runs in it). Unfinished runs, and data that is only prepared, get a page too: it names what is missing and the command that makes it. The page needs no other file, no network and no script. For several runs, or none, the default is OUT/report.html.
+    """
+    from prefcache import report
+    from prefcache.pipeline.progress import Progress
+
+    path = output_path(output, config)
+    if config is not None:
+        report.refuse_unprepared(Path(config))
+    if config is not None and Path(config).is_dir():
+        if overrides:
+            raise UsageError(f"--set changes a config, and {config} is an experiment's folder. Leave one of them out.")
+        result = report.run_folder(Path(config), names, path, Progress(quiet), force)
+    else:
+        with open_config(config, overrides, quiet) as (settings, progress):
+            arguments = shlex.join([*([config] if config else []), *(f"--set={override}" for override in overrides)])
+            result = report.run_config(settings, arguments, names, path, progress, force, config)
+    print_result(result, as_json)
+
+
+@main.command()
+@click.argument("example", metavar="EXAMPLE")
+@stage
+def show(example: str, config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Show one example token by token, as both models see it.
+
+    \b
+        prefcache show 5cf947 data/demo/config.yaml
+        prefcache show 5cf947 data/demo/config.yaml --set train.run=ipo --json
+
+    EXAMPLE is an example_id (a column of the views examples, pairs, steps and rewards) or its first characters. The reference's log-probs come from the cache; the policy's are computed now with the model of the run (train.run). Colours show where the policy gained on its reference and where it lost.
+    """
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache import show
+
+        print_result(show.run(settings, progress, example), as_json)

@@ -1,0 +1,354 @@
+"""What each command returns: one frozen record per command, printed as a table (terminal_output) or as JSON (`to_json`).
+
+They stand apart from the stages so that printing a result loads no stage, and so no PyTorch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prefcache.pipeline.stored.cache_maintenance import CollectedCache, VerifiedCache
+from prefcache.pipeline.stored.freshness import Difference
+from prefcache.pipeline.stored.records import Entry, Parity, RunManifest
+from prefcache.pipeline.visible_text import visible_json
+
+_OMIT_NONE, _FLATTEN = {"omit_none": True}, {"flatten": True}
+
+
+def _optional() -> Any:
+    """A field that JSON lacks where it is None."""
+    return field(default=None, metadata=_OMIT_NONE)
+
+
+def to_json(result: Any) -> str:
+    """Write a result as `--json` prints it, with invisible characters escaped."""
+    return visible_json(json.dumps(_to_plain(result), indent=1, ensure_ascii=False))
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Entry):
+        return value.facts()
+    if is_dataclass(value):
+        plain: dict[str, Any] = {}
+        for each in fields(value):
+            part = getattr(value, each.name)
+            if each.metadata == _FLATTEN:
+                plain |= _to_plain(part)
+            elif part is not None or each.metadata != _OMIT_NONE:
+                plain[each.name] = _to_plain(part)
+        return plain
+    if isinstance(value, Mapping):
+        return {key: _to_plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# -- from data to a model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareResult:
+    prepared: Path
+    changed: bool
+    kind: str
+    records: int
+    train: int
+    held_out: int
+    further: int
+    quarantined: dict[str, int]
+    boundaries: dict[str, int]
+    done: dict[str, int]
+    date: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareWaiting:
+    """This process's share is finished; other processes still work on theirs."""
+
+    prepared: Path
+    waiting: Literal[True] = True
+    parts: int
+    finished: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    cache: str
+    sequences: int
+    cached_before: int
+    scored: int
+    tokens: int
+    failed: int
+    parity: Parity | None
+    cut_from_longer: int | None = _optional()
+    changed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePlan:
+    """What `score --dry-run` would do."""
+
+    dry_run: Literal[True] = True
+    cache: Path
+    sequences: int
+    cached_before: int
+    to_score: int
+    cut_from_longer: int
+    tokens: int
+    bytes: int
+    other_numerics: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    manifest: RunManifest = field(metadata=_FLATTEN)
+    run: Path
+    changed: bool
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    runs: Sequence[TrainResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """Deviations of the merged model from its adapter, and the adapter's own effect, in nats per token."""
+
+    adapter: Path
+    base: Path
+    output: Path
+    dtype: str
+    compared: int
+    largest: float
+    mean: float
+    effect: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushResult:
+    run: Path
+    hub: str
+    url: str
+    commit: str
+    files: int
+
+
+# -- what is in it ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreviewToken:
+    id: int
+    text: str
+    special: bool
+    cut: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewPart:
+    name: str
+    n_tokens: int
+    n_cut: int
+    tokens: Sequence[PreviewToken]
+    cut_turns: str | None = _optional()  # of a prompt: the text of the turns that truncation removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewExample:
+    source: str
+    line: int
+    label: bool | None = _optional()
+    boundary: Literal["exact", "split"]
+    cut_prompt: int
+    parts: Sequence[PreviewPart]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewUnusable:
+    """A record that would go to quarantine."""
+
+    source: str
+    line: int
+    reason: str
+    detail: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewResult:
+    kind: str
+    formats: dict[str, str]
+    date: str | None
+    examples: Sequence[PreviewExample | PreviewUnusable]
+
+
+@dataclass(frozen=True)
+class ShowToken:
+    """A token and its log-probs; None for a model that is missing."""
+
+    id: int
+    text: str
+    policy: float | None
+    reference: float | None
+    log_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowAnswer:
+    name: str
+    n_tokens: int
+    policy_sum: float | None
+    reference_sum: float | None
+    log_ratio_sum: float | None
+    tokens: Sequence[ShowToken]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowResult:
+    example_id: str
+    split: str
+    source: str
+    line: int
+    prompt: str
+    label: bool | None
+    run: Path | None  # None: the run has no model yet
+    scored: bool
+    answers: Sequence[ShowAnswer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportResult:
+    report: Path
+    runs: Sequence[str]
+    bytes: int
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    output: Path
+    cache: Path
+    rows: int
+    scored: int
+    without: dict[str, int]  # status -> rows that lack a log-prob
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ScoreFilesResult:
+    """The three steps of `score --input`."""
+
+    prepared: PrepareResult | PrepareWaiting
+    scored: ScoreResult | ScorePlan
+    exported: ExportResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportResult:
+    cache: Path
+    imported: int
+    with_tokens: int
+    left: int
+    numerics_id: str
+    numerics: dict[str, str]
+    parity: Parity | None
+    use: str
+    refused: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    p50: float | None
+    p99: float | None
+    max: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviations:
+    """How far two sides are apart, in nats. Tokens without a finite value on both sides are counted apart."""
+
+    sequences: int
+    tokens: int
+    not_finite: int
+    token: Quantiles
+    sequence: Quantiles
+    bias: float | None
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Examples with both answers in the sample, and how many of their margins change sign."""
+
+    pairs: int
+    flipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstToken:
+    example_id: str
+    answer: str
+    position: int
+    token: str
+    a: float
+    b: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityResult:
+    a: str
+    b: str
+    numerics: Sequence[dict[str, Any]]
+    deviations: Deviations = field(metadata=_FLATTEN)
+    margins: Margins = field(metadata=_FLATTEN)
+    worst: Sequence[WorstToken]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    caches: Sequence[VerifiedCache]
+    damaged: int
+
+
+@dataclass(frozen=True)
+class GcResult:
+    caches: Sequence[CollectedCache]
+    damaged: int
+    dry_run: bool
+
+
+# -- the machine -----------------------------------------------------------------------------------------------------
+
+
+State = Literal["ok", "absent", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What doctor found; `absent` marks what is missing and optional."""
+
+    area: str
+    state: State
+    what: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Why:
+    """Whether a preparation, a scoring, the rows of a cache or a run is up to date, and what differs if it is not."""
+
+    what: str
+    fresh: bool
+    sentence: str
+    differences: Sequence[Difference] = ()
+
+
+@dataclass(frozen=True)
+class DoctorResult:
+    findings: Sequence[Finding]
+    problems: int
+    why: Sequence[Why] | None = _optional()  # asked for by --why

@@ -1,0 +1,78 @@
+"""sql and ask: questions about data, references and rewards, in SQL. Only what a query reads is opened."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefcache import view_sources
+from prefcache.pipeline import config_file, views
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored import duckdb_connection, overwrite_guard
+from prefcache.pipeline.views import query_worker
+
+
+class Experiment:
+    """An experiment's folder, and a process that answers queries about it."""
+
+    def __init__(self, where: str | None) -> None:
+        """Open the folder or the config that is named; None for the only experiment in runs/."""
+        self.folder = _find_folder(where)
+        self.inputs = overwrite_guard.Inputs(experiment=self.folder).with_files(where)
+        self._worker = query_worker.Worker(lambda: _Database(self.folder))
+
+    def ask(
+        self, query: str, parameters: Mapping[str, Any] | None = None, timeout: float | None = None
+    ) -> contextlib.AbstractContextManager[query_worker.Answer]:
+        """Answer one SELECT. The answer must be read within `timeout` seconds."""
+        bounds = query_worker.Bounds(
+            "The query",
+            timeout,
+            "Ask for less, or give it more time (--timeout).",
+            "Ask for fewer rows or columns at once.",
+        )
+        return self._worker.ask(query, parameters, bounds)
+
+    def describe(self) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+        """Describe every view, including the columns for the metrics of this experiment's runs."""
+        return views.describe(view_sources.collect(self.folder, {"metrics"}))
+
+
+class _Database:
+    """The parts of an experiment that queries have read so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: set[str] = set()
+        self._sources = views.Sources()
+        self._con: Any = None
+
+    def open(self, query: str) -> None:
+        needed = views.find_stored_tables(query)
+        # A locked database cannot be extended, so open another when a query reads more than those before it.
+        if self._con is None or not needed <= self._opened or duckdb_connection.find_missing(self._sources.files):
+            needed |= self._opened
+            sources = view_sources.collect(self._folder, needed)
+            self._con, self._sources, self._opened = views.connect(sources), sources, needed
+
+    def ask(self, query: str, parameters: Mapping[str, Any] | None) -> views.Result:
+        return views.ask(self._con, query, self._sources.files, parameters)
+
+
+def _find_folder(where: str | None) -> Path:
+    if where is not None:
+        folder = Path(where)
+        if folder.is_file():
+            folder = (config_file.base_of_run_config(where) or Path()) / config_file.load(where).out
+        if not (folder / "prepared").is_dir():
+            raise UsageError(f"{folder} is not an experiment: it has no prepared/. Name a config, or its `out`.")
+        return folder
+    folders = sorted(path.parent.parent for path in Path("runs").glob("*/prepared/manifest.json"))
+    if len(folders) == 1:
+        return folders[0]
+    if not folders:
+        raise UsageError(
+            "No experiment in runs/. Prepare one (prefcache prepare CONFIG), or name its folder after the query."
+        )
+    names = ", ".join(path.name for path in folders)
+    raise UsageError(f"runs/ has several experiments: {names}. Name one after the query, such as {folders[0]}.")

@@ -1,0 +1,138 @@
+"""The files of an experiment that a query or a report reads, each verified first: DuckDB checks no checksums."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prefcache.pipeline import views
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.stored import artifact, cache_maintenance
+from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.records import CheckpointManifest, PreparedManifest, Provenance, RunManifest
+from prefcache.pipeline.stored.scored import open_scored
+from prefcache.pipeline.training.run_log import PROVENANCE
+
+# Which tables of the schema `stored` need which files.
+_PREPARED = {"prepared", "scored"}
+_REFERENCES = {"scored", "cached", "caches", "numerics"}
+_RUN_PARTS = {"visits": "steps", "metrics": "metrics", "events": "events", "timed": "throughput"}
+EVERYTHING = {"prepared", "quarantine", "runs", "checkpoints", *_REFERENCES, *_RUN_PARTS}
+
+
+def collect(
+    folder: Path, tables: set[str], *, only: Sequence[str] | None = None, other_references: bool = True
+) -> views.Sources:
+    """Open what these tables of the schema `stored` are made of; `only` names the runs to read, None for all."""
+    sources: dict[str, Any] = {}
+    if tables & _PREPARED:
+        sources["prepared"] = Prepared(folder / "prepared").table()
+    if "quarantine" in tables:
+        sources["quarantine"] = [_find_quarantine(folder / "prepared")]
+    if tables & _REFERENCES:
+        sources["references"] = references = list(_open_references(folder / "scored", others=other_references))
+        if "cached" in tables:
+            for reference in references:
+                cache_maintenance.refuse_contradictions(reference.cache)
+    runs = [path for path in list_runs(folder) if only is None or path.name in only]
+    if tables & {"runs", *_RUN_PARTS}:
+        sources["runs"] = pa.Table.from_pylist([_describe_run(run) for run in runs], schema=views.RUNS)
+    if "checkpoints" in tables:
+        rows = [row for run in runs for row in _describe_checkpoints(run)]
+        sources["checkpoints"] = pa.Table.from_pylist(rows, schema=views.CHECKPOINTS)
+    for name in sorted(tables & set(_RUN_PARTS)):
+        sources[_RUN_PARTS[name]] = [part for run in runs for part in _verify_parts(run, _RUN_PARTS[name])]
+    return views.Sources(**sources)
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """Return the folders of all runs, finished or not."""
+    return [path.parent for path in sorted(folder.glob(f"*/{PROVENANCE}"))]
+
+
+def _find_quarantine(prepared: Path) -> str:
+    manifest = PreparedManifest.find(prepared)
+    if manifest is None:
+        raise UsageError(f"{prepared} holds no finished preparation. Prepare first (prefcache prepare CONFIG).")
+    path = prepared / manifest.quarantine.file
+    if reason := artifact.damage(prepared, manifest.quarantine):
+        raise IntegrityError(f"{path} {reason}. Delete {prepared} and prepare again (prefcache prepare CONFIG).")
+    return str(path)
+
+
+def _open_references(scored: Path, *, others: bool) -> Iterator[views.Reference]:
+    """Yield the reference of this experiment, then the others in its cache, which may have scored the same sequences."""
+    if (opened := open_scored(scored)) is None:
+        return
+    manifest, own = opened
+    yield views.Reference(own, manifest.accepted_numerics)
+    for record in sorted(own.folder.parent.glob(f"*/{REFERENCE_FILE}")) if others else ():
+        if record.parent != own.folder:
+            other = Cache(record.parent, None, every_byte=True, remember="nothing")
+            other.refuse_damage()
+            known = sorted(other.numerics(), key=lambda name: (name not in manifest.accepted_numerics, name))
+            yield views.Reference(other, known, used=False)
+
+
+def _describe_run(folder: Path) -> dict[str, Any]:
+    """Return a run's row; the columns about its end are empty until it is finished."""
+    provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
+    settings, manifest = provenance.inputs.train, RunManifest.find(folder)
+    reference = provenance.inputs.reference
+    return {
+        "folder": str(folder),
+        "run": folder.name,
+        "finished": manifest is not None,
+        "policy": provenance.model,
+        "model_id": reference and views.short_id(reference),
+        "per_token": provenance.per_token,
+        "settings": json.dumps(settings.facts(), sort_keys=True),
+        **{name: getattr(provenance, name) for name in ("loss", "beta", "precision", "device", "processes")},
+        **{name: getattr(settings, name) for name in ("learning_rate", "batch_size", "epochs", "seed")},
+        **{name: getattr(manifest, name, None) for name in ("examples", "held_out", "steps", "seconds")},
+    }
+
+
+def _verify_parts(run: Path, table: str) -> list[str]:
+    """Return the finished parts of a run's table, verified by the manifest or, while the run lasts, by their page checksums."""
+    remedy = f"Delete {run} and train it again, or move it away."
+    manifest = RunManifest.find(run)
+    entries = {entry.file: entry for entry in (manifest.table_files(table) if manifest else [])}
+    parts = sorted((run / table).glob("to-*.parquet"))
+    for name, entry in entries.items():
+        if reason := artifact.damage(run / table, entry):
+            raise IntegrityError(f"{run / table / name} {reason}. {remedy}")
+    for part in parts:
+        if part.name in entries:
+            continue
+        try:
+            with pq.ParquetFile(part, page_checksum_verification=True) as file:
+                for _ in file.iter_batches():
+                    pass
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = str(error).partition("\n")[0]
+            raise IntegrityError(f"{part} cannot be read ({reason}). {remedy}") from error
+    return [str(part) for part in parts]
+
+
+def _describe_checkpoints(run: Path) -> Iterator[dict[str, Any]]:
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        # A run in progress removes old ones.
+        with contextlib.suppress(FileNotFoundError):
+            manifest = CheckpointManifest.find(folder)
+            # Folders under other names are copies, from which no run resumes.
+            if manifest and folder.name == f"step-{manifest.step:08}":
+                yield {
+                    "run": run.name,
+                    "step": manifest.step,
+                    "num_tokens": manifest.num_tokens,
+                    "bytes": sum(entry.bytes for entry in manifest.files),
+                    "folder": str(folder),
+                }

@@ -1,0 +1,191 @@
+"""However sequences share a forward pass, values and gradients are those of the plain forward, one sequence at a time.
+
+Shapes: N answer tokens, V vocabulary.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BartConfig, BartForCausalLM, BertConfig, BertLMHeadModel
+
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.model import attention, forward
+from prefcache.pipeline.model.forward import Forward
+from prefcache.pipeline.model.logprobs import log_sum_squares, plain_logps, sum_logps
+from tests.helpers.models import (
+    ARCHITECTURES,
+    PAIRS,
+    SIZES,
+    UNSHARABLE,
+    answers,
+    build,
+    compute,
+    dpo_loss,
+    gradient,
+    relative_error,
+    sequence,
+    start_forward,
+)
+
+torch.set_num_threads(1)
+
+LAYOUTS = ("shared", "packed", "padded")
+# Four labelled answers to one prompt, and lone ones.
+LABELS = [*answers(12, 3, 1, 8, 2), *answers(7, 5), *answers(30, 4)]
+
+
+def kto_loss(logps: list[torch.Tensor]) -> torch.Tensor:
+    """Answers are good and bad in turn; weights differ, so that no answer's gradient stands in for another's."""
+    ratios = sum_logps(logps) + torch.arange(2.0, 2 + len(logps))
+    sign = torch.tensor([1.0, -1.0] * len(logps))[: len(logps)]
+    return (torch.arange(1.0, 1 + len(logps)) * torch.sigmoid(-0.1 * sign * ratios)).mean()
+
+
+# -- values and gradients --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sequences", "loss"), [(PAIRS, dpo_loss), (LABELS, kto_loss)], ids=["pairs", "labels"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_values_and_gradients_are_those_of_the_plain_forward(name, sequences, loss):
+    plain = build(name)
+    expected = [plain_logps(plain, each) for each in sequences]
+    loss(expected).backward()
+    for layout in LAYOUTS:
+        model = build(name)
+        chosen = start_forward(model, layout, sequences)
+        assert chosen.layout == layout and chosen.layout_reason is None
+        logps, _ = compute(chosen, sequences)
+        assert [len(each) for each in logps] == [len(each.completion_ids) for each in sequences]
+        assert relative_error(torch.cat(logps), torch.cat(expected)) < 1e-5, layout
+        loss(logps).backward()
+        assert relative_error(gradient(model), gradient(plain)) < 1e-5, layout
+
+
+@pytest.mark.parametrize("name", UNSHARABLE)
+def test_a_model_that_cannot_share_is_padded_and_says_why(name):
+    model = build(name)
+    with torch.no_grad():
+        alone = [plain_logps(model, each) for each in PAIRS]
+        chosen = start_forward(model, "auto", PAIRS)
+        logps, _ = compute(chosen, PAIRS)
+    assert chosen.layout == "padded"
+    assert chosen.layout_reason.startswith("not shared: ") and "; not packed: " in chosen.layout_reason
+    assert relative_error(torch.cat(logps), torch.cat(alone)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squares_are_those_of_the_plain_forwards_distributions(name, layout):
+    model, plain = build(name), build(name)
+    logps, squares = compute(start_forward(model, layout, PAIRS), PAIRS, squares=True)
+    for each, logps_N, squares_N in zip(PAIRS, logps, squares, strict=True):
+        ids = torch.from_numpy(np.concatenate(each).astype(np.int64))[None]
+        with torch.no_grad():
+            logits_NV = plain(input_ids=ids).logits[0, len(each.prompt_ids) - 1 : -1]
+        torch.testing.assert_close(squares_N, log_sum_squares(logits_NV), rtol=0, atol=2e-5)
+        assert logps_N.requires_grad and not squares_N.requires_grad
+
+
+# -- the choice of a layout ------------------------------------------------------------------------------------------
+
+
+def test_a_model_whose_rows_are_wrong_falls_back(monkeypatch):
+    # Positions that do not restart are what a model that ignores them would compute: wrong for a second answer, and
+    # silently so. Without shared prompts a relative position stays what it is.
+    real = forward.lay_out
+
+    def shifted(groups):
+        row = real(groups)
+        row.position_T[:] = np.arange(len(row.position_T))
+        return row
+
+    monkeypatch.setattr(forward, "lay_out", shifted)
+    chosen = start_forward(build("llama"), "auto", PAIRS)
+    assert chosen.layout == "packed" and chosen.layout_reason.startswith("not shared: off by up to")
+    with pytest.raises(UsageError, match=r"train\.rows=shared is not right for this model"):
+        start_forward(build("llama"), "shared", PAIRS)
+
+
+def test_a_layout_that_gives_nan_is_not_taken(monkeypatch):
+    """As attention does if a query sees no key. A nan is neither above a limit nor below it."""
+    real = forward.row_logps
+
+    def with_a_hole(*args, **kwargs):
+        scores = real(*args, **kwargs)
+        scores.logps[0][0] = float("nan")
+        return scores
+
+    monkeypatch.setattr(forward, "row_logps", with_a_hole)
+    chosen = start_forward(build("llama"), "auto", PAIRS)
+    assert chosen.layout == "padded" and "off by up to nan" in chosen.layout_reason
+
+
+def test_a_layout_is_tried_on_the_longest_sequence_and_on_those_of_its_prompt():
+    """So that a window is exceeded in the trial if it is at all: 42 lone sequences of 9 to 12 tokens, a pair of 72 and 71."""
+    short = [sequence(8 + k % 3, 1 + k % 2, seed=k) for k in range(42)]
+    long = answers(60, 12, 11)
+    for like in ([*short, *long], [*long, *short]):
+        chosen, tried = Forward(build("mistral"), "sdpa", "auto", "float32", "train.rows"), []
+
+        def compute_all(sequences, chosen=chosen, tried=tried):
+            tried.extend(sequences)
+            return chosen.compute_all(sequences)
+
+        chosen.choose_layout(like, compute_all)
+        assert len(tried) <= 24 and [each.n_tokens for each in tried if each.n_tokens > 20] == [72, 71]
+
+
+def test_a_model_that_drops_the_keyword_gets_its_own_attention_back(monkeypatch):
+    # As if nothing were known of it: it fails when it is tried.
+    monkeypatch.setattr(attention, "_UNSUPPORTED_MODELS", set())
+    model = build("stablelm")
+    chosen = start_forward(model, "auto", PAIRS)
+    reason = "its forward does not take packed rows (TypeError)"
+    assert (chosen.layout, chosen.layout_reason) == ("padded", f"not shared: {reason}; not packed: {reason}")
+    assert model.config._attn_implementation == "sdpa"
+    compute(chosen, PAIRS)
+
+
+def test_a_model_that_takes_no_positions_says_so_before_it_is_tried():
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 64}
+    bart = BartForCausalLM(BartConfig(**sizes, max_position_embeddings=128)).eval()
+    chosen = start_forward(bart, "auto", PAIRS)
+    reason = "it computes positions from the row, so rows cannot be packed"
+    assert (chosen.layout, chosen.layout_reason) == ("padded", f"not shared: {reason}; not packed: {reason}")
+
+
+def test_a_head_that_trains_more_than_a_matrix_is_padded():
+    torch.manual_seed(0)
+    chosen = start_forward(BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)).eval(), "auto", PAIRS)
+    assert chosen.layout == "padded"
+    expected = "its head trains more than a matrix (cls.predictions.transform.dense.weight)"
+    assert expected in chosen.layout_reason
+
+
+def test_a_shared_prompt_is_computed_once():
+    n_positions = {}
+    for layout in LAYOUTS:
+        model, seen = build("llama"), []
+        chosen = start_forward(model, layout, PAIRS)
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, _, inputs, seen=seen: seen.append(inputs.get("input_ids")), with_kwargs=True
+        )
+        with torch.no_grad():
+            compute(chosen, PAIRS)
+        n_positions[layout] = sum(ids.numel() for ids in seen if ids is not None)  # with none, the head computes
+    # No answer's last token. Prompts 20 + 7 + 1 + 40; answers 8 + 13, 0 + 4, 5 + 0, 1 + 2.
+    assert n_positions == {"shared": 68 + 33, "packed": 2 * 68 + 33, "padded": 8 * (40 + 2)}
+
+
+def test_it_generates_with_its_own_attention():
+    model, plain = build("mistral"), build("mistral")
+    chosen = start_forward(model, "shared", PAIRS)
+    ids = torch.from_numpy(PAIRS[0].prompt_ids.astype(np.int64))[None]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        before, _ = compute(chosen, PAIRS)
+        with chosen.native_attention():
+            assert model.config._attn_implementation == "sdpa"
+            assert torch.equal(model.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+        after, _ = compute(chosen, PAIRS)
+    assert all(map(torch.equal, before, after))

@@ -1,0 +1,32 @@
+"""The comparison of an engine with the plain forward, and what is done about a deviation."""
+
+import numpy as np
+import pytest
+
+from prefcache.pipeline.config import Score
+from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.scoring.scorer import measure_parity
+
+PLAIN = [-1.0, -3.0]
+REMEDIES = {
+    "server": "serves exactly these weights",
+    "vllm": "score.vllm.prefix_caching=false",
+    "transformers": "score.rows=padded",
+}
+
+
+@pytest.mark.parametrize("engine", REMEDIES)
+@pytest.mark.parametrize(
+    ("logps", "plain", "error"),
+    [
+        ([-1.0, -2.0], PLAIN, "deviates .* by up to 1 nats"),
+        ([-1.0, np.nan], PLAIN, "returns no finite log-prob for 1 of 1 sequences"),
+        ([-1.0, -2.0], [-1.0, np.nan], "deviates .* by up to inf nats"),  # a value where the reference has none
+    ],
+)
+def test_a_deviation_is_refused_with_the_remedy_of_its_engine(engine, logps, plain, error):
+    score, numerics = Score(engine=engine), {"engine": engine, "dtype": "float32"}
+    with pytest.raises(IntegrityError, match=error) as raised:
+        measure_parity(score, numerics, {}, [np.array(logps)], [np.array(plain)], Progress(quiet=True))
+    assert {name for name, remedy in REMEDIES.items() if remedy in str(raised.value)} == {engine}

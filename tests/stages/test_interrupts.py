@@ -1,0 +1,120 @@
+"""Whenever SIGINT, SIGTERM or SIGHUP comes, the command ends with 130 and one sentence."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prefcache.interrupts import SENTENCE
+from tests.helpers.project import PREFCACHE, start, write_config, write_pairs
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def has_handlers(pid: int) -> bool:
+    """Whether the program's first lines have run. Before, the interpreter itself begins, and no program can answer."""
+    with open(f"/proc/{pid}/status") as status:
+        caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+    return all(caught >> number - 1 & 1 for number in SIGNALS)
+
+
+def interrupted(sent: signal.Signals, after: float, *command, **options) -> tuple[int, str]:
+    """How a command ends that gets a signal so many seconds after its first lines."""
+    child = start(*command, **PIPES, **options)
+    while child.poll() is None and not has_handlers(child.pid):
+        time.sleep(0.001)
+    time.sleep(after)
+    child.send_signal(sent)
+    _, said = child.communicate(timeout=60)
+    return child.returncode, said
+
+
+def check(code: int, said: str) -> None:
+    assert "Traceback" not in said and "Exception ignored" not in said, said
+    assert code in (0, 130), said
+    assert said.endswith(f"error: {SENTENCE}\n") == (code == 130), (code, said)
+
+
+@pytest.mark.parametrize("sent", SIGNALS)
+def test_at_any_moment_of_a_command_it_ends_with_130_or_had_ended(tmp_path, model, sent):
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    config = write_config(tmp_path, model)
+    dice, codes = random.Random(int(sent)), []
+    for n in range(4):
+        arguments = ("prepare", config, "--quiet") if n % 2 else ("losses",)
+        moment = 0.0 if n == 0 else dice.uniform(0, 1.5 if n % 2 else 0.3)
+        codes.append(interrupted(sent, moment, PREFCACHE, *arguments, cwd=tmp_path))
+        check(*codes[-1])
+    assert codes[0][0] == 130
+
+
+READY = """
+import atexit, threading, time
+from prefcache import interrupts
+interrupts.install()
+def wait():
+    print(flush=True)
+    time.sleep(60)
+class Slow:
+    def __del__(self):
+        wait()
+def command():
+"""
+COMMAND = """
+try:
+    with interrupts.raise_signals():
+        command()
+except KeyboardInterrupt:
+    print("error:", interrupts.SENTENCE, file=__import__("sys").stderr)
+    raise SystemExit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        # A destructor, where an exception would only be printed.
+        (signal.SIGINT, "slow = Slow(); del slow; time.sleep(60)"),
+        # A library that makes an error of its own of it.
+        (signal.SIGHUP, "import odd"),
+        # When the command is done.
+        (signal.SIGTERM, "threading.Thread(target=wait).start()"),
+        # A thread that outlives the command.
+        (signal.SIGTERM, "threading.Thread(target=wait).start(); time.sleep(60)"),
+        (signal.SIGINT, "atexit.register(wait)"),
+    ],
+    ids=["destructor", "another error", "threads at the end", "a thread that stays", "exit"],
+)
+def test_nothing_swallows_it(tmp_path, sent, code):
+    odd = "import time\ntry:\n  print(flush=True); time.sleep(60)\nexcept BaseException: raise ImportError('odd')"
+    (tmp_path / "odd.py").write_text(odd)
+    script = f"{READY}    {code}\n{COMMAND}"
+    child = start(sys.executable, "-c", script, env=environment(tmp_path), **PIPES)
+    child.stdout.readline()
+    child.send_signal(sent)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 130
+    check(child.returncode, said)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def test_what_was_ignored_stays_ignored(tmp_path):
+    # nohup ignores SIGHUP, and a background job of a script SIGINT.
+    sends = "for n in (signal.SIGHUP, signal.SIGINT): os.kill(os.getpid(), n)"
+    script = f"import os, signal\nfrom prefcache import interrupts\ninterrupts.install()\n{sends}\nprint('done')"
+    ignored = subprocess.run(
+        ["sh", "-c", 'trap "" HUP INT; exec "$@"', "sh", sys.executable, "-c", script],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert (ignored.returncode, ignored.stdout, ignored.stderr) == (0, "done\n", "")
