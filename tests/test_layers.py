@@ -51,7 +51,8 @@ FLOORS = {
         "cache_maintenance freshness cut_answers scored",
     ],
     "prefcache.pipeline.model": [
-        "architectures logprobs packing oom",
+        "architectures device packing oom",
+        "logprobs",
         "attention chunked_lm_head",
         "packed_row weights",
         "forward trainable",
@@ -168,7 +169,7 @@ def test_losses_and_logprobs_import_only_torch_and_the_ground_floor(module):
         for name in imports(MODULES[module])
         if name in MODULES and not name.startswith("prefcache.pipeline.training.losses")
     }
-    assert ours <= {"prefcache.pipeline.errors", "prefcache.pipeline.schema"}
+    assert ours <= {"prefcache.pipeline.errors", "prefcache.pipeline.schema", "prefcache.pipeline.model.device"}
     outside = top_level(module) - set(sys.stdlib_module_names) - {"prefcache"}
     assert outside <= {"torch", "numpy"}
 

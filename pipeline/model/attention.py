@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
 
-from prefcache.pipeline.model.logprobs import to_device
+from prefcache.pipeline.model.device import kind_of, to_device
 
 NAME = "prefcache_segments"
 # The layer types, as Transformers calls them, whose attention segments can express.
@@ -178,7 +178,7 @@ def attend(
     assert attention_mask is None, "the model masks its attention by itself"
     eager = segments.eager or softcap is not None or s_aux is not None
     dtype = _compute_dtype(query)
-    if query.is_cuda and not eager and _fits_varlen_kernel(query, value, dtype):
+    if kind_of(query.device) == "cuda" and not eager and _fits_varlen_kernel(query, value, dtype):
         q_HTD, k_HTD, v_HTD = (states[0].to(dtype) for states in (query, key, value))
         return _varlen_attention(q_HTD, k_HTD, v_HTD, segments, scaling, sliding_window).unsqueeze(0), None
     outputs: list[torch.Tensor] = []

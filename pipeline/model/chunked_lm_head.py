@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.logprobs import score_logits
 
 
@@ -209,7 +210,7 @@ def _chunks(model: Any, *by_position: torch.Tensor) -> list[tuple[Any, ...]]:
 
 def _chunk_positions(model: Any) -> int:
     """Positions whose float32 logits take 16 MiB, which stays in a CPU's cache, or 1 GiB on a GPU."""
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    on_gpu = kind_of(next(model.parameters()).device) == "cuda"
     return max(64, (1 << (28 if on_gpu else 22)) // int(model.get_output_embeddings().weight.shape[0]))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from prefcache.pipeline.model.device import to_device
 from prefcache.pipeline.schema import TokenSequence
 
 # Called with the router logits [T, E] of each layer that routes tokens to experts.
@@ -96,16 +97,6 @@ def router_options(router_hook: RouterHook | None) -> dict[str, bool]:
 def sum_logps(logps: Sequence[torch.Tensor]) -> torch.Tensor:
     # In float64: float32 drifts visibly over answers of tens of thousands of tokens.
     return torch.stack([logps_N.double().sum() for logps_N in logps])
-
-
-def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a tensor to a device, to a GPU from pinned memory.
-
-    Otherwise the host would wait for all queued GPU work, and could not lay out a micro-batch while the previous one computes.
-    """
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _concat_ids(sequence: TokenSequence) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 
 from prefcache.pipeline.model.attention import Branch, Segments
 from prefcache.pipeline.model.chunked_lm_head import score_hidden
-from prefcache.pipeline.model.logprobs import Logps, RouterHook, router_options, split_by_sequence, to_device
+from prefcache.pipeline.model.device import to_device
+from prefcache.pipeline.model.logprobs import Logps, RouterHook, router_options, split_by_sequence
 from prefcache.pipeline.schema import TokenSequence
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from prefcache.pipeline.model.logprobs import to_device
+from prefcache.pipeline.model.device import to_device
 from prefcache.pipeline.model.packing import balanced_batches, split_evenly, token_budget_batches
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.stored.prepared import IdLists

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from prefcache.pipeline.model import chunked_lm_head, packing
 from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.device import to_device
 from prefcache.pipeline.model.forward import Forward, flatten
-from prefcache.pipeline.model.logprobs import sum_logps, to_device
+from prefcache.pipeline.model.logprobs import sum_logps
 from prefcache.pipeline.model.packed_row import lay_out, row_logps
 from prefcache.pipeline.schema import TokenSequence
 from tests.bench.corpus import TokenPair
