@@ -70,7 +70,7 @@ FLOORS = {
     "prefcache.pipeline.scoring": ["baseline vllm_worker", "engines", "scored_inputs scorer", "actors"],
     "prefcache.pipeline.training": [
         "losses",
-        "distributed",
+        "distributed gpus",
         "alerts router_loss checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
         "objective micro_batch_size existing_run selection reference_token_logps",

@@ -14,17 +14,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from prefcache.pipeline.schema import TokenSequence
-
-# In bf16, dense, from the makers' data sheets. The first whose words all occur in the device's name is used.
-_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+from prefcache.pipeline.training import gpus
 
 
 class Work(NamedTuple):
@@ -100,12 +90,5 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """A device's peak operations per second, or None if unknown."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
-    return named_peak_flops(torch.cuda.get_device_name(device))
-
-
-def named_peak_flops(name: str) -> float | None:
-    """The peak of a GPU by its CUDA name, or None if it is unknown, a part of a GPU, or a smaller variant."""
-    words = set(name.replace("-", " ").split())
-    if words & {"MIG", "Laptop", "D"}:
-        return None
-    return next((peak for known, peak in _PEAKS.items() if words.issuperset(known.split())), None)
+    gpu = gpus.find_gpu(torch.cuda.get_device_name(device))
+    return gpu.bf16_flops if gpu else None
