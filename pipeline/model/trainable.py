@@ -109,21 +109,11 @@ def load(start: Reference, train: Train, kernel: str, device: torch.device) -> T
 
 
 def _add_adapter(model: Any, start: Reference, lora: Lora, seed: int, device: torch.device) -> Any:
-    # Takes seconds to import.
-    from peft import LoraConfig, get_peft_model
-
     if start.adapter is not None:
         adapted = weights.load_adapter(model, start.adapter, device, trainable=True)
         _refuse_other_shape(start.adapter, adapted.active_peft_config, lora)
     else:
-        settings = {peft_name: getattr(lora, name) for name, peft_name in _PEFT_NAMES.items()}
-        if lora.target_modules == ("all-linear",):
-            settings["target_modules"] = "all-linear"
-        else:
-            _refuse_unknown_layers(model, lora.target_modules)
-            settings["target_modules"] = list(lora.target_modules)
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
+        adapted = create_adapter(model, lora, seed)
     if weights.has_adapted_head(model):
         raise UsageError(
             f"{start.adapter} adapts the head, which is computed from its own weight alone while training. Merge it "
@@ -133,6 +123,21 @@ def _add_adapter(model: Any, start: Reference, lora: Lora, seed: int, device: to
     adapted.active_peft_config.base_model_name_or_path = name
     adapted.active_peft_config.revision = revision
     return adapted
+
+
+def create_adapter(model: Any, lora: Lora, seed: int) -> Any:
+    """Add a new adapter to the model's layers; return PEFT's model of both."""
+    # Takes seconds to import.
+    from peft import LoraConfig, get_peft_model
+
+    settings = {peft_name: getattr(lora, name) for name, peft_name in _PEFT_NAMES.items()}
+    if lora.target_modules == ("all-linear",):
+        settings["target_modules"] = "all-linear"
+    else:
+        _refuse_unknown_layers(model, lora.target_modules)
+        settings["target_modules"] = list(lora.target_modules)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
 
 
 def _refuse_unknown_layers(model: Any, wanted: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import ResourceError
+from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model.packing import row_tokens
@@ -35,8 +36,9 @@ _REMEDIES = "Try train.gradient_checkpointing=true, train.lora={}, a shorter pre
 class Budget:
     def __init__(self, train: Train, device: torch.device, n_processes: int, say: Callable[[str], None]) -> None:
         setting = train.tokens_per_micro_batch
-        self.tokens = setting if isinstance(setting, int) else DEFAULT[device.type]
-        self.wants_trial = setting == "auto" and train.scope == "batch" and device.type == "cuda"
+        kind = kind_of(device)
+        self.tokens = setting if isinstance(setting, int) else DEFAULT[kind]
+        self.wants_trial = setting == "auto" and train.scope == "batch" and kind == "cuda"
         # If a loss is taken over a micro-batch, its tokens' memory must not change its examples.
         self._may_shrink = n_processes == 1 and train.scope == "batch"
         self._say = say

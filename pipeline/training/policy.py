@@ -72,8 +72,15 @@ class Policy:
         with distributed.hidden_fsdp_launch():
             # A model that no device could hold whole is sharded from the host's memory.
             device = torch.device("cpu") if self.sharded else accelerator.device
-            self._trained = trainable.load(start, train, kernel, device)
-        self.notes, model = self._trained.notes, self._trained.model
+            trained = trainable.load(start, train, kernel, device)
+        self._set_up(trained, kernel, like, say)
+
+    def _set_up(
+        self, trained: trainable.Trainable, kernel: str, like: Sequence[TokenSequence], say: Callable[[str], None]
+    ) -> None:
+        """Make what computes with this model and updates it."""
+        train, accelerator = self.train, self.accelerator
+        self._trained, self.notes, model = trained, trained.notes, trained.model
         # A copy of a frozen head would be whole in every process.
         use_float32_head(model, frozen=train.lora is not None and not self.sharded)
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
@@ -83,8 +90,7 @@ class Policy:
             self.notes.append(f"the model is sharded over {accelerator.num_processes} processes (FSDP2)")
         # Kept from here on, because a sharded model has other parameter objects while they are gathered.
         self._parameters = self._trained.parameters()
-        with accelerator.autocast():
-            self._calls.choose_layout(like)
+        self._choose_layout(like)
         self.peak_flops = flops.peak_flops(accelerator.device, self.precision)
         routers = router_loss.make_router_loss(model, train, accelerator.device)
         self._budget = self._make_budget(like, say)
@@ -103,6 +109,10 @@ class Policy:
             cost=flops.model_cost(model),
             shortest=min(like, key=lambda sequence: sequence.n_tokens),
         )
+
+    def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
+        with self.accelerator.autocast():
+            self._calls.choose_layout(like)
 
     def _make_budget(self, like: Sequence[TokenSequence], say: Callable[[str], None]) -> micro_batch_size.Budget:
         budget = micro_batch_size.Budget(self.train, self.accelerator.device, self.accelerator.num_processes, say)
