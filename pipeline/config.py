@@ -337,6 +337,8 @@ class Lora(Section):
     """The adapter's output is scaled by alpha / r."""
     target_modules: Strings = ("all-linear",)
     """Names of the layers to adapt, such as q_proj. all-linear: every linear layer except the head."""
+    target_parameters: Strings = ()
+    """Names of a mixture's experts to adapt as well, where their weights are one parameter, such as gate_up_proj and down_proj."""
     dora: bool = False
     """Learn direction and magnitude of the weights separately (DoRA)."""
     rslora: bool = False
@@ -352,6 +354,16 @@ class Lora(Section):
             raise ValueError(
                 "dropout is not supported: the policy would differ from its reference before it learned anything, and micro-batches "
                 "would change a step's result. Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> "Lora":
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules and target_parameters are both empty; name what to adapt")
+        if self.dora and self.target_parameters:
+            raise ValueError(
+                "dora does not work with target_parameters: PEFT has no DoRA of fused experts. Drop one of them"
             )
         return self
 

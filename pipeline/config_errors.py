@@ -69,6 +69,7 @@ ALIASES = {
     "lora_target": "train.lora.target_modules",
     "lora_target_modules": "train.lora.target_modules",
     "rank": "train.lora.r",
+    "lora_target_parameters": "train.lora.target_parameters",
     "use_dora": "train.lora.dora",
     "use_rslora": "train.lora.rslora",
     "rl": "train.loss",

@@ -113,7 +113,7 @@ VOLATILE_IN_ADAPTERS = {
 # PEFT takes the first of their patterns that fits a layer.
 ORDERED_PATTERNS = ("alpha_pattern", "rank_pattern")
 # PEFT makes sets of these, and so saves them in any order.
-_SETS = ("target_modules", "modules_to_save", "exclude_modules")
+_SETS = ("target_modules", "target_parameters", "modules_to_save", "exclude_modules")
 # The recipe by which weights are quantized: another one under the same name would be another reference.
 QUANTIZED = {"4bit": "bitsandbytes nf4", "8bit": "bitsandbytes int8, weights only"}
 

@@ -25,6 +25,7 @@ _PEFT_NAMES = {
     "r": "r",
     "alpha": "lora_alpha",
     "target_modules": "target_modules",
+    "target_parameters": "target_parameters",
     "dora": "use_dora",
     "rslora": "use_rslora",
 }
@@ -99,6 +100,7 @@ def load(start: Reference, train: Train, kernel: str, device: torch.device) -> T
         adapter = _add_adapter(model, start, lora, train.seed, device)
         n_trained, n = adapter.get_nb_trainable_parameters()  # counts what quantized weights stand for
         notes.append(f"an adapter of {n_trained:,} parameters is trained; the other {n - n_trained:,} stay as they are")
+        notes += _describe_experts(model, train)
     model.eval()
     if train.gradient_checkpointing and (reason := recompute_layers(model)):
         notes.append(f"layers are not recomputed in the backward pass (train.gradient_checkpointing): {reason}")
@@ -131,13 +133,18 @@ def create_adapter(model: Any, lora: Lora, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings = {peft_name: getattr(lora, name) for name, peft_name in _PEFT_NAMES.items()}
+    settings["target_parameters"] = list(lora.target_parameters)
+    _refuse_unknown_experts(model, lora.target_parameters)
     if lora.target_modules == ("all-linear",):
         settings["target_modules"] = "all-linear"
     else:
         _refuse_unknown_layers(model, lora.target_modules)
         settings["target_modules"] = list(lora.target_modules)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
+    try:
+        return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
+    except ValueError as error:
+        raise UsageError(f"train.lora: PEFT does not make this adapter of {type(model).__name__} ({error}).") from None
 
 
 def _refuse_unknown_layers(model: Any, wanted: tuple[str, ...]) -> None:
@@ -159,13 +166,68 @@ def _refuse_unknown_layers(model: Any, wanted: tuple[str, ...]) -> None:
             )
 
 
+def _refuse_unknown_experts(model: Any, wanted: tuple[str, ...]) -> None:
+    experts = _fused_experts(model)
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in experts}))
+    for name in wanted:
+        if not any(f".{path}".endswith(f".{name}") for path in experts):
+            lack = f"It has {known}" if known else "It has none; name its layers in train.lora.target_modules"
+            raise UsageError(f"train.lora.target_parameters: the model has no fused experts {name!r}. {lack}.")
+
+
+def _fused_experts(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The weights of a mixture's experts that are one parameter of three dimensions."""
+    if not getattr(model.config.get_text_config(), "num_experts_per_tok", None):
+        return {}
+    return {
+        f"{name}.{own}": p
+        for name, module in model.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and not isinstance(module, torch.nn.Conv1d)
+    }
+
+
+def adapted_parameters(model: Any) -> dict[str, Any]:
+    """PEFT's wrappers of modules whose parameters are adapted as such, by their names. They may be nested."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "ParamWrapper"}
+
+
+def count_stacked(model: Any) -> dict[str, int]:
+    """Names of those LoRA factors in which the factors of several experts are stacked, and the number of experts.
+
+    In a factor A they follow one another. In a factor B the columns of one rank do: those of all experts.
+    """
+    return {
+        f"{name}.{factor}.{adapter}.weight": wrapper.num_experts
+        for name, wrapper in adapted_parameters(model).items()
+        for factor in ("lora_A", "lora_B")
+        for adapter in getattr(wrapper, factor)
+    }
+
+
+def _describe_experts(model: Any, train: Train) -> list[str]:
+    """Say which experts take no adapter, and what adapted ones cost."""
+    wrappers = list(adapted_parameters(model).values())
+    adapted = {id(wrapper.get_param()) for wrapper in wrappers}
+    notes = []
+    if left_out := {name.rpartition(".")[2] for name, p in _fused_experts(model).items() if id(p) not in adapted}:
+        names = ", ".join(sorted(left_out))
+        notes.append(f"the experts' {names} take no adapter; train.lora.target_parameters=[{names}] adapts them")
+    if any(wrapper.num_experts > 1 for wrapper in wrappers) and not train.gradient_checkpointing:
+        notes.append(
+            "adapted experts are added to their base in each forward, and the sums are kept for the backward pass: as much memory "
+            "again as the experts take; with train.gradient_checkpointing=true it is that of one layer"
+        )
+    return notes
+
+
 def _refuse_other_shape(folder: Path, config: Any, lora: Lora) -> None:
     """Refuse settings that differ from an existing adapter's, which is trained as it is."""
     for name, peft_name in _PEFT_NAMES.items():
         wanted, actual = getattr(lora, name), getattr(config, peft_name, None)
         if wanted == Lora.model_fields[name].default:
             continue
-        if name == "target_modules":
+        if name in ("target_modules", "target_parameters"):
             wanted, actual = ", ".join(sorted(wanted)), ", ".join(sorted(actual or ()))
         if wanted != actual:
             raise UsageError(

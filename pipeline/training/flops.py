@@ -6,6 +6,7 @@ queries and keys. Layers recomputed to save memory and a first pass over the bat
 2022, https://arxiv.org/abs/2204.02311, App. B.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from prefcache.pipeline.model.trainable import adapted_parameters
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training import gpus
 
@@ -48,28 +50,36 @@ class Cost:
     position: float
     head_position: float
     attended: float
+    each_forward: float = 0  # the products of an adapter's factors, which are added to the weights of experts
 
     def flops(self, work: Work) -> float:
-        return 2 * (
+        by_size = (
             self.position * work.positions + self.head_position * work.head_positions + self.attended * work.attended
         )
+        return 2 * (by_size + self.each_forward)
 
 
 def model_cost(model: Any) -> Cost:
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    body = sum(_module_cost(module, model) for module in model.modules() if module is not head)
+    # An adapter of a parameter is multiplied out and added to it. The gradient of the sum is whole, and goes on to the factors.
+    wrappers = list(adapted_parameters(model).values())
+    pairs = [(a, wrapper.lora_B[name]) for wrapper in wrappers for name, a in wrapper.lora_A.items()]
+    apart = {id(module) for module in (head, *itertools.chain(*pairs))}
+    summed = {id(wrapper.get_param()) for wrapper in wrappers}
+    body = sum(_module_cost(module, model, summed) for module in model.modules() if id(module) not in apart)
+    products = sum(3 * a.weight.numel() * b.out_features for a, b in pairs)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_width, value_width = (getattr(config, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
     attended = 3 * config.num_hidden_layers * config.num_attention_heads * (key_width + value_width)
-    return Cost(body, _passes(head.weight) * head.weight.numel(), attended)
+    return Cost(body, _passes(head.weight) * head.weight.numel(), attended, products)
 
 
 def _passes(weight: torch.Tensor) -> int:
     return 3 if weight.requires_grad else 2
 
 
-def _module_cost(module: torch.nn.Module, model: Any) -> float:
-    """Multiplications by this module's own weights for one position."""
+def _module_cost(module: torch.nn.Module, model: Any, summed: set[int]) -> float:
+    """Multiplications by this module's own weights for one position. Those `summed` with an adapter have a gradient."""
     if isinstance(module, torch.nn.Embedding):
         return 0
     if isinstance(module, torch.nn.Linear):  # a quantized weight has fewer elements than it stands for
@@ -78,11 +88,12 @@ def _module_cost(module: torch.nn.Module, model: Any) -> float:
         return float(_passes(module.weight) * module.weight.numel())
     cost = 0.0
     for name, weight in module.named_parameters(recurse=False):
+        passes = 3 if id(weight) in summed else _passes(weight)
         if weight.ndim == 2 and not name.endswith("bias"):  # experts have biases of two dimensions
-            cost += _passes(weight) * weight.numel()
+            cost += passes * weight.numel()
         if weight.ndim == 3:  # experts, of which each position takes some
             n_chosen = int(model.config.get_text_config().num_experts_per_tok)
-            cost += _passes(weight) * weight.numel() * n_chosen / len(weight)
+            cost += passes * weight.numel() * n_chosen / len(weight)
     return cost
 
 

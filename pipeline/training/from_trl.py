@@ -47,6 +47,7 @@ _LORA = {
     "lora_r": "r",
     "lora_alpha": "alpha",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "use_rslora": "rslora",
     "use_dora": "dora",
 }

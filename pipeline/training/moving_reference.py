@@ -119,9 +119,10 @@ class MovingReference:
     def _mix_weights(self) -> None:
         """Put the reference's new weights into the policy's parameters, in place and one after another, and on disk."""
         parameters, accelerator = self._policy.parameters, self._policy.accelerator
+        stacked = trainable.count_stacked(self._policy.forward.model)
         for name, other in trainable.read_tensors(self._folder / WEIGHTS):
             own = parameters[name]
-            trainable.assign(own, _mix(name, own.data, other.to(own.device), self._alpha))
+            trainable.assign(own, _mix(name, own.data, other.to(own.device), self._alpha, stacked.get(name, 1)))
         accelerator.wait_for_everyone()  # all have read the old weights
         if accelerator.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
@@ -168,8 +169,8 @@ class MovingReference:
         self._scores = scores
 
 
-def _mix(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Mix two tensors: whole weights directly, an adapter's factors side by side.
+def _mix(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float, n_experts: int) -> torch.Tensor:
+    """Mix two tensors: whole weights directly, an adapter's factors side by side, in a stack those of each expert.
 
     An adapter adds B A, and a mean of products is not the product of means. But
     a B A + (1 - a) B' A' = [a B, (1 - a) B'] [A; A'],
@@ -177,7 +178,8 @@ def _mix(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float) -> tor
     """
     n_most = math.ceil(math.log(torch.finfo(torch.float32).eps) / math.log1p(-alpha)) + 1
     if ".lora_A." in name:
-        return torch.cat([own, other], 0)[: n_most * own.shape[0]]
+        own_ERI, other_ERI = (factor.unflatten(0, (n_experts, -1)) for factor in (own, other))
+        return torch.cat([own_ERI, other_ERI], 1)[:, : n_most * own_ERI.shape[1]].flatten(0, 1)
     if ".lora_B." in name:
         return torch.cat([alpha * own, (1 - alpha) * other], 1)[:, : n_most * own.shape[1]]
     return own.mul_(alpha).add_(other, alpha=1 - alpha)

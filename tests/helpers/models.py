@@ -1,5 +1,9 @@
 """Tiny random models of many architectures, and sequences to score with them."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -126,6 +130,14 @@ def build(name: str, **more):
     has_sdpa = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
     kernel = "sdpa" if has_sdpa and name != "gemma2" else "eager"
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
+
+
+def save_mixture(model: Path, folder: Path, **more) -> Path:
+    """A tiny Qwen3-MoE, whose experts are fused, with the tokenizer of another model."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    build("qwen3-moe", vocab_size=vocabulary, max_position_embeddings=512, **more).save_pretrained(folder)
+    return folder
 
 
 def start_forward(model, layout: str, like: list[TokenSequence]) -> Forward:

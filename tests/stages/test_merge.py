@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefcache import merge
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.models import save_mixture
 from tests.helpers.project import write_config, write_pairs
-from tests.helpers.runs import launch, sft
+from tests.helpers.runs import launch, metrics, sft
 
 LORA = ["--set", "train.lora.r=4", "--set", "train.samples=0", "--set", "train.epochs=1"]
 
@@ -101,6 +102,40 @@ def test_two_processes_train_the_adapter_that_one_trains(prefcache, scored, tmp_
     launch(tmp_path, 29541, "train", str(scored), *more, "--set", "train.run=two")
     one, two = (measured(tmp_path / "runs/tiny" / run) for run in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-3)
+
+
+def test_an_adapter_of_fused_experts_is_trained_resumed_merged_and_scored(prefcache, model, tmp_path):
+    mixture = save_mixture(model, tmp_path / "mixture")
+    write_pairs(tmp_path / "pairs.jsonl", 40)
+    experts = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    more = {"epochs": 1, "samples": 0, "router_aux_loss": 0.1, "tokens_per_micro_batch": 200}
+    config = write_config(tmp_path, mixture, learning_rate=1e-2, checkpoint_every=2, lora=experts, **more)
+    for stage in ("prepare", "score"):
+        prefcache(stage, config)
+    said, run = prefcache("train", config).stderr, tmp_path / "runs/tiny/trained"
+    # r (I + O) of q_proj, and of both weights of each of four experts, in each of two layers.
+    n = 4 * 2 * ((32 + 32) + 4 * (32 + 48) + 4 * (24 + 32))
+    assert f"an adapter of {n:,} parameters is trained" in said and "margin 0.000000" in said
+    adapter, first = weights(run), load_file(run / "model/adapter_model.safetensors")
+    assert len(first) == 2 * 2 * 3 and all(each.abs().max() > 0 for each in first.values())
+    assert all(row["aux_loss"] > 0 for row in metrics(run) if row["step"])
+
+    (run / "manifest.json").unlink()
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    assert "resuming from step" in prefcache("train", config).stderr
+    assert weights(run) == adapter
+
+    expected = measured(run)
+    result = json.loads(prefcache("merge", run, "--json").stdout)
+    assert 0 <= result["mean"] <= 1e-5 < result["effect"]
+    for folder in ("merged", "model"):
+        loaded = AutoModelForCausalLM.from_pretrained(run / folder) if folder == "merged" else None
+        loaded = loaded or peft.AutoPeftModelForCausalLM.from_pretrained(run / folder)
+        assert held_out_logps(loaded.eval(), tmp_path) == pytest.approx(expected, rel=1e-4)
+    # As a reference of its own, from which training goes on.
+    reference = ["--set", f"model={run / 'model'}", "--set", "train.lora={}"]
+    prefcache("score", config, *reference)
+    assert "margin 0.000000" in prefcache("train", config, *reference, "--set", "train.run=further").stderr
 
 
 def test_training_goes_on_from_the_adapter_that_the_reference_has(prefcache, scored, model, tmp_path):

@@ -17,7 +17,8 @@ from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import trainable
 from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.forward import Forward
-from tests.helpers.models import ARCHITECTURES, UNSHARABLE, answers, build, start_forward
+from prefcache.pipeline.model.logprobs import plain_logps
+from tests.helpers.models import ARCHITECTURES, UNSHARABLE, answers, build, save_mixture, start_forward
 from tests.helpers.runs import away_from_nothing, sft
 
 CPU = torch.device("cpu")
@@ -138,6 +139,108 @@ def test_an_adapter_on_quantized_weights_wants_a_gpu(model):
 def test_dropout_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="dropout is not supported: the policy would differ from its reference"):
         Train.model_validate({"lora": {"dropout": 0.05}})
+
+
+# -- an adapter of fused experts -------------------------------------------------------------------------------------
+
+EXPERTS = {"r": 3, "alpha": 6, "target_modules": [], "target_parameters": ["gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def mixture(model, tmp_path_factory) -> Path:
+    return save_mixture(model, tmp_path_factory.mktemp("mixture") / "it")
+
+
+def experts_by_hand(adapted, plain) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Each expert's A and B with what its weight becomes, W + 6/3 B A, which is put into the plain model as well."""
+    by_name, found = dict(adapted.named_parameters()), {}
+    for name, weight in plain.named_parameters():
+        if ".experts." not in name:
+            continue
+        # The wrapper of the second parameter is inside of the first's.
+        inside = ".base_layer" if name.endswith("gate_up_proj") else ""
+        at = name.rpartition(".")[0] + inside
+        a, b = (by_name[f"{at}.lora_{factor}.default.weight"].detach() for factor in "AB")
+        for e in range(4):
+            # A has each expert's rows in turn, B each rank's columns in turn.
+            a_e, b_e = a[3 * e : 3 * e + 3], b[:, e::4]
+            weight.data[e] += 6 / 3 * b_e @ a_e
+            found[f"{at} {e}"] = a_e, b_e, weight, e
+    return found
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_gradients_of_experts_factors_are_those_of_their_dense_product(mixture, layout):
+    ours, plain = loaded(mixture, lora=EXPERTS), AutoModelForCausalLM.from_pretrained(mixture).eval()
+    away_from_nothing(ours.parameters().values())
+    by_hand = experts_by_hand(ours.model, plain)
+    use_float32_head(ours.model)
+    groups = [PAIRS[:2], PAIRS[2:]] if layout == "shared" else [[each] for each in PAIRS]
+    torch.cat(start_forward(ours.model, layout, PAIRS).logps(groups).logps).sum().backward()
+    torch.cat([plain_logps(plain, each) for each in PAIRS]).sum().backward()
+
+    found = gradients(ours.model)
+    assert len(found) == 2 * 2 * 2 and len(by_hand) == 2 * 2 * 4
+    for name, (a_e, b_e, weight, e) in by_hand.items():
+        at, gradient = name.split()[0], 6 / 3 * weight.grad[e]
+        expected = {"A": b_e.T @ gradient, "B": gradient @ a_e.T}
+        actual = {
+            "A": found[f"{at}.lora_A.default.weight"][3 * e : 3 * e + 3],
+            "B": found[f"{at}.lora_B.default.weight"][:, e::4],
+        }
+        for factor, value in expected.items():
+            torch.testing.assert_close(actual[factor], value, rtol=1e-3, atol=1e-5 * float(weight.grad.abs().max()))
+
+
+def test_recomputed_layers_give_experts_the_same_gradients(mixture):
+    policies = [loaded(mixture, lora=EXPERTS, gradient_checkpointing=each) for each in (False, True)]
+    for each in policies:
+        away_from_nothing(each.parameters().values())
+    assert_same_gradients_in_less_memory(*(each.model for each in policies), "shared")
+
+
+def test_an_adapter_of_experts_starts_from_nothing_and_is_float32(mixture):
+    with torch.no_grad():
+        plain, adapted = (loss(forward(loaded(mixture, **more).model)) for more in ({}, {"lora": EXPERTS}))
+    assert torch.equal(plain, adapted)
+    half = loaded(mixture, lora=EXPERTS | {"base_dtype": "bfloat16"})
+    assert {each.dtype for each in half.parameters().values()} == {torch.float32}
+
+
+def test_stacked_factors_are_named_with_the_number_of_experts(mixture):
+    ours = loaded(mixture, lora=EXPERTS)
+    assert trainable.count_stacked(ours.model) == dict.fromkeys(ours.parameters(), 4)
+    assert trainable.count_stacked(loaded(mixture, lora={"target_modules": ["q_proj"]}).model) == {}
+
+
+def test_experts_that_take_no_adapter_are_named(mixture):
+    (_, note) = loaded(mixture, lora={"target_modules": ["q_proj"]}).notes
+    assert note == (
+        "the experts' down_proj, gate_up_proj take no adapter; train.lora.target_parameters=[down_proj, gate_up_proj] "
+        "adapts them"
+    )
+    notes = loaded(mixture, lora=EXPERTS).notes
+    assert len(notes) == 2 and "with train.gradient_checkpointing=true it is that of one layer" in notes[1]
+    assert len(loaded(mixture, lora=EXPERTS, gradient_checkpointing=True).notes) == 1
+
+
+def test_names_of_no_experts_are_refused(mixture, model):
+    with pytest.raises(UsageError, match=r"no fused experts 'up_proj'. It has down_proj, gate_up_proj\."):
+        loaded(mixture, lora={"target_parameters": ["up_proj"]})
+    with pytest.raises(
+        UsageError, match=r"no fused experts 'gate_up_proj'. It has none; name its layers in train.lora"
+    ):
+        loaded(model, lora={"target_parameters": ["gate_up_proj"]})
+
+
+def test_experts_take_no_dora(mixture):
+    with pytest.raises(ValueError, match="dora does not work with target_parameters"):
+        Train.model_validate({"lora": EXPERTS | {"dora": True}})
+    with pytest.raises(ValueError, match="both empty"):
+        Train.model_validate({"lora": {"target_modules": []}})
+    # PEFT takes all-linear of this model to include its experts, as they once were linear layers.
+    with pytest.raises(UsageError, match=r"train.lora: PEFT does not make this adapter of .*use_dora=True"):
+        loaded(mixture, lora={"dora": True})
 
 
 # -- an adapter that exists ------------------------------------------------------------------------------------------

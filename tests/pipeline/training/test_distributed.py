@@ -23,6 +23,7 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.training import distributed, policy
 from prefcache.pipeline.training.policy import Policy
+from tests.helpers.models import save_mixture
 from tests.helpers.project import ROOT, write_config, write_pairs
 from tests.helpers.runs import metrics
 
@@ -38,6 +39,10 @@ SETTINGS = {
     "tied": ["train.model=tied"],
     "lora": ["train.lora={r: 4}"],
     "dora": ["train.lora={r: 4, dora: true, base_dtype: bfloat16}"],
+    "experts": [
+        "train.model=mixture",
+        "train.lora={r: 4, target_modules: [], target_parameters: [gate_up_proj, down_proj]}",
+    ],
     "aot": ["train.loss=aot"],
     "kto": [*LABELS, "train.loss=kto", "train.epochs=0.4"],
 }
@@ -148,6 +153,7 @@ def one_process(tmp_path_factory, model) -> Path:
     """All of them as one process trains them."""
     folder = tmp_path_factory.mktemp("devices")
     build_tied(model, folder / "tied")
+    save_mixture(model, folder / "mixture")
     write_pairs(folder / "pairs.jsonl", 34)
     write_config(folder, model, **TRAIN)
     for kind in ([], LABELS):

@@ -58,6 +58,26 @@ def test_of_an_adapter_only_its_own_weights_have_gradients():
     assert model_cost(adapted).head_position == whole.head_position * 2 / 3
 
 
+@pytest.mark.parametrize("modules", [[], "all-linear"], ids=["experts", "and-router-and-attention"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of ranks that it has set itself
+def test_of_adapted_experts_the_products_are_counted_once_a_forward(name, modules):
+    from peft import LoraConfig, get_peft_model
+
+    model = build(name)
+    parameters = ["gate_up_proj", "down_proj"]
+    get_peft_model(model, LoraConfig(r=3, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM"))
+    # Otherwise the first layer's attention, before which nothing is trained, would have no backward pass.
+    model.get_input_embeddings().weight.requires_grad_()
+    cost = model_cost(model)
+    # Forward and twice backward. PyTorch computes an experts' product once more to see its shape, which is not counted.
+    router = 3 * 2 * 3 * 32 * 4 if name == "qwen3-moe" and modules else 0
+    again = 2 * (cost.each_forward - router) / 3
+    assert cost.flops(count_work(GROUPS, "shared")) + again == counted(model, "shared", GROUPS)
+    if name == "gpt-oss":  # I x O x r, of four experts in two layers
+        assert cost.each_forward == 3 * 3 * 4 * 2 * (32 * 96 + 48 * 32)
+
+
 def test_a_row_by_hand():
     # A prompt of 9, answers of 6 and 3 whose last tokens are no inputs; each is predicted, and sees the prompt and itself.
     assert count_work(GROUPS[:1], "shared") == Work(9 + 5 + 2, 6 + 3, 14**2 + 2 * 11)

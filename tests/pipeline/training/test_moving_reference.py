@@ -16,15 +16,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prefcache.pipeline.config import Train
+from prefcache.pipeline.config import Lora, Train
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model import trainable
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import CheckpointManifest
 from prefcache.pipeline.training.alerts import Watch
 from prefcache.pipeline.training.losses import get_loss
+from prefcache.pipeline.training.moving_reference import _mix
 from prefcache.pipeline.training.policy import Policy
 from prefcache.pipeline.training.policy_logps import PolicyLogps
+from tests.helpers.models import save_mixture
 from tests.helpers.project import PREFCACHE, options, write_config, write_pairs
-from tests.helpers.runs import launch, table, weights
+from tests.helpers.runs import away_from_nothing, launch, table, weights
 from tests.helpers.trl_runs import BATCH, in_order, losses_of_trl
 
 torch.set_num_threads(1)
@@ -339,6 +343,31 @@ def test_a_run_says_that_its_reference_moves(prefcache, model, tmp_path):
     run = tmp_path / "runs/tiny/trained"
     assert f"| along the run | {said} |" in (run / "model/README.md").read_text()
     assert json.loads((run / "provenance.json").read_text())["moving_reference"] == said
+
+
+def test_of_an_adapter_of_experts_each_experts_product_is_mixed(model, tmp_path):
+    lora = Lora(r=2, target_modules=[], target_parameters=("gate_up_proj", "down_proj"))
+    mixture = Reference(save_mixture(model, tmp_path / "mixture"))
+    own, other = (trainable.load(mixture, Train(lora=lora), "sdpa", torch.device("cpu")) for _ in range(2))
+    away_from_nothing(own.parameters().values())
+    for parameter in other.parameters().values():
+        parameter.data.normal_()
+    deltas = [
+        {
+            name: wrapper.get_delta_weight("default")
+            for name, wrapper in trainable.adapted_parameters(each.model).items()
+        }
+        for each in (own, other)
+    ]
+    stacked = trainable.count_stacked(own.model)
+    for name, parameter in own.parameters().items():
+        mixed = _mix(name, parameter.data, other.parameters()[name].data, 0.6, stacked[name])
+        trainable.assign(parameter, mixed)
+    wrappers = trainable.adapted_parameters(own.model)
+    assert len(wrappers) == 4
+    for name, wrapper in wrappers.items():
+        expected = 0.6 * deltas[0][name] + 0.4 * deltas[1][name]
+        torch.testing.assert_close(wrapper.get_delta_weight("default"), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
