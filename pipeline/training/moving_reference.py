@@ -178,7 +178,7 @@ def _mix(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float, n_expe
     """
     n_most = math.ceil(math.log(torch.finfo(torch.float32).eps) / math.log1p(-alpha)) + 1
     if ".lora_A." in name:
-        own_ERI, other_ERI = (factor.unflatten(0, (n_experts, -1)) for factor in (own, other))
+        own_ERI, other_ERI = (factor.view(n_experts, -1, factor.shape[1]) for factor in (own, other))
         return torch.cat([own_ERI, other_ERI], 1)[:, : n_most * own_ERI.shape[1]].flatten(0, 1)
     if ".lora_B." in name:
         return torch.cat([alpha * own, (1 - alpha) * other], 1)[:, : n_most * own.shape[1]]
