@@ -456,8 +456,10 @@ class Train(Section):
     """Share of the steps used for warm-up."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate to zero after warm-up; constant: no decay."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Data type of trained weights and their gradients. bfloat16: half the memory; updates are rounded stochastically. An adapter is always float32."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit"] = "adamw"
-    """AdamW keeps 8 bytes of state per trained value; the 8-bit version 2, the 4-bit version 1 (torchao)."""
+    """AdamW keeps 8 bytes of state per trained value, 4 with weights in bfloat16; the 8-bit version 2, the 4-bit version 1 (torchao)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -481,7 +483,7 @@ class Train(Section):
     model: str | None = None
     """Model or PEFT adapter that the policy starts from. Default: the reference."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Precision of the arithmetic; trained weights stay float32. auto: bf16 on a GPU, float32 on a CPU."""
+    """Precision of the arithmetic with float32 weights. auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     shard: Literal["none", "fsdp"] | None = None
@@ -509,6 +511,19 @@ class Train(Section):
     """Maximum number of tokens per sample answer."""
     kinds: Kinds | None = None
     """Patterns that tell the preferred kind of sample answer from the rejected kind."""
+
+    @model_validator(mode="after")
+    def _bf16_weights_are_trained_in_bf16(self) -> "Train":
+        if self.weights == "float32":
+            return self
+        if self.lora is not None:
+            raise ValueError(
+                "weights: bfloat16 is for training all weights; an adapter is always float32. For the frozen weights under it, "
+                "set lora.base_dtype: bfloat16 instead"
+            )
+        if self.precision == "float32":
+            raise ValueError("weights: bfloat16 computes in bf16, and precision is float32. Leave one of the two out")
+        return self
 
 
 class Config(Section):

@@ -51,7 +51,7 @@ FLOORS = {
         "cache_maintenance freshness cut_answers scored",
     ],
     "prefcache.pipeline.model": [
-        "architectures device packing oom",
+        "architectures device packing oom stochastic_rounding",
         "logprobs",
         "attention chunked_lm_head",
         "packed_row weights",
@@ -71,6 +71,7 @@ FLOORS = {
     "prefcache.pipeline.training": [
         "losses",
         "distributed gpus",
+        "bf16_adamw",
         "alerts router_loss checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
         "objective micro_batch_size existing_run selection reference_token_logps",

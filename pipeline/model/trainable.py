@@ -84,7 +84,7 @@ def load(start: Reference, train: Train, kernel: str, device: torch.device) -> T
             "or train where there is a GPU."
         )
     lora = train.lora
-    model = weights.load_base(start, lora.base_dtype if lora else "float32", kernel, device)
+    model = weights.load_base(start, lora.base_dtype if lora else train.weights, kernel, device)
     if lora is None and getattr(model, "is_quantized", False):
         raise UsageError(
             f"{start.folder} has quantized weights, which cannot be trained; an adapter on them can (train.lora={{}})."

@@ -6,6 +6,7 @@ gathers has to be called by all processes at once. Files always hold whole tenso
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prefcache.pipeline.config import Train
@@ -38,7 +39,8 @@ def make_accelerator(train: Train) -> Accelerator:
     cpu = train.device == "cpu" or not torch.cuda.is_available()
     if train.device == "cuda" and cpu:
         raise UsageError("train.device is cuda, but PyTorch sees no GPU. Set it to auto or cpu.")
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and not cpu)
+    # Weights in bf16 compute in it as they are; autocast is for float32 ones.
+    bf16 = train.weights == "float32" and (train.precision == "bf16" or (train.precision == "auto" and not cpu))
     # Autocast would keep a bf16 copy of every layer until the forward ends: of a sharded model, all of it.
     handlers = [AutocastKwargs(cache_enabled=False)] if _wants_shards(train) else []
     with hidden_fsdp_launch():
@@ -135,9 +137,11 @@ def shard(calls: Calls, layers: Sequence[torch.nn.Module], accelerator: Accelera
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Launched with false, layers are gathered once for forward and backward, as in ZeRO 2.
     reshard = os.environ.get(_RESHARD, "true").lower() != "false"
+    # Gradients are summed over the processes in float32 where they are kept in bf16.
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in reversed(layers):  # nested ones first
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(calls, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision)
+    fully_shard(calls, mesh=mesh, mp_policy=precision)
     for method in ("choose_layout", "generate"):
         register_fsdp_forward_method(calls, method)
 
@@ -167,6 +171,16 @@ def take_shard(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard_start(tensor: torch.Tensor) -> int:
+    """Return at which value of the whole tensor this process's part begins."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    # Rows are divided as torch.chunk does.
+    n_rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    first_row = min(n_rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return first_row * math.prod(tensor.shape[1:])
 
 
 def reduce_scalar(value: torch.Tensor) -> float:

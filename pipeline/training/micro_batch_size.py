@@ -23,7 +23,7 @@ from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model.packing import row_tokens
 from prefcache.pipeline.schema import TokenSequence
-from prefcache.pipeline.training.optimizers import STATE_BYTES
+from prefcache.pipeline.training.optimizers import state_bytes
 
 T = TypeVar("T")
 # On a CPU also for auto, because its limit could not be tried without the whole machine swapping.
@@ -103,9 +103,9 @@ def find_budget(
     """
     n_processes = accelerator.num_processes
     max_examples = min(-(-train.batch_size // n_processes), train.micro_batch_size or sys.maxsize)
-    # With several processes, the gradients once more, in the buffers that they exchange.
-    value_bytes = STATE_BYTES[train.optimizer] + (4 if n_processes > 1 else 0)
-    state_bytes = math.ceil(value_bytes * sum(p.numel() for p in parameters.values()))
+    reserved = math.ceil(sum(p.numel() * state_bytes(train.optimizer, p.dtype) for p in parameters.values()))
+    if n_processes > 1:  # the gradients once more, in the buffers that they exchange
+        reserved += sum(p.nbytes for p in parameters.values())
     groups = [[like[i] for i in group] for group in forward.group(like)]
     is_padded = forward.layout == "padded"
     sizes = [
@@ -117,7 +117,7 @@ def find_budget(
     n, fitting = 1, 0
     try:
         with never_retried("gradients and the state of the optimizer"):
-            state = torch.empty(state_bytes, dtype=torch.uint8, device=accelerator.device)
+            state = torch.empty(reserved, dtype=torch.uint8, device=accelerator.device)
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
         _take_peak_share()  # of what was loaded and tried before

@@ -1,12 +1,13 @@
 """The optimizer, its learning rate, and what of it a checkpoint keeps.
 
-AdamW, whose two moments take 32, 8 or 4 bits; torchao has the smaller ones, quantized in blocks. Its state is stored as the plain
-tensors that it consists of, quantized or not, so that a resumed run continues bit by bit.
+AdamW, whose two moments take as many bits as the weights, or 8 or 4; torchao has these, quantized in blocks. Weights in bf16 are
+rounded stochastically. Its state is stored as the plain tensors that it consists of, quantized or not, so that a resumed run
+continues bit by bit.
 """
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from torch.distributed.tensor import DTensor
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.safetensors_files import shorten_list
+from prefcache.pipeline.training.bf16_adamw import Bf16AdamW
 from prefcache.pipeline.training.distributed import take_shard
 
-# Bytes of state for each trained value: two moments, and the scales of their blocks of 256 or 128.
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / 256), "adamw_4bit": 2 * (0.5 + 4 / 128)}
+# Bytes of quantized state for each trained value: two moments, and the scales of their blocks of 256 or 128.
+_QUANTIZED_BYTES = {"adamw_8bit": 2 * (1 + 4 / 256), "adamw_4bit": 2 * (0.5 + 4 / 128)}
+
+
+def state_bytes(optimizer: str, dtype: torch.dtype) -> float:
+    """Return the bytes of state for each trained value of this data type."""
+    return _QUANTIZED_BYTES.get(optimizer, 2 * dtype.itemsize)
 
 
 def refuse_missing(train: Train) -> None:
@@ -43,6 +50,8 @@ def make_optimizer(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
+    if train.optimizer == "adamw" and train.weights == "bfloat16":
+        return Bf16AdamW(groups, **options)
     if train.optimizer == "adamw":
         # One pass over each parameter and its moments: on a GPU one kernel for all, on a CPU no copies.
         return torch.optim.AdamW(groups, **options, fused=device.type in ("cpu", "cuda"))
@@ -50,20 +59,41 @@ def make_optimizer(
     from torchao import optim
 
     optimizer_class = {"adamw_8bit": optim.AdamW8bit, "adamw_4bit": optim.AdamW4bit}[train.optimizer]
-    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options, bf16_stochastic_round=True)
     return optimizer
 
 
-def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to this norm, if theirs is larger; return theirs, in float32 whatever their data type."""
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def take_step(optimizer: torch.optim.Optimizer, rate: float, seed: int) -> None:
+    """Update the parameters. `seed`, another one in each step, decides how weights in bf16 are rounded."""
     for group in optimizer.param_groups:
+        group["seed"] = seed
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+    device = _parameters(optimizer)[0].device
     # torchao compiles its update for every shape; on a CPU that takes a C++ compiler, and minutes.
-    on_cpu = _parameters(optimizer)[0].device.type == "cpu"
-    with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
+    stance = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
+    with stance, _seeded(seed, device):
         optimizer.step()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw PyTorch's random numbers from this seed, and leave its generators as they were. torchao rounds with them."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -112,7 +142,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: Iterable[tuple[str, torch.T
     parameters = _parameters(optimizer)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    take_step(optimizer, 0.0)
+    take_step(optimizer, 0.0, seed=0)
     optimizer.zero_grad()
     state, restored = get_state(optimizer), set[str]()
     for name, value in saved:

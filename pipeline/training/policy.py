@@ -26,6 +26,7 @@ from prefcache.pipeline.model import trainable
 from prefcache.pipeline.model.attention import choose_kernel
 from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.forward import Forward
+from prefcache.pipeline.model.stochastic_rounding import make_key
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.tokenizer import load_tokenizer
@@ -95,7 +96,7 @@ class Policy:
         routers = router_loss.make_router_loss(model, train, accelerator.device)
         self._budget = self._make_budget(like, say)
         optimizer = optimizers.make_optimizer(list(self._parameters.values()), train, accelerator.device)
-        self._optimizer = accelerator.prepare(optimizer)
+        self._optimizer, self._n_updates = accelerator.prepare(optimizer), 0
         module = self._calls if self.sharded else accelerator.prepare(self._calls)
         self._logps = PolicyLogps(
             train=train,
@@ -130,10 +131,8 @@ class Policy:
 
     @property
     def precision(self) -> str:
-        bf16 = self.accelerator.mixed_precision == "bf16" or (
-            self.train.lora and self.train.lora.base_dtype == "bfloat16"
-        )
-        return "bfloat16" if bf16 else "float32"
+        weights = self.train.lora.base_dtype if self.train.lora else self.train.weights
+        return "bfloat16" if self.accelerator.mixed_precision == "bf16" or weights == "bfloat16" else "float32"
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -188,13 +187,15 @@ class Policy:
             indices,
         )
         grad_norm = distributed.reduce_scalar(
-            self.accelerator.clip_grad_norm_(self._parameters.values(), self.train.max_grad_norm)
+            optimizers.clip_gradients(self._parameters.values(), self.train.max_grad_norm)
         )
         for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 raise NotFinite(metric, value, step.visit)
         with micro_batch_size.never_retried("the optimizer's update"):
-            optimizers.take_step(self._optimizer, learning_rate)
+            seed = make_key(self.train.seed, self._n_updates)
+            optimizers.take_step(self._optimizer, learning_rate, seed)
+        self._n_updates += 1
         self._optimizer.zero_grad()
         return step._replace(logged={**step.logged, "grad_norm": grad_norm})
 
@@ -250,9 +251,10 @@ class Policy:
         if parameters:
             raise _other_weights(folder, f"{shorten_list(list(parameters))} is missing")
 
-    def restore(self, folder: Path, optimizer: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def restore(self, folder: Path, optimizer: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
         optimizers.restore(self._optimizer, optimizer, folder)
         self.load_weights(folder)
+        self._n_updates = step
 
 
 def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

@@ -135,11 +135,11 @@ def _harmless_keys(train: Train) -> set[str]:
     """Keys of train that do not identify a run, or that `inputs` holds elsewhere.
 
     The size of micro-batches matters where statistics are taken over them, and the times of evaluations where they choose the best
-    checkpoint or a moving reference scores what they will read.
+    checkpoint or a moving reference scores what they will read. Earlier versions, which had float32 weights, did not record that.
     """
     harmless = _HARMLESS | {"loss", "loss_args", "beta"}
-    if train.scope == "batch":
-        harmless |= {"micro_batch_size"}
+    harmless |= {"micro_batch_size"} if train.scope == "batch" else set()
+    harmless |= {"weights"} if train.weights == "float32" else set()
     return harmless - {"eval_every"} if train.best or train.moving_reference else harmless
 
 

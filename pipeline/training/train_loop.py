@@ -41,7 +41,7 @@ def resume(s: Session) -> CheckpointState:
         s.log.refuse_damaged(needed)
     s.policy.accelerator.wait_for_everyone()
     if folder:
-        s.policy.restore(folder, checkpoints.read_optimizer(folder))
+        s.policy.restore(folder, checkpoints.read_optimizer(folder), state.step)
         s.progress.say(f"train: resuming from step {state.step}")
     if s.moving:
         s.moving.restore(folder)

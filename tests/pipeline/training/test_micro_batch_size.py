@@ -15,11 +15,11 @@ import torch
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import ResourceError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.training import micro_batch_size
 from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.distributed import make_accelerator
 from prefcache.pipeline.training.micro_batch_size import Budget, find_budget, never_retried
 from prefcache.pipeline.training.objective import Objective
-from prefcache.pipeline.training.optimizers import STATE_BYTES
 from prefcache.pipeline.training.policy import Policy
 from tests.helpers.examples import pair, table
 from tests.helpers.project import ROOT
@@ -165,7 +165,7 @@ def test_the_trial_finds_less_where_there_is_less_room(model):
 
 
 def test_an_optimizer_that_does_not_fit_is_reported(model, monkeypatch):
-    monkeypatch.setitem(STATE_BYTES, "adamw", 1 << 40)
+    monkeypatch.setattr(micro_batch_size, "state_bytes", lambda *_: 1 << 40)
     with pytest.raises(ResourceError, match=r"for gradients and the state of the optimizer. Try"):
         trial(str(model), None, 1)
 

@@ -20,9 +20,11 @@ from prefcache.pipeline.training.optimizers import (
     take_step,
 )
 from prefcache.pipeline.training.policy import save_weights
+from tests.helpers.project import options
 
 CPU = torch.device("cpu")
 KINDS = ["adamw", "adamw_8bit", "adamw_4bit"]
+WEIGHTS = ["float32", "bfloat16"]
 SHAPES = [(128, 64), (64,), (4, 4)]  # the first is large enough to be quantized
 
 
@@ -33,7 +35,8 @@ def _torchao(torchao, monkeypatch):
 
 def started(kind: str, **settings) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    dtype = getattr(torch, settings.get("weights", "float32"))
+    parameters = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
     return parameters, make_optimizer(parameters, Train(optimizer=kind, **settings), CPU)
 
 
@@ -41,8 +44,8 @@ def step(parameters, optimizer, seed: int, learnt: int = 3) -> None:
     """One step with random gradients, of the first so many parameters only."""
     dice = torch.Generator().manual_seed(seed)
     for parameter in parameters[:learnt]:
-        parameter.grad = torch.randn(parameter.shape, generator=dice)
-    take_step(optimizer, 1e-2 / seed)
+        parameter.grad = torch.randn(parameter.shape, generator=dice).to(parameter.dtype)
+    take_step(optimizer, 1e-2 / seed, seed)
     optimizer.zero_grad()
 
 
@@ -62,15 +65,17 @@ def test_the_first_step_is_adamws(kind):
         torch.testing.assert_close(parameter.detach(), decayed - 1e-2 * gradient / (gradient.abs() + 1e-6))
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_state_takes_as_many_bytes_as_the_trial_leaves_for_it(kind):
-    parameters = [torch.nn.Parameter(torch.zeros(256, 256))]
-    optimizer = make_optimizer(parameters, Train(optimizer=kind), CPU)
+def test_its_state_takes_as_many_bytes_as_the_trial_leaves_for_it(kind, weights):
+    dtype = getattr(torch, weights)
+    parameters = [torch.nn.Parameter(torch.zeros(256, 256, dtype=dtype))]
+    optimizer = make_optimizer(parameters, Train(optimizer=kind, weights=weights), CPU)
     step(parameters, optimizer, 1)
     n_bytes = sum(each.numel() * each.element_size() for each in get_state(optimizer).values())
     # Beside it there are the number of steps and two tables of what a code stands for.
     tables = {"adamw": 0, "adamw_8bit": 2 * 256 * 4, "adamw_4bit": 2 * 16 * 4}
-    assert n_bytes == 256 * 256 * optimizers.STATE_BYTES[kind] + 4 + tables[kind]
+    assert n_bytes == 256 * 256 * optimizers.state_bytes(kind, dtype) + 4 + tables[kind]
 
 
 def missing(name: str) -> str:
@@ -99,9 +104,10 @@ def test_a_sweep_is_told_before_its_first_run_trains(prefcache, config, tmp_path
 
 
 @pytest.mark.parametrize("learnt", [3, 2], ids=["all", "one-never-has-a-gradient"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_optimizer_goes_on_bit_by_bit(kind, learnt, tmp_path):
-    parameters, optimizer = started(kind)
+def test_a_resumed_optimizer_goes_on_bit_by_bit(kind, weights, learnt, tmp_path):
+    parameters, optimizer = started(kind, weights=weights)
     for seed in (1, 2, 3):
         step(parameters, optimizer, seed, learnt)
     checkpoints.save(
@@ -114,7 +120,8 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(kind, learnt, tmp_path):
     folder, _ = checkpoints.find_newest(tmp_path, pytest.fail)
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
 
-    resumed, again = started(kind)
+    torch.manual_seed(9)  # another process has drawn other numbers
+    resumed, again = started(kind, weights=weights)
     restore(again, checkpoints.read_optimizer(folder), folder)
     for old, new in zip(parameters, resumed, strict=True):
         new.data.copy_(old)
@@ -146,8 +153,11 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path, what):
         restore(started("adamw")[1], saved.items(), tmp_path / "step-1")
 
 
-def test_a_run_in_8_bits_resumes_with_the_same_weights(prefcache, config, tmp_path):
-    said = ["--set", "train.optimizer=adamw_8bit", "--set", "train.checkpoint_every=5"]
+@pytest.mark.parametrize(
+    "settings", [["train.optimizer=adamw_8bit"], ["train.optimizer=adamw_8bit", "train.weights=bfloat16"]]
+)
+def test_a_run_in_8_bits_resumes_with_the_same_weights(prefcache, config, tmp_path, settings):
+    said = options("train.checkpoint_every=5", *settings)
     for stage in ("prepare", "score", "train"):
         prefcache(stage, config, *said)
     run = tmp_path / "runs/tiny/trained"
