@@ -528,7 +528,7 @@ class Train(Section):
 
 class Config(Section):
     model: str
-    """The reference: folder or hub id of a Transformers model or a PEFT adapter."""
+    """The reference: folder or hub id of a Transformers model or a PEFT adapter, or a .gguf file."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     adapter: str | None = None

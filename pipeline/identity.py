@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prefcache.pipeline import model_config, model_files
+from prefcache.pipeline import gguf_files, model_config, model_files
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -125,6 +125,7 @@ class Reference:
     folder: Path  # of the model, or of the adapter's base model
     adapter: Path | None = None
     quantization: str | None = None  # 4bit or 8bit: done when it is loaded
+    unconverted: Path | None = None  # the GGUF file that still holds the weights: `folder` is temporary and has none
 
     @property
     def tokenizer(self) -> Path:
@@ -145,6 +146,14 @@ class Reference:
         every = model_files.read_index(index).files if index.is_file() else sorted(self.folder.glob("*.safetensors"))
         return [file for file in every if file not in model_files.select_weights(self.folder).files]
 
+    def refuse_unconverted(self) -> None:
+        """UsageError if there are no weights to read yet."""
+        if self.unconverted is not None:
+            raise UsageError(
+                f"{self.unconverted} has not been converted yet, and its weights are needed here. Convert it first "
+                "(prefcache prepare CONFIG)."
+            )
+
     def stamps(self) -> list[str]:
         """A text for each file that the model_id depends on, which changes whenever the file does."""
         configs = [self.folder / model_config.FILE, self.folder / model_files.INDEX]
@@ -155,7 +164,11 @@ class Reference:
 
 def find_reference(config: Config) -> Reference:
     """The reference that a config names: a model, or an adapter with its base; perhaps to be quantized."""
-    folder, adapter = model_files.find_folder(config.model, config.revision), None
+    unconverted = adapter = None
+    if gguf_files.is_gguf(config.model):
+        folder, unconverted = _find_gguf(config)
+    else:
+        folder = model_files.find_folder(config.model, config.revision)
     if model_files.is_adapter(folder):
         if config.adapter is not None:
             raise UsageError(
@@ -164,7 +177,7 @@ def find_reference(config: Config) -> Reference:
         folder, adapter = model_files.find_base(folder), folder
     elif config.adapter is not None:
         adapter = model_files.find_folder(config.adapter)
-    model_files.check_model(folder)
+    model_files.check_model(folder, has_weights=unconverted is None)
     if adapter is not None:
         model_files.check_adapter(adapter)
     quantization = config.score.quantization
@@ -172,7 +185,19 @@ def find_reference(config: Config) -> Reference:
         raise UsageError(
             f"{folder} is quantized already; score.quantization={quantization} is for weights that are not. Leave it out."
         )
-    return Reference(folder, adapter, quantization)
+    return Reference(folder, adapter, quantization, unconverted)
+
+
+def _find_gguf(config: Config) -> tuple[Path, Path | None]:
+    """The folder that a GGUF file was converted into; before that, one without weights, and the file that has them."""
+    file = Path(config.model)
+    if config.revision is not None:
+        raise UsageError(
+            f"revision {config.revision} is a hub id's, and model {file} is a local file. Leave revision out."
+        )
+    if found := gguf_files.find_converted(file, Path(config.cache)):
+        return found[0], None
+    return gguf_files.describe(file), file
 
 
 def find_start(config: Config) -> Reference:
@@ -200,6 +225,7 @@ def model_identity(reference: Reference, digests: Digests | None = None) -> dict
 
     It does not depend on how tensors are spread over files, nor on files next to them that do not load.
     """
+    reference.refuse_unconverted()
     digests = digests or Digests()
     content: dict[str, Any] = {
         "tensors": _summarize(_read_tensors(reference.folder, digests)),

@@ -30,7 +30,9 @@ def find_folder(name: str, revision: str | None = None) -> Path:
             )
         return folder
     if folder.exists():
-        raise UsageError(f"model {name} is a file; expected a folder with config.json and *.safetensors.")
+        raise UsageError(
+            f"model {name} is a file; expected a folder with config.json and *.safetensors, or a file that ends in .gguf."
+        )
     if name.startswith((".", "/", "~")):
         hint = " The shell's ~ is not expanded here: write the whole path." if name.startswith("~") else ""
         raise UsageError(f"No folder at {name}.{hint} Name one with config.json and *.safetensors.")
@@ -85,7 +87,7 @@ def find_base(adapter: Path) -> Path:
 # -- what is refused before anything loads ---------------------------------------------------------------------------
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path, *, has_weights: bool = True) -> None:
     if is_adapter(folder):
         raise UsageError(
             f"{folder} is an adapter; a whole model is needed here. Merge it (prefcache merge) and name the result."
@@ -100,7 +102,7 @@ def check_model(folder: Path) -> None:
         # Transformers would run code from the folder only where it has no class of its own.
         if str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise needs_own_code(folder)
-    if not any(folder.glob("*.safetensors")):
+    if has_weights and not any(folder.glob("*.safetensors")):
         raise UsageError(
             f"{folder} has {_describe_lack(folder)}; expected *.safetensors, as save_pretrained writes them."
         )
@@ -128,6 +130,8 @@ def check_adapter(folder: Path) -> None:
 
 
 def _describe_lack(folder: Path) -> str:
+    if gguf := sorted(folder.glob("*.gguf")):
+        return f"weights only as GGUF (name the file itself, as in model: {gguf[0]})"
     return "weights only as pickle, which is never read" if any(folder.glob("*.bin")) else "no weights"
 
 

@@ -135,7 +135,10 @@ def _check_reference(config: Config) -> Iterator[Finding]:
     yield Finding("reference", "ok", f"{reference.folder}{adapter}, sequences of up to {limit:,} tokens")
     yield _check_layout(reference.folder)
     try:
-        if reason := check_tensors(reference):
+        if reference.unconverted is not None:
+            what = f"{reference.unconverted} is not converted yet: its weights are written as safetensors into {config.cache}"
+            yield Finding("reference", "absent", what, "prefcache prepare CONFIG")
+        elif reason := check_tensors(reference):
             yield Finding("reference", "absent", reason)
     except PrefcacheError as error:
         yield Finding("reference", "problem", str(error))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefcache.command_results import PrepareResult, PrepareWaiting
-from prefcache.pipeline import identity, process_pool
+from prefcache.pipeline import gguf_files, identity, process_pool
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import DataError, IntegrityError, UsageError
 from prefcache.pipeline.preparing import finalize, part_worker, prepared_inputs
@@ -23,6 +23,7 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored import artifact, claims, prepared
 from prefcache.pipeline.stored.freshness import check_preparation
+from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.records import PartRecord, PreparedManifest
 
 REFUSED_FILE = "quarantine-refused.parquet"
@@ -34,6 +35,7 @@ _NOT_IN_PARTS = {"data", "workers", "max_quarantine", "rows_per_shard", "duplica
 
 
 def run(config: Config, progress: Progress) -> PrepareResult | PrepareWaiting:
+    convert_models(config, progress)
     model = identity.find_reference(config).tokenizer
     Path(config.out).mkdir(parents=True, exist_ok=True)
     with claims.claim_stage(Path(config.out), "prepare", "name another place (out)", process_pool.job()):
@@ -63,8 +65,9 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
             _refuse_bad_data(parts, config)
             _finalize(parts, resolved, config, inputs, progress)
             tokenizer = [path for name in _TOKENIZER_FILES if (path := model / name).exists()]
+            gguf = [config.model] if gguf_files.is_gguf(config.model) else []
             artifact.commit_make_inputs(
-                config.prepared, [*tokenizer, *(file for each in sources for file in each.files)]
+                config.prepared, [*gguf, *tokenizer, *(file for each in sources for file in each.files)]
             )
     except FileNotFoundError:
         parts = None  # another rank has finalized meanwhile

@@ -24,6 +24,7 @@ from prefcache.pipeline.stored import artifact, claims, cut_answers
 from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.freshness import Freshness, check_scoring
+from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Prepared, Sequences, answer_names, sequence_table
 from prefcache.pipeline.stored.records import ScoredManifest
@@ -33,6 +34,8 @@ from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_s
 
 def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResult | ScorePlan:
     prepared = Prepared(config.prepared)
+    if not dry_run:
+        convert_models(config, progress)
     reference = identity.find_reference(config)
     root, described = Path(config.cache), identify(reference, Path(config.cache), remember=not dry_run)
     inputs = find_inputs(config, prepared, reference, described["model_id"])

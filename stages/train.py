@@ -10,6 +10,7 @@ from prefcache.pipeline.process_pool import rank_and_world
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored import artifact, claims
+from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import RunManifest
 from prefcache.pipeline.training import alerts, existing_run, loss_columns, run_inputs
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
 
 def run(config: Config, progress: Progress) -> TrainResult | None:
     """Return the result on the process that wrote it, None on the others."""
+    convert_models(config, progress)
     if (finished := _find_finished(config)) is not None:
         return _report_finished(config, finished, progress, is_main=rank_and_world()[0] == 0)
     # Imported only now: a finished run is recognized without accelerate and transformers, which take seconds.

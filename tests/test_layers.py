@@ -35,7 +35,7 @@ FLOORS = {
     "prefcache.pipeline": [
         "errors stored_paths token_text schema visible_text",
         "model_config process_pool progress safetensors_files tokenizer",
-        "model_files",
+        "gguf_files model_files",
         "config identity",
         "older_ids",
         "config_errors",
@@ -48,7 +48,7 @@ FLOORS = {
         "contradictions prepared row_writers verified_shards",
         "cache",
         "cache_writer model_ids scoring_plan",
-        "cache_maintenance freshness cut_answers scored",
+        "cache_maintenance freshness cut_answers gguf_conversion scored",
     ],
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",

@@ -29,6 +29,7 @@ logging.disable_progress_bar()  # ours counts sequences and steps
 
 def load_base(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
     """Load the model without its adapter, with quantized weights if the reference asks for them."""
+    reference.refuse_unconverted()
     options: dict[str, Any] = {"attn_implementation": kernel, "use_safetensors": True, "device_map": {"": device}}
     try:
         if reference.quantization is None:

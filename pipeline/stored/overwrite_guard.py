@@ -44,8 +44,8 @@ class Inputs:
     @classmethod
     def from_config(cls, config: Config, path: str | None = None) -> "Inputs":
         """`path`: the config's own file."""
-        files = [path, config.prepare.chat_template]
         models = [config.model, config.adapter, config.train.model]
+        files = [path, config.prepare.chat_template, *(each for each in models if each and Path(each).is_file())]
         return cls(
             files=tuple(Path(file) for file in files if file),
             data=tuple(source.path for source in config.prepare.data if source.path is not None),

@@ -113,7 +113,7 @@ def _open_scores(
         raise IdentityError(
             f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (prefcache score CONFIG)."
         )
-    if config.train.model is None or Path(config.model).is_dir():
+    if config.train.model is None or Path(config.model).exists():
         refuse_other_reference(config, scored, remember=True)
     return scored, cache
 
@@ -162,7 +162,7 @@ def _recorded_older_ids(
         return {}
     recorded = Provenance.read(record, f"Move {config.run} away, or name another run.").inputs.facts()
     models = {"policy": start}
-    if inputs["reference"] and (config.train.model is None or Path(config.model).is_dir()):
+    if inputs["reference"] and (config.train.model is None or Path(config.model).exists()):
         models["reference"] = identity.find_reference(config)
     return {
         name: recorded[name]
