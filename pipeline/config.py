@@ -181,6 +181,8 @@ class Score(Section):
     """Engine that computes the reference's log-probs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the reference's weights. auto: as saved on a GPU, float32 on a CPU. Log-probs are always float32."""
+    head_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type that the LM head of engine transformers multiplies; sums and logits are float32. Default: that of the weights on a GPU, float32 on a CPU and for an adapter."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Quantize the reference when it is loaded (bitsandbytes). A quantized model is a different reference, with its own cache."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -484,6 +486,8 @@ class Train(Section):
     """Model or PEFT adapter that the policy starts from. Default: the reference."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Precision of the arithmetic with float32 weights. auto: bf16 on a GPU, float32 on a CPU."""
+    head_dtype: Literal["float32", "bfloat16"] | None = None
+    """Data type that the LM head multiplies; sums and logits are float32. Default: that of the arithmetic on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     shard: Literal["none", "fsdp"] | None = None

@@ -10,7 +10,7 @@ Ids of earlier versions are in older_ids.py, the files of a model in model_files
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -348,6 +348,15 @@ def numerics(engine: str, packages: Iterable[str], **facts: str) -> dict[str, st
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     return {name: version(name).partition("+")[0] for name in packages}
+
+
+def coarsest_dtype(record: Mapping[str, str]) -> str:
+    """The coarser dtype of the weights and of what the head multiplies; empty if the record names another, or none."""
+    dtypes = [record.get("dtype", ""), record.get("head_dtype", "float32")]
+    coarsest_first = ("bfloat16", "float16", "float32")
+    if not set(dtypes).issubset(coarsest_first):
+        return ""
+    return min(dtypes, key=coarsest_first.index)
 
 
 def numerics_id(record: dict[str, str]) -> str:

@@ -28,8 +28,8 @@ from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import architectures, trainable
 from prefcache.pipeline.model.attention import choose_kernel
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.forward import Forward, flatten
+from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.logprobs import plain_logps, sum_logps
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.scoring.baseline import load_frozen, score_plainly
@@ -300,7 +300,7 @@ def train_once(reference: Reference, chosen: list[TokenSequence]) -> float:
     def step(together: bool) -> tuple[float, dict[str, torch.Tensor]]:
         model = trainable.load(reference, Train(), kernel, cpu).model
         if together:
-            use_float32_head(model)
+            set_head_dtype(model, "float32")
             forward = Forward(model, kernel, "auto", "float32", "train.rows")
             forward.choose_layout(chosen)
             groups = forward.group(chosen)

@@ -53,8 +53,9 @@ FLOORS = {
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",
         "logprobs",
-        "attention chunked_lm_head",
-        "packed_row weights",
+        "attention lm_head",
+        "chunked_lm_head weights",
+        "packed_row",
         "forward trainable",
     ],
     "prefcache.pipeline.preparing": [

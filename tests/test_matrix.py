@@ -382,6 +382,7 @@ KNOBS = [
     Knob("adapter scale", adapter_scale, "reference", adapter()),
     Knob("revision", setting("revision", "tuned"), "reference", from_hub),
     Knob("dtype", setting("score.dtype", "bfloat16"), "numerics", tolerance=0.3),
+    Knob("what the head multiplies", setting("score.head_dtype", "bfloat16"), "numerics", tolerance=0.3),
     Knob("attention kernel", setting("score.attention", "eager"), "numerics"),
     Knob("engine", other_version, "numerics"),
     Knob("loss", setting("train.loss", "ipo"), "nothing"),

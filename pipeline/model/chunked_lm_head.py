@@ -1,4 +1,4 @@
-"""The LM head in float32, computed in chunks of positions.
+"""Log-probs from the decoder's last hidden states, computed in chunks of positions.
 
 The logits of all tokens over the whole vocabulary, by far the largest tensor of a step, never exist at once.
 
@@ -11,32 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from prefcache.pipeline.model.device import kind_of
-from prefcache.pipeline.model.logprobs import score_logits
-
-
-def use_float32_head(model: Any, *, frozen: bool = False) -> None:
-    """Make the model's head multiply in float32, whatever its own dtype or an autocast says.
-
-    With `frozen` weights the float32 copy is made once.
-    """
-    head = model.get_output_embeddings()
-    head.weight_in_float32 = head.weight.detach().float() if frozen else None
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if getattr(head, "bias", None) is None else head.bias.float()
-            return F.linear(hidden.float(), _float32_weight(head), bias)
-
-    head.forward = forward
-
-
-def _float32_weight(head: Any) -> torch.Tensor:
-    frozen_VD: torch.Tensor | None = getattr(head, "weight_in_float32", None)
-    return head.weight.float() if frozen_VD is None else frozen_VD
+from prefcache.pipeline.model.lm_head import add_product, multiply, multiply_head, operand_dtype, operand_weight
 
 
 def trained_beyond_head(model: Any) -> list[str]:
@@ -49,8 +27,8 @@ def score_hidden(
     model: Any, hidden_ND: torch.Tensor, target_N: torch.Tensor, squares: bool
 ) -> tuple[torch.Tensor, ...]:
     """Log-probs of the targets, and log_sum_squares if asked for, from the decoder's last hidden states."""
-    if torch.is_grad_enabled():
-        head = model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    if torch.is_grad_enabled() and (hidden_ND.requires_grad or head.weight.requires_grad):
         bias_V = getattr(head, "bias", None)
         scores: tuple[torch.Tensor, ...] = _ChunkedHead.apply(hidden_ND, head.weight, bias_V, target_N, model, squares)  # type: ignore[no-untyped-call]
         return scores
@@ -58,10 +36,12 @@ def score_hidden(
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Score all chunks; recompute each in the backward pass.
+    """Score all chunks and differentiate each token's log-prob by itself, since it depends on its own hidden state alone.
 
-    The last chunk's graph is kept, because the backward pass starts there. The weight's gradients are summed in one tensor, as
-    each chunk's would be as large as the head. Other parameters between the decoder and the logits get no gradient here.
+    The gradients come from the logits that gave the log-probs; the backward pass scales them by the slopes that it brings. With
+    a frozen head all of them are made in the forward pass, because one row of hidden width is all that a token leaves. A
+    trained weight's gradient needs logits and slopes at once: the last chunk's are kept, because the backward pass starts
+    there, and the others are recomputed. Other parameters between the decoder and the logits get no gradient here.
     """
 
     @staticmethod
@@ -74,104 +54,164 @@ class _ChunkedHead(torch.autograd.Function):
         model: Any,
         squares: bool,
     ) -> tuple[torch.Tensor, ...]:
-        _, trains_weight, trains_bias, *_ = ctx.needs_input_grad
-        ctx.model, ctx.sums = model, _GradientSums(trains_weight, trains_bias)
-        ctx.save_for_backward(hidden_ND, target_N)
-        *others, last = _chunks(model, hidden_ND.detach(), target_N)
-        chunks = [_score_chunk(model, *chunk, squares=squares) for chunk in others]
-        ctx.last_graph = _chunk_graph(model, *last, squares=squares, sums=ctx.sums)
-        scores = _concat([*chunks, tuple(values_n.detach() for values_n in ctx.last_graph[1])])
-        ctx.mark_non_differentiable(*scores[1:])
-        return scores
+        _, *trains, _, _, _ = ctx.needs_input_grad
+        ctx.model, ctx.trains, ctx.last = model, trains, None
+        chunks = _chunks(model, hidden_ND.detach(), target_N)
+        if any(trains):
+            ctx.save_for_backward(hidden_ND, target_N)
+            scores = [_score_chunk(model, *chunk, squares=squares) for chunk in chunks[:-1]]
+            ctx.last = _differentiate_chunk(model, *chunks[-1], squares=squares)
+            scores.append(ctx.last.scores)
+        else:
+            scores, gradients = [], []
+            for chunk in chunks:
+                differentiated = _differentiate_chunk(model, *chunk, squares=squares)
+                scores.append(differentiated.scores)
+                gradients.append(differentiated.hidden_nD.to(hidden_ND.dtype))
+                del differentiated  # before the next chunk's logits are made
+            ctx.save_for_backward(torch.cat(gradients))
+        result = _concat(scores)
+        ctx.mark_non_differentiable(*result[1:])
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps_N: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        slope_N = -grad_logps_N
+        if not any(ctx.trains):
+            (gradient_ND,) = ctx.saved_tensors
+            return (gradient_ND * slope_N.unsqueeze(1)).to(gradient_ND.dtype), None, None, None, None, None
         hidden_ND, target_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        chunks = _chunks(ctx.model, hidden_ND.detach(), target_N, grad_logps_N, grad_hidden_ND)
-        ctx.sums.pop()  # left over from an earlier backward pass
-        for hidden_nD, target_n, grad_logps_n, grad_hidden_nD in reversed(chunks):
-            leaf_nD, scores = ctx.last_graph or _chunk_graph(
-                ctx.model, hidden_nD, target_n, squares=False, sums=ctx.sums
-            )
-            ctx.last_graph = None
-            torch.autograd.backward(scores[0], grad_logps_n)
-            grad_hidden_nD.copy_(leaf_nD.grad)
-            del leaf_nD, scores  # before the next chunk's are made
-        dtype = ctx.model.get_output_embeddings().weight.dtype
-        weight_VD, bias_V = (None if grad is None else grad.to(dtype) for grad in ctx.sums.pop())
-        return grad_hidden_ND, weight_VD, bias_V, None, None, None
+        sums = _GradientSums(ctx.model.get_output_embeddings(), *ctx.trains)
+        for hidden_nD, target_n, slope_n, grad_hidden_nD in reversed(
+            _chunks(ctx.model, hidden_ND.detach(), target_N, slope_N, grad_hidden_ND)
+        ):
+            chunk = ctx.last or _differentiate_chunk(ctx.model, hidden_nD, target_n, squares=False)
+            ctx.last = None
+            torch.mul(chunk.hidden_nD, slope_n.unsqueeze(1), out=grad_hidden_nD)
+            sums.add(chunk, slope_n)
+            del chunk  # before the next chunk's logits are made
+        return grad_hidden_ND, *sums.result(), None, None, None
 
 
 @dataclass
+class _Chunk:
+    """A chunk's scores, and the gradients of its tokens' negative log-probs."""
+
+    scores: tuple[torch.Tensor, ...]
+    input_nD: torch.Tensor  # what the head multiplies
+    logits_nV: torch.Tensor  # the gradient at the head's product, as an operand
+    hidden_nD: torch.Tensor  # the gradient at the decoder's hidden states
+
+
 class _GradientSums:
-    """The gradients of a head's weight and bias, summed over its chunks."""
+    """The gradients of a head's weight and bias, summed over its chunks.
 
-    trains_weight: bool
-    trains_bias: bool
-    weight_VD: torch.Tensor | None = None
-    bias_V: torch.Tensor | None = None
+    A weight of the operands' own dtype has its gradient summed in that dtype: inside a chunk the sum is float32, and a chunk is
+    hundreds of positions, so half precision rounds a few times where a float32 sum would round once, and would take twice the
+    memory of the weight. Any other weight's gradient is summed in float32.
+    """
 
-    def add(self, hidden_nD: torch.Tensor, grad_logits_nV: torch.Tensor) -> None:
-        if self.weight_VD is not None:
-            self.weight_VD.addmm_(grad_logits_nV.t(), hidden_nD)
-        elif self.trains_weight:
-            self.weight_VD = grad_logits_nV.t() @ hidden_nD
-        if self.trains_bias:
-            grad_V = grad_logits_nV.sum(0)
-            self.bias_V = grad_V if self.bias_V is None else self.bias_V + grad_V
+    def __init__(self, head: Any, trains_weight: bool, trains_bias: bool) -> None:
+        self._head, self._trains_weight, self._trains_bias = head, trains_weight, trains_bias
+        self._weight_VD: torch.Tensor | None = None
+        self._bias_V: torch.Tensor | None = None
 
-    def pop(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        gradients = self.weight_VD, self.bias_V
-        self.weight_VD = self.bias_V = None
-        return gradients
+    def add(self, chunk: _Chunk, slope_n: torch.Tensor) -> None:
+        # Rows of hidden states are scaled, because those of logits are many times as wide.
+        grad_nV, slope_n1 = chunk.logits_nV, slope_n.unsqueeze(1)
+        input_nD = (chunk.input_nD * slope_n1).to(grad_nV.dtype)
+        if self._weight_VD is not None:
+            add_product(self._weight_VD, grad_nV.t(), input_nD)
+        elif self._trains_weight:
+            is_own = self._head.weight.dtype == grad_nV.dtype
+            self._weight_VD = torch.mm(grad_nV.t(), input_nD) if is_own else multiply(grad_nV.t(), input_nD)
+        if self._trains_bias:
+            grad_V = multiply(grad_nV.t(), slope_n1.to(grad_nV.dtype)).squeeze(1)
+            self._bias_V = grad_V if self._bias_V is None else self._bias_V + grad_V
 
-
-class _HeadProduct(torch.autograd.Function):
-    """The head's own product, whose gradients of weight and bias go into the sums."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, head: Any, multiply: Callable[[torch.Tensor], torch.Tensor], sums: _GradientSums
-    ) -> torch.Tensor:
-        ctx.head, ctx.sums = head, sums
-        ctx.save_for_backward(hidden)
-        return multiply(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logits: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
-        grad_logits_nV = grad_logits.flatten(0, -2).float()
-        with torch.autocast(hidden.device.type, enabled=False):
-            ctx.sums.add(hidden.flatten(0, -2).float(), grad_logits_nV)
-            grad_hidden = (grad_logits_nV @ _float32_weight(ctx.head)).to(hidden.dtype)
-        return grad_hidden.view_as(hidden), None, None, None
+    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        dtype = self._head.weight.dtype
+        weight_VD, bias_V = (None if grad is None else grad.to(dtype) for grad in (self._weight_VD, self._bias_V))
+        return weight_VD, bias_V
 
 
-def _chunk_graph(
-    model: Any, hidden_nD: torch.Tensor, target_n: torch.Tensor, *, squares: bool, sums: _GradientSums
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """A chunk's hidden states as a leaf, and its scores with a graph down to them."""
-    head = model.get_output_embeddings()
-    multiply = head.forward
-    leaf_nD = hidden_nD.detach().requires_grad_()
-    with torch.enable_grad(), _replaced_forward(head, lambda hidden: _HeadProduct.apply(hidden, head, multiply, sums)):  # type: ignore[no-untyped-call]
-        return leaf_nD, _score_chunk(model, leaf_nD, target_n, squares=squares)
+# -- a chunk ---------------------------------------------------------------------------------------------------------
 
 
 def _score_chunk(
     model: Any, hidden_nD: torch.Tensor, target_n: torch.Tensor, *, squares: bool
 ) -> tuple[torch.Tensor, ...]:
+    logits_nV = _compute_logits(model, hidden_nD, target_n)
+    return _score(_log_softmax(logits_nV, overwrite=True), target_n, squares)
+
+
+def _differentiate_chunk(model: Any, hidden_nD: torch.Tensor, target_n: torch.Tensor, *, squares: bool) -> _Chunk:
+    """Score a chunk, and turn its logits into the gradient of the negative log-probs: softmax, minus 1 at the target."""
+    head = _HeadCall(model.get_output_embeddings())
+    leaf_nD = hidden_nD.detach().requires_grad_()
+    with torch.enable_grad(), _replaced_forward(head.module, head):
+        logits_nV = _compute_logits(model, leaf_nD, target_n)
+    is_plain = _is_same(head.hidden_nD, leaf_nD) and _is_same(head.logits_nV, logits_nV)
+    with torch.no_grad():
+        log_softmax_nV = _log_softmax(logits_nV.detach(), overwrite=is_plain)
+        scores = _score(log_softmax_nV, target_n, squares)
+        dtype = operand_dtype(head.module) if is_plain else torch.float32
+        grad_nV = log_softmax_nV if dtype == torch.float32 else torch.empty_like(log_softmax_nV, dtype=dtype)
+        torch.exp(log_softmax_nV, out=grad_nV)
+        # Not its softmax minus 1, of which little is left for a likely target.
+        grad_nV.scatter_(1, target_n.unsqueeze(1), torch.expm1(scores[0]).unsqueeze(1).to(dtype))
+        del log_softmax_nV
+        if is_plain:
+            return _Chunk(scores, leaf_nD.detach(), grad_nV, multiply(grad_nV, operand_weight(head.module)))
+    (grad_hidden_nD,) = torch.autograd.grad(logits_nV, leaf_nD, grad_nV)
+    grad_product_nV = head.gradients[0].to(operand_dtype(head.module))
+    return _Chunk(scores, head.hidden_nD.detach(), grad_product_nV, grad_hidden_nD)
+
+
+class _HeadCall:
+    """Stands in for the head in its model's forward, and keeps what it multiplies, what it returns and the gradient there."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.gradients = module, list[torch.Tensor]()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        bias_V = getattr(self.module, "bias", None)
+        detached_V = None if bias_V is None else bias_V.detach()
+        self.hidden_nD = hidden.flatten(0, -2)
+        self.logits_nV = multiply_head(self.module, self.hidden_nD, self.module.weight.detach(), detached_V)
+        # A hook that held this object would be a cycle, which keeps logits in memory until they are collected.
+        self.logits_nV.register_hook(self.gradients.append)  # type: ignore[no-untyped-call]
+        return self.logits_nV.view(*hidden.shape[:-1], -1)
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the model only changed the shape between these two, so that they share one unchanged memory."""
+    is_shared = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.numel() == b.numel()
+    return is_shared and a._version == 0 and a.is_contiguous() and b.is_contiguous()
+
+
+def _compute_logits(model: Any, hidden_nD: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
     """Run the model's own forward, which may scale or cap logits, with the decoder replaced by its result."""
     decoder = model.get_decoder()
     # A decoder inside a wrapper that also sees images needs a token; its embedding is not used.
     is_wrapped = decoder is not getattr(model, model.base_model_prefix, decoder)
     input_ids = target_n.new_zeros(1, 1) if is_wrapped else None
     with _replaced_forward(decoder, lambda *_, **__: _DecoderOutput(hidden_nD.unsqueeze(0))):
-        logits_nV = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)
-        return score_logits(logits_nV, target_n, squares)
+        logits_nV: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits.squeeze(0).float()
+        return logits_nV
+
+
+def _log_softmax(logits_nV: torch.Tensor, *, overwrite: bool) -> torch.Tensor:
+    out = logits_nV if overwrite and logits_nV.is_contiguous() else None
+    return torch.log_softmax(logits_nV, -1, out=out)
+
+
+def _score(log_softmax_nV: torch.Tensor, target_n: torch.Tensor, squares: bool) -> tuple[torch.Tensor, ...]:
+    """What `score_logits` returns, from the log softmax."""
+    logps_n = log_softmax_nV.gather(1, target_n.unsqueeze(1)).squeeze(1)
+    return (logps_n, torch.logsumexp(2 * log_softmax_nV, -1)) if squares else (logps_n,)
 
 
 class _DecoderOutput:
@@ -209,9 +249,14 @@ def _chunks(model: Any, *by_position: torch.Tensor) -> list[tuple[Any, ...]]:
 
 
 def _chunk_positions(model: Any) -> int:
-    """Positions whose float32 logits take 16 MiB, which stays in a CPU's cache, or 1 GiB on a GPU."""
-    on_gpu = kind_of(next(model.parameters()).device) == "cuda"
-    return max(64, (1 << (28 if on_gpu else 22)) // int(model.get_output_embeddings().weight.shape[0]))
+    """Positions whose float32 logits take 16 MiB, which stays in a CPU's cache, or 256 MiB on a GPU.
+
+    A GPU multiplies tiles of 128 positions.
+    """
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    if kind_of(next(model.parameters()).device) == "cuda":
+        return max(128, (1 << 26) // vocabulary // 128 * 128)
+    return max(64, (1 << 22) // vocabulary)
 
 
 def _concat(chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:

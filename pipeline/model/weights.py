@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from prefcache.pipeline.errors import PrefcacheError, UsageError
 from prefcache.pipeline.identity import Reference
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model_files import ADAPTER_WEIGHTS
 from prefcache.pipeline.safetensors_files import shorten_list
@@ -203,4 +203,4 @@ def fold_head_adapter(model: Any) -> None:
         head.merge()
         head = head.get_base_layer()
     model.set_output_embeddings(head)
-    use_float32_head(model, frozen=True)
+    set_head_dtype(model, "float32", frozen=True)

@@ -163,7 +163,7 @@ def measure_parity(
     progress: Progress,
 ) -> dict[str, Any]:
     """Return how far an engine's log-probs are from the plain ones; fail where that is more than rounding."""
-    dtype, n = numerics["dtype"], len(scores)
+    dtype, n = identity.coarsest_dtype(numerics), len(scores)
     name = f"engine {score.engine} ({dtype})"
     remedy = find_engine(score.engine).remedy.format("" if dtype == "float32" else "score.dtype=float32, ")
     n_lost = sum(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from prefcache.pipeline.identity import coarsest_dtype
 from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.records import ShardRecord
 
@@ -18,7 +19,7 @@ def tolerance(numerics: Mapping[str, str], n_tokens: Any) -> Any:
 
     A token may deviate as far as when an engine is checked, and such deviations add up as noise does.
     """
-    of_token = TOKEN_TOLERANCE.get(numerics.get("dtype", ""), max(TOKEN_TOLERANCE.values()))
+    of_token = TOKEN_TOLERANCE.get(coarsest_dtype(numerics), max(TOKEN_TOLERANCE.values()))
     return of_token * np.sqrt(np.maximum(n_tokens, 1))
 
 

@@ -358,6 +358,7 @@ class Provenance(StoredRecord):
     moving_reference: str | None = None
     versions: dict[str, str] = {}
     precision: str | None = None
+    head_dtype: str | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     device: str | None = None
     processes: Annotated[int, Field(ge=1, le=1 << 31)] | None = None

@@ -24,8 +24,8 @@ from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import trainable
 from prefcache.pipeline.model.attention import choose_kernel
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.forward import Forward
+from prefcache.pipeline.model.lm_head import choose_head_dtype, set_head_dtype
 from prefcache.pipeline.model.stochastic_rounding import make_key
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.schema import TokenSequence
@@ -82,8 +82,9 @@ class Policy:
         """Make what computes with this model and updates it."""
         train, accelerator = self.train, self.accelerator
         self._trained, self.notes, model = trained, trained.notes, trained.model
+        self.head_dtype = choose_head_dtype(train.head_dtype, self.precision, accelerator.device)
         # A copy of a frozen head would be whole in every process.
-        use_float32_head(model, frozen=train.lora is not None and not self.sharded)
+        set_head_dtype(model, self.head_dtype, frozen=train.lora is not None and not self.sharded)
         self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
         self._calls = distributed.Calls(self.forward)
         if self.sharded:

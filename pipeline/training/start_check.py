@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from prefcache.pipeline import config_file
+from prefcache.pipeline import config_file, identity
 from prefcache.pipeline.errors import IdentityError, UsageError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact
@@ -35,6 +35,7 @@ def write_provenance(s: Session) -> None:
         moving_reference=s.moving and s.moving.description,
         versions={name: version(name) for name in packages},
         precision=s.policy.precision,
+        head_dtype=s.policy.head_dtype,
         quantization=s.start.quantization,
         device=str(s.policy.accelerator.device),
         processes=s.policy.accelerator.num_processes,
@@ -89,10 +90,10 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
         for answer in s.objective.answers
         if answer in s.objective.reference_answers
     ]
-    worst, dtypes = float(np.max(gaps)), [record.get("dtype", "") for record in scored.numerics.values()]
+    worst, dtypes = float(np.max(gaps)), list(map(identity.coarsest_dtype, scored.numerics.values()))
     # Numerics without a dtype that we know, such as imported ones, may be as coarse as any.
     coarsest = max(START_TOLERANCE.values())
-    tolerance = max(START_TOLERANCE.get(name, coarsest) for name in [s.policy.precision, *dtypes])
+    tolerance = max(START_TOLERANCE.get(name, coarsest) for name in [s.policy.precision, s.policy.head_dtype, *dtypes])
     if not worst <= tolerance:
         raise IdentityError(
             f"The policy is the cached reference, yet their log-probs differ by {worst:.3g} nats per token at the start; "

@@ -304,8 +304,8 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
 
     from prefcache.pipeline.config import Train
     from prefcache.pipeline.identity import Reference
-    from prefcache.pipeline.model.chunked_lm_head import use_float32_head
     from prefcache.pipeline.model.forward import Forward, flatten
+    from prefcache.pipeline.model.lm_head import set_head_dtype
     from prefcache.pipeline.model.logprobs import sum_logps
     from prefcache.pipeline.training.distributed import make_accelerator
     from prefcache.pipeline.training.objective import Objective
@@ -318,7 +318,7 @@ def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
 
     def frozen() -> Forward:
         model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().requires_grad_(False)
-        use_float32_head(model, frozen=True)
+        set_head_dtype(model, "float32", frozen=True)
         forward = Forward(model, "sdpa", "auto", "float32", "train.rows")
         forward.choose_layout(tried)
         return forward

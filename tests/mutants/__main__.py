@@ -47,6 +47,7 @@ TESTS = {
     "pipeline/preparing/encoder.py": "preparing/encoder",
     "pipeline/model/packing.py": "model/packing",
     "pipeline/model/logprobs.py": "model/logprobs model/forward",
+    "pipeline/model/lm_head.py": "model/lm_head model/chunked_lm_head",
     "pipeline/model/chunked_lm_head.py": "model/chunked_lm_head model/forward",
     "pipeline/model/packed_row.py": "model/attention model/forward",
     "pipeline/model/attention.py": "model/attention model/forward",

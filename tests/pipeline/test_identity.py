@@ -575,6 +575,21 @@ def test_a_tokenizer_without_further_files_keeps_its_id_and_its_older_one(tmp_pa
     assert older_ids.older_tokenizer_id(tmp_path) == expected != identity.tokenizer_id(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("record", "coarsest"),
+    [
+        ({"dtype": "float32"}, "float32"),  # as rows were recorded before the head had a dtype
+        ({"dtype": "bfloat16", "head_dtype": "float32"}, "bfloat16"),
+        ({"dtype": "float32", "head_dtype": "float16"}, "float16"),
+        ({"dtype": "float16", "head_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float8", "head_dtype": "float32"}, ""),
+        ({"engine": "imported"}, ""),
+    ],
+)
+def test_the_coarsest_dtype_bounds_the_rounding_of_numerics(record, coarsest):
+    assert identity.coarsest_dtype(record) == coarsest
+
+
 def test_numerics_name_engine_and_versions_and_hash_to_an_id():
     record = identity.numerics("transformers", ["torch"], dtype="float32")
     # A local label such as +cpu is no version of the arithmetic.

@@ -354,7 +354,8 @@ def test_the_chat_template_it_was_trained_with_is_saved_with_the_model(prefcache
 
 
 def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
-    settings = options("score.dtype=bfloat16", "train.precision=bf16")
+    heads = ("score.head_dtype=bfloat16", "train.head_dtype=bfloat16")
+    settings = options("score.dtype=bfloat16", "train.precision=bf16", *heads)
     prefcache("prepare", config, *settings)
     prefcache("score", config, *settings)
     # A process of its own: accelerate keeps one precision for the life of a process.
@@ -363,6 +364,8 @@ def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "start checked" in done.stderr
+    provenance = json.loads((tmp_path / "runs/tiny/trained/provenance.json").read_text())
+    assert (provenance["precision"], provenance["head_dtype"]) == ("bfloat16", "bfloat16")
 
 
 def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint_and_a_lost_part_is_named(prefcache, trained):

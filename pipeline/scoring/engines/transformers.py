@@ -29,7 +29,7 @@ def numerics(reference: Reference, score: Score) -> dict[str, str]:
         [*_PACKAGES, *optional],
         device=device,
         dtype=resolve_dtype(reference.folder, score, device),
-        head_dtype="float32",
+        head_dtype=_choose_head_dtype(reference, score, device),
         attention=choose_kernel(reference.folder, score.attention),
         layout="1",
     )
@@ -46,17 +46,25 @@ def _choose_device(score: Score) -> str:
     return available if score.device == "auto" else score.device
 
 
+def _choose_head_dtype(reference: Reference, score: Score, device: str) -> str:
+    from prefcache.pipeline.model.lm_head import choose_head_dtype
+
+    # An adapter may be merged into the head, in float32, and would be lost in fewer bits.
+    arithmetic = "float32" if reference.adapter else resolve_dtype(reference.folder, score, device)
+    return choose_head_dtype(score.head_dtype, arithmetic, device)
+
+
 class TransformersEngine:
     def __init__(self, reference: Reference, score: Score) -> None:
         from prefcache.pipeline.model.attention import choose_kernel
-        from prefcache.pipeline.model.chunked_lm_head import use_float32_head
         from prefcache.pipeline.model.forward import Forward
+        from prefcache.pipeline.model.lm_head import set_head_dtype
         from prefcache.pipeline.scoring.baseline import load_frozen
 
         device = _choose_device(score)
         dtype, kernel = resolve_dtype(reference.folder, score, device), choose_kernel(reference.folder, score.attention)
         model = load_frozen(reference, dtype, score.attention, device)
-        use_float32_head(model, frozen=True)
+        set_head_dtype(model, _choose_head_dtype(reference, score, device), frozen=True)
         self._forward = Forward(model, kernel, score.rows, dtype, "score.rows")
         self._budget = score.tokens_per_batch or (2_048 if device == "cpu" else 16_384)
         self.facts: dict[str, Any] = {}

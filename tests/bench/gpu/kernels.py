@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.forward import ROUNDING, Forward
+from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.logprobs import plain_logps, sum_logps
 from tests.bench import corpus
 from tests.bench.corpus import TokenPair
@@ -137,7 +137,7 @@ def _forward(model: Any, pairs: list[TokenPair], precision: str, way: str) -> Fo
     trained = precision != "bfloat16"
     if not trained:
         model = model.to(torch.bfloat16)
-    use_float32_head(model, frozen=not trained)
+    set_head_dtype(model, "float32", frozen=not trained)
     kernel = "eager" if _kind(model) == "capped" else "sdpa"
     forward = Forward(model, kernel, way, "float32" if precision == "float32" else "bfloat16", "rows")
     with _precision(precision):

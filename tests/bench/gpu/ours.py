@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from prefcache.pipeline.model import chunked_lm_head, packing
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.device import to_device
 from prefcache.pipeline.model.forward import Forward, flatten
+from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.logprobs import sum_logps
 from prefcache.pipeline.model.packed_row import lay_out, row_logps
 from prefcache.pipeline.schema import TokenSequence
@@ -56,7 +56,7 @@ class Trainer:
             # Transformers asks for training mode; nothing is drawn at random in these models.
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        use_float32_head(model, frozen="lora" in self.words)
+        set_head_dtype(model, "float32", frozen="lora" in self.words)
         self.model, self.forward = model, self._forward_of(model, pairs)
         self._frozen = self._reference(shape, pairs) if "live" in self.words else None
         self._optimizer = torch.optim.AdamW(
@@ -73,7 +73,7 @@ class Trainer:
 
     def _reference(self, shape: dict[str, Any], pairs: list[TokenPair]) -> Forward:
         frozen = work.build(shape, torch.float32).requires_grad_(False)
-        use_float32_head(frozen, frozen=True)
+        set_head_dtype(frozen, "float32", frozen=True)
         return self._forward_of(frozen, pairs)
 
     def reference_of(self, pairs: list[TokenPair]) -> np.ndarray:
@@ -185,7 +185,7 @@ def adapter() -> Any:
 
 def scorer(model: Any, way: str, dtype: str, like: list[TokenPair]) -> Callable[[list[TokenPair]], list[np.ndarray]]:
     """As the engine `transformers` scores, see its `_score`."""
-    use_float32_head(model, frozen=True)
+    set_head_dtype(model, "float32", frozen=True)
     forward = Forward(model, "sdpa", way, dtype, "rows")
     forward.choose_layout(work.sequences(sorted(like, key=lambda pair: -sum(map(len, pair)))[:4]))
 

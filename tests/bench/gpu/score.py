@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
+from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.logprobs import plain_logps
 from tests.bench import contest, corpus
 from tests.bench import score as of_cpu
@@ -176,7 +176,7 @@ def _parity(shape: dict[str, Any], scorers: dict[str, Score], pairs: list[TokenP
 
 
 def _one_by_one(model: Any, pairs: list[TokenPair]) -> list[np.ndarray]:
-    use_float32_head(model, frozen=True)
+    set_head_dtype(model, "float32", frozen=True)
     with torch.inference_mode():
         return [plain_logps(model, each).cpu().numpy() for each in work.sequences(pairs)]
 

@@ -15,8 +15,8 @@ from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import trainable
-from prefcache.pipeline.model.chunked_lm_head import use_float32_head
 from prefcache.pipeline.model.forward import Forward
+from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.logprobs import plain_logps
 from tests.helpers.models import ARCHITECTURES, UNSHARABLE, answers, build, save_mixture, start_forward
 from tests.helpers.runs import away_from_nothing, sft
@@ -31,7 +31,7 @@ def loaded(folder: Path, adapter: Path | None = None, **train) -> trainable.Trai
 
 
 def forward(model, layout: str = "shared") -> Forward:
-    use_float32_head(model)
+    set_head_dtype(model, "float32")
     return start_forward(model, layout, PAIRS)
 
 
@@ -174,7 +174,7 @@ def test_gradients_of_experts_factors_are_those_of_their_dense_product(mixture, 
     ours, plain = loaded(mixture, lora=EXPERTS), AutoModelForCausalLM.from_pretrained(mixture).eval()
     away_from_nothing(ours.parameters().values())
     by_hand = experts_by_hand(ours.model, plain)
-    use_float32_head(ours.model)
+    set_head_dtype(ours.model, "float32")
     groups = [PAIRS[:2], PAIRS[2:]] if layout == "shared" else [[each] for each in PAIRS]
     torch.cat(start_forward(ours.model, layout, PAIRS).logps(groups).logps).sum().backward()
     torch.cat([plain_logps(plain, each) for each in PAIRS]).sum().backward()

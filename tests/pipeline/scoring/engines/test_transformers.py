@@ -136,3 +136,20 @@ def test_half_precision_stays_near_float32(reference, dtype):
     engine = TransformersEngine(reference("llama"), Score(dtype=dtype))
     assert 1e-5 < deviation(engine, reference("llama")) < 0.75
     assert engine.facts["rows"] == "shared"
+
+
+def test_the_record_names_what_the_head_multiplies(reference, tmp_path):
+    """Half precision on a GPU only, here one of Ray's; and never with an adapter, which may be merged into the head."""
+    llama = reference("llama")
+    on_gpu = Score(dtype="bfloat16", device="cuda", ray={"actors": 1})
+    assert numerics(llama, on_gpu)["head_dtype"] == "bfloat16"
+    assert numerics(llama, on_gpu.model_copy(update={"head_dtype": "float32"}))["head_dtype"] == "float32"
+    assert numerics(Reference(llama.folder, tmp_path), on_gpu)["head_dtype"] == "float32"
+    assert numerics(llama, Score(dtype="bfloat16"))["head_dtype"] == "float32"
+    assert numerics(llama, Score(head_dtype="float16"))["head_dtype"] == "float16"
+
+
+@pytest.mark.parametrize("head_dtype", ["bfloat16", "float16"])
+def test_a_half_precision_head_stays_near_float32(reference, head_dtype):
+    engine = TransformersEngine(reference("llama"), Score(head_dtype=head_dtype))
+    assert 1e-4 < deviation(engine, reference("llama")) < 0.1
