@@ -24,6 +24,7 @@ import torch
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model import trainable
+from prefcache.pipeline.model.stochastic_rounding import make_key, random_bits, round_stochastically
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.training import dataset
@@ -101,7 +102,7 @@ class MovingReference:
             return
         with artifact.scratch_folder(self._run / "policy") as aside:
             save_weights(aside, self._policy.parameters)
-            self._mix_weights()
+            self._mix_weights(done)
             self._score(done)
             self._policy.load_weights(aside, reshaped=True)  # a mixture of adapters has another rank
 
@@ -116,13 +117,17 @@ class MovingReference:
         """The files that `save` adds to the checkpoint of a step."""
         return ({_WEIGHTS} if self._mixes else set()) | ({_SCORES} if step > self._every else set())
 
-    def _mix_weights(self) -> None:
+    def _mix_weights(self, done: int) -> None:
         """Put the reference's new weights into the policy's parameters, in place and one after another, and on disk."""
         parameters, accelerator = self._policy.parameters, self._policy.accelerator
         stacked = trainable.count_stacked(self._policy.forward.model)
         for name, other in trainable.read_tensors(self._folder / WEIGHTS):
-            own = parameters[name]
-            trainable.assign(own, _mix(name, own.data, other.to(own.device), self._alpha, stacked.get(name, 1)))
+            own, other = parameters[name], other.to(parameters[name].device)
+            if own.dtype == torch.bfloat16:
+                mixed = _mix_bf16(own.data, other, self._alpha, make_key(self._train.seed, done, name))
+            else:
+                mixed = _mix(name, own.data, other, self._alpha, stacked.get(name, 1))
+            trainable.assign(own, mixed)
         accelerator.wait_for_everyone()  # all have read the old weights
         if accelerator.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
@@ -183,6 +188,16 @@ def _mix(name: str, own: torch.Tensor, other: torch.Tensor, alpha: float, n_expe
     if ".lora_B." in name:
         return torch.cat([alpha * own, (1 - alpha) * other], 1)[:, : n_most * own.shape[1]]
     return own.mul_(alpha).add_(other, alpha=1 - alpha)
+
+
+def _mix_bf16(own: torch.Tensor, other: torch.Tensor, alpha: float, key: int) -> torch.Tensor:
+    """Mix whole weights in bf16, rounded stochastically.
+
+    Most differ by one step of bf16, if at all: rounded to the nearest, an alpha of 0.6 would act as 1, and one of 0.4 as 0.
+    """
+    mixed_N = other.flatten().float().lerp_(own.flatten().float(), alpha)
+    bits_N = random_bits(len(mixed_N), torch.tensor(key, dtype=torch.int32), own.device)
+    return round_stochastically(mixed_N, bits_N & 0xFFFF).view(own.shape)
 
 
 # -- in a checkpoint -------------------------------------------------------------------------------------------------

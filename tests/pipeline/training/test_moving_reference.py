@@ -23,7 +23,7 @@ from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import CheckpointManifest
 from prefcache.pipeline.training.alerts import Watch
 from prefcache.pipeline.training.losses import get_loss
-from prefcache.pipeline.training.moving_reference import _mix
+from prefcache.pipeline.training.moving_reference import _mix, _mix_bf16
 from prefcache.pipeline.training.policy import Policy
 from prefcache.pipeline.training.policy_logps import PolicyLogps
 from tests.helpers.models import save_mixture
@@ -196,6 +196,17 @@ def test_rewards_in_sql_are_those_of_the_metrics(prefcache, model, tmp_path):
     assert [step for step in found if abs(found[step]) < 1e-6] == [1, 2, 5, 9]
 
 
+@pytest.mark.parametrize("alpha", [0.4, 0.6])
+def test_weights_in_bf16_that_differ_by_one_step_are_mixed_on_average(alpha):
+    reference = torch.ones(300, 200).bfloat16()
+    policy = torch.full_like(reference, 1 + 2**-7)  # the next number
+    mixed = _mix_bf16(policy.clone(), reference, alpha, key=1)
+    assert mixed.dtype == torch.bfloat16 and mixed.unique().tolist() == [1, 1 + 2**-7]
+    assert (mixed.double().mean().item() - 1) * 2**7 == pytest.approx(alpha, abs=0.01)
+    to_the_nearest = policy.mul(alpha).add(reference, alpha=1 - alpha)
+    assert to_the_nearest.unique().tolist() == [1 + 2**-7 if alpha > 0.5 else 1]
+
+
 # -- the cost --------------------------------------------------------------------------------------------------------
 
 
@@ -261,8 +272,9 @@ def test_the_reference_is_scored_with_no_second_copy_of_the_weights(prefcache, m
         {"moving_reference": SOFT},
         {"moving_reference": HARD, "tokens": {"decay": 0.9}, "eval_every": 5},
         {"moving_reference": SOFT, "lora": {}},
+        {"moving_reference": SOFT, "weights": "bfloat16"},
     ],
-    ids=["soft", "hard-with-tokens", "soft-lora"],
+    ids=["soft", "hard-with-tokens", "soft-lora", "soft-bf16"],
 )
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(prefcache, model, tmp_path, settings):
     config = ready(prefcache, tmp_path, model, checkpoint_every=2, epochs=3, **settings)
