@@ -57,7 +57,7 @@ ALIASES = {
     "gradient_clipping": "train.max_grad_norm",
     "bf16": "train.precision: bf16",
     "fp16": "train.precision (float32 or bf16)",
-    "torch_dtype": "score.dtype for the reference, train.precision for training",
+    "torch_dtype": "score.dtype for the reference, train.weights for what is trained",
     "deepspeed": "train.shard: fsdp",
     "fsdp": "train.shard: fsdp",
     "peft": "train.lora",

@@ -122,8 +122,8 @@ _IGNORED = {
     "bf16_full_eval": "evaluation computes as training does",
     "tf32": "not set here",
     "torch_compile": "layers are not compiled; the values would be the same",
-    "dtype": "score.dtype is the reference's; what is trained is float32",
-    "torch_dtype": "score.dtype is the reference's; what is trained is float32",
+    "dtype": "score.dtype is the reference's; what is trained is float32, or bfloat16 (train.weights)",
+    "torch_dtype": "score.dtype is the reference's; what is trained is float32, or bfloat16 (train.weights)",
     "lora_dropout": "adapters train without dropout, so that the margin starts at 0",
     "lora_task_type": "always CAUSAL_LM",
     "dataset_test_split": "prepare.held_out keeps a share of the prompts for evaluation",
@@ -192,6 +192,10 @@ def convert(theirs: Mapping[str, Any], name: str = "The file") -> Converted:
         for key, ours in _LORA.items():
             if key in given:
                 converted.put(key, f"train.lora.{ours}", given[key])
+    for key in ("dtype", "torch_dtype"):
+        if given.get(key) == "bfloat16":
+            ours = "train.lora.base_dtype" if given.get("use_peft") else "train.weights"
+            converted.put(key, ours, "bfloat16")
     if given.get("sync_ref_model"):
         converted.became["sync_ref_model"] = "train.moving_reference"
         for key, ours in _MOVING.items():

@@ -119,6 +119,18 @@ def test_the_schedule_and_the_optimizer_come_along():
     assert not {"scheduler", "optimizer"} & set(found.config["train"])
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_weights_in_bf16_are_trained_in_bf16_and_an_adapter_on_them_is_not(key):
+    found = convert({key: "bfloat16", "bf16": True})
+    assert found.config["train"]["weights"] == "bfloat16" and found.became[key] == "train.weights: bfloat16"
+    found.check()
+    found = convert({key: "bfloat16", "use_peft": True})
+    assert found.config["train"]["lora"] == {"base_dtype": "bfloat16"} and "weights" not in found.config["train"]
+    found.check()
+    found = convert({key: "float32"})
+    assert key in found.ignored and "weights" not in found.config["train"]
+
+
 def test_a_mixtures_balance_comes_along():
     assert convert({"router_aux_loss_coef": 0.01}).config["train"]["router_aux_loss"] == 0.01
 
