@@ -60,6 +60,14 @@ def make_optimizer(
 
     optimizer_class = {"adamw_8bit": optim.AdamW8bit, "adamw_4bit": optim.AdamW4bit}[train.optimizer]
     optimizer: torch.optim.Optimizer = optimizer_class(groups, **options, bf16_stochastic_round=True)
+    make_moment = optimizer._new_buffer  # type: ignore[attr-defined]
+
+    def make_float32_moment(weight: torch.Tensor, signed: bool) -> torch.Tensor:
+        # Moments too small to be quantized have the weight's own dtype, and in bf16 the second one would never shrink.
+        moment: torch.Tensor = make_moment(weight, signed)
+        return moment if hasattr(moment, "__tensor_flatten__") else moment.float()
+
+    optimizer._new_buffer = make_float32_moment  # type: ignore[attr-defined]
     return optimizer
 
 

@@ -128,6 +128,19 @@ def test_a_weight_that_is_not_contiguous_is_updated_in_place():
     assert torch.equal(weight, other) and weight.data_ptr() == base.data_ptr() and not weight.is_contiguous()
 
 
+@pytest.mark.parametrize("kind", ["adamw_8bit", "adamw_4bit"])
+def test_moments_that_are_too_small_to_be_quantized_are_float32(kind):
+    norm, layer = bf16(torch.ones(64)), bf16(torch.ones(64, 128))
+    optimizer = optimizer_of([norm, layer], kind)
+    for each in (norm, layer):
+        each.grad = torch.ones_like(each)
+    take_step(optimizer, 1e-3, 1)
+    state = optimizers.get_state(optimizer)
+    plain, quantized = ({n: v.dtype for n, v in state.items() if n.startswith(i)} for i in ("1.", "0."))
+    assert plain == dict.fromkeys(("1.step", "1.exp_avg", "1.exp_avg_sq"), torch.float32)
+    assert quantized["0.exp_avg_sq.codes"] == torch.uint8
+
+
 # -- the norm --------------------------------------------------------------------------------------------------------
 
 
