@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from prefcache.pipeline import model_files
+from prefcache.pipeline import model_config, model_files
 from prefcache.pipeline.config import Lora, Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
@@ -95,7 +95,10 @@ def load(start: Reference, train: Train, kernel: str, device: torch.device) -> T
             f"{start.folder} is a Reformer, which Transformers trains with dropout only. Use another model."
         )
     weights.fix_generation_config(model.generation_config)
-    adapter, notes = None, []
+    adapter, notes = None, list[str]()
+    saved = model_config.read(start.folder).saved_dtype
+    if train.weights == "bfloat16" and saved != "bfloat16":
+        notes.append(f"weights that were saved in {saved} are rounded to bfloat16 (train.weights)")
     if lora is not None:
         adapter = _add_adapter(model, start, lora, train.seed, device)
         n_trained, n = adapter.get_nb_trainable_parameters()  # counts what quantized weights stand for

@@ -106,6 +106,11 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
             f"Loss {s.objective.name!r} has no finite value where policy and reference agree, which is where training starts. "
             "Choose another loss, or fix this one."
         )
+    if other := next((dtype for dtype in dtypes if dtype and dtype != s.policy.precision), None):
+        s.progress.say(
+            f"train: the policy computes in {s.policy.precision}, and the cache was scored in {other}: they may differ by "
+            f"{tolerance} nats per token, and do by up to {worst:.2g}, so the margin need not start at 0"
+        )
     margin = start.get("rewards/margins", 0.0)
     s.progress.say(
         f"train: start checked on {len(sample)} {s.objective.kind}: margin {round(margin, 6) + 0.0:.6f}, "

@@ -15,13 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from prefcache.cli import main
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored.prepared import Prepared
-from prefcache.pipeline.training import distributed, policy
+from prefcache.pipeline.training import distributed, optimizers, policy
 from prefcache.pipeline.training.policy import Policy
 from tests.helpers.models import save_mixture
 from tests.helpers.project import ROOT, write_config, write_pairs
@@ -43,6 +44,7 @@ SETTINGS = {
         "train.model=mixture",
         "train.lora={r: 4, target_modules: [], target_parameters: [gate_up_proj, down_proj]}",
     ],
+    "bf16": ["train.weights=bfloat16"],
     "aot": ["train.loss=aot"],
     "kto": [*LABELS, "train.loss=kto", "train.epochs=0.4"],
 }
@@ -126,8 +128,27 @@ def in_each_process() -> None:
             torch.distributed.barrier()
         main(job.command, standalone_mode=False)
         model, optimizer = policies[-1].forward.model, policies[-1]._optimizer.state_dict()["state"].values()
+        if job.name == "shards-bf16":
+            Path(f"rounded-{rank}.json").write_text(json.dumps(shards_are_rounded_as_the_whole()))
         held = [n_bytes(model.state_dict().values()), n_bytes(v for state in optimizer for v in state.values())]
         Path(f"{job.name}-{rank}.json").write_text(json.dumps(held))
+
+
+def shards_are_rounded_as_the_whole() -> bool:
+    """Whether weights in bf16 are the same bit by bit after steps in shards and in one piece, with the same gradients."""
+    mesh, dice = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=dice).bfloat16() for shape in ((5, 300), (64, 7, 3), (1, 9), (6,))]
+    ways = [start, [distribute_tensor(each, mesh, [Shard(0)]) for each in start]]
+    parameters = [[torch.nn.Parameter(each.clone()) for each in way] for way in ways]
+    settings = Train(weights="bfloat16")
+    updates = [optimizers.make_optimizer(way, settings, torch.device("cpu")) for way in parameters]
+    for seed in range(3):
+        for whole, shard in zip(*parameters, strict=True):
+            whole.grad = torch.randn(whole.shape, generator=dice).bfloat16()
+            shard.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+        for update in updates:
+            optimizers.take_step(update, 1e-3, seed)
+    return all(torch.equal(whole, shard.full_tensor()) for whole, shard in zip(*parameters, strict=True))
 
 
 def n_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -168,10 +189,11 @@ def one_process(tmp_path_factory, model) -> Path:
 def trained(one_process) -> Path:
     """And as two do, with a shard each or with the whole model; and runs that go on from where others were killed."""
     shards = [Job(f"shards-{name}", command(name, "shards", "train.shard=fsdp")) for name in SETTINGS]
-    copies = [Job(f"copies-{name}", command(name, "copies", "train.shard=none")) for name in ("llama", "tied")]
+    copies = [Job(f"copies-{name}", command(name, "copies", "train.shard=none")) for name in ("llama", "tied", "bf16")]
     again = [
-        Job(f"{run}-llama", command("llama", run, "train.shard=fsdp"), goes_on_from=f"{before}-llama")
+        Job(f"{run}-{name}", command(name, run, "train.shard=fsdp"), goes_on_from=f"{before}-{name}")
         for run, before in (("again", "shards"), ("joined", "one"))
+        for name in ("llama", "bf16")
     ]
     # By accelerate's flags alone.
     kept = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
@@ -198,7 +220,23 @@ def assert_same(run: Path, one: Path) -> None:
     assert max(float((found[key] - wanted[key]).abs().max()) for key in wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("run", ["shards", "copies", "joined"])
+def test_weights_in_bf16_become_those_of_one_process_but_for_rounding(trained, model, run):
+    """Micro-batches and processes add up gradients in another order, and each sum is rounded to bf16."""
+    rows, expected = (metrics(run_folder(trained, "bf16", each)) for each in (run, "one"))
+    for name in ("loss", "grad_norm", "rewards/margins", "eval_loss"):
+        found, wanted = ([row[name] for row in table if row[name] is not None] for table in (rows, expected))
+        assert found == pytest.approx(wanted, rel=0.05, abs=0.02) and len(wanted) > 2
+    found, wanted = (weights(run_folder(trained, "bf16", each)) for each in (run, "one"))
+    start = load_file(model / "model.safetensors")
+    gap, move = (
+        torch.cat([(found[key].double() - other[key].double()).flatten() for key in wanted]).abs().mean()
+        for other in (wanted, start)
+    )
+    assert {each.dtype for each in found.values()} == {torch.bfloat16} and gap < move / 50
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "bf16"])
 def test_two_processes_with_a_shard_each_do_what_one_does(trained, name):
     assert_same(run_folder(trained, name, "shards"), run_folder(trained, name, "one"))
 
@@ -213,10 +251,11 @@ def test_the_flags_of_accelerate_launch_shard_as_the_config_does(trained):
         assert_same_bits(trained, "shards", run)
 
 
-def assert_same_bits(folder: Path, one: str, other: str) -> None:
-    files = [run_folder(folder, "llama", run) / "model/model.safetensors" for run in (one, other)]
+def assert_same_bits(folder: Path, one: str, other: str, name: str = "llama") -> None:
+    runs = [run_folder(folder, name, run) for run in (one, other)]
+    files = [run / "model/model.safetensors" for run in runs]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert metrics(run_folder(folder, "llama", one)) == metrics(run_folder(folder, "llama", other))
+    assert metrics(runs[0]) == metrics(runs[1])
 
 
 def test_every_step_was_clipped_and_some_labels_had_no_mismatched_answer(trained):
@@ -269,8 +308,18 @@ def test_samples_of_a_sharded_model_are_those_of_a_whole_one(trained):
     assert rows[0] == rows[1] and any(row["before"] != row["after"] for row in rows[0])
 
 
-def test_a_sharded_run_resumes_bit_by_bit(trained):
-    assert_same_bits(trained, "shards", "again")
+@pytest.mark.parametrize("name", ["llama", "bf16"])
+def test_a_sharded_run_resumes_bit_by_bit(trained, name):
+    assert_same_bits(trained, "shards", "again", name)
+
+
+def test_weights_in_bf16_are_rounded_alike_in_any_number_of_shards(trained):
+    assert all(json.loads((trained / f"rounded-{rank}.json").read_text()) for rank in (0, 1))
+
+
+def test_in_bf16_a_shard_takes_half_the_bytes(trained):
+    n = sum(each.numel() for each in weights(run_folder(trained, "bf16", "one")).values())
+    assert [sum(each) for each in zip(*held(trained, "shards-bf16"), strict=True)] == [2 * n, 4 * n]
 
 
 def test_a_run_goes_on_in_another_number_of_processes(trained):
