@@ -52,7 +52,7 @@ FLOORS = {
     ],
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",
-        "logprobs",
+        "logprobs traced_gpu",
         "attention lm_head",
         "chunked_lm_head weights",
         "packed_row",
@@ -80,7 +80,7 @@ FLOORS = {
         "run_inputs policy_logps",
         "cache_join gradient_step metrics",
         "policy",
-        "moving_reference",
+        "moving_reference step_trace",
         "best_checkpoint",
         "run_context",
         "evaluate alert_handler",

@@ -24,7 +24,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     Otherwise the host would wait for all queued GPU work, and could not lay out a micro-batch while the previous one computes.
     """
     if torch.device(device).type != "cuda":
-        return tensor.to(device)
+        return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

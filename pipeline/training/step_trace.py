@@ -1,0 +1,222 @@
+"""What a training step costs on a GPU, from a model's config and the lengths of examples alone: no weights, no GPU.
+
+The program's own step (`Policy.update`) runs on fake tensors, so what is counted is what the program does. `traced_gpu` says how.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefcache.pipeline.config import Train
+from prefcache.pipeline.model import attention, trainable
+from prefcache.pipeline.model.logprobs import Logps
+from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_gpu
+from prefcache.pipeline.schema import PAIRS, TokenSequence
+from prefcache.pipeline.training import optimizers
+from prefcache.pipeline.training.dataset import Examples, SplitData
+from prefcache.pipeline.training.objective import Objective
+from prefcache.pipeline.training.policy import Policy
+
+
+class Lengths(NamedTuple):
+    """Tokens of a pair."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes, by what they are held for; traced_gpu.PARTS says what each is."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    rest: int = 0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One process's step."""
+
+    peak_bytes: int
+    parts: Parts  # at the peak
+    held_bytes: int  # between steps: weights and the optimizer's state
+    flops: dict[str, int]  # by dtype: bfloat16 on tensor cores, float32
+    kernels: int
+    syncs: int  # times that the host waits for the GPU
+    copies: int  # from the host to the GPU
+    bytes_moved: int
+    attention: tuple[str, ...]  # the kernels that were chosen
+    head: tuple[str, ...]
+    ops: dict[Op, int] = field(repr=False)  # how often each
+
+    def seconds(self, flops_per_second: dict[str, float], bytes_per_second: float) -> float:
+        """The roofline: each operation takes the longer of its arithmetic and its traffic."""
+        return sum(
+            n * max(op.flops / flops_per_second[_rate_of(op)], op.bytes / bytes_per_second)
+            for op, n in self.ops.items()
+        )
+
+
+def _rate_of(op: Op) -> str:
+    return "bfloat16" if op.dtype in ("bfloat16", "float16") else "float32"
+
+
+def measured_cost(trace: Trace) -> StepCost:
+    return StepCost(
+        peak_bytes=trace.peak_bytes,
+        parts=Parts(**{part: n for part, n in trace.peak_parts.items() if n}),
+        held_bytes=sum(trace.held.values()),
+        flops=trace.flops_by_dtype(),
+        kernels=int(trace.total(lambda op: op.kernels)),
+        syncs=trace.syncs,
+        copies=trace.copies,
+        bytes_moved=int(trace.total(lambda op: op.bytes)),
+        attention=tuple(sorted(trace.attention)),
+        head=tuple(sorted(trace.head)),
+        ops=dict(trace.ops),
+    )
+
+
+def trace_step(config: Any, train: Train, pairs: Sequence[Lengths], *, kind: str = "cuda") -> StepCost:
+    """Trace a step on these pairs, the second one of a run: the optimizer has its state.
+
+    `config` is a Transformers config or a folder that holds one. `kind` is the device's (see traced_gpu).
+    """
+    if isinstance(config, str | Path):
+        config = AutoConfig.from_pretrained(config, trust_remote_code=False)
+    with trace_gpu(kind) as trace:
+        policy = TracedPolicy(make_model(config, train, trace), train, trace)
+        examples, objective = make_examples(pairs), Objective(train)
+        policy.make_optimizer_state()
+        trace.restart()
+        policy.update(examples, np.arange(len(pairs)), objective, {}, train.learning_rate)
+        return measured_cost(trace)
+
+
+def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:
+    """Make the policy that trainable.load would load."""
+    dtype = getattr(torch, train.lora.base_dtype if train.lora else train.weights)
+    with GPU:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        adapter = trainable.create_adapter(model, train.lora, train.seed) if train.lora else None
+    model.eval()
+    if train.gradient_checkpointing:
+        trainable.recompute_layers(model)
+    trace.head_shape = tuple(model.get_output_embeddings().weight.shape)
+    trace.assign("weights", [*model.parameters(), *model.buffers()])
+    return trainable.Trainable(model, adapter, [])
+
+
+def make_examples(pairs: Sequence[Lengths]) -> Examples:
+    """Examples of these lengths. Prompts differ, so that no two pairs share one."""
+    rows = []
+    for i, lengths in enumerate(pairs):
+        row: dict[str, Any] = dict.fromkeys(PAIRS.names)
+        row |= {"example_id": str(i), "prompt": "", "n_prompt": lengths.prompt}
+        row["prompt_ids"] = np.full(lengths.prompt, i, np.int32)
+        for name in ("chosen", "rejected"):
+            row |= {f"{name}_ids": np.zeros(getattr(lengths, name), np.int32), f"n_{name}": getattr(lengths, name)}
+        rows.append(row)
+    columns = {f"ref_{name}_logp": np.zeros(len(pairs)) for name in ("chosen", "rejected")}
+    return Examples(SplitData(pa.Table.from_pylist(rows, schema=PAIRS), columns, ("chosen", "rejected")))
+
+
+@dataclass
+class TracedAccelerator:
+    """What the policy uses of accelerate's Accelerator, for one process on the traced GPU."""
+
+    mixed_precision: str
+    device: torch.device = GPU
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision == "bf16")
+
+    def no_sync(self, module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def prepare(self, prepared: Any) -> Any:
+        return prepared
+
+    def backward(self, loss: torch.Tensor) -> None:
+        torch.autograd.backward(loss)
+
+    def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        return value
+
+
+class TracedPolicy(Policy):
+    """A policy on the traced GPU, by the layout that most models take."""
+
+    def __init__(self, trained: trainable.Trainable, train: Train, trace: Trace) -> None:
+        self.train, self.sharded, self._trace = train, False, trace
+        self.accelerator: Any = TracedAccelerator("no" if train.precision == "float32" else "bf16")
+        shortest = TokenSequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
+        self._set_up(trained, "sdpa", [shortest], print)
+        if type(self._optimizer).__module__.startswith("torchao"):
+            self._optimizer.step = self._count_as_compiled(self._optimizer.step)
+        for parameter in self._parameters.values():
+            parameter.register_post_accumulate_grad_hook(self._assign_gradient)  # type: ignore[no-untyped-call]
+
+    def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
+        """Take shared rows without the trial, which needs values."""
+        self.forward.layout = "shared"
+        attention.use_segments(self.forward.model)
+        compute = self.forward.logps
+
+        def counted(groups: Sequence[Sequence[TokenSequence]], **options: Any) -> Logps:
+            self._trace.attended = count_attended(groups)
+            return compute(groups, **options)
+
+        self.forward.logps = counted  # type: ignore[method-assign]
+
+    def _assign_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._trace.assign("gradients", [parameter.grad])
+
+    def _count_as_compiled(self, step: Callable[[], None]) -> Callable[[], None]:
+        """torchao compiles its update of each parameter into one kernel."""
+
+        def counted() -> None:
+            trained = [p for p in self._parameters.values() if p.grad is not None]
+            state = sum(tensor.nbytes for tensor in optimizers.get_state(self._optimizer).values())
+            traffic = 2 * (state + sum(p.nbytes for p in trained)) + sum(
+                p.grad.nbytes for p in trained if p.grad is not None
+            )
+            update = Op("compiled_update", "float32", 0, traffic, len(trained))
+            with self._trace.as_fused(update), replaced(torch, "compile", lambda *_, **__: lambda *_, **__: None):
+                step()  # makes the state
+
+        return counted
+
+    def make_optimizer_state(self) -> None:
+        """Take a step with gradients of zero, as resuming does."""
+        for parameter in self._parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers.take_step(self._optimizer, 0.0, seed=0)
+        self._optimizer.zero_grad()
+        self._trace.assign("optimizer", optimizers.get_state(self._optimizer).values())
+
+
+def count_attended(groups: Sequence[Sequence[TokenSequence]]) -> int:
+    """Pairs of a query and a key that it may see: an answer's tokens see the prompt and what comes before them."""
+    pairs = 0
+    for group in groups:
+        n_prompt, (first, *others) = len(group[0].prompt_ids), [len(each.completion_ids) - 1 for each in group]
+        trunk = n_prompt + first
+        pairs += trunk * (trunk + 1) // 2 + sum(n * n_prompt + n * (n + 1) // 2 for n in others)
+    return pairs

@@ -1,0 +1,118 @@
+"""A traced step: its memory against a real one's, its arithmetic by hand, and what settings change."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+
+from prefcache.pipeline.config import Lora, Train
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.training import optimizers
+from prefcache.pipeline.training.distributed import make_accelerator
+from prefcache.pipeline.training.objective import Objective
+from prefcache.pipeline.training.policy import Policy
+from prefcache.pipeline.training.step_trace import Lengths, make_examples, trace_step
+from tests.bench.corpus import padding_tokenizer
+
+PAIRS = [Lengths(90, 40, 25), Lengths(30, 60, 50), Lengths(120, 9, 31), Lengths(15, 22, 18)]
+SIZES: dict[str, Any] = {
+    "vocab_size": 3000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+LLAMA = LlamaConfig(**SIZES)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"tokens_per_micro_batch": 300}])
+def test_the_peak_is_within_three_percent_of_what_a_real_step_allocates(tmp_path: Path, settings: dict[str, Any]):
+    """By PyTorch's profiler, on the CPU, so by the CPU's kernels and sizes."""
+    train = Train(**{"tokens_per_micro_batch": 4000, **settings}, precision="float32", device="cpu", batch_size=4)
+    LlamaForCausalLM(LLAMA).save_pretrained(tmp_path)
+    padding_tokenizer().save_pretrained(tmp_path)
+    examples, objective, everything = make_examples(PAIRS), Objective(train), np.arange(len(PAIRS))
+    policy = Policy(Reference(tmp_path), None, train, make_accelerator(train), examples.longest(2), print)
+    assert policy.forward.layout == "shared"
+    policy.update(examples, everything, objective, {}, 1e-6)
+    held = sum(
+        tensor.nbytes for tensor in [*policy.parameters.values(), *optimizers.get_state(policy._optimizer).values()]
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        policy.update(examples, everything, objective, {}, 1e-6)
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    changes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
+    real = held + int(np.cumsum(changes).max())
+
+    cost = trace_step(LLAMA, train, PAIRS, kind="cpu")
+    assert cost.peak_bytes == pytest.approx(real, rel=0.03)
+    assert cost.held_bytes == pytest.approx(held, rel=0.003)
+    assert sum(vars(cost.parts).values()) == cost.peak_bytes
+
+
+def test_arithmetic_by_hand():
+    cost = trace_step(LLAMA, Train(), PAIRS)
+    hidden, intermediate, layers, vocabulary, width = 128, 256, 3, 3000, 64  # of keys and values
+    n = sum(p + c - 1 + r - 1 for p, c, r in PAIRS)
+    linear = layers * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * intermediate)
+    # Causal: a query sees the keys up to its own; the rejected answer the prompt and itself. Backward computes scores again.
+    attended = sum((p + c - 1) * (p + c) // 2 + (r - 1) * p + (r - 1) * r // 2 for p, c, r in PAIRS)
+    n_head = sum(c + r for _, c, r in PAIRS)
+    head = 3 * 2 * n_head * hidden * vocabulary
+    expected = 3 * 2 * n * linear + layers * (4 + 10) * hidden * attended
+    rope = 3 * n * 32  # the product of positions and frequencies, which is in float32
+    assert cost.flops["bfloat16"] + cost.flops["float32"] == pytest.approx(expected + head + rope, rel=1e-3)
+    assert cost.attention == ("_varlen_attn",)
+    assert len(cost.head) > 0
+
+
+def test_what_is_held_follows_from_the_settings():
+    n = sum(p.numel() for p in LlamaForCausalLM(LLAMA).parameters())
+    by_setting = {
+        "float32": trace_step(LLAMA, Train(gradient_checkpointing=True), PAIRS),
+        "bfloat16": trace_step(LLAMA, Train(gradient_checkpointing=True, weights="bfloat16"), PAIRS),
+        "lora": trace_step(LLAMA, Train(gradient_checkpointing=True, lora=Lora(r=4, base_dtype="bfloat16")), PAIRS),
+    }
+    held = {name: cost.held_bytes / n for name, cost in by_setting.items()}
+    # Weights and two moments; under an adapter little more than the weights.
+    assert held["float32"] == pytest.approx(12, rel=0.01)
+    assert held["bfloat16"] == pytest.approx(6, rel=0.01)
+    assert 2 < held["lora"] < held["bfloat16"]
+    again = trace_step(LLAMA, Train(gradient_checkpointing=True, weights="bfloat16"), PAIRS)
+    assert again == by_setting["bfloat16"]  # no chance in it
+
+
+def test_recomputed_layers_take_arithmetic_and_save_memory():
+    plain, recomputed = (trace_step(LLAMA, Train(gradient_checkpointing=each), PAIRS) for each in (False, True))
+    assert recomputed.flops["bfloat16"] > 1.15 * plain.flops["bfloat16"]
+    assert recomputed.peak_bytes < plain.peak_bytes
+    rates = {"bfloat16": 1e12, "float32": 1e11}
+    assert recomputed.seconds(rates, 1e12) > plain.seconds(rates, 1e12) > plain.bytes_moved / 1e12
+
+
+def test_a_mixture_of_experts_computes_the_chosen_ones():
+    sizes = SIZES | {"num_hidden_layers": 1, "moe_intermediate_size": 64, "num_experts": 8, "head_dim": 32}
+    two, four = (
+        trace_step(Qwen3MoeConfig(**sizes, num_experts_per_tok=n), Train(weights="bfloat16"), PAIRS) for n in (2, 4)
+    )
+    n = sum(p + c - 1 + r - 1 for p, c, r in PAIRS)
+    assert sum(four.flops.values()) - sum(two.flops.values()) == 3 * 2 * n * 2 * 3 * 128 * 64
+
+
+def test_eight_bit_moments(torchao: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(torchao))
+    n = sum(p.numel() for p in LlamaForCausalLM(LLAMA).parameters())
+    cost = trace_step(LLAMA, Train(weights="bfloat16", optimizer="adamw_8bit"), PAIRS)
+    assert cost.held_bytes / n == pytest.approx(2 + 2 * (1 + 4 / 256), rel=0.03)
+
+
+def test_a_folder_without_weights_is_enough(tmp_path: Path):
+    LLAMA.save_pretrained(tmp_path)
+    assert trace_step(tmp_path, Train(), PAIRS) == trace_step(LLAMA, Train(), PAIRS)
+    assert torch.device("cpu") == torch.empty(1).device
