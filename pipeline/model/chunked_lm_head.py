@@ -40,7 +40,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     The gradients come from the logits that gave the log-probs; the backward pass scales them by the slopes that it brings. With
     a frozen head all of them are made in the forward pass, because one row of hidden width is all that a token leaves. A
-    trained weight's gradient needs logits and slopes at once: the last chunk's are kept, because the backward pass starts
+    trained weight's gradient needs logits and slopes at once: the last chunks are kept, because the backward pass starts
     there, and the others are recomputed. Other parameters between the decoder and the logits get no gradient here.
     """
 
@@ -55,13 +55,14 @@ class _ChunkedHead(torch.autograd.Function):
         squares: bool,
     ) -> tuple[torch.Tensor, ...]:
         _, *trains, _, _, _ = ctx.needs_input_grad
-        ctx.model, ctx.trains, ctx.last = model, trains, None
+        ctx.model, ctx.trains, ctx.kept = model, trains, []
         chunks = _chunks(model, hidden_ND.detach(), target_N)
         if any(trains):
             ctx.save_for_backward(hidden_ND, target_N)
-            scores = [_score_chunk(model, *chunk, squares=squares) for chunk in chunks[:-1]]
-            ctx.last = _differentiate_chunk(model, *chunks[-1], squares=squares)
-            scores.append(ctx.last.scores)
+            n_kept = _n_kept(model)
+            scores = [_score_chunk(model, *chunk, squares=squares) for chunk in chunks[:-n_kept]]
+            ctx.kept = [_differentiate_chunk(model, *chunk, squares=squares) for chunk in chunks[-n_kept:]]
+            scores += [chunk.scores for chunk in ctx.kept]
         else:
             scores, gradients = [], []
             for chunk in chunks:
@@ -87,8 +88,7 @@ class _ChunkedHead(torch.autograd.Function):
         for hidden_nD, target_n, slope_n, grad_hidden_nD in reversed(
             _chunks(ctx.model, hidden_ND.detach(), target_N, slope_N, grad_hidden_ND)
         ):
-            chunk = ctx.last or _differentiate_chunk(ctx.model, hidden_nD, target_n, squares=False)
-            ctx.last = None
+            chunk = ctx.kept.pop() if ctx.kept else _differentiate_chunk(ctx.model, hidden_nD, target_n, squares=False)
             torch.mul(chunk.hidden_nD, slope_n.unsqueeze(1), out=grad_hidden_nD)
             sums.add(chunk, slope_n)
             del chunk  # before the next chunk's logits are made
@@ -243,7 +243,7 @@ def _replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None
 
 
 def _chunks(model: Any, *by_position: torch.Tensor) -> list[tuple[Any, ...]]:
-    """Split into near-equal chunks, so that the last one, whose graph is kept, is not tiny."""
+    """Split into near-equal chunks, so that the last one, which is kept, is not tiny."""
     n = -(-len(by_position[0]) // _chunk_positions(model))
     return list(zip(*(torch.tensor_split(values, n) for values in by_position), strict=True))
 
@@ -251,12 +251,19 @@ def _chunks(model: Any, *by_position: torch.Tensor) -> list[tuple[Any, ...]]:
 def _chunk_positions(model: Any) -> int:
     """Positions whose float32 logits take 16 MiB, which stays in a CPU's cache, or 256 MiB on a GPU.
 
-    A GPU multiplies tiles of 128 positions.
+    With fewer than 512 positions a GPU would wait for the weight and its gradient to be read more than it multiplies.
     """
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    if kind_of(next(model.parameters()).device) == "cuda":
-        return max(128, (1 << 26) // vocabulary // 128 * 128)
-    return max(64, (1 << 22) // vocabulary)
+    on_gpu = kind_of(next(model.parameters()).device) == "cuda"
+    n_logits, fewest = (1 << 26, 512) if on_gpu else (1 << 22, 64)
+    return max(fewest, n_logits // int(model.get_output_embeddings().weight.shape[0]))
+
+
+def _n_kept(model: Any) -> int:
+    """Chunks to keep: in the backward pass, their gradients take what a chunk takes while it is recomputed.
+
+    That is the gradient alone, made in place of the logits, or in half precision the logits and the gradient of half their size.
+    """
+    return 1 if operand_dtype(model.get_output_embeddings()) == torch.float32 else 3
 
 
 def _concat(chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,7 @@
 
 Only matrix products of forwards that have a backward are counted, a multiplication with its addition as two operations. The
 backward pass multiplies as much for a layer's input, and as much again for trained weights. Attention is the whole square of
-queries and keys. Layers recomputed to save memory and a first pass over the batch are not counted: Chowdhery et al.
+queries and keys. Layers and logits recomputed to save memory and a first pass over the batch are not counted: Chowdhery et al.
 2022, https://arxiv.org/abs/2204.02311, App. B.
 """
 

@@ -3,7 +3,7 @@
 `check` compares log-probs and gradients, on pairs drawn afresh, with the plain float32 forward on the CPU, one sequence at a
 time. It raises `Wrong`, and nothing is timed after that. `run` names the attention that was used, from the profiler, and refuses
 a GPU's bf16 row that did not reach the variable-length kernel; none of our ways uses FlexAttention. It counts the times that
-the host waits between micro-batches, and says how fast the head's product is in each precision: it is computed in float32.
+the host waits between micro-batches, and says how fast the head's product is in each precision.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model.forward import ROUNDING, Forward
-from prefcache.pipeline.model.lm_head import set_head_dtype
+from prefcache.pipeline.model.lm_head import choose_head_dtype, set_head_dtype
 from prefcache.pipeline.model.logprobs import plain_logps, sum_logps
 from tests.bench import corpus
 from tests.bench.corpus import TokenPair
@@ -137,7 +137,9 @@ def _forward(model: Any, pairs: list[TokenPair], precision: str, way: str) -> Fo
     trained = precision != "bfloat16"
     if not trained:
         model = model.to(torch.bfloat16)
-    set_head_dtype(model, "float32", frozen=not trained)
+    set_head_dtype(
+        model, choose_head_dtype(None, "float32" if precision == "float32" else "bfloat16", DEVICE), frozen=not trained
+    )
     kernel = "eager" if _kind(model) == "capped" else "sdpa"
     forward = Forward(model, kernel, way, "float32" if precision == "float32" else "bfloat16", "rows")
     with _precision(precision):

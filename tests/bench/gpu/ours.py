@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from prefcache.pipeline.model import chunked_lm_head, packing
 from prefcache.pipeline.model.device import to_device
 from prefcache.pipeline.model.forward import Forward, flatten
-from prefcache.pipeline.model.lm_head import set_head_dtype
+from prefcache.pipeline.model.lm_head import choose_head_dtype, set_head_dtype
 from prefcache.pipeline.model.logprobs import sum_logps
 from prefcache.pipeline.model.packed_row import lay_out, row_logps
 from prefcache.pipeline.schema import TokenSequence
@@ -37,7 +37,7 @@ WORDS = {
     "live": "a frozen reference in memory, run in every step",
     "recomputed": "layers computed again in the backward pass",
     "lora": "an adapter on bf16 weights",
-    "tf32": "every float32 product in TF32, the head's and the rotation's: for its speed, not for use",
+    "tf32": "every float32 product in TF32, such as the rotation's: for its speed, not for use",
     "sft": "the answers' mean log-prob, no reference at all",
 }
 
@@ -56,7 +56,7 @@ class Trainer:
             # Transformers asks for training mode; nothing is drawn at random in these models.
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        set_head_dtype(model, "float32", frozen="lora" in self.words)
+        set_head_dtype(model, choose_head_dtype(None, "bfloat16", DEVICE), frozen="lora" in self.words)
         self.model, self.forward = model, self._forward_of(model, pairs)
         self._frozen = self._reference(shape, pairs) if "live" in self.words else None
         self._optimizer = torch.optim.AdamW(
@@ -73,7 +73,7 @@ class Trainer:
 
     def _reference(self, shape: dict[str, Any], pairs: list[TokenPair]) -> Forward:
         frozen = work.build(shape, torch.float32).requires_grad_(False)
-        set_head_dtype(frozen, "float32", frozen=True)
+        set_head_dtype(frozen, choose_head_dtype(None, "bfloat16", DEVICE), frozen=True)
         return self._forward_of(frozen, pairs)
 
     def reference_of(self, pairs: list[TokenPair]) -> np.ndarray:
@@ -185,7 +185,7 @@ def adapter() -> Any:
 
 def scorer(model: Any, way: str, dtype: str, like: list[TokenPair]) -> Callable[[list[TokenPair]], list[np.ndarray]]:
     """As the engine `transformers` scores, see its `_score`."""
-    set_head_dtype(model, "float32", frozen=True)
+    set_head_dtype(model, choose_head_dtype(None, dtype, DEVICE), frozen=True)
     forward = Forward(model, "sdpa", way, dtype, "rows")
     forward.choose_layout(work.sequences(sorted(like, key=lambda pair: -sum(map(len, pair)))[:4]))
 

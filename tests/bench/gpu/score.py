@@ -1,6 +1,6 @@
 """Sequences scored a second, and how far each way's log-probs are from the plain float32 forward's.
 
-    ours        as the engine `transformers` computes: packed, a prompt once, the head in float32 on answers only
+    ours        as the engine `transformers` computes: packed, a prompt once, the head on answers only
     packed      the same with a prompt for each of its answers
     sorted-N    Transformers, the longest first, N padded tokens a batch, the head on answers only
     trl-N       DPOTrainer's precompute_ref_log_probs, N pairs a batch

@@ -111,21 +111,26 @@ def test_a_heads_bias_has_the_gradient_of_all_its_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "minicpm3"])
-def test_a_frozen_head_computes_logits_once(name, monkeypatch):
-    """And a trained one a second time, except for the chunk whose logits are kept."""
+@pytest.mark.parametrize(
+    ("dtype", "trained", "n_positions"),
+    [
+        # Logits and the gradient of hidden states: 41 positions each.
+        ("float32", False, 41 + 41),
+        ("bfloat16", False, 41 + 41),
+        # Then the weight's gradient, and the logits again, but for the chunks that are kept: one of 4, or three in half precision.
+        ("float32", True, 41 + 41 + 41 + 37),
+        ("bfloat16", True, 41 + 41 + 41 + 29),
+    ],
+)
+def test_only_a_trained_heads_logits_are_computed_twice(name, dtype, trained, n_positions, monkeypatch):
     monkeypatch.setattr(chunked_lm_head, "_chunk_positions", lambda model: 5)
-
-    def count_products(trained: bool) -> float:
-        model = build(name)
-        model.get_output_embeddings().requires_grad_(trained)
-        forward = start_forward(model, "shared", PAIRS)
-        with CountProducts(60) as counted:
-            dpo_loss(compute(forward, PAIRS)[0]).backward()
-        return counted.multiplications / (32 * 60)
-
-    # 41 positions: logits and the gradient of hidden states; then the weight's, and 37 of the logits again.
-    assert count_products(trained=False) == 41 + 41
-    assert count_products(trained=True) == 41 + 41 + 41 + 37
+    model = build(name)
+    model.get_output_embeddings().requires_grad_(trained)
+    set_head_dtype(model, dtype)
+    forward = start_forward(model, "shared", PAIRS)
+    with CountProducts(60) as counted:
+        dpo_loss(compute(forward, PAIRS)[0]).backward()
+    assert counted.multiplications == n_positions * 32 * 60
 
 
 class CountProducts(TorchDispatchMode):
