@@ -476,8 +476,10 @@ class Train(Section):
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
     router_aux_loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Maximum norm of the gradient; larger gradients are scaled down."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Maximum norm of the gradient; larger gradients are scaled down. null: never."""
+    release_gradients: bool = False
+    """Update each parameter within the backward pass and free its gradient at once. Each step is one forward and backward, and gradients are not clipped: it needs max_grad_norm: null."""
     seed: int = 0
     """Seed for the order of the data."""
     run: Annotated[str, Field(pattern=r"^[\w.=+-]+$")] = "trained"
@@ -515,6 +517,28 @@ class Train(Section):
     """Maximum number of tokens per sample answer."""
     kinds: Kinds | None = None
     """Patterns that tell the preferred kind of sample answer from the rejected kind."""
+
+    @model_validator(mode="after")
+    def _released_gradients_are_used_at_once(self) -> "Train":
+        if not self.release_gradients:
+            return self
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "release_gradients: the norm of the whole gradient is known only after its first parts were used, so nothing can be "
+                f"clipped, and max_grad_norm is {self.max_grad_norm:g}. Set max_grad_norm: null"
+            )
+        for name in ("micro_batch_size", "tokens_per_micro_batch"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    "release_gradients: the gradients of micro-batches cannot add up, so a step is one forward and backward, and "
+                    f"{name} is {getattr(self, name)}. Leave it out; if memory runs out, lower batch_size"
+                )
+        if self.lora is not None:
+            raise ValueError(
+                "release_gradients: the gradients of an adapter are as small as the adapter, so there is nothing to save. "
+                "Leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bf16_weights_are_trained_in_bf16(self) -> "Train":

@@ -75,7 +75,7 @@ FLOORS = {
         "bf16_adamw",
         "alerts router_loss checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
-        "objective micro_batch_size existing_run selection reference_token_logps",
+        "objective micro_batch_size existing_run selection reference_token_logps released_gradients",
         "from_trl dataset token_gains loss_columns",
         "run_inputs policy_logps",
         "cache_join gradient_step metrics",

@@ -9,9 +9,9 @@ import pyarrow as pa
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact
-from prefcache.pipeline.training import alerts
+from prefcache.pipeline.training import alerts, checkpoints
+from prefcache.pipeline.training.gradient_step import NotFinite
 from prefcache.pipeline.training.optimizers import warmup_steps
-from prefcache.pipeline.training.policy import NotFinite
 from prefcache.pipeline.training.run_context import Session
 from prefcache.pipeline.visible_text import count
 
@@ -58,8 +58,12 @@ def keep_batch(s: Session, step: int, indices: np.ndarray, error: NotFinite) -> 
         artifact.commit_bytes(s.config.run / file, artifact.parquet(pa.table(columns)))
         s.log.add_event(alerts.not_finite(step, error.metric, error.value, file).row)
         s.log.flush(step)
+    lost = ""
+    if error.is_taken:
+        newest = checkpoints.find_newest(s.config.run, s.progress.warn)
+        lost = f"They are dropped; the run resumes from {newest[0] if newest else 'its start, as it has no checkpoint yet'}. "
     return IntegrityError(
-        f"Step {step}: {error} Its batch, {len(ids)} {s.objective.kind} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}), "
+        f"Step {step}: {error} {lost}Its batch, {len(ids)} {s.objective.kind} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}), "
         f"is in {s.config.run / file}. Lower train.learning_rate, or look at these examples."
     )
 

@@ -408,7 +408,7 @@ def _gradient(watch: Watch) -> Iterator[Alert]:
             "grad_norm",
             usual,
             f"the gradient norm is {usual:.4g} {watch.span} (median); up to {usual_limit:.3g} is usual for this loss",
-            "train.max_grad_norm clips almost every step, which leaves only the gradient's direction",
+            "train.max_grad_norm, if set, clips almost every step, which leaves only the gradient's direction",
             "a lower train.learning_rate or train.beta, or a longer train.warmup_ratio",
             WARNING if is_huge else NOTE,
         )

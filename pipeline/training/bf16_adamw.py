@@ -30,17 +30,18 @@ class Bf16AdamW(torch.optim.Optimizer):
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, seed: int = 0
     ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "seed": seed})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "seed": seed, "first": 0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient. A group's `seed`, another one in each step, decides the rounding."""
-        number = 0
+        """Update all parameters that have a gradient.
+
+        A group's `seed`, another one in each step, and a parameter's number, from the group's `first` on, decide the rounding.
+        """
         for group in self.param_groups:
-            for parameter in group["params"]:
+            for number, parameter in enumerate(group["params"], group["first"]):
                 if parameter.grad is not None:
                     self._update(parameter, group, make_key(group["seed"], number))
-                number += 1
 
     def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any], key: int) -> None:
         state = self.state[parameter]

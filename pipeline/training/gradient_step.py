@@ -11,12 +11,14 @@ Shapes: B examples.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.training import router_loss
 from prefcache.pipeline.training.dataset import Examples
 from prefcache.pipeline.training.objective import PLAIN, Objective, RunningStats, Statistics, select_examples
@@ -30,6 +32,19 @@ class Step(NamedTuple):
     visit: Visit  # before the update
     logged: dict[str, float]
     running_stats: RunningStats
+
+
+class NotFinite(IntegrityError):
+    """A step whose loss or gradient is not finite. It `is_taken` if that was known only after the update of some weights."""
+
+    def __init__(self, metric: str, value: float, visit: Visit, *, is_taken: bool) -> None:
+        outcome = (
+            "weights were updated before that was known (train.release_gradients)"
+            if is_taken
+            else "the step was not taken"
+        )
+        super().__init__(f"{metric} is {value}; {outcome}.")
+        self.metric, self.value, self.visit, self.is_taken = metric, value, visit, is_taken
 
 
 class Part(NamedTuple):
@@ -84,9 +99,14 @@ def accumulate_gradient(
     running_stats: RunningStats,
     epoch: int,
 ) -> Step:
-    """Add the gradient of these examples' mean loss to the parameters."""
+    """Add the gradient of these examples' mean loss to the parameters.
+
+    Gradients that are released change the weights in the backward pass: the step is then one forward, whose loss is looked at first.
+    """
     accelerator, routers, n = logps.accelerator, logps.routers, len(indices)
-    turns, logps.step_flops = logps.turns(examples, indices), 0.0
+    releases = logps.train.release_gradients
+    turns, logps.step_flops = logps.turns(examples, indices, at_once=releases), 0.0
+    assert len(turns) == 1 or not releases
     batch_loss = _choose_loss(logps, examples, indices, objective, running_stats, epoch, n_turns=len(turns))
     position_of = {int(index): i for i, index in enumerate(indices)}
     parts: list[tuple[np.ndarray, Columns]] = []
@@ -105,14 +125,24 @@ def accumulate_gradient(
                 aux = routers.take_loss(batch_loss.router_counts, len(part) / n)
                 share = share + n_processes * routers.coefficient * aux
                 aux_loss += aux.detach() if counts else 0
-            accelerator.backward(share)
+            if not releases:
+                accelerator.backward(share)
         if counts:
             parts.append((part, {name: values.detach() for name, values in (columns | loss.columns).items()}))
     logged = batch_loss.statistics.logged
     if routers and batch_loss.router_counts is None:
         # If micro-batches have losses of their own, each process has added up its share.
         logged = {**logged, router_loss.METRIC: float(accelerator.reduce(aux_loss, "sum"))}
-    return Step(stored_columns(logps.gather(indices, parts)), logged, batch_loss.statistics.running)
+    step = Step(stored_columns(logps.gather(indices, parts)), logged, batch_loss.statistics.running)
+    refuse_not_finite("loss", float(step.visit["loss"].mean()), step)
+    if releases:
+        accelerator.backward(share)
+    return step
+
+
+def refuse_not_finite(metric: str, value: float, step: Step, *, is_taken: bool = False) -> None:
+    if not math.isfinite(value):
+        raise NotFinite(metric, value, step.visit, is_taken=is_taken)
 
 
 def _choose_loss(

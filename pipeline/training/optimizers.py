@@ -6,6 +6,7 @@ continues bit by bit.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.model.stochastic_rounding import make_key
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.training.bf16_adamw import Bf16AdamW
 from prefcache.pipeline.training.distributed import take_shard
@@ -44,10 +46,14 @@ def refuse_missing(train: Train) -> None:
 def make_optimizer(
     parameters: Sequence[torch.nn.Parameter], train: Train, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Make the optimizer. Norms and biases do not decay."""
+    """Make the optimizer. Norms and biases do not decay. A parameter that is updated apart from others is a group of its own."""
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    is_apart = train.release_gradients or train.optimizer != "adamw"
+    together = [[p] for p in (*matrices, *vectors)] if is_apart else [matrices, vectors]
+    firsts = itertools.accumulate(map(len, together), initial=0)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": group, "first": first, "weight_decay": train.weight_decay if group and group[0].ndim >= 2 else 0.0}
+        for group, first in zip(together, firsts, strict=False)
     ]
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
     if train.optimizer == "adamw" and train.weights == "bfloat16":
@@ -71,29 +77,63 @@ def make_optimizer(
     return optimizer
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
     """Scale the gradients down to this norm, if theirs is larger; return theirs, in float32 whatever their data type."""
     parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    norm = total_norm(measure_norms([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def measure_norms(gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+
+
+def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
     return norm
 
 
 def take_step(optimizer: torch.optim.Optimizer, rate: float, seed: int) -> None:
     """Update the parameters. `seed`, another one in each step, decides how weights in bf16 are rounded."""
+    begin_step(optimizer, rate, seed)
+    if _rounds_by_generator(optimizer):
+        for group in optimizer.param_groups:
+            update_groups(optimizer, [group])
+    else:
+        update_groups(optimizer, optimizer.param_groups)
+
+
+def begin_step(optimizer: torch.optim.Optimizer, rate: float, seed: int) -> None:
     for group in optimizer.param_groups:
         group["seed"] = seed
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def update_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Update the parameters of these groups that have a gradient, in a step that has begun."""
     device = _parameters(optimizer)[0].device
     # torchao compiles its update for every shape; on a CPU that takes a C++ compiler, and minutes.
     stance = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
-    with stance, _seeded(seed, device):
-        optimizer.step()
+    seeded: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if _rounds_by_generator(optimizer):
+        seeded = _seeded(make_key(groups[0]["seed"], groups[0]["first"]), device)
+    every, optimizer.param_groups = optimizer.param_groups, groups
+    try:
+        with stance, seeded:
+            optimizer.step()
+    finally:
+        optimizer.param_groups = every
+
+
+def _rounds_by_generator(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether updates draw from PyTorch's generator, as torchao's do. They are then taken one by one, each with its own seed."""
+    unwrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    return type(unwrapped).__module__.startswith("torchao")
 
 
 @contextlib.contextmanager
@@ -145,13 +185,16 @@ def get_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 def restore(optimizer: torch.optim.Optimizer, saved: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     """Fill in a state that was saved in this folder. Restore weights afterwards.
 
-    The optimizer creates the tensors itself, by a step with gradients of zero.
+    The optimizer creates the tensors itself, by a step with gradients of zero. Parameters that are updated apart have them one by
+    one: there may be no room for all.
     """
     parameters = _parameters(optimizer)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    take_step(optimizer, 0.0, seed=0)
-    optimizer.zero_grad()
+    begin_step(optimizer, 0.0, seed=0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        update_groups(optimizer, [group])
+        optimizer.zero_grad()
     state, restored = get_state(optimizer), set[str]()
     for name, value in saved:
         if name not in state or value.shape != state[name].shape:

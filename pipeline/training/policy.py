@@ -4,7 +4,6 @@ There is no reference model here and no way to load one. The pieces: policy_logp
 gradient_step.py the gradient, micro_batch_size.py the tokens that fit, generation.py answers.
 """
 
-import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,21 +33,14 @@ from prefcache.pipeline.training import distributed, flops, micro_batch_size, op
 from prefcache.pipeline.training.checkpoints import WEIGHTS
 from prefcache.pipeline.training.dataset import Examples, Scores
 from prefcache.pipeline.training.generation import generate_answers
-from prefcache.pipeline.training.gradient_step import Step, accumulate_gradient
+from prefcache.pipeline.training.gradient_step import Step, accumulate_gradient, refuse_not_finite
 from prefcache.pipeline.training.objective import Objective, RunningStats
 from prefcache.pipeline.training.policy_logps import PolicyLogps, Visit, stored_columns
+from prefcache.pipeline.training.released_gradients import ReleasedGradients, refuse_copies
 
 logging.set_verbosity_error()
 
 T = TypeVar("T")
-
-
-class NotFinite(IntegrityError):
-    """A step that was not taken because its loss or its gradient is not finite."""
-
-    def __init__(self, metric: str, value: float, visit: Visit) -> None:
-        super().__init__(f"{metric} is {value}; the step was not taken.")
-        self.metric, self.value, self.visit = metric, value, visit
 
 
 class Policy:
@@ -70,6 +62,8 @@ class Policy:
         self._max_length = model_files.longest_sequence(start.folder)
         kernel = choose_kernel(start.folder, "sdpa")
         self.sharded = distributed.is_sharded(train, accelerator, start.quantization)
+        if train.release_gradients and not self.sharded:
+            refuse_copies(accelerator.num_processes)
         with distributed.hidden_fsdp_launch():
             # A model that no device could hold whole is sharded from the host's memory.
             device = torch.device("cpu") if self.sharded else accelerator.device
@@ -96,8 +90,10 @@ class Policy:
         self.peak_flops = flops.peak_flops(accelerator.device, self.precision)
         routers = router_loss.make_router_loss(model, train, accelerator.device)
         self._budget = self._make_budget(like, say)
-        optimizer = optimizers.make_optimizer(list(self._parameters.values()), train, accelerator.device)
+        parameters = list(self._parameters.values())
+        optimizer = optimizers.make_optimizer(parameters, train, accelerator.device)
         self._optimizer, self._n_updates = accelerator.prepare(optimizer), 0
+        self._released = ReleasedGradients(self._optimizer, parameters) if train.release_gradients else None
         module = self._calls if self.sharded else accelerator.prepare(self._calls)
         self._logps = PolicyLogps(
             train=train,
@@ -182,22 +178,26 @@ class Policy:
         epoch: int = 0,
     ) -> Step:
         """Take one optimizer step on these examples."""
-        step = self._logps.retry_smaller(
-            lambda: accumulate_gradient(self._logps, examples, indices, objective, running_stats, epoch),
-            examples,
-            indices,
-        )
-        grad_norm = distributed.reduce_scalar(
-            optimizers.clip_gradients(self._parameters.values(), self.train.max_grad_norm)
-        )
-        for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", grad_norm)):
-            if not math.isfinite(value):
-                raise NotFinite(metric, value, step.visit)
-        with micro_batch_size.never_retried("the optimizer's update"):
-            seed = make_key(self.train.seed, self._n_updates)
-            optimizers.take_step(self._optimizer, learning_rate, seed)
+        seed = make_key(self.train.seed, self._n_updates)
+
+        def accumulate() -> Step:
+            return accumulate_gradient(self._logps, examples, indices, objective, running_stats, epoch)
+
+        if self._released:
+            work = "a step's one forward and backward (train.release_gradients); a lower train.batch_size needs less"
+            with micro_batch_size.never_retried(work), self._released.updates(learning_rate, seed):
+                step = accumulate()
+            grad_norm = distributed.reduce_scalar(self._released.take_norm())
+        else:
+            step = self._logps.retry_smaller(accumulate, examples, indices)
+            norm = optimizers.clip_gradients(self._parameters.values(), self.train.max_grad_norm)
+            grad_norm = distributed.reduce_scalar(norm)
+        refuse_not_finite("grad_norm", grad_norm, step, is_taken=self._released is not None)
+        if not self._released:
+            with micro_batch_size.never_retried("the optimizer's update"):
+                optimizers.take_step(self._optimizer, learning_rate, seed)
+            self._optimizer.zero_grad()
         self._n_updates += 1
-        self._optimizer.zero_grad()
         return step._replace(logged={**step.logged, "grad_norm": grad_norm})
 
     def score(self, examples: Examples, indices: np.ndarray, answers: Sequence[str], *, tokens: bool) -> Scores:

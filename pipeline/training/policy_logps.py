@@ -79,12 +79,12 @@ class PolicyLogps:
 
         return self.budget.retry_smaller(compute, sizes, drop)
 
-    def turns(self, examples: Examples, indices: np.ndarray) -> list[Turn]:
-        """This process's share of examples, in parts."""
+    def turns(self, examples: Examples, indices: np.ndarray, *, at_once: bool = False) -> list[Turn]:
+        """This process's share of examples, in parts that fit its budget or all in one."""
 
         def split(share: np.ndarray) -> list[np.ndarray]:
             # If a loss is taken over a micro-batch, its tokens' memory must not change its examples.
-            budget = sys.maxsize if self.train.scope == "micro" else self.budget.tokens
+            budget = sys.maxsize if at_once or self.train.scope == "micro" else self.budget.tokens
             return examples.micro_batches(share, budget, self.train.micro_batch_size, self.layout)
 
         shares = examples.shares(indices, self.accelerator.num_processes, self.layout)

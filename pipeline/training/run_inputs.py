@@ -35,6 +35,7 @@ _HARMLESS = {
     "device",
     "shard",
     "gradient_checkpointing",
+    "release_gradients",
 }
 
 
@@ -92,7 +93,7 @@ def _identify_run(
         # As computed: naming a default does not make another run.
         "loss": objective.loss_arguments,
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
-        "train": config.train.model_dump(mode="json", exclude=_harmless_keys(config.train)) | selection.identity,
+        "train": config.train.model_dump(mode="json", exclude=_excluded_keys(config.train)) | selection.identity,
     }
     _refuse_unmixable_start(config.train, inputs["policy"], inputs["reference"])
     return inputs | _recorded_older_ids(config, inputs, start, remember=remember)
@@ -131,16 +132,19 @@ def _find_start(config: Config) -> identity.Reference:
     return start
 
 
-def _harmless_keys(train: Train) -> set[str]:
+def _excluded_keys(train: Train) -> dict[str, Any]:
     """Keys of train that do not identify a run, or that `inputs` holds elsewhere.
 
     The size of micro-batches matters where statistics are taken over them, and the times of evaluations where they choose the best
-    checkpoint or a moving reference scores what they will read. Earlier versions, which had float32 weights, did not record that.
+    checkpoint or a moving reference scores what they will read. Earlier versions, which had float32 weights and no adapters of
+    experts, did not record that.
     """
     harmless = _HARMLESS | {"loss", "loss_args", "beta"}
     harmless |= {"micro_batch_size"} if train.scope == "batch" else set()
     harmless |= {"weights"} if train.weights == "float32" else set()
-    return harmless - {"eval_every"} if train.best or train.moving_reference else harmless
+    harmless -= {"eval_every"} if train.best or train.moving_reference else set()
+    adapts_layers_only = train.lora and not train.lora.target_parameters
+    return dict.fromkeys(harmless, True) | ({"lora": {"target_parameters"}} if adapts_layers_only else {})
 
 
 def _refuse_unmixable_start(train: Train, policy: str, reference: str | None) -> None:

@@ -13,9 +13,10 @@ from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.training import alert_handler, alerts, best_checkpoint, checkpoints, dataset, evaluate, metrics
 from prefcache.pipeline.training.checkpoints import CheckpointState
+from prefcache.pipeline.training.gradient_step import NotFinite
 from prefcache.pipeline.training.objective import RunningStats
 from prefcache.pipeline.training.optimizers import learning_rate
-from prefcache.pipeline.training.policy import NotFinite, save_weights
+from prefcache.pipeline.training.policy import save_weights
 from prefcache.pipeline.training.policy_logps import Visit
 from prefcache.pipeline.training.run_context import Session, Trained
 

@@ -45,6 +45,7 @@ SETTINGS = {
         "train.lora={r: 4, target_modules: [], target_parameters: [gate_up_proj, down_proj]}",
     ],
     "bf16": ["train.weights=bfloat16"],
+    "released": ["train.release_gradients=true", "train.max_grad_norm=null", "train.micro_batch_size=null"],
     "aot": ["train.loss=aot"],
     "kto": [*LABELS, "train.loss=kto", "train.epochs=0.4"],
 }
