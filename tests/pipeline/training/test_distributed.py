@@ -100,7 +100,7 @@ def in_two_processes(folder: Path, jobs: list[Job], **environment: str) -> str:
     """One after another, so that PyTorch is imported and started once."""
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29671", "-m", __name__],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", __name__],
         cwd=folder,
         capture_output=True,
         text=True,
