@@ -35,7 +35,7 @@ class ReleasedGradients:
         self._norms: dict[int, torch.Tensor] = {}
         self._is_updating = False
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._update)
+            parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def updates(self, rate: float, seed: int) -> Iterator[None]:
