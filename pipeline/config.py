@@ -409,6 +409,7 @@ class MovingReference(Section):
 
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Offload = Literal["activations", "optimizer"]
 
 
 class Train(Section):
@@ -474,6 +475,10 @@ class Train(Section):
     """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
+    offload: Annotated[
+        tuple[Offload, ...], BeforeValidator(_as_list, json_schema_input_type=Offload | list[Offload])
+    ] = ()
+    """What waits in the host's memory while a GPU does not need it: activations (the inputs of recomputed layers; needs gradient_checkpointing), optimizer (its moments), or both."""
     router_aux_loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -537,6 +542,15 @@ class Train(Section):
             raise ValueError(
                 "release_gradients: the gradients of an adapter are as small as the adapter, so there is nothing to save. "
                 "Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_recomputed_layers(self) -> "Train":
+        if "activations" in self.offload and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload: activations keeps the inputs of recomputed layers on the host, and layers are not recomputed. Set "
+                "gradient_checkpointing: true"
             )
         return self
 

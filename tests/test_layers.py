@@ -52,7 +52,7 @@ FLOORS = {
     ],
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",
-        "logprobs traced_gpu",
+        "logprobs offload traced_gpu",
         "attention lm_head",
         "chunked_lm_head weights",
         "packed_row",
@@ -72,7 +72,7 @@ FLOORS = {
     "prefcache.pipeline.training": [
         "losses",
         "distributed gpus",
-        "bf16_adamw",
+        "bf16_adamw offloaded_state",
         "alerts router_loss checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
         "objective micro_batch_size existing_run selection reference_token_logps released_gradients",

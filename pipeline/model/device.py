@@ -33,6 +33,12 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu() if _traced is None else _traced[1](tensor)
 
 
+def finish_copies() -> None:
+    """Wait for all copies to the host that were begun and that nobody waits for (offload.py)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 @contextlib.contextmanager
 def traced_as(kind: str, to_host: ToHost) -> Iterator[None]:
     """Compute as this kind of device does, with tensors that may be fake; `to_host` stands in for the copy back."""

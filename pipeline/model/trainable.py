@@ -3,6 +3,7 @@
 In both cases `model` is the Transformers model that computes; an adapter lives in its layers.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from prefcache.pipeline.config import Lora, Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import weights
+from prefcache.pipeline.model.offload import OffloadedInputs
 
 # Keys of train.lora and their names in PEFT.
 _PEFT_NAMES = {
@@ -105,7 +107,8 @@ def load(start: Reference, train: Train, kernel: str, device: torch.device) -> T
         notes.append(f"an adapter of {n_trained:,} parameters is trained; the other {n - n_trained:,} stay as they are")
         notes += _describe_experts(model, train)
     model.eval()
-    if train.gradient_checkpointing and (reason := recompute_layers(model)):
+    inputs = OffloadedInputs() if "activations" in train.offload else None
+    if train.gradient_checkpointing and (reason := recompute_layers(model, inputs)):
         notes.append(f"layers are not recomputed in the backward pass (train.gradient_checkpointing): {reason}")
     return Trainable(model, adapter, notes)
 
@@ -242,8 +245,10 @@ def _refuse_other_shape(folder: Path, config: Any, lora: Lora) -> None:
 # -- the backward pass -----------------------------------------------------------------------------------------------
 
 
-def recompute_layers(model: Any) -> str | None:
+def recompute_layers(model: Any, inputs: OffloadedInputs | None = None) -> str | None:
     """Make layers keep only their input and compute once more in the backward pass; or return why that is unsupported.
+
+    `inputs` keeps them on the host meanwhile.
 
     They are the layers that Transformers would recompute. It does so in training mode only, where dropout is active and policy
     and reference would differ, so their forwards are wrapped here.
@@ -252,7 +257,7 @@ def recompute_layers(model: Any) -> str | None:
     if not layers or not model.supports_gradient_checkpointing:
         return f"Transformers recomputes no layer of {type(model).__name__}"
     for layer in layers:
-        layer.forward = _recompute(layer.forward)
+        layer.forward = _recompute(layer.forward, inputs)
     return None
 
 
@@ -261,11 +266,12 @@ def model_layers(model: Any) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute(forward: Callable[..., Any], inputs: OffloadedInputs | None) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # Eval mode draws no random numbers, so no generator state has to be kept.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        with inputs.hooks() if inputs else contextlib.nullcontext():
+            # Eval mode draws no random numbers, so no generator state has to be kept.
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return recomputed

@@ -103,7 +103,9 @@ def find_budget(
     """
     n_processes = accelerator.num_processes
     max_examples = min(-(-train.batch_size // n_processes), train.micro_batch_size or sys.maxsize)
-    reserved = math.ceil(sum(p.numel() * state_bytes(train.optimizer, p.dtype) for p in parameters.values()))
+    moments = sorted(p.numel() * state_bytes(train.optimizer, p.dtype) for p in parameters.values())
+    # On the device are those of the parameter that is updated and of the next one.
+    reserved = math.ceil(sum(moments[-2:] if "optimizer" in train.offload else moments))
     if n_processes > 1:  # the gradients once more, in the buffers that they exchange
         reserved += sum(p.nbytes for p in parameters.values())
     groups = [[like[i] for i in group] for group in forward.group(like)]

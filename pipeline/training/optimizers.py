@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.model.device import finish_copies
 from prefcache.pipeline.model.stochastic_rounding import make_key
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.training.bf16_adamw import Bf16AdamW
@@ -48,7 +49,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer. Norms and biases do not decay. A parameter that is updated apart from others is a group of its own."""
     matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    is_apart = train.release_gradients or train.optimizer != "adamw"
+    is_apart = train.release_gradients or train.optimizer != "adamw" or "optimizer" in train.offload
     together = [[p] for p in (*matrices, *vectors)] if is_apart else [matrices, vectors]
     firsts = itertools.accumulate(map(len, together), initial=0)
     groups = [
@@ -98,11 +99,8 @@ def total_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
 def take_step(optimizer: torch.optim.Optimizer, rate: float, seed: int) -> None:
     """Update the parameters. `seed`, another one in each step, decides how weights in bf16 are rounded."""
     begin_step(optimizer, rate, seed)
-    if _rounds_by_generator(optimizer):
-        for group in optimizer.param_groups:
-            update_groups(optimizer, [group])
-    else:
-        update_groups(optimizer, optimizer.param_groups)
+    for group in optimizer.param_groups:
+        update_group(optimizer, group)
 
 
 def begin_step(optimizer: torch.optim.Optimizer, rate: float, seed: int) -> None:
@@ -114,15 +112,15 @@ def begin_step(optimizer: torch.optim.Optimizer, rate: float, seed: int) -> None
             group["lr"] = rate
 
 
-def update_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Update the parameters of these groups that have a gradient, in a step that has begun."""
+def update_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Update the parameters of a group that have a gradient, in a step that has begun."""
     device = _parameters(optimizer)[0].device
     # torchao compiles its update for every shape; on a CPU that takes a C++ compiler, and minutes.
     stance = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
     seeded: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if _rounds_by_generator(optimizer):
-        seeded = _seeded(make_key(groups[0]["seed"], groups[0]["first"]), device)
-    every, optimizer.param_groups = optimizer.param_groups, groups
+        seeded = _seeded(make_key(group["seed"], group["first"]), device)
+    every, optimizer.param_groups = optimizer.param_groups, [group]
     try:
         with stance, seeded:
             optimizer.step()
@@ -170,6 +168,7 @@ def learning_rate(step: int, n_steps: int, train: Train) -> float:
 
 def get_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The state's tensors, by parameter and name; for a quantized one, the tensors it consists of."""
+    finish_copies()
     state: dict[str, torch.Tensor] = {}
     for i, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -193,7 +192,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: Iterable[tuple[str, torch.T
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        update_groups(optimizer, [group])
+        update_group(optimizer, group)
         optimizer.zero_grad()
     state, restored = get_state(optimizer), set[str]()
     for name, value in saved:

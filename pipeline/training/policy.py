@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from prefcache.pipeline import model_files
 from prefcache.pipeline.config import Train
-from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import trainable
 from prefcache.pipeline.model.attention import choose_kernel
@@ -35,6 +35,7 @@ from prefcache.pipeline.training.dataset import Examples, Scores
 from prefcache.pipeline.training.generation import generate_answers
 from prefcache.pipeline.training.gradient_step import Step, accumulate_gradient, refuse_not_finite
 from prefcache.pipeline.training.objective import Objective, RunningStats
+from prefcache.pipeline.training.offloaded_state import OffloadedState
 from prefcache.pipeline.training.policy_logps import PolicyLogps, Visit, stored_columns
 from prefcache.pipeline.training.released_gradients import ReleasedGradients, refuse_copies
 
@@ -64,6 +65,11 @@ class Policy:
         self.sharded = distributed.is_sharded(train, accelerator, start.quantization)
         if train.release_gradients and not self.sharded:
             refuse_copies(accelerator.num_processes)
+        if "optimizer" in train.offload and self.sharded:
+            raise UsageError(
+                "train.offload: the optimizer's state of a sharded model stays on the GPUs, which share it. Leave optimizer out of "
+                "train.offload, or set train.shard=none."
+            )
         with distributed.hidden_fsdp_launch():
             # A model that no device could hold whole is sharded from the host's memory.
             device = torch.device("cpu") if self.sharded else accelerator.device
@@ -92,6 +98,8 @@ class Policy:
         self._budget = self._make_budget(like, say)
         parameters = list(self._parameters.values())
         optimizer = optimizers.make_optimizer(parameters, train, accelerator.device)
+        if "optimizer" in train.offload:
+            OffloadedState(optimizer, accelerator.device)
         self._optimizer, self._n_updates = accelerator.prepare(optimizer), 0
         self._released = ReleasedGradients(self._optimizer, parameters) if train.release_gradients else None
         module = self._calls if self.sharded else accelerator.prepare(self._calls)

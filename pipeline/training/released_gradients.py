@@ -58,5 +58,5 @@ class ReleasedGradients:
             return
         # Kept on the device: reading one norm per parameter would stall a GPU as often.
         (self._norms[id(parameter)],) = optimizers.measure_norms([parameter.grad])
-        optimizers.update_groups(self._optimizer, [self._group_of[id(parameter)]])
+        optimizers.update_group(self._optimizer, self._group_of[id(parameter)])
         parameter.grad = None

@@ -36,6 +36,7 @@ _HARMLESS = {
     "shard",
     "gradient_checkpointing",
     "release_gradients",
+    "offload",
 }
 
 

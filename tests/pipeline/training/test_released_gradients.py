@@ -168,13 +168,13 @@ def test_a_run_resumes_bit_by_bit_with_or_without_releasing(prefcache, model, tm
 
 def test_restoring_creates_the_state_one_parameter_at_a_time(model, monkeypatch):
     policy, *_ = policy_of(model, release_gradients=True)
-    step, alive = optimizers.update_groups, []
+    step, alive = optimizers.update_group, []
 
-    def counted(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    def counted(optimizer: Any, group: dict[str, Any]) -> None:
         alive.append(sum(p.grad is not None for p in policy.parameters.values()))
-        step(optimizer, groups)
+        step(optimizer, group)
 
-    monkeypatch.setattr(optimizers, "update_groups", counted)
+    monkeypatch.setattr(optimizers, "update_group", counted)
     state = {f"{i}.step": torch.zeros(()) for i in range(len(policy.parameters))}
     with pytest.raises(Exception, match="lacks"):
         optimizers.restore(policy._optimizer, state.items(), Path("step-1"))
