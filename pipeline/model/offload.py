@@ -21,7 +21,7 @@ class Shuttle:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._arrivals: dict[torch.Tensor, torch.cuda.Event] = {}
 
     def send(self, tensor: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,7 +95,7 @@ class OffloadedInputs:
         if kind_of(tensor.device) == "cpu" or not is_large or isinstance(tensor, torch.nn.Parameter):
             return tensor
         self._shuttle = self._shuttle or Shuttle(tensor.device)
-        sent = _Sent(self._shuttle, tensor, self._last and self._last())
+        sent = _Sent(self._shuttle, tensor, self._last() if self._last else None)
         self._last = weakref.ref(sent)
         return sent
 
