@@ -393,6 +393,7 @@ KNOBS = [
     Knob("seed", setting("train.seed", 7), "nothing"),
     Knob("epochs", setting("train.epochs", 3), "nothing"),
     Knob("precision of the policy", setting("train.precision", "bf16"), "nothing"),
+    Knob("weights of the policy", setting("train.weights", "bfloat16"), "nothing"),
     Knob("name of the run", setting("train.run", "second"), "nothing"),
     Knob("row order", row_order, "nothing"),
     Knob("rows that occur twice", twice, "nothing"),

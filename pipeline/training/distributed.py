@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -43,6 +44,8 @@ def make_accelerator(train: Train) -> Accelerator:
     bf16 = train.weights == "float32" and (train.precision == "bf16" or (train.precision == "auto" and not cpu))
     # Autocast would keep a bf16 copy of every layer until the forward ends: of a sharded model, all of it.
     handlers = [AutocastKwargs(cache_enabled=False)] if _wants_shards(train) else []
+    # accelerate keeps a process's first precision, and the runs of a sweep may have several.
+    AcceleratorState._reset_state()
     with hidden_fsdp_launch():
         return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=handlers)
 

@@ -368,6 +368,37 @@ def test_bf16_trains_against_a_bf16_reference(prefcache, config, tmp_path):
     assert (provenance["precision"], provenance["head_dtype"]) == ("bfloat16", "bfloat16")
 
 
+def test_weights_in_bf16_are_saved_in_it_and_make_another_run(prefcache, scored, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    done = prefcache("train", scored, *options("train.weights=bfloat16"))
+    assert "weights that were saved in float32 are rounded to bfloat16" in done.stderr
+    assert "computes in bfloat16, and the cache was scored in float32: they may differ by 0.1 nats" in done.stderr
+    run = tmp_path / "runs/tiny/trained"
+    saved = load_file(run / "model/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.lm_head.weight, saved["lm_head.weight"])
+    assert json.loads((run / "provenance.json").read_text())["precision"] == "bfloat16"
+    # The margin grows as it does in float32.
+    margins = [row["rewards/margins"] for row in metrics(run)]
+    assert abs(margins[0]) < 0.01 and margins[-1] > 0.2
+    (run / "manifest.json").unlink()
+    assert "train.weights bfloat16 (now none)" in prefcache("train", scored, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["train.weights=bfloat16", "train.lora={}"], "set lora.base_dtype: bfloat16 instead"),
+        (["train.weights=bfloat16", "train.precision=float32"], "computes in bf16, and precision is float32"),
+        (["train.weights=float16"], "float32"),
+    ],
+)
+def test_weights_in_bf16_are_refused_where_they_mean_nothing(prefcache, scored, settings, says):
+    assert says in prefcache("train", scored, *options(*settings), code=2).stderr
+
+
 def test_a_model_that_was_deleted_is_made_again_from_the_last_checkpoint_and_a_lost_part_is_named(prefcache, trained):
     expected = weights(trained)
     shutil.rmtree(trained / "model")

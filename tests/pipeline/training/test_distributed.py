@@ -372,6 +372,13 @@ def test_a_quantized_optimizer_is_not_sharded(optimizer):
         distributed.is_sharded(train, distributed.make_accelerator(train), None)
 
 
+def test_runs_of_one_process_may_have_different_precisions():
+    settings = [{"precision": "bf16"}, {"precision": "float32"}, {"precision": "bf16", "weights": "bfloat16"}]
+    found = [distributed.make_accelerator(Train(device="cpu", **each)).mixed_precision for each in settings]
+    # Weights in bf16 need no autocast.
+    assert found == ["bf16", "no", "no"]
+
+
 def test_one_process_has_nothing_to_shard():
     train = Train(device="cpu", shard="fsdp")
     assert not distributed.is_sharded(train, distributed.make_accelerator(train), None)
