@@ -40,14 +40,18 @@ def make_accelerator(train: Train) -> Accelerator:
     cpu = train.device == "cpu" or not torch.cuda.is_available()
     if train.device == "cuda" and cpu:
         raise UsageError("train.device is cuda, but PyTorch sees no GPU. Set it to auto or cpu.")
-    # Weights in bf16 compute in it as they are; autocast is for float32 ones.
-    bf16 = train.weights == "float32" and (train.precision == "bf16" or (train.precision == "auto" and not cpu))
     # Autocast would keep a bf16 copy of every layer until the forward ends: of a sharded model, all of it.
     handlers = [AutocastKwargs(cache_enabled=False)] if _wants_shards(train) else []
     # accelerate keeps a process's first precision, and the runs of a sweep may have several.
     AcceleratorState._reset_state()
     with hidden_fsdp_launch():
-        return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=handlers)
+        return Accelerator(cpu=cpu, mixed_precision=mixed_precision(train, on_gpu=not cpu), kwargs_handlers=handlers)
+
+
+def mixed_precision(train: Train, *, on_gpu: bool) -> str:
+    """Return accelerate's name for the arithmetic with float32 weights. Weights in bf16 compute in it without autocast."""
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and on_gpu)
+    return "bf16" if bf16 and train.weights == "float32" else "no"
 
 
 def is_sharded(train: Train, accelerator: Accelerator, quantization: str | None) -> bool:

@@ -21,6 +21,7 @@ from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_
 from prefcache.pipeline.schema import PAIRS, TokenSequence
 from prefcache.pipeline.training import optimizers
 from prefcache.pipeline.training.dataset import Examples, SplitData
+from prefcache.pipeline.training.distributed import mixed_precision
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy
 
@@ -164,7 +165,7 @@ class TracedPolicy(Policy):
 
     def __init__(self, trained: trainable.Trainable, train: Train, trace: Trace) -> None:
         self.train, self.sharded, self._trace = train, False, trace
-        self.accelerator: Any = TracedAccelerator("no" if train.precision == "float32" else "bf16")
+        self.accelerator: Any = TracedAccelerator(mixed_precision(train, on_gpu=True))
         shortest = TokenSequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
         self._set_up(trained, "sdpa", [shortest], print)
         if type(self._optimizer).__module__.startswith("torchao"):

@@ -17,6 +17,18 @@ def bench(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
+@pytest.mark.slow
+def test_weights_in_bf16_learn_the_demo_as_float32_ones_do(tmp_path: Path):
+    command = [sys.executable, "-m", "tests.bench.bf16", "--seeds", "3", "--json", str(tmp_path / "found.json")]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=3600)
+    found = json.loads((tmp_path / "found.json").read_text())
+    margins = {way: [row["eval_rewards/margins"] for row in rows] for way, rows in found.items()}
+    spread = max(margins["float32"]) - min(margins["float32"])
+    means = {way: sum(values) / len(values) for way, values in margins.items()}
+    assert means["float32"] > 0.15 and abs(means["bfloat16"] - means["float32"]) < spread
+    assert means["bfloat16, to the nearest"] < means["float32"] - 5 * spread
+
+
 def bench_code(code: str, *arguments: str) -> str:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
