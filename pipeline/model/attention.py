@@ -14,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
 
-from prefcache.pipeline.model.device import kind_of, to_device
+from prefcache.pipeline.model.device import kind_of
 
 NAME = "prefcache_segments"
 # The layer types, as Transformers calls them, whose attention segments can express.
@@ -56,14 +57,22 @@ class Branch(NamedTuple):
     answer: slice
 
 
+class CallIndices(NamedTuple):
+    """The calls of a row as one, on the device: the keys to gather, and where each call's queries and keys begin."""
+
+    keys: torch.Tensor
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Segments:
     """Which positions of a row attend to which."""
 
     trunks: list[slice]  # a prompt and its first answer, causal
     branches: list[Branch]
-    device: torch.device | str
     eager: bool = False  # compute as eager attention does, without a fused kernel
+    indices: CallIndices | None = None  # for a kernel that computes all calls at once
 
     @cached_property
     def calls(self) -> list[tuple[slice, tuple[slice, ...]]]:
@@ -73,23 +82,21 @@ class Segments:
         return sorted([*trunks, *branches], key=lambda call: call[0].start)
 
     @cached_property
-    def variable_lengths(self) -> "VariableLengths":
-        n_q = [_length(queries) for queries, _ in self.calls]
-        n_k = [sum(map(_length, spans)) for _, spans in self.calls]
-        keys = torch.cat([torch.arange(span.start, span.stop) for _, spans in self.calls for span in spans])
-        starts_q, starts_k = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(torch.int32) for n in (n_q, n_k))
-        keys, starts_q, starts_k = (to_device(indices, self.device) for indices in (keys, starts_q, starts_k))
-        return VariableLengths(keys, starts_q, starts_k, max(n_q), max(n_k))
+    def n_queries(self) -> list[int]:
+        """Queries of each call."""
+        return [_length(queries) for queries, _ in self.calls]
 
+    @cached_property
+    def n_keys(self) -> list[int]:
+        return [sum(map(_length, spans)) for _, spans in self.calls]
 
-class VariableLengths(NamedTuple):
-    """The calls of a row as one: the keys to gather, and where each call's queries and keys begin."""
-
-    keys: torch.Tensor
-    query_starts: torch.Tensor
-    key_starts: torch.Tensor
-    max_queries: int
-    max_keys: int
+    def index_calls(self) -> dict[str, np.ndarray]:
+        """The arrays of `CallIndices`, on the host."""
+        return {
+            "keys": np.concatenate([np.arange(span.start, span.stop) for _, spans in self.calls for span in spans]),
+            "query_starts": np.cumsum([0, *self.n_queries]).astype(np.int32),
+            "key_starts": np.cumsum([0, *self.n_keys]).astype(np.int32),
+        }
 
 
 def _length(span: slice) -> int:
@@ -221,8 +228,7 @@ def _split_calls(
 
     The row is split once: the gradient of a slice of it would be as large as the row, and there would be one for every call.
     """
-    lengths = [_length(queries) for queries, _ in segments.calls]
-    q, k, v = (torch.split(x_HTD, lengths, 1) for x_HTD in (q_HTD, k_HTD, v_HTD))
+    q, k, v = (torch.split(x_HTD, segments.n_queries, 1) for x_HTD in (q_HTD, k_HTD, v_HTD))
     trunk = 0  # the call that holds this branch's prompt
     for i, (_, spans) in enumerate(segments.calls):
         if len(spans) == 1:
@@ -281,18 +287,19 @@ def _varlen_attention(
     """Compute the whole row in one kernel, with a prompt's keys repeated for each further answer."""
     from torch.nn.attention.varlen import varlen_attn
 
-    lengths = segments.variable_lengths
+    assert segments.indices is not None
+    keys, query_starts, key_starts = segments.indices
     # PyTorch 2.11 accepts fewer key heads without this keyword, which it does not have.
     has_keyword = "enable_gqa" in inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"enable_gqa": True} if has_keyword and q_HTD.shape[0] != k_HTD.shape[0] else {}
     out_THD: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # it returns more only when asked for more
         q_HTD.transpose(0, 1).contiguous(),
-        k_HTD.transpose(0, 1)[lengths.keys],
-        v_HTD.transpose(0, 1)[lengths.keys],
-        lengths.query_starts,
-        lengths.key_starts,
-        lengths.max_queries,
-        lengths.max_keys,
+        k_HTD.transpose(0, 1)[keys],
+        v_HTD.transpose(0, 1)[keys],
+        query_starts,
+        key_starts,
+        max(segments.n_queries),
+        max(segments.n_keys),
         scale=scaling,
         # To the left, not counting the query itself. Queries are aligned with the last keys.
         window_size=(-1 if window is None else window - 1, 0),

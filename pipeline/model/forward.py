@@ -18,7 +18,8 @@ import torch
 from prefcache.pipeline.errors import ResourceError, UsageError
 from prefcache.pipeline.model import attention, packing
 from prefcache.pipeline.model.chunked_lm_head import trained_beyond_head
-from prefcache.pipeline.model.logprobs import Logps, RouterHook, padded_logps, plain_logps
+from prefcache.pipeline.model.device import to_host
+from prefcache.pipeline.model.logprobs import Logps, RouterHook, concat_logps, padded_logps, plain_logps
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model.packed_row import lay_out, row_logps
 from prefcache.pipeline.schema import TokenSequence
@@ -92,8 +93,8 @@ class Forward:
         """Log-probs of every sequence, in forwards no larger than the longest one."""
         logps: dict[int, np.ndarray] = {}
         for batch in self.plan_batches(sequences, max(sequence.n_tokens for sequence in sequences)):
-            batch_logps = self.logps([[sequences[i] for i in group] for group in batch]).logps
-            logps |= {i: logps_N.cpu().numpy() for i, logps_N in zip(flatten(batch), batch_logps, strict=True)}
+            batch_logps = split_on_host(self.logps([[sequences[i] for i in group] for group in batch]))
+            logps |= dict(zip(flatten(batch), batch_logps, strict=True))
         return [logps[i] for i in range(len(sequences))]
 
     # -- the forward -------------------------------------------------------------------------------------------------
@@ -124,8 +125,9 @@ class Forward:
             return row_logps(self.model, lay_out(groups), eager=eager, squares=squares, router_hook=router_hook)
         sequences = [sequence for group in groups for sequence in group]
         batches = [[sequence] for sequence in sequences] if self._one_at_a_time else [sequences]
-        results = [padded_logps(self.model, batch, squares=squares, router_hook=router_hook) for batch in batches]
-        return Logps(*([tensor for tensors in field for tensor in tensors] for field in zip(*results, strict=True)))
+        return concat_logps(
+            [padded_logps(self.model, batch, squares=squares, router_hook=router_hook) for batch in batches]
+        )
 
     @contextlib.contextmanager
     def native_attention(self) -> Iterator[None]:
@@ -138,6 +140,11 @@ class Forward:
             yield
         finally:
             attention.use_segments(self.model)
+
+
+def split_on_host(logps: Logps) -> list[np.ndarray]:
+    """The log-probs of each sequence, in one transfer from the device."""
+    return np.split(to_host(logps.values_N).numpy(), np.cumsum(logps.counts)[:-1])
 
 
 def flatten(groups: Iterable[Iterable[int]]) -> list[int]:

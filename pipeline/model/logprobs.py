@@ -2,7 +2,7 @@
 
 `plain_logps` is the definition: one sequence, no tricks. `padded_logps` here and `row_logps` in packed_row.py must equal it.
 
-Shapes: B sequences, T positions, K positions kept for the head, N completion tokens, V vocabulary.
+Shapes: S sequences, T positions, K positions kept for the head, N completion tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from prefcache.pipeline.model.device import to_device
+from prefcache.pipeline.model.device import copy_together, to_device
 from prefcache.pipeline.schema import TokenSequence
 
 # Called with the router logits [T, E] of each layer that routes tokens to experts.
@@ -40,11 +40,25 @@ def plain_logps(model: Any, sequence: TokenSequence) -> torch.Tensor:
 
 
 class Logps(NamedTuple):
-    """Values per completion token, one tensor for each sequence."""
+    """Log-probs of completion tokens, sequence after sequence."""
 
-    logps: list[torch.Tensor]
-    # log_sum_squares of each token's distribution, without gradient; empty unless asked for
-    squares: list[torch.Tensor]
+    values_N: torch.Tensor
+    squares_N: torch.Tensor | None  # log_sum_squares of each token's distribution, without gradient; only if asked for
+    lengths_S: torch.Tensor  # completion tokens of each sequence, on the device
+    counts: list[int]  # the same on the host
+
+    @property
+    def logps(self) -> list[torch.Tensor]:
+        """One tensor for each sequence."""
+        return list(torch.split(self.values_N, self.counts))
+
+    @property
+    def squares(self) -> list[torch.Tensor]:
+        return [] if self.squares_N is None else list(torch.split(self.squares_N, self.counts))
+
+    def sums(self) -> torch.Tensor:
+        """The log-prob of each sequence. Shape: [S]."""
+        return sum_segments(self.values_N, self.lengths_S)
 
 
 def padded_logps(
@@ -58,24 +72,28 @@ def padded_logps(
     """
     device = next(model.parameters()).device
     ids = [_concat_ids(sequence) for sequence in sequences]
-    input_BT = to_device(pad_sequence([ids_T[:-1] for ids_T in ids], batch_first=True), device)
-    first = min(len(sequence.prompt_ids) for sequence in sequences) - 1
-    kept_K = torch.arange(first, input_BT.shape[1], device=device)
-    out = model(input_ids=input_BT, use_cache=False, logits_to_keep=kept_K, **router_options(router_hook))
+    counts = [len(sequence.completion_ids) for sequence in sequences]
+    starts = [len(sequence.prompt_ids) - 1 for sequence in sequences]
+    inputs = {
+        "input_ST": pad_sequence([ids_T[:-1] for ids_T in ids], batch_first=True).numpy(),
+        "row_N": np.repeat(np.arange(len(sequences)), counts),
+        "column_N": np.concatenate([np.arange(start, start + n) for start, n in zip(starts, counts, strict=True)]),
+        "target_N": np.concatenate([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)]),
+        "lengths_S": np.array(counts),
+    }
     if router_hook:
-        is_token_BT = pad_sequence([torch.ones(len(ids_T) - 1) for ids_T in ids], batch_first=True)
-        tokens = is_token_BT.flatten().nonzero().flatten().to(device)
-        router_hook([logits.flatten(0, -2)[tokens] for logits in out.router_logits])
-
+        is_token_ST = pad_sequence([torch.ones(len(ids_T) - 1) for ids_T in ids], batch_first=True)
+        inputs["tokens"] = np.flatnonzero(is_token_ST)
+    on_device = copy_together(inputs, device)
+    first = min(starts)
+    kept_K = torch.arange(first, on_device["input_ST"].shape[1], device=device)
+    out = model(input_ids=on_device["input_ST"], use_cache=False, logits_to_keep=kept_K, **router_options(router_hook))
+    if router_hook:
+        router_hook([logits.flatten(0, -2)[on_device["tokens"]] for logits in out.router_logits])
     if out.logits.shape[1] != len(kept_K):
         first = 0  # A few models (xLSTM, TrOCR) ignore `logits_to_keep` and return the logits of all positions.
-    counts = [len(sequence.completion_ids) for sequence in sequences]
-    row_N = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts))
-    starts = [len(sequence.prompt_ids) - 1 - first for sequence in sequences]
-    column_N = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)])
-    target_N = torch.cat([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)])
-    logits_NV = out.logits[to_device(row_N, device), to_device(column_N, device)]
-    return split_by_sequence(score_logits(logits_NV, to_device(target_N, device), squares), counts)
+    logits_NV = out.logits[on_device["row_N"], on_device["column_N"] - first]
+    return make_logps(score_logits(logits_NV, on_device["target_N"], squares), on_device["lengths_S"], counts)
 
 
 def score_logits(logits_NV: torch.Tensor, target_N: torch.Tensor, squares: bool) -> tuple[torch.Tensor, ...]:
@@ -84,9 +102,22 @@ def score_logits(logits_NV: torch.Tensor, target_N: torch.Tensor, squares: bool)
     return (logps_N, log_sum_squares(logits_NV.detach())) if squares else (logps_N,)
 
 
-def split_by_sequence(scores: tuple[torch.Tensor, ...], counts: list[int]) -> Logps:
-    logps, *squares = (list(torch.split(values_N, counts)) for values_N in scores)
-    return Logps(logps, squares[0] if squares else [])
+def make_logps(scores: tuple[torch.Tensor, ...], lengths_S: torch.Tensor, counts: list[int]) -> Logps:
+    values_N, *squares = scores
+    return Logps(values_N, squares[0] if squares else None, lengths_S, counts)
+
+
+def concat_logps(results: Sequence[Logps]) -> Logps:
+    """The results of several forwards as those of one."""
+    if len(results) == 1:
+        return results[0]
+    squares = [result.squares_N for result in results if result.squares_N is not None]
+    return Logps(
+        torch.cat([result.values_N for result in results]),
+        torch.cat(squares) if squares else None,
+        torch.cat([result.lengths_S for result in results]),
+        [n for result in results for n in result.counts],
+    )
 
 
 def router_options(router_hook: RouterHook | None) -> dict[str, bool]:
@@ -94,9 +125,17 @@ def router_options(router_hook: RouterHook | None) -> dict[str, bool]:
     return {} if router_hook is None else {"output_router_logits": True}
 
 
+def sum_segments(values_N: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
+    """The sum of each sequence's values, in one kernel and in the same order every time."""
+    # In float64: float32 drifts visibly over answers of tens of thousands of tokens. `unsafe` because the check of the
+    # lengths would wait for a GPU.
+    return torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True)
+
+
 def sum_logps(logps: Sequence[torch.Tensor]) -> torch.Tensor:
-    # In float64: float32 drifts visibly over answers of tens of thousands of tokens.
-    return torch.stack([logps_N.double().sum() for logps_N in logps])
+    return sum_segments(
+        torch.cat(list(logps)), torch.tensor([len(logps_N) for logps_N in logps], device=logps[0].device)
+    )
 
 
 def _concat_ids(sequence: TokenSequence) -> torch.Tensor:

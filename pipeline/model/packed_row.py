@@ -4,16 +4,15 @@ Shapes: T positions of the row, N completion tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from prefcache.pipeline.model.attention import Branch, Segments
+from prefcache.pipeline.model.attention import Branch, CallIndices, Segments
 from prefcache.pipeline.model.chunked_lm_head import score_hidden
-from prefcache.pipeline.model.device import to_device
-from prefcache.pipeline.model.logprobs import Logps, RouterHook, router_options, split_by_sequence
+from prefcache.pipeline.model.device import copy_together
+from prefcache.pipeline.model.logprobs import Logps, RouterHook, make_logps, router_options
 from prefcache.pipeline.schema import TokenSequence
 
 
@@ -67,16 +66,27 @@ def row_logps(
     model: Any, row: Row, *, eager: bool = False, squares: bool = False, router_hook: RouterHook | None = None
 ) -> Logps:
     """Log-prob of each completion token of each sequence of a row, by a model on which `use_segments` was called."""
-    device = next(model.parameters()).device
+    segments = Segments(row.trunks, row.branches, eager)
+    on_device = copy_together(
+        {
+            "input_T": row.input_T,
+            "position_T": row.position_T,
+            "source_N": row.source_N,
+            "target_N": row.target_N,
+            "lengths_S": np.array(row.counts),
+            **segments.index_calls(),
+        },
+        next(model.parameters()).device,
+    )
     out = model.get_decoder()(
-        input_ids=to_device(torch.from_numpy(row.input_T), device).unsqueeze(0),
-        position_ids=to_device(torch.from_numpy(row.position_T), device).unsqueeze(0),
+        input_ids=on_device["input_T"].unsqueeze(0),
+        position_ids=on_device["position_T"].unsqueeze(0),
         use_cache=False,
-        segments=Segments(row.trunks, row.branches, device, eager),
+        segments=replace(segments, indices=CallIndices(*(on_device[name] for name in CallIndices._fields))),
         **router_options(router_hook),
     )
     if router_hook:
         router_hook([logits.flatten(0, -2) for logits in out.router_logits])
-    hidden_ND = out.last_hidden_state[0, to_device(torch.from_numpy(row.source_N), device)]
-    target_N = to_device(torch.from_numpy(row.target_N), device)
-    return split_by_sequence(score_hidden(model, hidden_ND, target_N, squares), row.counts)
+    hidden_ND = out.last_hidden_state[0, on_device["source_N"]]
+    scores = score_hidden(model, hidden_ND, on_device["target_N"], squares)
+    return make_logps(scores, on_device["lengths_S"], row.counts)

@@ -53,8 +53,8 @@ def keep_batch(s: Session, step: int, indices: np.ndarray, error: NotFinite) -> 
     examples, file = s.examples[TRAIN], f"{NOT_FINITE}/step-{step:08}.parquet"
     ids, prompts = examples.example_ids(indices), examples.prompts(indices)[1]
     if s.main:
-        data = {name: values.numpy() for name, values in examples.batch(indices, "cpu").columns.items()}
-        columns = {"example_id": ids, "n_prompt": [len(prompt) for prompt in prompts], **data, **error.visit}
+        data, n_prompt = examples.batch(indices).columns, [len(prompt) for prompt in prompts]
+        columns = {"example_id": ids, "n_prompt": n_prompt, **data, **error.visit}
         artifact.commit_bytes(s.config.run / file, artifact.parquet(pa.table(columns)))
         s.log.add_event(alerts.not_finite(step, error.metric, error.value, file).row)
         s.log.flush(step)

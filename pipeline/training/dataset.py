@@ -6,9 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from prefcache.pipeline.model.device import to_device
 from prefcache.pipeline.model.packing import balanced_batches, split_evenly, token_budget_batches
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.stored.prepared import IdLists
@@ -24,9 +22,9 @@ class Batch:
     """Some examples. Shape of every column: [B]."""
 
     rows: list[int]  # in the prepared table
-    columns: dict[str, torch.Tensor]
+    columns: dict[str, np.ndarray]
     answers: dict[str, list[TokenSequence | None]]  # None: this example lacks the answer
-    reference_tokens: dict[str, list[torch.Tensor]]
+    reference_tokens: dict[str, list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -118,21 +116,14 @@ class Examples:
         label = self._columns["label"][self._rows]
         return "undesirable" if label.all() else None if label.any() else "desirable"
 
-    def batch(self, indices: np.ndarray, device: torch.device | str, answers: Sequence[str] = ()) -> Batch:
+    def batch(self, indices: np.ndarray, answers: Sequence[str] = ()) -> Batch:
         """Some examples with their columns, and the tokens of these answers."""
         rows = self._rows[indices].tolist()
         return Batch(
             rows,
-            {
-                name: to_device(torch.as_tensor(values[rows], dtype=torch.float64), device)
-                for name, values in self._columns.items()
-            },
+            {name: values[rows].astype(np.float64) for name, values in self._columns.items()},
             {name: [self._sequence(name, row) for row in rows] for name in answers},
-            {
-                name: [to_device(torch.from_numpy(self._tokens[name][row]), device) for row in rows]
-                for name in answers
-                if name in self._tokens
-            },
+            {name: [self._tokens[name][row] for row in rows] for name in answers if name in self._tokens},
         )
 
     def _sequence(self, answer: str, row: int) -> TokenSequence | None:

@@ -190,6 +190,6 @@ def shard_start(tensor: torch.Tensor) -> int:
     return first_row * math.prod(tensor.shape[1:])
 
 
-def reduce_scalar(value: torch.Tensor) -> float:
-    """Return an all-reduced scalar as a float."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def reduce_scalar(value: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a scalar that may be spread over processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

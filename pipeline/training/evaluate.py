@@ -71,7 +71,7 @@ def token_table(s: Session, trained: Trained) -> pa.Table | None:
     index_of = {example_id: i for i, example_id in enumerate(examples.example_ids(np.arange(len(examples))))}
     indices = np.array([index_of[example_id] for example_id in token_gains.extremes(gains)], dtype=np.int64)
     names = [name for name in s.objective.visited if name not in s.objective.without_gradient]
-    answers = examples.batch(indices, "cpu", names).answers
+    answers = examples.batch(indices, names).answers
     sequences = {name: [sequence for sequence in answers[name] if sequence is not None] for name in answers}
     logps = s.policy.score(examples, indices, names, tokens=True).tokens
     reference = {}

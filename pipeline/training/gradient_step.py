@@ -7,6 +7,8 @@ A batch's loss is computed in one of three ways, so that the result is that of o
     SlopeLoss    gradients flow between examples, so the first pass also gives the slope of the batch's loss at each log-prob,
                  which the second pass carries on into the model
 
+Nothing here waits for the device, unless gradients are released. What the step reports stays there until `Pending.read`, after the
+gradient is complete.
 Shapes: B examples.
 """
 
@@ -19,13 +21,19 @@ import numpy as np
 import torch
 
 from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.model.device import copy_together, read_together
 from prefcache.pipeline.training import router_loss
 from prefcache.pipeline.training.dataset import Examples
-from prefcache.pipeline.training.objective import PLAIN, Objective, RunningStats, Statistics, select_examples
-from prefcache.pipeline.training.policy_logps import PolicyLogps, Visit, stored_columns
+from prefcache.pipeline.training.objective import (
+    PLAIN,
+    Objective,
+    PendingStats,
+    RunningStats,
+    Statistics,
+    select_examples,
+)
+from prefcache.pipeline.training.policy_logps import Columns, PolicyLogps, Turn, Visit, stored_columns
 from prefcache.pipeline.training.router_loss import RouterCounts
-
-Columns = dict[str, torch.Tensor]
 
 
 class Step(NamedTuple):
@@ -47,6 +55,33 @@ class NotFinite(IntegrityError):
         self.metric, self.value, self.visit, self.is_taken = metric, value, visit, is_taken
 
 
+@dataclass(frozen=True)
+class Pending:
+    """What a step reports, while the device may still compute it."""
+
+    columns: Columns  # to store
+    logged: dict[str, torch.Tensor]
+    running_stats: PendingStats
+
+    def read(self, **more: torch.Tensor) -> Step:
+        """Wait for the device, once. `more` is logged as well."""
+        logged = {**self.logged, **more}
+        running = {(key, name): value for key, stats in self.running_stats.items() for name, value in stats.items()}
+        read = read_together(
+            {f"column/{name}": values_B for name, values_B in self.columns.items()}
+            | {f"logged/{name}": value for name, value in logged.items()}
+            | {f"running/{at}": value for at, value in running.items() if isinstance(value, torch.Tensor)}
+        )
+        running_stats: RunningStats = {key: {} for key in self.running_stats}
+        for (key, name), value in running.items():
+            running_stats[key][name] = float(read.get(f"running/{(key, name)}", value))
+        return Step(
+            {name: read[f"column/{name}"] for name in self.columns},
+            {name: float(read[f"logged/{name}"]) for name in logged},
+            running_stats,
+        )
+
+
 class Part(NamedTuple):
     """The loss of one forward's examples."""
 
@@ -61,7 +96,7 @@ class ForwardLoss:
     statistics: Statistics  # of the last forward
     router_counts: RouterCounts | None = None
 
-    def compute(self, columns: Columns, positions: torch.Tensor, *, counts: bool) -> Part:
+    def compute(self, columns: Columns, positions: np.ndarray, *, counts: bool) -> Part:
         detached = {name: values.detach() for name, values in columns.items()}
         self.statistics = self.objective.compute_statistics(detached, self.statistics.running, learning=counts)
         losses = self.objective.compute_losses(columns, self.statistics.values)
@@ -76,9 +111,15 @@ class BatchLoss:
     router_counts: RouterCounts | None
     n: int  # examples
 
-    def compute(self, columns: Columns, positions: torch.Tensor, *, counts: bool) -> Part:
-        losses = self.objective.compute_losses(columns, select_examples(self.statistics.values, positions, self.n))
+    def compute(self, columns: Columns, positions: np.ndarray, *, counts: bool) -> Part:
+        losses = self.objective.compute_losses(columns, self._select(self.statistics.values, positions))
         return Part(losses.total.sum(), losses.columns())
+
+    def _select(self, of_batch: Columns, positions: np.ndarray) -> Columns:
+        if not of_batch:
+            return of_batch
+        device = next(iter(of_batch.values())).device
+        return select_examples(of_batch, copy_together({"positions": positions}, device)["positions"], self.n)
 
 
 @dataclass
@@ -86,9 +127,10 @@ class SlopeLoss(BatchLoss):
     slopes: Columns  # of the summed loss at each log-prob
     columns: Columns  # to store
 
-    def compute(self, columns: Columns, positions: torch.Tensor, *, counts: bool) -> Part:
-        total = torch.stack([(columns[name] * slope_B[positions]).sum() for name, slope_B in self.slopes.items()]).sum()
-        return Part(total, {name: values_B[positions] for name, values_B in self.columns.items()})
+    def compute(self, columns: Columns, positions: np.ndarray, *, counts: bool) -> Part:
+        slopes = self._select(self.slopes, positions)
+        total = torch.stack([(columns[name] * slope_B).sum() for name, slope_B in slopes.items()]).sum()
+        return Part(total, self._select(self.columns, positions))
 
 
 def accumulate_gradient(
@@ -98,7 +140,7 @@ def accumulate_gradient(
     objective: Objective,
     running_stats: RunningStats,
     epoch: int,
-) -> Step:
+) -> Pending:
     """Add the gradient of these examples' mean loss to the parameters.
 
     Gradients that are released change the weights in the backward pass: the step is then one forward, whose loss is looked at first.
@@ -109,40 +151,41 @@ def accumulate_gradient(
     assert len(turns) == 1 or not releases
     batch_loss = _choose_loss(logps, examples, indices, objective, running_stats, epoch, n_turns=len(turns))
     position_of = {int(index): i for i, index in enumerate(indices)}
-    parts: list[tuple[np.ndarray, Columns]] = []
+    parts: list[tuple[Turn, Columns]] = []
     aux_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for i, (part, counts) in enumerate(turns):
+    for i, turn in enumerate(turns):
         # The gradients of a sharded model are reduced in every part, because until then they are whole.
         with accelerator.no_sync(logps.module) if i < len(turns) - 1 else contextlib.nullcontext():
-            columns = logps.columns(examples, part, objective, batch_loss.answers, epoch)
-            positions = torch.tensor([position_of[int(index)] for index in part])
-            loss = batch_loss.compute(columns, positions, counts=counts)
+            columns = logps.columns(examples, turn.part, objective, batch_loss.answers, epoch)
+            positions = np.array([position_of[int(index)] for index in turn.part])
+            loss = batch_loss.compute(columns, positions, counts=turn.counts)
             # Averaged over the step's examples, never over micro-batches: memory must not change the result. The
             # reduction averages over processes, hence their number.
-            n_processes = accelerator.num_processes if counts else 0
+            n_processes = accelerator.num_processes if turn.counts else 0
             share = loss.total * (n_processes / n)
             if routers:
-                aux = routers.take_loss(batch_loss.router_counts, len(part) / n)
+                aux = routers.take_loss(batch_loss.router_counts, len(turn.part) / n)
                 share = share + n_processes * routers.coefficient * aux
-                aux_loss += aux.detach() if counts else 0
+                aux_loss += aux.detach() if turn.counts else 0
             if not releases:
                 accelerator.backward(share)
-        if counts:
-            parts.append((part, {name: values.detach() for name, values in (columns | loss.columns).items()}))
+        stored = stored_columns(columns | loss.columns)
+        parts.append((turn, {name: values_B.detach() for name, values_B in stored.items()}))
     logged = batch_loss.statistics.logged
     if routers and batch_loss.router_counts is None:
         # If micro-batches have losses of their own, each process has added up its share.
-        logged = {**logged, router_loss.METRIC: float(accelerator.reduce(aux_loss, "sum"))}
-    step = Step(stored_columns(logps.gather(indices, parts)), logged, batch_loss.statistics.running)
-    refuse_not_finite("loss", float(step.visit["loss"].mean()), step)
+        logged = {**logged, router_loss.METRIC: accelerator.reduce(aux_loss, "sum")}
+    pending = Pending(logps.gather(indices, parts), logged, batch_loss.statistics.running)
     if releases:
+        refuse_not_finite(pending.read())
         accelerator.backward(share)
-    return step
+    return pending
 
 
-def refuse_not_finite(metric: str, value: float, step: Step, *, is_taken: bool = False) -> None:
-    if not math.isfinite(value):
-        raise NotFinite(metric, value, step.visit, is_taken=is_taken)
+def refuse_not_finite(step: Step, *, is_taken: bool = False) -> None:
+    for metric, value in (("loss", float(step.visit["loss"].mean())), ("grad_norm", step.logged.get("grad_norm", 0.0))):
+        if not math.isfinite(value):
+            raise NotFinite(metric, value, step.visit, is_taken=is_taken)
 
 
 def _choose_loss(
@@ -159,13 +202,13 @@ def _choose_loss(
     is_one_forward = n_turns == 1 and logps.accelerator.num_processes == 1
     if logps.train.scope == "micro" or not needs_batch or is_one_forward:
         every = (*objective.answers, *objective.without_gradient)
-        return ForwardLoss(objective, every, Statistics({}, running_stats, {}))
+        return ForwardLoss(objective, every, Statistics({}, dict(running_stats), {}))
     answers = (*objective.first_pass, *(objective.answers if logps.routers else ()))
     columns = logps.visit(examples, indices, objective, tuple(dict.fromkeys(answers)), epoch)
     statistics = objective.compute_statistics(columns, running_stats, learning=True)
     router_counts = logps.take_router_counts()
     if logps.routers and router_counts:
-        statistics.logged[router_loss.METRIC] = float(logps.routers.value(router_counts, router_counts))
+        statistics.logged[router_loss.METRIC] = logps.routers.value(router_counts, router_counts)
     batch_loss = BatchLoss(objective, objective.answers, statistics, router_counts, len(indices))
     if not objective.over_batch:
         return batch_loss

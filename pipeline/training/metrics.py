@@ -37,7 +37,8 @@ def example_evaluation(objective: Objective) -> dict[str, float]:
     visit |= {f"ref_{answer}_logp": ones for answer in objective.reference_answers}
     visit |= {f"loss/{term.loss.name}": ones for term in objective.terms if len(objective.terms) > 1}
     columns = {name: torch.ones(2, dtype=torch.float64) for name in COLUMNS}
-    return {**evaluation_metrics(visit, objective), **objective.compute_statistics(columns, {}, learning=False).logged}
+    logged = objective.compute_statistics(columns, {}, learning=False).logged
+    return {**evaluation_metrics(visit, objective), **{name: float(value) for name, value in logged.items()}}
 
 
 def log_ratio(visit: Visit, answer: str) -> np.ndarray:

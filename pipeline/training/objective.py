@@ -20,6 +20,8 @@ from prefcache.pipeline.training.losses.lazy_torch import torch
 Columns = Mapping[str, "torch.Tensor"]
 # What running statistics carry from step to step, by term and statistic: plain numbers, for a checkpoint's JSON.
 RunningStats = dict[str, dict[str, float]]
+# The same within a step, where the device may not have computed them yet.
+PendingStats = Mapping[str, Mapping[str, "float | torch.Tensor"]]
 # The policy's log-probs of these answers measure how far it has moved, and are not trained on.
 WITHOUT_GRADIENT = ("kl",)
 WEIGHT = "weight"  # of train.weighting, from the policy
@@ -31,8 +33,8 @@ class Statistics(NamedTuple):
     """The statistics of a batch."""
 
     values: dict[str, torch.Tensor]  # by term and name
-    running: RunningStats  # to carry to the next step
-    logged: dict[str, float]
+    running: dict[str, Mapping[str, float | torch.Tensor]]  # to carry to the next step
+    logged: dict[str, torch.Tensor]
 
 
 class Losses(NamedTuple):
@@ -57,8 +59,8 @@ class Term:
         return f"{self.loss.name}/{statistic}"
 
     def compute(
-        self, statistic: Statistic, columns: Columns, running: RunningStats, learning: bool
-    ) -> tuple[Any, RunningStats]:
+        self, statistic: Statistic, columns: Columns, running: PendingStats, learning: bool
+    ) -> tuple[Any, PendingStats]:
         arguments = {name: self.arguments[name] for name in statistic.hyperparameters}
         inputs = [columns[name] for name in statistic.columns]
         if not statistic.running:
@@ -177,20 +179,21 @@ class Objective:
 
     # -- values ------------------------------------------------------------------------------------------------------
 
-    def compute_statistics(self, columns: Columns, running_stats: RunningStats, *, learning: bool) -> Statistics:
+    def compute_statistics(self, columns: Columns, running_stats: PendingStats, *, learning: bool) -> Statistics:
         """Compute the statistics of the whole batch; without `learning`, the running ones stay as they are."""
         some = next(iter(columns.values()))
-        statistics = Statistics({}, dict(running_stats) if learning else running_stats, {})
+        statistics = Statistics({}, dict(running_stats), {})
         with torch.no_grad():
             for term in self.terms:
                 for statistic in term.loss.statistics:
                     value, after = term.compute(statistic, columns, running_stats, learning)
-                    tensor = torch.as_tensor(value, dtype=some.dtype, device=some.device)
+                    # A number is filled in, as its copy to the device would wait for all that is queued there.
+                    tensor = value.to(some) if isinstance(value, torch.Tensor) else some.new_full((), value)
                     statistics.values[term.key(statistic.name)] = tensor
                     if learning:
                         statistics.running.update(after)
                     if tensor.ndim == 0:
-                        statistics.logged[statistic.name] = float(tensor)
+                        statistics.logged[statistic.name] = tensor
         return statistics
 
     def compute_losses(self, columns: Columns, statistics: Columns) -> Losses:

@@ -33,7 +33,7 @@ from prefcache.pipeline.training import distributed, flops, micro_batch_size, op
 from prefcache.pipeline.training.checkpoints import WEIGHTS
 from prefcache.pipeline.training.dataset import Examples, Scores
 from prefcache.pipeline.training.generation import generate_answers
-from prefcache.pipeline.training.gradient_step import Step, accumulate_gradient, refuse_not_finite
+from prefcache.pipeline.training.gradient_step import Pending, Step, accumulate_gradient, refuse_not_finite
 from prefcache.pipeline.training.objective import Objective, RunningStats
 from prefcache.pipeline.training.offloaded_state import OffloadedState
 from prefcache.pipeline.training.policy_logps import PolicyLogps, Visit, stored_columns
@@ -173,8 +173,9 @@ class Policy:
         statistics = objective.compute_statistics(columns, running_stats, learning=False)
         losses = objective.compute_losses(columns, statistics.values)
         if (routers := self._logps.routers) and (counts := self._logps.take_router_counts()):
-            statistics.logged[router_loss.METRIC] = float(routers.value(counts, counts))
-        return stored_columns({**columns, **losses.columns()}), statistics.logged
+            statistics.logged[router_loss.METRIC] = routers.value(counts, counts)
+        evaluated = Pending(stored_columns({**columns, **losses.columns()}), statistics.logged, {}).read()
+        return evaluated.visit, evaluated.logged
 
     def update(
         self,
@@ -188,25 +189,25 @@ class Policy:
         """Take one optimizer step on these examples."""
         seed = make_key(self.train.seed, self._n_updates)
 
-        def accumulate() -> Step:
+        def accumulate() -> Pending:
             return accumulate_gradient(self._logps, examples, indices, objective, running_stats, epoch)
 
         if self._released:
             work = "a step's one forward and backward (train.release_gradients); a lower train.batch_size needs less"
             with micro_batch_size.never_retried(work), self._released.updates(learning_rate, seed):
-                step = accumulate()
-            grad_norm = distributed.reduce_scalar(self._released.take_norm())
+                pending = accumulate()
+            norm = self._released.take_norm()
         else:
-            step = self._logps.retry_smaller(accumulate, examples, indices)
+            pending = self._logps.retry_smaller(accumulate, examples, indices)
             norm = optimizers.clip_gradients(self._parameters.values(), self.train.max_grad_norm)
-            grad_norm = distributed.reduce_scalar(norm)
-        refuse_not_finite("grad_norm", grad_norm, step, is_taken=self._released is not None)
+        step = pending.read(grad_norm=distributed.reduce_scalar(norm))
+        refuse_not_finite(step, is_taken=self._released is not None)
         if not self._released:
             with micro_batch_size.never_retried("the optimizer's update"):
                 optimizers.take_step(self._optimizer, learning_rate, seed)
             self._optimizer.zero_grad()
         self._n_updates += 1
-        return step._replace(logged={**step.logged, "grad_norm": grad_norm})
+        return step
 
     def score(self, examples: Examples, indices: np.ndarray, answers: Sequence[str], *, tokens: bool) -> Scores:
         """The log-probs that the current weights give these answers, the same on every process."""

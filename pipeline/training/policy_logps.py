@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from prefcache.pipeline.config import Train
-from prefcache.pipeline.model.forward import Forward, flatten
-from prefcache.pipeline.model.logprobs import Logps, sum_logps
+from prefcache.pipeline.model.device import copy_together
+from prefcache.pipeline.model.forward import Forward, flatten, split_on_host
+from prefcache.pipeline.model.logprobs import Logps
 from prefcache.pipeline.schema import STEPS, TokenSequence
 from prefcache.pipeline.training import flops
 from prefcache.pipeline.training.dataset import Batch, Examples, Scores
@@ -26,13 +27,13 @@ from prefcache.pipeline.training.distributed import Calls
 from prefcache.pipeline.training.micro_batch_size import Budget
 from prefcache.pipeline.training.objective import PLAIN, WEIGHT, WITHOUT_GRADIENT, Objective
 from prefcache.pipeline.training.router_loss import RouterCounts, RouterLoss, sum_over_processes
-from prefcache.pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from prefcache.pipeline.training.token_sums import Answers, Seed, answer_sums, split_answers, wpo_weights
 
 T = TypeVar("T")
 # What a visit of examples stores, in their order: plain log-probs under the names of schema.STEPS, `loss`, and
 # `loss/TERM` if there are several.
 Visit = dict[str, np.ndarray]
-TokenLists = dict[str, list[torch.Tensor]]  # answer -> per example, a value for each token
+Columns = dict[str, torch.Tensor]  # of shape [B], on the device
 
 
 class Turn(NamedTuple):
@@ -44,6 +45,28 @@ class Turn(NamedTuple):
 
     part: np.ndarray
     counts: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sequences of one forward: the answers of the first name, of the second, ..."""
+
+    names: list[str]
+    has: list[int]  # the examples of the batch that have these answers
+    sequences: list[TokenSequence]
+    groups: list[list[int]]  # sequences that are computed together, in the order of the forward
+
+    def lay_out(self, batch: Batch, train: Train, epoch: int) -> dict[str, np.ndarray]:
+        """What the sums of this forward read, see token_sums.py."""
+        if not self.has:
+            return {}
+        n, lengths = len(self.has), [len(sequence.completion_ids) for sequence in self.sequences]
+        counts = {name: lengths[k * n : (k + 1) * n] for k, name in enumerate(self.names)}
+        reference = {name: lists for name, lists in batch.reference_tokens.items() if name in self.names}
+        reference = {name: [lists[i] for i in self.has] for name, lists in reference.items()}
+        seed = Seed(train.seed, epoch, [batch.rows[i] for i in self.has])
+        arrays = Answers(counts, flatten(self.groups)).lay_out(train.tokens, seed, reference)
+        return {**arrays, "has": np.array(self.has)}
 
 
 @dataclass
@@ -96,32 +119,32 @@ class PolicyLogps:
 
     def visit(
         self, examples: Examples, indices: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int = 0
-    ) -> dict[str, torch.Tensor]:
+    ) -> Columns:
         """The columns of examples with the log-probs of some answers, without gradients."""
-        columns = examples.batch(indices, self.accelerator.device).columns
+        columns = copy_together(examples.batch(indices).columns, self.accelerator.device)
         if not answers:
             return columns
         parts = []
         with torch.no_grad():
-            for part, counts in self.turns(examples, indices):
-                with contextlib.nullcontext() if counts or not self.routers else self.routers.paused():
-                    part_columns = self.columns(examples, part, objective, answers, epoch)
-                parts += [(part, part_columns)] if counts else []
+            for turn in self.turns(examples, indices):
+                with contextlib.nullcontext() if turn.counts or not self.routers else self.routers.paused():
+                    parts.append((turn, self.columns(examples, turn.part, objective, answers, epoch)))
         return columns | self.gather(indices, parts)
 
-    def gather(
-        self, indices: np.ndarray, parts: list[tuple[np.ndarray, dict[str, torch.Tensor]]]
-    ) -> dict[str, torch.Tensor]:
-        """The columns of all processes' parts, in the order of `indices`."""
-        own = [(part.tolist(), {name: values.tolist() for name, values in columns.items()}) for part, columns in parts]
-        position_of = {int(index): i for i, index in enumerate(indices)}
-        gathered: dict[str, torch.Tensor] = {}
-        for part, columns in gather_object(own) if self.accelerator.num_processes > 1 else own:
-            positions = torch.tensor([position_of[index] for index in part], dtype=torch.long)
-            for name, values in columns.items():
-                column = gathered.setdefault(name, torch.full((len(indices),), float("nan"), dtype=torch.float64))
-                column[positions] = torch.tensor(values, dtype=torch.float64)
-        return {name: column.to(self.accelerator.device) for name, column in gathered.items()}
+    def gather(self, indices: np.ndarray, parts: Sequence[tuple[Turn, Columns]]) -> Columns:
+        """The columns of all processes' parts, in the order of `indices`. Every process has a turn, so it knows their names."""
+        names, position_of = list(parts[0][1]), {int(index): i for i, index in enumerate(indices)}
+        own = [(turn.part, columns) for turn, columns in parts if turn.counts]
+        matrix_CB = torch.zeros(len(names), len(indices), dtype=torch.float64, device=self.accelerator.device)
+        if own:
+            positions = np.array([position_of[int(index)] for part, _ in own for index in part])
+            on_device = copy_together({"positions": positions}, self.accelerator.device)
+            values = [torch.stack([columns[name] for name in names]) for _, columns in own]
+            matrix_CB.index_copy_(1, on_device["positions"], torch.cat(values, 1))
+        if self.accelerator.num_processes > 1:
+            # Each example is one process's, and 0 in the matrices of the others.
+            matrix_CB = self.accelerator.reduce(matrix_CB, "sum")
+        return dict(zip(names, matrix_CB.unbind(), strict=True))
 
     def take_router_counts(self) -> RouterCounts | None:
         """What all processes observed of their routers since the last call."""
@@ -136,18 +159,20 @@ class PolicyLogps:
         own: dict[tuple[str, int], np.ndarray] = {}
         with torch.no_grad(), self.routers.paused() if self.routers else contextlib.nullcontext():
             for part, counts in self.turns(examples, indices):
-                batch = examples.batch(part, self.accelerator.device, answers)
+                batch = examples.batch(part, answers)
                 for names in filter(None, (together, apart)):
-                    has = _present(batch, names)
-                    logps = self._token_logps(batch, names, has, squares=False)[0]
-                    for name, lists in logps.items() if counts else ():
-                        own |= {(name, int(part[i])): x.cpu().numpy() for i, x in zip(has, lists, strict=True)}
+                    plan = self._plan(batch, names)
+                    logps = self._token_logps(plan)
+                    if logps is not None and counts:
+                        asked = [(name, int(part[i])) for name in names for i in plan.has]
+                        lists = zip(flatten(plan.groups), split_on_host(logps), strict=True)
+                        own |= {asked[k]: logps_N for k, logps_N in lists}
         everyone = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         known, nothing = ChainMap(*everyone), np.empty(0, np.float32)
         by_answer = {name: [known.get((name, int(i)), nothing) for i in indices] for name in answers}
         sums = {
-            name: np.where(list(map(len, values)), sum_logps(list(map(torch.from_numpy, values))).numpy(), np.nan)
-            for name, values in by_answer.items()
+            name: np.array([logps_N.sum(dtype=np.float64) if len(logps_N) else np.nan for logps_N in lists])
+            for name, lists in by_answer.items()
         }
         return Scores(indices, sums, by_answer if tokens else {})
 
@@ -155,83 +180,69 @@ class PolicyLogps:
 
     def columns(
         self, examples: Examples, part: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int
-    ) -> dict[str, torch.Tensor]:
+    ) -> Columns:
         """Everything that a loss reads of some examples. Under PLAIN are plain sums, whatever weighs tokens."""
-        batch = examples.batch(part, self.accelerator.device, answers)
-        columns = batch.columns | {
-            f"{PLAIN}{name}": values for name, values in batch.columns.items() if name in STEPS.names
-        }
+        batch = examples.batch(part, answers)
         without_gradient = [name for name in answers if name in WITHOUT_GRADIENT]
-        if trained := [name for name in answers if name not in without_gradient]:
-            weighed = objective.answers if self.train.weighting else ()
-            columns |= self._answer_columns(batch, trained, epoch, weighed)
-        if without_gradient:
-            with torch.no_grad():
-                columns |= self._answer_columns(batch, without_gradient, epoch)
+        trained = [name for name in answers if name not in without_gradient]
+        plans = [self._plan(batch, names) for names in (trained, without_gradient) if names]
+        laid_out = [plan.lay_out(batch, self.train, epoch) for plan in plans]
+        # All that the forwards' sums and the losses read, in one transfer.
+        named = {f"{i}/{name}": values for i, arrays in enumerate(laid_out) for name, values in arrays.items()}
+        on_device = copy_together(batch.columns | named, self.accelerator.device)
+        columns = {name: on_device[name] for name in batch.columns}
+        columns |= {f"{PLAIN}{name}": values for name, values in columns.items() if name in STEPS.names}
+        for i, (plan, arrays) in enumerate(zip(plans, laid_out, strict=True)):
+            inputs = {name: on_device[f"{i}/{name}"] for name in arrays}
+            weighed = objective.answers if self.train.weighting and plan.names is trained else ()
+            with torch.no_grad() if plan.names is without_gradient else contextlib.nullcontext():
+                columns |= self._answer_columns(plan, inputs, len(part), weighed)
         return columns
 
-    def _answer_columns(
-        self, batch: Batch, names: list[str], epoch: int, weighed: Sequence[str] = ()
-    ) -> dict[str, torch.Tensor]:
+    def _answer_columns(self, plan: Plan, inputs: Columns, n: int, weighed: Sequence[str]) -> Columns:
         """Sums of these answers, nan for examples without them. WPO weighs an example by the answers in `weighed`."""
-        has, tokens = _present(batch, names), self.train.tokens
-        logps, squares = self._token_logps(batch, names, has, squares=bool(weighed))
-        if not has:
-            columns = {f"{name}_logp": torch.empty(0, dtype=torch.float64) for name in names}
-        else:
-            reference = {
-                name: [batch.reference_tokens[name][i] for i in has] for name in names if name in batch.reference_tokens
-            }
-            seed = Seed(self.train.seed, epoch, [batch.rows[i] for i in has])
-            columns = answer_sums(logps, reference, tokens, seed)
-            # If nothing weighs tokens, a loss reads the plain sums: they are not added up twice.
-            plain = {f"{name}_logp": sum_logps(lists) for name, lists in logps.items()} if tokens.weighs else columns
-            columns |= {f"{PLAIN}{name}_logp": plain[f"{name}_logp"] for name in logps}
-            if weighed:
-                columns[WEIGHT] = wpo_weights({name: logps[name] for name in weighed}, squares)
-        if len(has) == len(batch.rows):
+        logps, tokens, names = self._token_logps(plan, squares=bool(weighed)), self.train.tokens, plan.names
+        if logps is None:
+            missing_B = torch.full((n,), float("nan"), dtype=torch.float64, device=self.accelerator.device)
+            return {f"{kind}{name}_logp": missing_B for kind in ("", PLAIN) for name in names}
+        columns = answer_sums(logps, names, inputs, tokens)
+        # If nothing weighs tokens, a loss reads the plain sums: they are not added up twice.
+        plain = split_answers(logps.sums(), names, inputs) if tokens.weighs else columns
+        columns = columns | {f"{PLAIN}{name}_logp": plain[f"{name}_logp"] for name in names}
+        if weighed:
+            columns[WEIGHT] = wpo_weights(logps, names, inputs, weighed)
+        if len(plan.has) == n:
             return columns
-        missing = torch.full((len(batch.rows),), float("nan"), dtype=torch.float64, device=self.accelerator.device)
-        index = (torch.tensor(has, dtype=torch.long),)
-        return {name: missing.index_put(index, values) if has else missing for name, values in columns.items()}
+        missing_B = torch.full((n,), float("nan"), dtype=torch.float64, device=self.accelerator.device)
+        return {name: missing_B.index_copy(0, inputs["has"], values) for name, values in columns.items()}
 
-    def _token_logps(
-        self, batch: Batch, names: list[str], has: list[int], *, squares: bool
-    ) -> tuple[TokenLists, TokenLists]:
-        """By answer, each example's log-probs, and log_sum_squares if asked for (logprobs.py), of its tokens."""
-        if not has:
+    def _plan(self, batch: Batch, names: list[str]) -> Plan:
+        # An example has all of these answers, or none.
+        has = [i for i, sequence in enumerate(batch.answers[names[0]]) if sequence is not None]
+        sequences = [sequence for name in names for i in has if (sequence := batch.answers[name][i]) is not None]
+        return Plan(names, has, sequences, self.forward.group(sequences) if has else [])
+
+    def _token_logps(self, plan: Plan, *, squares: bool = False) -> Logps | None:
+        """The log-probs of all answers' tokens, in the order of the plan's groups; None if no example has these answers."""
+        if not plan.has:
             if self.sharded:  # every layer waits for all processes
                 self._run([[self.shortest]])
-            return {}, {}
-        sequences = [sequence for name in names for i in has if (sequence := batch.answers[name][i]) is not None]
-        indices = self.forward.group(sequences)
-        groups = [[sequences[i] for i in group] for group in indices]
-        hook = self.routers.hook if self.routers and names[0] not in WITHOUT_GRADIENT else None
-        scores = self._run(groups, squares=squares, router_hook=hook)
+            return None
+        groups = [[plan.sequences[i] for i in group] for group in plan.groups]
+        hook = self.routers.hook if self.routers and plan.names[0] not in WITHOUT_GRADIENT else None
+        logps = self._run(groups, squares=squares, router_hook=hook)
         if torch.is_grad_enabled():
             self.step_flops += self.cost.flops(flops.count_work(groups, self.layout))
-        back, n = np.argsort(flatten(indices)), len(has)
-        ordered = [[lists[i] for i in back] for lists in scores if lists]
-        logps, *others = ({name: lists[k * n : (k + 1) * n] for k, name in enumerate(names)} for lists in ordered)
-        return logps, others[0] if others else {}
+        return logps
 
     def _run(self, groups: list[list[TokenSequence]], **options: Any) -> Logps:
         # Without gradients not through DDP, whose forward may wait for processes that have no example to visit.
         module = self.module if self.sharded or torch.is_grad_enabled() else self.calls
         with self.accelerator.autocast():
-            scores: Logps = module(groups, **options)
-        return scores
+            logps: Logps = module(groups, **options)
+        return logps
 
 
-def stored_columns(columns: dict[str, torch.Tensor]) -> Visit:
+def stored_columns(columns: Columns) -> Columns:
     """The policy's plain sums, the reference's as they are cached, and the losses."""
-    return {
-        name.removeprefix(PLAIN): values.cpu().numpy()
-        for name, values in columns.items()
-        if name.startswith((PLAIN, "loss"))
-    }
-
-
-def _present(batch: Batch, names: Sequence[str]) -> list[int]:
-    """The examples that have these answers; an example has all of them, or none."""
-    return [i for i, sequence in enumerate(batch.answers[names[0]]) if sequence is not None]
+    return {name.removeprefix(PLAIN): values for name, values in columns.items() if name.startswith((PLAIN, "loss"))}

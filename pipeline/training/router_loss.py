@@ -30,7 +30,7 @@ METRIC = "aux_loss"  # TRL's name
 class RouterCounts:
     """What the routers of all layers did with some tokens."""
 
-    n: float
+    n: float | torch.Tensor
     chosen_E: torch.Tensor  # how often each expert was among those chosen
     probability_E: torch.Tensor  # the sum of its probabilities
 
@@ -54,7 +54,8 @@ class RouterLoss:
         for logits_TE in router_logits:
             probability_TE = logits_TE.float().softmax(-1)
             chosen = probability_TE.topk(self._n_chosen).indices.flatten()
-            chosen_E = torch.bincount(chosen, minlength=self._n_experts)
+            # Not bincount, which waits for a GPU to learn the largest index. Whole numbers add up to the same in any order.
+            chosen_E = torch.zeros_like(self._zero.chosen_E).index_add_(0, chosen, torch.ones_like(chosen).double())
             counts += RouterCounts(len(logits_TE), chosen_E, probability_TE.sum(0).double())
         return counts
 
@@ -87,8 +88,8 @@ class RouterLoss:
 
 def sum_over_processes(counts: RouterCounts, reduce: Callable[[torch.Tensor], torch.Tensor]) -> RouterCounts:
     n, chosen_E, probability_E = counts.n, counts.chosen_E, counts.probability_E
-    sums = reduce(torch.cat([chosen_E.new_tensor([n]), chosen_E, probability_E.detach()]))
-    return RouterCounts(float(sums[0]), *sums[1:].chunk(2))
+    sums = reduce(torch.cat([chosen_E.new_zeros(1) + n, chosen_E, probability_E.detach()]))
+    return RouterCounts(sums[0], *sums[1:].chunk(2))
 
 
 def make_router_loss(model: Any, train: Train, device: torch.device) -> RouterLoss | None:

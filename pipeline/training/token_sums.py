@@ -1,7 +1,8 @@
 """How the log-probs of an answer's tokens become the one number that a loss reads. By default their sum.
 
 Every way of weighing tokens is a modifier of any loss: it changes sums before the loss sees them. A run always stores the plain
-sums. Shapes: N tokens of one answer.
+sums. What weighs tokens is laid out on the host, flat and in the order of the forward, so that the device sums all answers in one
+operation. Shapes: N tokens of a forward, S its sequences, B examples, A their answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from prefcache.pipeline.config import Tokens
-from prefcache.pipeline.model.logprobs import sum_logps
+from prefcache.pipeline.model.logprobs import Logps, sum_segments
 
-TokenLists = Mapping[str, Sequence[torch.Tensor]]  # answer -> per example, its tokens' log-probs
+# What `answer_sums` reads besides the policy's log-probs.
+_PLACES, _WEIGHTS, _REFERENCE, _REFERENCE_WEIGHTS = "places", "weights", "reference", "reference_weights"
 
 
 @dataclass(frozen=True)
@@ -25,43 +27,71 @@ class Seed:
     rows: Sequence[int]  # of the examples
 
 
-def answer_sums(policy: TokenLists, reference: TokenLists, tokens: Tokens, seed: Seed) -> dict[str, torch.Tensor]:
-    """`X_logp` of the policy's answers, and `ref_X_logp` of those whose reference tokens are given."""
+@dataclass(frozen=True)
+class Answers:
+    """The answers that a forward computes, one of each name for every example."""
+
+    counts: Mapping[str, Sequence[int]]  # tokens, by name and example
+    order: Sequence[
+        int
+    ]  # the forward's sequences, as positions in the list of all answers of the first name, of the second, ...
+
+    def lay_out(
+        self, tokens: Tokens, seed: Seed, reference: Mapping[str, Sequence[np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Arrays for the device. `reference` has the log-probs of its tokens, by answer."""
+        arrays = {_PLACES: np.argsort(self.order)}
+        if not tokens.weighs:
+            return arrays
+        weights = _token_weights(self.counts, tokens, seed)
+        arrays[_WEIGHTS] = self._flatten(weights)
+        if tokens.of_reference and reference:
+            # Only a clamp reads the reference of every answer.
+            unread = {name: [np.zeros(n, np.float32) for n in lengths] for name, lengths in self.counts.items()}
+            arrays[_REFERENCE] = self._flatten(reference if tokens.clamp else {**unread, **reference})
+            if tokens.ld_alpha_of == "policy":
+                weights = _token_weights(self.counts, tokens.model_copy(update={"ld_alpha": None}), seed)
+            arrays[_REFERENCE_WEIGHTS] = self._flatten(weights)
+        return arrays
+
+    def _flatten(self, by_name: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+        lists = [values_N for name in self.counts for values_N in by_name[name]]
+        return np.concatenate([lists[i] for i in self.order])
+
+
+def answer_sums(
+    policy: Logps, names: Sequence[str], inputs: Mapping[str, torch.Tensor], tokens: Tokens
+) -> dict[str, torch.Tensor]:
+    """`X_logp` of the policy's answers, and `ref_X_logp` where the reference's tokens are weighed."""
     if not tokens.weighs:
-        return {f"{name}_logp": sum_logps(lists) for name, lists in policy.items()}
+        return split_answers(policy.sums(), names, inputs)
+    values_N = policy.values_N
     if tokens.clamp is not None:
-        policy = {name: _clamp(lists, reference[name], tokens.clamp) for name, lists in policy.items()}
-    counts = {name: [len(logps_N) for logps_N in lists] for name, lists in policy.items()}
-    weights = _token_weights(counts, tokens, seed)
-    sums = {f"{name}_logp": _weighted_sums(lists, weights[name]) for name, lists in policy.items()}
-    if tokens.of_reference:
-        if tokens.ld_alpha_of == "policy":
-            weights = _token_weights(counts, tokens.model_copy(update={"ld_alpha": None}), seed)
-        sums |= {f"ref_{name}_logp": _weighted_sums(lists, weights[name]) for name, lists in reference.items()}
+        values_N = _clamp(values_N, inputs[_REFERENCE], tokens.clamp)
+    sums = split_answers(sum_segments(values_N.double() * inputs[_WEIGHTS], policy.lengths_S), names, inputs)
+    if _REFERENCE in inputs:
+        reference_S = sum_segments(inputs[_REFERENCE].double() * inputs[_REFERENCE_WEIGHTS], policy.lengths_S)
+        sums |= {f"ref_{name}": values_B for name, values_B in split_answers(reference_S, names, inputs).items()}
     return sums
 
 
-def _clamp(
-    policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], limits: tuple[float, float]
-) -> list[torch.Tensor]:
+def split_answers(
+    values_S: torch.Tensor, names: Sequence[str], inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Values of a forward's sequences as columns of examples: `X_logp` of each answer."""
+    values_AB = values_S.index_select(0, inputs[_PLACES]).view(len(names), -1)
+    return {f"{name}_logp": values_B for name, values_B in zip(names, values_AB.unbind(), strict=True)}
+
+
+def _clamp(policy_N: torch.Tensor, reference_N: torch.Tensor, limits: tuple[float, float]) -> torch.Tensor:
     """Humanline: no token's log-ratio counts beyond the limits, and a token beyond them is not learned from.
 
     Ethayarajh et al. 2025, https://arxiv.org/abs/2509.24207.
     """
-    pairs = ((own_N, ref_N.to(own_N)) for own_N, ref_N in zip(policy, reference, strict=True))
-    return [ref_N + (own_N - ref_N).clamp(*limits) for own_N, ref_N in pairs]
+    return reference_N + (policy_N - reference_N).clamp(*limits)
 
 
-def _weighted_sums(lists: Sequence[torch.Tensor], weights: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.stack(
-        [
-            (logps_N.double() * torch.as_tensor(weight_N, device=logps_N.device)).sum()
-            for logps_N, weight_N in zip(lists, weights, strict=True)
-        ]
-    )
-
-
-def _token_weights(counts: dict[str, list[int]], tokens: Tokens, seed: Seed) -> dict[str, list[np.ndarray]]:
+def _token_weights(counts: Mapping[str, Sequence[int]], tokens: Tokens, seed: Seed) -> dict[str, list[np.ndarray]]:
     shorter = [min(lengths) for lengths in zip(*counts.values(), strict=True)]
     weights: dict[str, list[np.ndarray]] = {}
     for side, (name, lengths) in enumerate(counts.items()):
@@ -83,14 +113,15 @@ def _token_weights(counts: dict[str, list[int]], tokens: Tokens, seed: Seed) -> 
     return weights
 
 
-def wpo_weights(policy: TokenLists, log_sum_squares: TokenLists) -> torch.Tensor:
-    """How likely the policy would generate the example's answers itself, per token and relative to what it would prefer.
+def wpo_weights(
+    policy: Logps, names: Sequence[str], inputs: Mapping[str, torch.Tensor], weighed: Sequence[str]
+) -> torch.Tensor:
+    """How likely the policy would generate the answers `weighed` itself, per token and relative to what it would prefer.
 
     WPO: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, Eq. 2, with weights aligned to
     what it samples. No gradient flows.
     """
-    means = [
-        torch.stack([(own_N - square_N).mean() for own_N, square_N in zip(lists, log_sum_squares[name], strict=True)])
-        for name, lists in policy.items()
-    ]
-    return torch.stack(means).detach().double().sum(0).exp()
+    assert policy.squares_N is not None
+    mean_S = sum_segments(policy.values_N.detach() - policy.squares_N, policy.lengths_S) / policy.lengths_S
+    means = split_answers(mean_S, names, inputs)
+    return torch.stack([means[f"{name}_logp"] for name in weighed]).sum(0).exp()

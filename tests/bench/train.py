@@ -479,7 +479,7 @@ def loader(folder: Path, n: int) -> dict[str, float]:
     dataset = datasets.Dataset.from_file(str(folder / "pairs.arrow")).select_columns(names)
     steps = np.split(np.random.default_rng(0).permutation(n)[: n // STEP * STEP], n // STEP)
     ways: dict[str, Callable[[np.ndarray], Any]] = {
-        "Examples.batch": lambda step: examples.batch(step, "cpu", ("chosen", "rejected")),
+        "Examples.batch": lambda step: examples.batch(step, ("chosen", "rejected")),
         "datasets[i]": lambda step: [dataset[int(i)] for i in step],
         "datasets[list]": lambda step: dataset[step.tolist()],
     }

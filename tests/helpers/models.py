@@ -168,8 +168,8 @@ def compute(forward: Forward, sequences: list[TokenSequence], *, squares: bool =
     """Log-probs and, if asked for, squares, in the order of the sequences."""
     groups = forward.group(sequences)
     back = np.argsort(flatten(groups))
-    results = forward.logps([[sequences[i] for i in group] for group in groups], squares=squares)
-    return [[lists[i] for i in back] if lists else [] for lists in results]
+    result = forward.logps([[sequences[i] for i in group] for group in groups], squares=squares)
+    return [[lists[i] for i in back] if lists else [] for lists in (result.logps, result.squares)]
 
 
 def dpo_loss(logps: list[torch.Tensor]) -> torch.Tensor:

@@ -102,11 +102,11 @@ class TransformersEngine:
         """Return the log-probs of these rows in one forward, or None if they do not fit in memory."""
         import torch
 
+        from prefcache.pipeline.model.forward import split_on_host
+
         try:
             with torch.inference_mode():
-                logps = self._forward.logps([[sequences[i] for i in row] for row in rows]).logps
-                # One transfer from the device for all of them.
-                return np.split(torch.cat(logps).cpu().numpy(), np.cumsum([len(logps_T) for logps_T in logps])[:-1])
+                return split_on_host(self._forward.logps([[sequences[i] for i in row] for row in rows]))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -24,8 +24,9 @@ _KL = Healthy(
 def kl(kl_logp, ref_kl_logp):
     """KTO's z: the divergence from the reference, estimated on mismatched answers; not below 0."""
     log_ratio_B = kl_logp - ref_kl_logp
-    known_B = log_ratio_B[log_ratio_B.isfinite()]  # an example may have no mismatched answer
-    return known_B.mean().clamp(min=0) if len(known_B) else torch.zeros_like(log_ratio_B.sum())
+    is_known_B = log_ratio_B.isfinite()  # an example may have no mismatched answer
+    total = torch.where(is_known_B, log_ratio_B, 0.0).sum()
+    return (total / is_known_B.sum().clamp(min=1)).clamp(min=0)
 
 
 @loss(
@@ -81,7 +82,7 @@ def delta(completion_logp, ref_completion_logp, *, beta=0.1, running=None, learn
     running = running or {"n": 0.0, "mean": 0.0}
     reward_B = beta * (completion_logp - ref_completion_logp)
     n = running["n"] + len(reward_B)
-    mean = running["mean"] + (float(reward_B.double().mean()) - running["mean"]) * len(reward_B) / n
+    mean = running["mean"] + (reward_B.double().mean() - running["mean"]) * len(reward_B) / n
     return mean, {"n": n, "mean": mean}
 
 

@@ -30,10 +30,10 @@ def running_moments(values_B, running, momentum, learning):
     if running and not learning:
         return running
     ordered_B = values_B.sort().values  # the order of examples must not change the last digit
-    mean = float(ordered_B.mean())
+    mean = ordered_B.mean()
     if not running:
-        return {"steps": 1.0, "mean": mean, "std": float(ordered_B.std()) if len(values_B) > 1 else 0.0}
-    std = float(ordered_B.std()) if len(values_B) > 1 else running["std"]
+        return {"steps": 1.0, "mean": mean, "std": ordered_B.std() if len(values_B) > 1 else 0.0}
+    std = ordered_B.std() if len(values_B) > 1 else running["std"]
     return {
         "steps": running["steps"] + 1,
         "mean": momentum * running["mean"] + (1 - momentum) * mean,
@@ -43,9 +43,8 @@ def running_moments(values_B, running, momentum, learning):
 
 def z_scores(values_B, moments):
     """Distance from the mean in standard deviations; 0 while there is no spread."""
-    if moments["std"] < _NO_SPREAD:
-        return torch.zeros_like(values_B)
-    return (values_B - moments["mean"]) / moments["std"]
+    std = torch.zeros_like(values_B) + moments["std"]
+    return torch.where(std < _NO_SPREAD, 0.0, (values_B - moments["mean"]) / std)
 
 
 @loss(
@@ -196,7 +195,7 @@ def relative_margin(
 ):
     """How far a pair's margin of log-ratios per token lies from the mean of recent steps, in standard deviations."""
     margin_B = (chosen_logp - ref_chosen_logp) / n_chosen - (rejected_logp - ref_rejected_logp) / n_rejected
-    moments = running_moments(margin_B.detach().cpu().double(), running, momentum, learning)
+    moments = running_moments(margin_B.detach().double(), running, momentum, learning)
     return z_scores(margin_B.detach(), moments), moments
 
 

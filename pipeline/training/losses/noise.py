@@ -77,7 +77,7 @@ def calibrated_beta(
     """The batch's beta: larger if the margins of the sampled pairs are above the running mean."""
     columns = _on_cpu(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     margin_B = _margin(*columns)
-    moments = running_moments(margin_B, running, momentum, learning)
+    moments = _moments_on_cpu(margin_B, running, momentum, learning)
     sampled_B = _sample_pairs(columns, moments, keep if learning else 1.0)
     mean = float(margin_B[sampled_B].sort().values.mean())
     return max(min_beta, beta * (1 + alpha * (mean - moments["mean"]))), moments
@@ -96,10 +96,14 @@ def kept_share(
     learning=True,
 ):
     """0 for a pair that is left out; for the others, the factor that makes the batch's mean a mean over the sampled pairs."""
+    from prefcache.pipeline.model.device import to_device
+
     columns = _on_cpu(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    moments = running_moments(_margin(*columns), running, momentum, learning)
+    moments = _moments_on_cpu(_margin(*columns), running, momentum, learning)
     sampled_B = _sample_pairs(columns, moments, keep if learning else 1.0)
-    return sampled_B.to(chosen_logp) * (len(sampled_B) / int(sampled_B.sum())), moments
+    return to_device(sampled_B, chosen_logp.device).to(chosen_logp.dtype) * (
+        len(sampled_B) / int(sampled_B.sum())
+    ), moments
 
 
 @loss(
@@ -148,8 +152,14 @@ def _margin(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp):
 
 
 def _on_cpu(*columns):
+    from prefcache.pipeline.model.device import to_host
+
     # The same margins sample the same pairs, whatever the policy's device.
-    return [column.detach().cpu().double() for column in columns]
+    return list(to_host(torch.stack([column.detach().double() for column in columns])))
+
+
+def _moments_on_cpu(margin_B, running, momentum, learning):
+    return {name: float(value) for name, value in running_moments(margin_B, running, momentum, learning).items()}
 
 
 def _sample_pairs(columns, moments, keep):

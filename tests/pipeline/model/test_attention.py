@@ -1,5 +1,7 @@
 """A packed row gives what the plain forward gives. Every architecture and its gradients: test_forward.py."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -34,11 +36,14 @@ def test_a_row_by_hand():
 
 def test_the_keys_of_one_call_over_the_row():
     row = lay_out([answers(2, 3, 3), answers(1, 2)])
-    lengths = attention.Segments(row.trunks, row.branches, "cpu").variable_lengths
+    segments = attention.Segments(row.trunks, row.branches)
     # p p a a | b b sees p p b b | q c: queries 4, 2, 2; keys 4, 4, 2.
-    assert lengths.keys.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
-    assert (lengths.query_starts.tolist(), lengths.key_starts.tolist()) == ([0, 4, 6, 8], [0, 4, 8, 10])
-    assert (lengths.max_queries, lengths.max_keys) == (4, 4)
+    assert (segments.n_queries, segments.n_keys) == ([4, 2, 2], [4, 4, 2])
+    assert {name: values.tolist() for name, values in segments.index_calls().items()} == {
+        "keys": [0, 1, 2, 3, 0, 1, 4, 5, 6, 7],
+        "query_starts": [0, 4, 6, 8],
+        "key_starts": [0, 4, 8, 10],
+    }
 
 
 def test_under_autocast_a_row_is_computed_in_its_dtype():
@@ -125,7 +130,9 @@ def test_one_call_over_the_row_is_asked_as_this_pytorch_wants_it(window):
     row = lay_out([answers(2, 3, 3), answers(1, 2)])
     # Tensors without values: arguments and shapes are checked, and nothing is computed.
     states = [torch.empty(heads, 8, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
-    segments = attention.Segments(row.trunks, row.branches, "meta")
+    segments = attention.Segments(row.trunks, row.branches)
+    indices = attention.CallIndices(*(torch.from_numpy(each).to("meta") for each in segments.index_calls().values()))
+    segments = dataclasses.replace(segments, indices=indices)
     assert attention._varlen_attention(*states, segments, 0.25, window).shape == (8, 4, 16)
 
 

@@ -32,9 +32,9 @@ def llama():
 def test_log_probs_and_squares_are_those_of_a_float64_softmax(name, batch):
     model, exact = build(name), build(name).double()
     with torch.no_grad():
-        logps, squares = padded_logps(model, batch, squares=True)
-        assert all(map(torch.equal, logps, padded_logps(model, batch).logps))
-        for seq, logps_N, squares_N in zip(batch, logps, squares, strict=True):
+        found = padded_logps(model, batch, squares=True)
+        assert torch.equal(found.values_N, padded_logps(model, batch).values_N)
+        for seq, logps_N, squares_N in zip(batch, found.logps, found.squares, strict=True):
             # The token at position t is predicted at position t - 1: log(exp(logit of it) / sum of exp(logits)).
             logits_NV = exact(input_ids=whole(seq)).logits[0, len(seq.prompt_ids) - 1 : -1]
             assert logits_NV.dtype == torch.float64
@@ -128,8 +128,8 @@ def test_ids_may_be_views_of_a_read_only_map(llama):
 
 
 def test_gradients_flow_through_the_log_probs_and_not_through_the_squares(llama):
-    logps, squares = padded_logps(llama, ONE_TOKEN, squares=True)
-    assert all(each.requires_grad for each in logps) and not any(each.requires_grad for each in squares)
+    found = padded_logps(llama, ONE_TOKEN, squares=True)
+    assert found.values_N.requires_grad and not found.squares_N.requires_grad
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------

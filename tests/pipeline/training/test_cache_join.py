@@ -44,7 +44,7 @@ def examples(tmp_path, rows, failed=(), **train):
 
 
 def batch(split, *answers):
-    return split.batch(np.arange(len(split)), "cpu", answers)
+    return split.batch(np.arange(len(split)), answers)
 
 
 def values(split) -> dict[str, list[float]]:

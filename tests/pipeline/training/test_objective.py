@@ -351,7 +351,6 @@ def test_running_statistics_are_kept_apart_by_loss_and_statistic():
     chosen = objective(loss=["beta_dpo", "alpha_dpo"])
     _, running, logged = chosen.compute_statistics(random_columns(6), {}, learning=True)
     assert sorted(running) == ["alpha_dpo/relative_margin", "beta_dpo/calibrated_beta", "beta_dpo/kept_share"]
-    assert all(isinstance(value, float) for state in running.values() for value in state.values())
     assert list(logged) == ["calibrated_beta"]  # one value per example is no number to log
 
 

@@ -125,7 +125,7 @@ def stepped(folder: Path, **settings) -> tuple[float, dict[str, torch.Tensor], l
     policy, data, objective = policy_of(folder, **settings)
     everything = np.arange(len(ROWS))
     _, logged, _ = policy.update(data, everything, objective, {}, 1e-3)
-    batch = data.batch(everything, CPU, ("chosen", "rejected"))
+    batch = data.batch(everything, ("chosen", "rejected"))
     weights = {name: each.detach().clone() for name, each in policy._trained.parameters().items()}
     return logged["aux_loss"], weights, batch.answers["chosen"] + batch.answers["rejected"]
 
@@ -155,7 +155,7 @@ def test_its_gradient_is_added_to_the_losss_with_its_weight(mixture):
         policy, data, objective = policy_of(mixture, weight=weight, rows="padded", tokens_per_micro_batch=30)
         accumulate_gradient(policy._logps, data, np.arange(len(ROWS)), objective, {}, 0)
         found.append({name: each.grad.clone() for name, each in policy._trained.parameters().items()})
-    batch = data.batch(np.arange(len(ROWS)), CPU, ("chosen", "rejected"))
+    batch = data.batch(np.arange(len(ROWS)), ("chosen", "rejected"))
     model = AutoModelForCausalLM.from_pretrained(mixture)
     own = gradients(model, theirs(model, batch.answers["chosen"] + batch.answers["rejected"]))
     for name in own:

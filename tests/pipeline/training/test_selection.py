@@ -428,7 +428,7 @@ def examples(tmp_path, rows, failed=(), **train):
 
 
 def values(split):
-    return {name: each.tolist() for name, each in split.batch(np.arange(len(split)), "cpu").columns.items()}
+    return {name: each.tolist() for name, each in split.batch(np.arange(len(split))).columns.items()}
 
 
 @pytest.mark.parametrize("train", [{"loss": "sigmoid"}, {"loss": "simpo"}, {"loss": "ipo", "reference_free": True}])
@@ -446,7 +446,7 @@ def test_the_margin_is_the_references_whatever_the_loss_reads(tmp_path, train):
 
 def test_tokens_of_the_reference_stay_with_their_answers(tmp_path):
     found = examples(tmp_path, PAIRS, where="margin > 0", loss="sigmoid", tokens={"decay": 0.9})["train"]
-    batch = found.batch(np.arange(len(found)), "cpu", ("chosen", "rejected"))
+    batch = found.batch(np.arange(len(found)), ("chosen", "rejected"))
     for name in ("chosen", "rejected"):
         sums = [each.sum().item() for each in batch.reference_tokens[name]]
         assert sums == batch.columns[f"ref_{name}_logp"].tolist()

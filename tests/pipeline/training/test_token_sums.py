@@ -6,8 +6,9 @@ import torch
 
 from prefcache.pipeline.config import Tokens
 from prefcache.pipeline.model.logprobs import padded_logps
-from prefcache.pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from prefcache.pipeline.training.token_sums import Seed
 from tests.helpers.models import build, sequence
+from tests.helpers.token_lists import answer_sums, wpo_weights
 
 torch.set_num_threads(1)
 
@@ -193,7 +194,8 @@ def test_wpo_weights_are_those_of_the_models_own_distributions():
     model = build("llama")
     answers = {"chosen": [sequence(3, 5), sequence(4, 1)], "rejected": [sequence(3, 2, 1), sequence(4, 6, 1)]}
     flat = [*answers["chosen"], *answers["rejected"]]
-    logps, squares = padded_logps(model, flat, squares=True)
+    result = padded_logps(model, flat, squares=True)
+    logps, squares = result.logps, result.squares
     found = wpo_weights({"chosen": logps[:2], "rejected": logps[2:]}, {"chosen": squares[:2], "rejected": squares[2:]})
     assert logps[0].requires_grad and not found.requires_grad
     exact = build("llama").double()

@@ -27,10 +27,11 @@ from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training.losses import LOSSES
 from prefcache.pipeline.training.losses.registry import DIVERGENCES
 from prefcache.pipeline.training.objective import PLAIN, WEIGHT, Objective
-from prefcache.pipeline.training.token_sums import Seed, answer_sums, wpo_weights
+from prefcache.pipeline.training.token_sums import Seed
 from tests.helpers.losses import LEARNT, call
 from tests.helpers.models import SIZES
 from tests.helpers.project import WORDS
+from tests.helpers.token_lists import answer_sums, wpo_weights
 
 Columns = dict[str, torch.Tensor]
 
@@ -527,10 +528,10 @@ def test_a_combined_step_of_dpo_is_trls(train, dpo, set_up_combined, policy, ref
     set_up_combined(train)
     theirs = dpo.compute_loss(dpo.model, dpo.batch)
     both = sequences(dpo.batch["input_ids"], dpo.batch["completion_mask"])
-    logps, squares = padded_logps(policy, both, squares=True)
+    computed = padded_logps(policy, both, squares=True)
     with torch.no_grad():
         ref_logps = padded_logps(reference, both).logps
-    ours, columns = objective_of(train, logps, ref_logps, squares)
+    ours, columns = objective_of(train, computed.logps, ref_logps, computed.squares)
     assert_same_step(theirs, dpo.model, ours, policy, columns)
 
 
