@@ -126,7 +126,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.syncs += args[0].device == GPU
             return _plain_values(args[0]).item()
         out = _multiply_groups(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
-        inputs = _tensors((args, kwargs))
+        inputs = _tensors((args, {key: value for key, value in kwargs.items() if key != "out"}))
         outputs = _tensors(out) or _mutated(func, args, kwargs)
         if any(tensor.device == GPU for tensor in (*inputs, *outputs)):
             for tensor in outputs:
@@ -151,8 +151,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
         if not func._schema.is_mutable and all(_shares_storage(tensor, inputs) for tensor in outputs):
             return  # an alias
-        dtype = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), outputs[0].dtype)
         flops = self._flops(func, name, args, kwargs, out)
+        # A product's operands come last: what it is added to may have another dtype.
+        operands = inputs[-2:] if flops else inputs
+        dtype = next((tensor.dtype for tensor in operands if tensor.is_floating_point()), outputs[0].dtype)
         cost = Op(
             name, str(dtype).removeprefix("torch."), flops, _traffic(name, inputs, outputs), _launches(name, inputs)
         )
@@ -170,6 +172,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _GROUPED:  # [M, K] x [E, K, N] by groups of rows, or [K, M] x [M, N] to [E, K, N]
             return int(2 * args[0].numel() * args[1].shape[-1])
         formula = flop_registry.get(func._overloadpacket)
+        if name == "addmm":
+            args = args[:3]  # PyTorch's formula takes the dtype of the result for its shape
         return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
     # -- memory ------------------------------------------------------------------------------------------------------

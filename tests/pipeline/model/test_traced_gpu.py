@@ -25,6 +25,15 @@ def test_a_product_has_its_arithmetic_its_traffic_and_one_kernel():
     assert trace.flops_by_dtype() == {"bfloat16": 24_000, "float32": 12_000}
 
 
+def test_a_product_that_is_added_has_the_dtype_of_its_operands_and_reads_its_sum_once():
+    with trace_gpu() as trace:
+        with GPU:
+            left, right, total = torch.empty(10, 20).bfloat16(), torch.empty(20, 30).bfloat16(), torch.empty(10, 30)
+        trace.restart()
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    assert dict(trace.ops) == {Op("addmm", "bfloat16", 12_000, 2 * (200 + 600) + 4 * (300 + 300), 1): 1}
+
+
 def test_views_and_memory_without_values_launch_nothing():
     with trace_gpu() as trace:
         x = torch.empty(4, 6, device=GPU)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from prefcache.pipeline.config import Lora, Train
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model import chunked_lm_head
 from prefcache.pipeline.training import optimizers
 from prefcache.pipeline.training.distributed import make_accelerator
 from prefcache.pipeline.training.objective import Objective
@@ -70,6 +71,17 @@ def test_arithmetic_by_hand():
     assert cost.flops["bfloat16"] + cost.flops["float32"] == pytest.approx(expected + head + rope, rel=1e-3)
     assert cost.attention == ("_varlen_attn",)
     assert len(cost.head) > 0
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_next_to_nothing_of_a_bf16_step_is_multiplied_in_float32(weights, monkeypatch):
+    """Not the head either, which has several chunks here: all that is left is the rotation's product."""
+    monkeypatch.setattr(chunked_lm_head, "_chunk_positions", lambda model: 64)
+    cost = trace_step(LLAMA, Train(weights=weights), PAIRS)
+    assert cost.flops["float32"] < 1e-3 * cost.flops["bfloat16"]
+    assert cost.head == ("mm, bfloat16 to float32",)
+    in_float32 = trace_step(LLAMA, Train(weights=weights, head_dtype="float32"), PAIRS)
+    assert in_float32.flops["float32"] > 0.1 * in_float32.flops["bfloat16"]
 
 
 def test_what_is_held_follows_from_the_settings():
