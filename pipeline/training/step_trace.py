@@ -193,7 +193,9 @@ class TracedPolicy(Policy):
         """torchao compiles its update of each parameter into one kernel."""
 
         def counted() -> None:
-            trained = [p for p in self._parameters.values() if p.grad is not None]
+            # The optimizer updates one group at a time (optimizers.update_group).
+            group = [p for group in self._optimizer.param_groups for p in group["params"]]
+            trained = [p for p in group if p.grad is not None]
             state = sum(tensor.nbytes for tensor in optimizers.get_state(self._optimizer).values())
             traffic = 2 * (state + sum(p.nbytes for p in trained)) + sum(
                 p.grad.nbytes for p in trained if p.grad is not None

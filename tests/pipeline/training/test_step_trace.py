@@ -57,6 +57,19 @@ def test_the_peak_is_within_three_percent_of_what_a_real_step_allocates(tmp_path
     assert sum(vars(cost.parts).values()) == cost.peak_bytes
 
 
+def test_released_gradients_never_exist_together():
+    deep = LlamaConfig(**SIZES | {"vocab_size": 300, "num_hidden_layers": 12})
+    unclipped: dict[str, Any] = {"max_grad_norm": None, "gradient_checkpointing": True}
+    ordinary, released = (
+        trace_step(deep, Train(release_gradients=is_released, **unclipped), PAIRS) for is_released in (False, True)
+    )
+    sizes = sorted(parameter.nbytes for parameter in LlamaForCausalLM(deep).parameters())
+    # At its peak, in the first layer, an ordinary step has nearly all gradients; here there are at most two at a time.
+    assert ordinary.parts.gradients > 0.9 * sum(sizes)
+    assert released.parts.gradients <= sum(sizes[-2:])
+    assert released.peak_bytes < ordinary.peak_bytes - sum(sizes) / 2
+
+
 def test_arithmetic_by_hand():
     cost = trace_step(LLAMA, Train(), PAIRS)
     hidden, intermediate, layers, vocabulary, width = 128, 256, 3, 3000, 64  # of keys and values
