@@ -64,10 +64,11 @@ def test_released_gradients_never_exist_together():
         trace_step(deep, Train(release_gradients=is_released, **unclipped), PAIRS) for is_released in (False, True)
     )
     sizes = sorted(parameter.nbytes for parameter in LlamaForCausalLM(deep).parameters())
-    # At its peak, in the first layer, an ordinary step has nearly all gradients; here there are at most two at a time.
+    # At its peak, in the first layer, an ordinary step has nearly all gradients.
     assert ordinary.parts.gradients > 0.9 * sum(sizes)
+    # A released one has at most two at a time, and its peak where the backward pass begins and all layers' inputs are alive.
     assert released.parts.gradients <= sum(sizes[-2:])
-    assert released.peak_bytes < ordinary.peak_bytes - sum(sizes) / 2
+    assert released.peak_bytes < ordinary.peak_bytes - sum(sizes) / 4
 
 
 def test_arithmetic_by_hand():
