@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import ResourceError
@@ -59,9 +60,9 @@ def train(model: str, room: int | None, **settings: Any) -> dict[str, Any]:
     return {"steps": found, "said": said, "budget": policy._budget.tokens}
 
 
-def trial(model: str, room: int | None, most: int) -> int:
+def trial(model: str, room: int | None, most: int, **settings: Any) -> int:
     """The budget that is found with so much room, for steps of so many pairs."""
-    chosen, like = Train(batch_size=most), examples().longest(2)
+    chosen, like = Train(batch_size=most, **settings), examples().longest(2)
     policy = Policy(Reference(Path(model)), None, chosen, make_accelerator(chosen), like, print)
     if room is not None:
         leave(room)
@@ -168,6 +169,20 @@ def test_an_optimizer_that_does_not_fit_is_reported(model, monkeypatch):
     monkeypatch.setattr(micro_batch_size, "state_bytes", lambda *_: 1 << 40)
     with pytest.raises(ResourceError, match=r"for gradients and the state of the optimizer. Try"):
         trial(str(model), None, 1)
+
+
+@pytest.mark.parametrize(("weights", "value_bytes"), [("float32", 8), ("bfloat16", 4)])
+def test_the_trial_leaves_room_for_moments_of_the_weights_own_type(model, monkeypatch, weights, value_bytes):
+    reserved, empty = [], torch.empty
+
+    def watched(*size: Any, **options: Any) -> torch.Tensor:
+        reserved.extend(size if options.get("dtype") == torch.uint8 else ())
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", watched)
+    assert trial(str(model), None, 1, weights=weights) == SIZE
+    n = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    assert reserved == [value_bytes * n]
 
 
 def test_auto_is_no_other_run_and_on_a_cpu_the_default(prefcache, config, tmp_path):
