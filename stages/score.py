@@ -14,6 +14,7 @@ from prefcache.pipeline import identity, model_config, model_files, older_ids, p
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import IdentityError, IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.preparing import prepared_inputs
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.scoring import actors
@@ -34,6 +35,8 @@ from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_s
 
 def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResult | ScorePlan:
     prepared = Prepared(config.prepared)
+    if reason := prepared_inputs.explain_if_stale(config):
+        progress.warn(reason)
     if not dry_run:
         convert_models(config, progress)
     reference = identity.find_reference(config)

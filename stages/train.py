@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from prefcache.command_results import TrainResult
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import PrefcacheError
+from prefcache.pipeline.preparing import prepared_inputs
 from prefcache.pipeline.process_pool import rank_and_world
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
@@ -38,9 +39,12 @@ def check(config: Config) -> None:
 
 def run(config: Config, progress: Progress) -> TrainResult | None:
     """Return the result on the process that wrote it, None on the others."""
+    is_main = rank_and_world()[0] == 0
+    if is_main and (reason := prepared_inputs.explain_if_stale(config)):
+        progress.warn(reason)
     convert_models(config, progress)
     if (finished := _find_finished(config)) is not None:
-        return _report_finished(config, finished, progress, is_main=rank_and_world()[0] == 0)
+        return _report_finished(config, finished, progress, is_main=is_main)
     # Imported only now: a finished run is recognized without accelerate and transformers, which take seconds.
     from prefcache.pipeline.training.distributed import make_accelerator
 

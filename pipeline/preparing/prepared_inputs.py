@@ -1,16 +1,19 @@
 """What a preparation is made from: data, tokenizer, template and settings; and whether a stored one is up to date."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config, Prepare
+from prefcache.pipeline.errors import PrefcacheError
+from prefcache.pipeline.preparing import record_outcomes
 from prefcache.pipeline.preparing.sources import DataSource
 from prefcache.pipeline.preparing.tokenizer_fingerprint import explain_change, read_fingerprint
 from prefcache.pipeline.schema import PREPARED_VERSION
 from prefcache.pipeline.stored import artifact
-from prefcache.pipeline.stored.freshness import Difference, Freshness, check_preparation
+from prefcache.pipeline.stored.freshness import Difference, Freshness, check_preparation, find_differences
 from prefcache.pipeline.stored.records import PreparedManifest
 
 # They differ between folders with the same tokenizer, so they are compared by what the tokenizer does.
@@ -19,11 +22,16 @@ _TOKENIZER = ("tokenizer_id", "fingerprint")
 
 def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> dict[str, Any]:
     """Return all that the output depends on, except for the tokenizer's fingerprint, which takes seconds to compute."""
-    template = Path(prepare.chat_template) if prepare.chat_template else None
     return {
         "version": PREPARED_VERSION,
         "data": [source.identity() for source in sources],
         "tokenizer_id": identity.tokenizer_id(model),
+    } | _find_settings(prepare)
+
+
+def _find_settings(prepare: Prepare) -> dict[str, Any]:
+    template = Path(prepare.chat_template) if prepare.chat_template else None
+    return {
         "chat_template": artifact.checksum(template) if template and template.exists() else None,
         "config": prepare.model_dump(mode="json", exclude={"workers"})
         | {"data": [entry.model_dump(mode="json", exclude={"path"}) for entry in prepare.data]},
@@ -44,3 +52,54 @@ def check_freshness(config: Config, model: Path, inputs: dict[str, Any], *, reme
         now = read_fingerprint(model, out, remember=remember)
         changed = Difference("fingerprint.ids", recorded.fingerprint.ids, now.ids, reason)
     return replace(freshness, differences=(changed,))
+
+
+# -- what later stages notice ----------------------------------------------------------------------------------------
+
+
+def explain_if_stale(config: Config) -> str | None:
+    """Explain in a sentence that settings or data differ from those that were prepared; None if nothing shows it.
+
+    It takes milliseconds: only files that were touched since are read, and data sets of the hub are not looked at.
+    """
+    try:
+        manifest = PreparedManifest.find(config.prepared)
+    except PrefcacheError:
+        manifest = None  # the stage that reads it says what is wrong
+    if manifest is None:
+        return None
+    recorded = manifest.inputs
+    settings = _find_settings(config.prepare)
+    stored = {name: recorded.facts().get(name) for name in settings}
+    differences = find_differences(stored, settings)
+    if len(recorded.data) == len(config.prepare.sources):
+        differences += tuple(_find_changed_data(config, recorded.data))
+    freshness = Freshness("preparation", config.prepared, differences=differences)
+    if freshness.is_fresh:
+        return None
+    return f"{freshness.explain()}. It is used as it is; prefcache prepare CONFIG makes it again"
+
+
+def _find_changed_data(config: Config, recorded: list[list[dict[str, Any]]]) -> Iterator[Difference]:
+    prepared_at = (config.prepared / artifact.MANIFEST).stat().st_mtime_ns
+    for number, (entry, stored) in enumerate(zip(config.prepare.sources, recorded, strict=True)):
+        if any("file" not in each for each in stored):
+            continue
+        try:
+            source = record_outcomes.reopen_source(entry, Path(config.out))
+        except PrefcacheError:
+            continue  # data that is gone is no longer needed
+        checksums = {each["file"]: each["xxh3_128"] for each in stored}
+        files = {source.display_name(file): file for file in source.files}
+        for name in sorted(checksums.keys() | files.keys()):
+            what = f"data.{number}.{name}"
+            if name not in files or name not in checksums:
+                yield Difference(
+                    what, name in checksums, name in files, f"{name} was {'added' if name in files else 'left out'}"
+                )
+                continue
+            stat = files[name].stat()
+            # The change time also shows files that were moved here with an older time.
+            is_touched = max(stat.st_mtime_ns, stat.st_ctime_ns) > prepared_at
+            if is_touched and (now := artifact.checksum(files[name])) != checksums[name]:
+                yield Difference(what, checksums[name], now, f"{name} has changed")
