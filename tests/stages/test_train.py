@@ -20,6 +20,7 @@ from prefcache import train
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Before, CheckpointManifest
+from tests.helpers.live_dpo import live_losses
 from tests.helpers.project import PREFCACHE, build_model, options, write_config, write_pairs
 from tests.helpers.runs import batches_of, launch, metrics, table, weights
 
@@ -29,41 +30,9 @@ def test_the_cached_and_a_live_reference_give_the_same_losses_for_50_steps(prefc
     run = tmp_path / "runs/tiny/trained"
     ours = {row["step"]: row["loss"] for row in metrics(run) if row["step"]}
     assert len(ours) >= 50
-    theirs = live_losses(model, tmp_path, batches_of(run), learning_rate=1e-4)
+    theirs = live_losses(model, tmp_path / "runs/tiny/prepared", batches_of(run), learning_rate=1e-4)
     worst = max(abs(ours[step] - theirs[step]) for step in ours)
     assert worst < 1e-6, worst
-
-
-def live_losses(model: Path, root: Path, batches: dict[int, list[str]], learning_rate: float) -> dict[int, float]:
-    """DPO as the paper has it: both models in memory, both run on every pair, one sequence at a time."""
-    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
-
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
-    n_steps = len(batches)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * n_steps), n_steps)
-    examples = {row["example_id"]: row for row in Prepared(root / "runs/tiny/prepared").table().to_pylist()}
-
-    def logp(live: torch.nn.Module, row: dict, side: str) -> torch.Tensor:
-        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
-        logps = live(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
-        return logps[row["n_prompt"] - 1 :].double().sum()
-
-    losses = {}
-    for step, example_ids in batches.items():
-        margins = []
-        for row in (examples[example_id] for example_id in example_ids):
-            with torch.no_grad():
-                reference_margin = logp(reference, row, "chosen") - logp(reference, row, "rejected")
-            margins.append(logp(policy, row, "chosen") - logp(policy, row, "rejected") - reference_margin)
-        loss = -torch.nn.functional.logsigmoid(0.1 * torch.stack(margins)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses[step] = loss.item()
-    return losses
 
 
 @pytest.mark.parametrize(
