@@ -3,8 +3,10 @@
 Shapes: O outputs and I inputs of a layer.
 """
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,7 +165,7 @@ def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, traina
     from peft import PeftModel, set_peft_model_state_dict
 
     try:
-        with warnings.catch_warnings():
+        with ignored_pattern_warnings():
             # PEFT only warns about weights that the adapter's config asks for and its file lacks.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(
@@ -185,6 +187,14 @@ def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, traina
             "with it."
         )
     return model
+
+
+@contextlib.contextmanager
+def ignored_pattern_warnings() -> Iterator[None]:
+    """Ignore PEFT's warning that ranks which it sets itself, for the experts of all-linear, fit no module: they fit parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
 
 
 def has_adapted_head(model: Any) -> bool:

@@ -104,7 +104,7 @@ _IGNORED = {
     "disable_dropout": "the policy always trains without dropout",
     "remove_unused_columns": "prepare keeps what it needs",
     "gradient_checkpointing_kwargs": "layers are recomputed without changing gradients",
-    "activation_offloading": "not supported; see train.gradient_checkpointing",
+    "activation_offloading": "train.offload: activations moves the inputs of recomputed layers (train.gradient_checkpointing)",
     "use_liger_kernel": "the head never builds the logits of all tokens",
     "logging_steps": "every step is logged",
     "logging_first_step": "every step is logged",
@@ -319,6 +319,8 @@ def _convert_optimizer(given: Mapping[str, Any], converted: Converted) -> None:
             converted.cannot[key] = f"{ours} is one of {', '.join(dict.fromkeys(known.values()))}"
     if given["lr_scheduler_type"] == "constant":
         converted.put("warmup_ratio", "train.warmup_ratio", 0.0)  # TRL ignores it then
+    if given.get("max_grad_norm") == 0:
+        converted.put("max_grad_norm", "train.max_grad_norm", None)
     betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}
     for key in betas:
         if key in given:

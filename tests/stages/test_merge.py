@@ -60,6 +60,8 @@ def test_an_adapter_is_trained_from_a_margin_of_0_saved_and_merged(prefcache, sc
     n = 4 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
     assert f"an adapter of {n:,} parameters is trained" in said and "start checked on 32 pairs: margin 0.000000" in said
     run = tmp_path / "runs/tiny/trained"
+    # A run of an earlier version, which knew no such setting, is the same run.
+    assert "target_parameters" not in json.loads((run / "provenance.json").read_text())["inputs"]["train"]["lora"]
     newest = sorted((run / "checkpoints").iterdir())[-1]
     assert sum(each.numel() for each in load_file(newest / "weights.safetensors").values()) == n
 
@@ -116,6 +118,8 @@ def test_an_adapter_of_fused_experts_is_trained_resumed_merged_and_scored(prefca
     # r (I + O) of q_proj, and of both weights of each of four experts, in each of two layers.
     n = 4 * 2 * ((32 + 32) + 4 * (32 + 48) + 4 * (24 + 32))
     assert f"an adapter of {n:,} parameters is trained" in said and "margin 0.000000" in said
+    recorded = json.loads((run / "provenance.json").read_text())["inputs"]["train"]["lora"]
+    assert recorded["target_parameters"] == experts["target_parameters"]
     adapter, first = weights(run), load_file(run / "model/adapter_model.safetensors")
     assert len(first) == 2 * 2 * 3 and all(each.abs().max() > 0 for each in first.values())
     assert all(row["aux_loss"] > 0 for row in metrics(run) if row["step"])

@@ -224,6 +224,15 @@ def test_experts_that_take_no_adapter_are_named(mixture):
     assert len(loaded(mixture, lora=EXPERTS, gradient_checkpointing=True).notes) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_all_linear_takes_what_peft_makes_of_a_mixture_without_false_warnings(mixture, tmp_path):
+    ours = loaded(mixture, lora={"r": 2})
+    names = {name.partition(".mlp.")[2] for name in ours.parameters() if ".mlp." in name and "lora_A" in name}
+    assert names == {f"{at}.lora_A.default.weight" for at in ("gate", "experts", "experts.base_layer")}
+    ours.save(tmp_path / "it")
+    assert loaded(mixture, tmp_path / "it", lora={}).parameters().keys() == ours.parameters().keys()
+
+
 def test_names_of_no_experts_are_refused(mixture, model):
     with pytest.raises(UsageError, match=r"no fused experts 'up_proj'. It has down_proj, gate_up_proj\."):
         loaded(mixture, lora={"target_parameters": ["up_proj"]})

@@ -131,6 +131,12 @@ def test_weights_in_bf16_are_trained_in_bf16_and_an_adapter_on_them_is_not(key):
     assert key in found.ignored and "weights" not in found.config["train"]
 
 
+def test_a_norm_of_0_clips_nothing_and_experts_come_along():
+    found = convert({"max_grad_norm": 0, "use_peft": True, "lora_target_parameters": ["mlp.experts.gate_up_proj"]})
+    assert found.config["train"]["max_grad_norm"] is None
+    assert found.config["train"]["lora"]["target_parameters"] == ["mlp.experts.gate_up_proj"]
+
+
 def test_a_mixtures_balance_comes_along():
     assert convert({"router_aux_loss_coef": 0.01}).config["train"]["router_aux_loss"] == 0.01
 
