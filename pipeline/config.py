@@ -475,6 +475,10 @@ class Train(Section):
     """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
+    fuse_norms: bool = True
+    """On a GPU, compute each RMSNorm by one kernel of PyTorch, if the model's then computes the same; tried at the start."""
+    compile: bool = False
+    """On a GPU, compile each layer with torch.compile: fewer passes over memory, after a minute at the start. Not measured yet."""
     offload: Annotated[
         tuple[Offload, ...], BeforeValidator(_as_list, json_schema_input_type=Offload | list[Offload])
     ] = ()

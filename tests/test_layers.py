@@ -57,6 +57,7 @@ FLOORS = {
         "chunked_lm_head weights",
         "packed_row",
         "forward trainable",
+        "layer_kernels",
     ],
     "prefcache.pipeline.preparing": [
         "example",

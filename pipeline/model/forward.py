@@ -89,6 +89,25 @@ class Forward:
             self.model.set_attn_implementation(self._kernel)
         return reason
 
+    def adopt(self, change: Callable[[], Callable[[], None]], sequences: Sequence[TokenSequence]) -> str | None:
+        """Change the model, unless log-probs of some of these sequences then deviate; return why it was undone, or None.
+
+        `change` returns how to undo it.
+        """
+        trial = _pick_trial(sequences)
+        with torch.no_grad():
+            before = np.concatenate(self.compute_all(trial))
+            undo = change()
+            try:
+                reason = _deviation(np.concatenate(self.compute_all(trial)), before, ROUNDING[self._dtype])
+            except Exception as error:  # A compiler or a kernel may fail in any way.
+                if is_out_of_memory(error):
+                    raise
+                reason = f"it fails ({type(error).__name__})"
+        if reason:
+            undo()
+        return reason
+
     def compute_all(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """Log-probs of every sequence, in forwards no larger than the longest one."""
         logps: dict[int, np.ndarray] = {}

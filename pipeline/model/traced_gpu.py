@@ -34,8 +34,13 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "rest")
 _BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds
 # Elements of the lists that one kernel of a foreach or fused operation takes: 320 blocks of 65,536.
 _ELEMENTS_PER_LAUNCH = 320 * 65_536
-# Kernels of operations that are several: FlashAttention's backward pass sums first and converts its result.
-_LAUNCHES = {"_varlen_attn_backward": 3, "_scaled_dot_product_flash_attention_for_cpu_backward": 3}
+# Kernels of operations that are several: FlashAttention's backward pass sums first and converts its result; that of a norm sums
+# the weight's gradient in two.
+_LAUNCHES = {
+    "fused_rms_norm_backward": 3,
+    "_varlen_attn_backward": 3,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+}
 _NO_LAUNCH = {
     "empty",
     "empty_like",
@@ -221,6 +226,41 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return {dtype: flops[dtype] for dtype in ("bfloat16", "float32")}
 
 
+@torch.library.custom_op("prefcache::fused_rms_norm", mutates_args=())
+def _fused_rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError("it stands for CUDA's kernel in a trace, which has no values")
+
+
+@torch.library.custom_op("prefcache::fused_rms_norm_backward", mutates_args=())
+def _fused_rms_norm_backward(
+    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError("it stands for CUDA's kernel in a trace, which has no values")
+
+
+@_fused_rms_norm.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden), hidden.new_empty(*hidden.shape[:-1], 1, dtype=torch.float32)
+
+
+@_fused_rms_norm_backward.register_fake
+def _(
+    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _differentiate_norm(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+    return *_fused_rms_norm_backward(gradient, *ctx.saved_tensors), None
+
+
+_fused_rms_norm.register_autograd(_differentiate_norm, setup_context=_keep_for_backward)
+
+
 class _HostValues(TorchFunctionMode):
     """Give fake tensors of the host the values that code in Python asks for, and copy its own to the traced GPU."""
 
@@ -251,6 +291,10 @@ def trace_gpu(kind: str = "cuda") -> Iterator[Trace]:
         replaced(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_, **__: True),
         # PyTorch swaps a module's fake parameters for those of another device or dtype, which fails.
         replaced(torch.nn.Module, "_apply", _apply_to_fakes),
+        # One kernel on CUDA; PyTorch writes it out elsewhere.
+        replaced(
+            torch.nn.functional, "rms_norm", lambda hidden, _, weight, eps: _fused_rms_norm(hidden, weight, eps)[0]
+        ),
         # A fake tensor would ask for each value by itself.
         replaced(FakeTensor, "tolist", lambda tensor: _plain_values(tensor.cpu()).tolist()),
         _HostValues(),

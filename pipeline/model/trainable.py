@@ -258,7 +258,7 @@ def recompute_layers(model: Any, inputs: OffloadedInputs | None = None) -> str |
     if not layers or not model.supports_gradient_checkpointing:
         return f"Transformers recomputes no layer of {type(model).__name__}"
     for layer in layers:
-        layer.forward = _recompute(layer.forward, inputs)
+        layer.forward = Recomputed(layer.forward, inputs)
     return None
 
 
@@ -267,12 +267,16 @@ def model_layers(model: Any) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _recompute(forward: Callable[..., Any], inputs: OffloadedInputs | None) -> Callable[..., Any]:
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        with inputs.hooks() if inputs else contextlib.nullcontext():
-            # Eval mode draws no random numbers, so no generator state has to be kept.
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+@dataclass
+class Recomputed:
+    """A layer's forward, computed once more in the backward pass."""
 
-    return recomputed
+    forward: Callable[..., Any]
+    inputs: OffloadedInputs | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        with self.inputs.hooks() if self.inputs else contextlib.nullcontext():
+            # Eval mode draws no random numbers, so no generator state has to be kept.
+            return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -8,7 +8,7 @@ gathers has to be called by all processes at once. Files always hold whole tenso
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ def is_sharded(train: Train, accelerator: Accelerator, quantization: str | None)
         raise UsageError(
             f"Weights in {quantization} (score.quantization) are not sharded. Set train.shard=none: each process then holds the "
             "quantized model, and its own copy of the adapter; or leave the quantization out."
+        )
+    if train.compile:
+        raise UsageError(
+            "train.compile: layers of a sharded model are not compiled. Leave it out, or set train.shard=none."
         )
     if train.optimizer != "adamw":
         # Its blocks start anew in each shard, so there is no whole state for a checkpoint to keep.
@@ -128,6 +132,9 @@ class Calls(torch.nn.Module):
     def choose_layout(self, like: Sequence[TokenSequence]) -> None:
         self._forward.choose_layout(like)
 
+    def adopt(self, change: Callable[[], Callable[[], None]], like: Sequence[TokenSequence]) -> str | None:
+        return self._forward.adopt(change, like)
+
     def generate(self, **inputs: Any) -> torch.Tensor:
         ids: torch.Tensor = self.model.generate(**inputs)
         return ids
@@ -149,7 +156,7 @@ def shard(calls: Calls, layers: Sequence[torch.nn.Module], accelerator: Accelera
     for layer in reversed(layers):  # nested ones first
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision)
     fully_shard(calls, mesh=mesh, mp_policy=precision)
-    for method in ("choose_layout", "generate"):
+    for method in ("choose_layout", "adopt", "generate"):
         register_fsdp_forward_method(calls, method)
 
 

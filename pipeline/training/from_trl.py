@@ -42,6 +42,7 @@ _SAME = {
     "save_steps": "train.checkpoint_every",
     "save_total_limit": "train.keep_checkpoints",
     "gradient_checkpointing": "train.gradient_checkpointing",
+    "torch_compile": "train.compile",
 }
 _LORA = {
     "lora_r": "r",
@@ -121,7 +122,6 @@ _IGNORED = {
     "overwrite_output_dir": "a finished run with other settings is renamed",
     "bf16_full_eval": "evaluation computes as training does",
     "tf32": "not set here",
-    "torch_compile": "layers are not compiled; the values would be the same",
     "dtype": "score.dtype is the reference's; what is trained is float32, or bfloat16 (train.weights)",
     "torch_dtype": "score.dtype is the reference's; what is trained is float32, or bfloat16 (train.weights)",
     "lora_dropout": "adapters train without dropout, so that the margin starts at 0",

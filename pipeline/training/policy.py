@@ -7,6 +7,7 @@ gradient_step.py the gradient, micro_batch_size.py the tokens that fit, generati
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -21,8 +22,9 @@ from prefcache.pipeline import model_files
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
-from prefcache.pipeline.model import trainable
+from prefcache.pipeline.model import layer_kernels, trainable
 from prefcache.pipeline.model.attention import choose_kernel
+from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.lm_head import choose_head_dtype, set_head_dtype
 from prefcache.pipeline.model.stochastic_rounding import make_key
@@ -93,6 +95,7 @@ class Policy:
         # Kept from here on, because a sharded model has other parameter objects while they are gathered.
         self._parameters = self._trained.parameters()
         self._choose_layout(like)
+        self._change_kernels(like)
         self.peak_flops = flops.peak_flops(accelerator.device, self.precision)
         routers = router_loss.make_router_loss(model, train, accelerator.device)
         self._budget = self._make_budget(like, say)
@@ -119,6 +122,19 @@ class Policy:
     def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
         with self.accelerator.autocast():
             self._calls.choose_layout(like)
+
+    def _change_kernels(self, like: Sequence[TokenSequence]) -> None:
+        """On a GPU, take the kernels that the settings ask for."""
+        if kind_of(self.accelerator.device) != "cuda":
+            return
+        changes = {"fuse_norms": layer_kernels.fuse_norms, "compile": layer_kernels.compile_layers}
+        for setting, change in changes.items():
+            if getattr(self.train, setting) and (reason := self._adopt(partial(change, self.forward.model), like)):
+                self.notes.append(f"train.{setting} is not followed: {reason}")
+
+    def _adopt(self, change: Callable[[], Callable[[], None]], like: Sequence[TokenSequence]) -> str | None:
+        with self.accelerator.autocast():
+            return self._calls.adopt(change, like)
 
     def _make_budget(self, like: Sequence[TokenSequence], say: Callable[[str], None]) -> micro_batch_size.Budget:
         budget = micro_batch_size.Budget(self.train, self.accelerator.device, self.accelerator.num_processes, say)

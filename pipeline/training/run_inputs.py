@@ -35,6 +35,8 @@ _HARMLESS = {
     "device",
     "shard",
     "gradient_checkpointing",
+    "fuse_norms",
+    "compile",
     "release_gradients",
     "offload",
 }

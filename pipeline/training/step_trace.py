@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefcache.pipeline.config import Train
-from prefcache.pipeline.model import attention, trainable
+from prefcache.pipeline.model import attention, layer_kernels, trainable
+from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.logprobs import Logps
 from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_gpu
 from prefcache.pipeline.schema import PAIRS, TokenSequence
@@ -184,6 +185,11 @@ class TracedPolicy(Policy):
             return compute(groups, **options)
 
         self.forward.logps = counted  # type: ignore[method-assign]
+
+    def _change_kernels(self, like: Sequence[TokenSequence]) -> None:
+        """Take fused norms without the trial, which needs values. Compiled layers are not traced."""
+        if self.train.fuse_norms and kind_of(self.accelerator.device) == "cuda":
+            layer_kernels.fuse_norms(self.forward.model)
 
     def _assign_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:

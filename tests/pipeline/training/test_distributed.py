@@ -365,6 +365,12 @@ def test_quantized_weights_are_not_sharded():
         distributed.is_sharded(train, distributed.make_accelerator(train), "4bit")
 
 
+def test_layers_of_a_sharded_model_are_not_compiled():
+    train = Train(device="cpu", shard="fsdp", compile=True)
+    with pytest.raises(UsageError, match=r"train\.compile: layers of a sharded model"):
+        distributed.is_sharded(train, distributed.make_accelerator(train), None)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_4bit"])
 def test_a_quantized_optimizer_is_not_sharded(optimizer):
     train = Train(device="cpu", shard="fsdp", optimizer=optimizer)

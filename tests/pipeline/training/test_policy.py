@@ -9,7 +9,8 @@ import torch
 
 from prefcache.pipeline.config import Lora, Train
 from prefcache.pipeline.identity import Reference
-from prefcache.pipeline.model import trainable
+from prefcache.pipeline.model import layer_kernels, trainable
+from prefcache.pipeline.model.device import traced_as
 from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.distributed import make_accelerator
 from prefcache.pipeline.training.objective import Objective
@@ -139,3 +140,23 @@ def test_a_new_adapter_starts_where_train_seed_says(model):
     one, again, other = start_of(model, 3, 1), start_of(model, 3, 2), start_of(model, 4, 1)
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "n"), [("cuda", {}, 5), ("cuda", {"fuse_norms": False}, 0), ("cpu", {}, 0)]
+)
+def test_norms_are_fused_by_a_gpus_rules_unless_turned_off(model, kind, settings, n):
+    with traced_as(kind, lambda tensor: tensor.detach()):
+        policy, _, _ = policy_of(model, **settings)
+    norms = [each for each in policy.forward.model.modules() if type(each).__name__ == "LlamaRMSNorm"]
+    assert len(norms) == 5 and sum("forward" in vars(norm) for norm in norms) == n
+
+
+def test_a_change_that_is_not_followed_is_a_note(model, monkeypatch):
+    monkeypatch.setattr(layer_kernels.F, "rms_norm", lambda hidden, *_: hidden)
+    with traced_as("cuda", lambda tensor: tensor.detach()):
+        policy, _, _ = policy_of(model)
+    assert any(note.startswith("train.fuse_norms is not followed: off by up to") for note in policy.notes)
