@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from prefcache.pipeline.model import device
 
@@ -54,6 +53,8 @@ _NO_LAUNCH = {
 # Operations that read as much of their first argument as they return.
 _GATHERS = {"embedding", "index", "index_select", "gather", "slice_backward", "select_backward"}
 _GROUPED = torch.ops.aten._grouped_mm.default
+# Products of matrices, and where their factors stand among the arguments.
+_PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
 _OVERWRITES = {"copy_", "zero_", "fill_"}
 
 
@@ -138,11 +139,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if tensor.device == GPU:
                     self._track(tensor, self._part_of(func, tensor, inputs))
             if self._counts_ops:
-                self._count(func, args, kwargs, out, inputs, outputs)
+                self._count(func, args, kwargs, inputs, outputs)
         return out
 
     def _count(
-        self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
+        self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
     ) -> None:
         name = func._schema.name.partition("::")[2]
         if func.is_view or name in _NO_LAUNCH or not outputs:
@@ -156,10 +157,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
         if not func._schema.is_mutable and all(_shares_storage(tensor, inputs) for tensor in outputs):
             return  # an alias
-        flops = self._flops(func, name, args, kwargs, out)
-        # A product's operands come last: what it is added to may have another dtype.
-        operands = inputs[-2:] if flops else inputs
-        dtype = next((tensor.dtype for tensor in operands if tensor.is_floating_point()), outputs[0].dtype)
+        dtype = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), outputs[0].dtype)
+        flops = self._flops(name, args)
         cost = Op(
             name, str(dtype).removeprefix("torch."), flops, _traffic(name, inputs, outputs), _launches(name, inputs)
         )
@@ -169,17 +168,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if flops and outputs[0].shape[-1:] == (self.head_shape[0],):
             self.head.add(f"{name}, {cost.dtype} to {str(outputs[0].dtype).removeprefix('torch.')}")
 
-    def _flops(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
+    def _flops(self, name: str, args: Any) -> int:
+        backward = "backward" in name
+        if name in _PRODUCTS:  # [.., M, K] x [.., K, N]; of groups of rows, each row is multiplied once
+            left, right = args[_PRODUCTS[name] :][:2]
+            return int(2 * left.numel() * right.shape[-1])
+        # Attention has two products forward and five backward, which computes the scores once more.
         if name.startswith("_varlen_attn"):
-            # Two products forward; five backward, which computes the scores once more.
-            per_pair, query = (10, args[1]) if "backward" in name else (4, args[0])
-            return int(per_pair * query.shape[-2] * query.shape[-1] * self.attended)
-        if func is _GROUPED:  # [M, K] x [E, K, N] by groups of rows, or [K, M] x [M, N] to [E, K, N]
-            return int(2 * args[0].numel() * args[1].shape[-1])
-        formula = flop_registry.get(func._overloadpacket)
-        if name == "addmm":
-            args = args[:3]  # PyTorch's formula takes the dtype of the result for its shape
-        return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+            query = args[1] if backward else args[0]
+            return int((10 if backward else 4) * query.shape[-2] * query.shape[-1] * self.attended)
+        if name.startswith("_scaled_dot_product"):
+            query, key = args[1:3] if backward else args[:2]
+            is_causal = args[7 if backward else 4] if len(args) > (7 if backward else 4) else False
+            return int((10 if backward else 4) * query.numel() * key.shape[-2]) // (2 if is_causal else 1)
+        return 0
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
