@@ -157,7 +157,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
         if not func._schema.is_mutable and all(_shares_storage(tensor, inputs) for tensor in outputs):
             return  # an alias
-        dtype = next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), outputs[0].dtype)
+        # Of a product added to a sum, the factors decide.
+        operands = args[_PRODUCTS.get(name, 0) :] if args else inputs
+        dtype = next((tensor.dtype for tensor in _tensors(operands) if tensor.is_floating_point()), outputs[0].dtype)
         flops = self._flops(name, args)
         cost = Op(
             name, str(dtype).removeprefix("torch."), flops, _traffic(name, inputs, outputs), _launches(name, inputs)

@@ -75,7 +75,7 @@ def _rate_of(op: Op) -> str:
     return "bfloat16" if op.dtype in ("bfloat16", "float16") else "float32"
 
 
-def measured_cost(trace: Trace) -> StepCost:
+def measure_cost(trace: Trace) -> StepCost:
     return StepCost(
         peak_bytes=trace.peak_bytes,
         parts=Parts(**{part: n for part, n in trace.peak_parts.items() if n}),
@@ -104,7 +104,7 @@ def trace_step(config: Any, train: Train, pairs: Sequence[Lengths], *, kind: str
         policy.make_optimizer_state()
         trace.restart()
         policy.update(examples, np.arange(len(pairs)), objective, {}, train.learning_rate)
-        return measured_cost(trace)
+        return measure_cost(trace)
 
 
 def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:

@@ -1,0 +1,46 @@
+"""The models of the ledger, by the shapes of their publishers' config.json, and the pairs of a step."""
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from prefcache.pipeline.training.step_trace import Lengths
+from tests.bench import corpus
+from tests.bench.gpu.work import SHAPES
+
+LLAMA_70B = SHAPES["8B"] | {
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1e6,
+}
+MODELS: dict[str, dict[str, Any]] = {name: SHAPES[name] for name in ("0.5B", "1.5B", "8B")} | {
+    "30B-A3B": QWEN3_30B_A3B,
+    "70B": LLAMA_70B,
+}
+
+
+def make_config(model: str, layers: int | None = None) -> Any:
+    return AutoConfig.for_model(**MODELS[model] | ({"num_hidden_layers": layers} if layers else {}))
+
+
+def step_pairs(n: int = 16) -> list[Lengths]:
+    """Pairs with lengths as real ones have: one row of 3,424 tokens."""
+    return [Lengths(*map(len, pair)) for pair in corpus.token_pairs(n, vocabulary=1000)]
