@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -128,6 +129,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args)
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # a sharded tensor computes with its parts, which come here again
         if func is torch.ops.aten._local_scalar_dense.default:
             self.syncs += args[0].device == GPU
             return _plain_values(args[0]).item()
@@ -150,9 +153,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         crosses = {tensor.device for tensor in (*inputs, *outputs) if tensor.ndim or tensor.device == GPU}
         if len(crosses) > 1:
-            # The host waits for what it copies, except from pinned memory.
+            # The host waits for what it copies, unless told otherwise.
             self.copies += outputs[0].device == GPU
-            self.syncs += not (outputs[0].device == GPU and kwargs.get("non_blocking", False))
+            self.syncs += not (args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking", False))
             if name in ("_to_copy", "copy_"):
                 return
         if not func._schema.is_mutable and all(_shares_storage(tensor, inputs) for tensor in outputs):
@@ -209,6 +212,18 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._blocks[key] = _Block(weakref.ref(storage, lambda _: self._free(key)), n_bytes, part)
         self.held[part] += n_bytes
         self._bytes += n_bytes
+        if self._bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_parts = self._bytes, dict(self.held)
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Follow a storage that was resized, as FSDP does to free a gathered layer and gather it again."""
+        block = self._blocks.get(storage._cdata)
+        if block is None:
+            return
+        n_bytes = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        self.held[block.part] += n_bytes - block.bytes
+        self._bytes += n_bytes - block.bytes
+        block.bytes = n_bytes
         if self._bytes > self.peak_bytes:
             self.peak_bytes, self.peak_parts = self._bytes, dict(self.held)
 
@@ -300,6 +315,7 @@ def trace_gpu(kind: str = "cuda") -> Iterator[Trace]:
             torch.nn.functional, "rms_norm", lambda hidden, _, weight, eps: _fused_rms_norm(hidden, weight, eps)[0]
         ),
         # A fake tensor would ask for each value by itself.
+        replaced(torch.UntypedStorage, "resize_", _resize_traced(trace)),
         replaced(FakeTensor, "tolist", lambda tensor: _plain_values(tensor.cpu()).tolist()),
         _HostValues(),
         trace,
@@ -315,6 +331,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def _resize_traced(trace: Trace) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+    plain = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, n_bytes: int) -> torch.UntypedStorage:
+        plain(storage, n_bytes)
+        trace.resize(storage)
+        return storage
+
+    return resize
 
 
 def _apply_to_fakes(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
@@ -364,7 +391,7 @@ def _traffic(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor])
     written = sum(map(_n_bytes, outputs))
     if name in _GATHERS:
         return 2 * written + sum(map(_n_bytes, inputs[1:]))
-    if name.startswith("index_put"):  # values in, and the same places read and written
+    if name.startswith("index_put") or name in ("scatter_", "scatter_add_"):  # values in, their places read and written
         return 3 * _n_bytes(inputs[-1])
     return written + sum(map(_n_bytes, inputs[1:] if name in _OVERWRITES else inputs))
 

@@ -4,7 +4,7 @@ The program's own step (`Policy.update`) runs on fake tensors, so what is counte
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.model import attention, layer_kernels, trainable
 from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.logprobs import Logps
+from prefcache.pipeline.model.offload import OffloadedInputs
 from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_gpu
 from prefcache.pipeline.schema import PAIRS, TokenSequence
-from prefcache.pipeline.training import optimizers
+from prefcache.pipeline.training import distributed, optimizers
 from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.distributed import mixed_precision
 from prefcache.pipeline.training.objective import Objective
@@ -91,15 +95,18 @@ def measure_cost(trace: Trace) -> StepCost:
     )
 
 
-def trace_step(config: Any, train: Train, pairs: Sequence[Lengths], *, kind: str = "cuda") -> StepCost:
-    """Trace a step on these pairs, the second one of a run: the optimizer has its state.
+def trace_step(
+    config: Any, train: Train, pairs: Sequence[Lengths], *, processes: int = 1, kind: str = "cuda"
+) -> StepCost:
+    """Trace a process's step on these pairs, the second one of a run: the optimizer has its state.
 
-    `config` is a Transformers config or a folder that holds one. `kind` is the device's (see traced_gpu).
+    `config` is a Transformers config or a folder that holds one. Several `processes` share a sharded model (train.shard: fsdp);
+    what passes between them is counted as memory traffic alone. `kind` is the device's (see traced_gpu).
     """
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config, trust_remote_code=False)
-    with trace_gpu(kind) as trace:
-        policy = TracedPolicy(make_model(config, train, trace), train, trace)
+    with _fake_processes(processes), trace_gpu(kind) as trace:
+        policy = TracedPolicy(make_model(config, train, trace), train, trace, processes)
         examples, objective = make_examples(pairs), Objective(train)
         policy.make_optimizer_state()
         trace.restart()
@@ -115,9 +122,12 @@ def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:
         adapter = trainable.create_adapter(model, train.lora, train.seed) if train.lora else None
     model.eval()
     if train.gradient_checkpointing:
-        trainable.recompute_layers(model)
+        trainable.recompute_layers(model, OffloadedInputs() if "activations" in train.offload else None)
     trace.head_shape = tuple(model.get_output_embeddings().weight.shape)
     trace.assign("weights", [*model.parameters(), *model.buffers()])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: trace.assign("gradients", [p.grad]))
     return trainable.Trainable(model, adapter, [])
 
 
@@ -161,18 +171,42 @@ class TracedAccelerator:
         return value
 
 
+@contextlib.contextmanager
+def _fake_processes(n: int) -> Iterator[None]:
+    """Shard over processes that do not exist: what they would send is of the right size."""
+    if n == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (n,))
+        with (
+            replaced(distributed, "init_device_mesh", lambda *_: mesh),
+            replaced(_fully_shard, "_get_device_from_mesh", lambda _: GPU),
+        ):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class TracedPolicy(Policy):
     """A policy on the traced GPU, by the layout that most models take."""
 
-    def __init__(self, trained: trainable.Trainable, train: Train, trace: Trace) -> None:
-        self.train, self.sharded, self._trace = train, False, trace
+    def __init__(self, trained: trainable.Trainable, train: Train, trace: Trace, processes: int = 1) -> None:
+        self.train, self.sharded, self._trace = train, processes > 1, trace
         self.accelerator: Any = TracedAccelerator(mixed_precision(train, on_gpu=True))
         shortest = TokenSequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
         self._set_up(trained, "sdpa", [shortest], print)
+        trace.assign("weights", map(_local, self._parameters.values()))
         if type(self._optimizer).__module__.startswith("torchao"):
             self._optimizer.step = self._count_as_compiled(self._optimizer.step)
-        for parameter in self._parameters.values():
-            parameter.register_post_accumulate_grad_hook(self._assign_gradient)  # type: ignore[no-untyped-call]
 
     def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
         """Take shared rows without the trial, which needs values."""
@@ -191,21 +225,14 @@ class TracedPolicy(Policy):
         if self.train.fuse_norms and kind_of(self.accelerator.device) == "cuda":
             layer_kernels.fuse_norms(self.forward.model)
 
-    def _assign_gradient(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            self._trace.assign("gradients", [parameter.grad])
-
     def _count_as_compiled(self, step: Callable[[], None]) -> Callable[[], None]:
         """torchao compiles its update of each parameter into one kernel."""
 
         def counted() -> None:
-            # The optimizer updates one group at a time (optimizers.update_group).
-            group = [p for group in self._optimizer.param_groups for p in group["params"]]
-            trained = [p for p in group if p.grad is not None]
+            # The groups are those of this call, which may be one of several in a step.
+            trained = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             state = sum(tensor.nbytes for tensor in optimizers.get_state(self._optimizer).values())
-            traffic = 2 * (state + sum(p.nbytes for p in trained)) + sum(
-                p.grad.nbytes for p in trained if p.grad is not None
-            )
+            traffic = 2 * (state + sum(p.nbytes for p in trained)) + sum(p.grad.nbytes for p in trained)
             update = Op("compiled_update", "float32", 0, traffic, len(trained))
             with self._trace.as_fused(update), replaced(torch, "compile", lambda *_, **__: lambda *_, **__: None):
                 step()  # makes the state
@@ -218,7 +245,7 @@ class TracedPolicy(Policy):
             parameter.grad = torch.zeros_like(parameter)
         optimizers.take_step(self._optimizer, 0.0, seed=0)
         self._optimizer.zero_grad()
-        self._trace.assign("optimizer", optimizers.get_state(self._optimizer).values())
+        self._trace.assign("optimizer", map(_local, optimizers.get_state(self._optimizer).values()))
 
 
 def count_attended(groups: Sequence[Sequence[TokenSequence]]) -> int:

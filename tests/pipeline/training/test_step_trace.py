@@ -138,6 +138,25 @@ def test_eight_bit_moments(torchao: Path, monkeypatch: pytest.MonkeyPatch):
     assert cost.held_bytes / n == pytest.approx(2 + 2 * (1 + 4 / 256), rel=0.03)
 
 
+def test_processes_share_what_is_held():
+    train = Train(weights="bfloat16", gradient_checkpointing=True, shard="fsdp")
+    one, eight = (trace_step(LLAMA, train, PAIRS, processes=n) for n in (1, 8))
+    assert eight.held_bytes == pytest.approx(one.held_bytes / 8, rel=0.04)  # blocks of 512 bytes
+    assert eight.flops == one.flops
+    # A layer is gathered while it is computed, and what lies outside of layers during the whole step.
+    root = 2 * SIZES["vocab_size"] * SIZES["hidden_size"] * 2
+    assert eight.peak_bytes > eight.held_bytes + root
+
+
+def test_released_gradients_are_never_there_together():
+    settings = {"weights": "bfloat16", "gradient_checkpointing": True, "max_grad_norm": None, "batch_size": 4}
+    deep = LlamaConfig(**SIZES | {"num_hidden_layers": 24, "vocab_size": 300})
+    kept, released = (trace_step(deep, Train(**settings, release_gradients=each), PAIRS) for each in (False, True))
+    n_layers = sum(p.numel() for name, p in LlamaForCausalLM(deep).named_parameters() if ".layers." in name)
+    # A layer's gradients are there only while it is computed, next to the inputs of the layers below.
+    assert kept.peak_bytes - released.peak_bytes > 0.5 * 2 * n_layers
+
+
 def test_a_folder_without_weights_is_enough(tmp_path: Path):
     LLAMA.save_pretrained(tmp_path)
     assert trace_step(tmp_path, Train(), PAIRS) == trace_step(LLAMA, Train(), PAIRS)

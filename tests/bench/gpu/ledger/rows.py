@@ -72,34 +72,39 @@ class Row:
 
 def rows() -> Iterator[Row]:
     for model in MODELS:
-        yield from _full_rows(model)
+        yield from _shard_rows(model) if model == "70B" else _full_rows(model)
         yield from _lora_rows(model)
-        yield Row(model, "scorer", checkpointing=False, optimizer="none")
+        yield Row(model, "scorer", optimizer="none", checkpointing=False)
 
 
 def _full_rows(model: str) -> Iterator[Row]:
     ours = functools.partial(Row, model, "prefcache", "cached")
-    if model in ("0.5B", "1.5B", "8B"):
-        yield ours(weights="float32")
-        yield Row(model, "prefcache", "live", weights="float32")
-        yield Row(model, "sft", weights="float32")
-        yield Row(model, "plain-sft", weights="float32")
-    yield ours()
-    yield ours(checkpointing=False)
-    yield ours(optimizer="adamw_8bit")
-    yield Row(model, "prefcache", "live")
-    yield Row(model, "sft")
-    yield Row(model, "plain-sft")
-    for weights in ("float32", "bfloat16") if model in ("0.5B", "1.5B", "8B") else ("bfloat16",):
+    # Float32 weights of the mixture take half a terabyte, and its experts would compute outside of the tensor cores.
+    for weights in ("bfloat16",) if model == "30B-A3B" else ("float32", "bfloat16"):
+        yield ours(weights=weights)
+        yield ours(weights=weights, checkpointing=False)
+        yield Row(model, "prefcache", "live", weights=weights)
+        yield Row(model, "sft", weights=weights)
+        yield Row(model, "plain-sft", weights=weights)
         for reference in ("live", "precomputed"):
             for batch in ("default", "best"):
                 yield Row(model, "trl", reference, weights=weights, batch=batch)
+    yield ours(optimizer="adamw_8bit")
+    yield ours(optimizer="adamw_8bit", release_gradients=True)
+    yield Row(model, "sft", optimizer="adamw_8bit", release_gradients=True)
+
+
+def _shard_rows(model: str) -> Iterator[Row]:
+    for processes in (8, 64):
+        yield Row(model, "prefcache", "cached", processes=processes)
+        yield Row(model, "prefcache", "cached", release_gradients=True, processes=processes)
+        yield Row(model, "sft", processes=processes)
 
 
 def _lora_rows(model: str) -> Iterator[Row]:
     yield Row(model, "prefcache", "cached", lora=16)
     yield Row(model, "sft", lora=16)
-    for reference in ("live", "precomputed"):
+    for reference in ("live", "precomputed") if model != "70B" else ():
         yield Row(model, "trl", reference, lora=16, batch="best")
 
 
@@ -110,7 +115,9 @@ def train_settings(row: Row) -> Train:
     else:
         settings["weights"] = row.weights
     if row.release_gradients:
-        settings["release_gradients"] = True
+        settings |= {"release_gradients": True, "max_grad_norm": None, "batch_size": 16}
+    if row.processes > 1:
+        settings["shard"] = "fsdp"
     return Train(**settings, tokens_per_micro_batch=16_384)
 
 
@@ -144,7 +151,8 @@ def _trace_sft(config: Any, row: Row, pairs: Sequence[Lengths]) -> StepCost:
 
     loss("-(chosen + rejected)", when="here")(ledger_sft)
     try:
-        return trace_step(config, train_settings(row).model_copy(update={"loss": "ledger_sft"}), pairs)
+        train = train_settings(row).model_copy(update={"loss": "ledger_sft"})
+        return trace_step(config, train, pairs, processes=row.processes)
     finally:
         del LOSSES["ledger_sft"]
 
