@@ -475,8 +475,8 @@ class Train(Section):
     """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
-    fuse_norms: bool = True
-    """On a GPU, compute each RMSNorm by one kernel of PyTorch, if the model's then computes the same; tried at the start."""
+    fuse_kernels: bool = True
+    """On a GPU, compute norms and rotations by fewer kernels, if the model then computes the same; tried at the start."""
     compile: bool = False
     """On a GPU, compile each layer with torch.compile: fewer passes over memory, after a minute at the start. Not measured yet."""
     offload: Annotated[

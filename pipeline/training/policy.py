@@ -127,9 +127,13 @@ class Policy:
         """On a GPU, take the kernels that the settings ask for."""
         if kind_of(self.accelerator.device) != "cuda":
             return
-        changes = {"fuse_norms": layer_kernels.fuse_norms, "compile": layer_kernels.compile_layers}
+        # A compiler fuses by itself, and refuses code that was given other functions.
+        changes = {"compile": layer_kernels.compile_layers, "fuse_kernels": layer_kernels.fuse_kernels}
         for setting, change in changes.items():
-            if getattr(self.train, setting) and (reason := self._adopt(partial(change, self.forward.model), like)):
+            if getattr(self.train, setting):
+                reason = self._adopt(partial(change, self.forward.model), like)
+                if reason is None:
+                    break
                 self.notes.append(f"train.{setting} is not followed: {reason}")
 
     def _adopt(self, change: Callable[[], Callable[[], None]], like: Sequence[TokenSequence]) -> str | None:

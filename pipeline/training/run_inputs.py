@@ -35,7 +35,7 @@ _HARMLESS = {
     "device",
     "shard",
     "gradient_checkpointing",
-    "fuse_norms",
+    "fuse_kernels",
     "compile",
     "release_gradients",
     "offload",

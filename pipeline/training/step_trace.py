@@ -221,9 +221,9 @@ class TracedPolicy(Policy):
         self.forward.logps = counted  # type: ignore[method-assign]
 
     def _change_kernels(self, like: Sequence[TokenSequence]) -> None:
-        """Take fused norms without the trial, which needs values. Compiled layers are not traced."""
-        if self.train.fuse_norms and kind_of(self.accelerator.device) == "cuda":
-            layer_kernels.fuse_norms(self.forward.model)
+        """Take fused kernels without the trial, which needs values. Compiled layers are not traced."""
+        if self.train.fuse_kernels and kind_of(self.accelerator.device) == "cuda":
+            layer_kernels.fuse_kernels(self.forward.model)
 
     def _count_as_compiled(self, step: Callable[[], None]) -> Callable[[], None]:
         """torchao compiles its update of each parameter into one kernel."""

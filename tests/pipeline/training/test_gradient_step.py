@@ -98,11 +98,12 @@ def test_an_evaluation_waits_once(model):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"loss": "kto_pair"}, {"tokens": {"decay": 0.9, "clamp": (-1, 1)}}],
+    ("settings", "most"),
+    # Weighing tokens takes the same 50 kernels however many layers a model has: here it has four.
+    [({}, 1.15), ({"loss": "kto_pair"}, 1.15), ({"tokens": {"decay": 0.9, "clamp": (-1, 1)}}, 1.2)],
     ids=str,
 )
-def test_a_micro_batch_has_hardly_more_kernels_than_in_supervised_fine_tuning(settings):
+def test_a_micro_batch_has_hardly_more_kernels_than_in_supervised_fine_tuning(settings, most):
     """Both of the same row, forward and backward; supervised fine-tuning is the mean log-prob of its tokens."""
     train = Train(batch_size=N, weights="bfloat16", **settings)
     objective = Objective(train)
@@ -123,7 +124,7 @@ def test_a_micro_batch_has_hardly_more_kernels_than_in_supervised_fine_tuning(se
             compute()
             assert trace.attention == {"_varlen_attn"} and not trace.syncs
             counts.append(trace.total(lambda op: op.kernels))
-    assert counts[1] < counts[0] <= 1.15 * counts[1]
+    assert counts[1] < counts[0] <= most * counts[1]
 
 
 def fine_tune(policy: Policy, groups: Iterable[Sequence[TokenSequence]]) -> None:

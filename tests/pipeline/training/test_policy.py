@@ -146,7 +146,7 @@ def test_a_new_adapter_starts_where_train_seed_says(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "n"), [("cuda", {}, 5), ("cuda", {"fuse_norms": False}, 0), ("cpu", {}, 0)]
+    ("kind", "settings", "n"), [("cuda", {}, 5), ("cuda", {"fuse_kernels": False}, 0), ("cpu", {}, 0)]
 )
 def test_norms_are_fused_by_a_gpus_rules_unless_turned_off(model, kind, settings, n):
     with traced_as(kind, lambda tensor: tensor.detach()):
@@ -155,8 +155,25 @@ def test_norms_are_fused_by_a_gpus_rules_unless_turned_off(model, kind, settings
     assert len(norms) == 5 and sum("forward" in vars(norm) for norm in norms) == n
 
 
+@pytest.mark.parametrize(("works", "n"), [(True, 0), (False, 5)])
+def test_kernels_are_fused_where_layers_could_not_be_compiled(model, monkeypatch, works, n):
+    def compile_layers(model):
+        if not works:
+            model.model.norm.forward = lambda hidden: 2 * hidden
+        return lambda: delattr(model.model.norm, "forward")
+
+    monkeypatch.setattr(layer_kernels, "compile_layers", compile_layers)
+    with traced_as("cuda", lambda tensor: tensor.detach()):
+        policy, _, _ = policy_of(model, compile=True)
+    norms = [each for each in policy.forward.model.modules() if type(each).__name__ == "LlamaRMSNorm"]
+    assert sum("forward" in vars(norm) for norm in norms) == n
+    assert [note for note in policy.notes if note.startswith("train.compile is not followed")] == policy.notes[
+        : not works
+    ]
+
+
 def test_a_change_that_is_not_followed_is_a_note(model, monkeypatch):
     monkeypatch.setattr(layer_kernels.F, "rms_norm", lambda hidden, *_: hidden)
     with traced_as("cuda", lambda tensor: tensor.detach()):
         policy, _, _ = policy_of(model)
-    assert any(note.startswith("train.fuse_norms is not followed: off by up to") for note in policy.notes)
+    assert any(note.startswith("train.fuse_kernels is not followed: off by up to") for note in policy.notes)
