@@ -63,7 +63,7 @@ def test_what_waits_on_the_host_is_not_kept_on_the_device(as_on_a_gpu):
     for inputs, is_kept in ((None, True), (OffloadedInputs(), False)):
         array = np.ones((4, 8), np.float32)
         memory = weakref.ref(array)
-        output = trainable._recompute(lambda x: layer(x).sum(), inputs)(torch.from_numpy(array))
+        output = trainable.Recomputed(lambda x: layer(x).sum(), inputs)(torch.from_numpy(array))
         del array
         gc.collect()
         assert output.requires_grad and (memory() is not None) == is_kept
