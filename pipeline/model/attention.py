@@ -162,8 +162,7 @@ def missing_positions_reason(model: Any) -> str | None:
 
 def use_segments(model: Any) -> None:
     """Make the model's forward require the keyword `segments`."""
-    if NAME not in AttentionInterface().valid_keys():  # compiled layers have registered it in their own way
-        AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
 
 

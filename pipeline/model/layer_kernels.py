@@ -105,14 +105,20 @@ def compile_layers(model: Any, backend: str = "inductor") -> Undo:
     """Compile each layer for rows of any length, within its recomputation. Attention over segments stays as it is."""
     forwards = {layer: layer.forward for layer in model_layers(model)}
     inner = {layer: each.forward if isinstance(each, Recomputed) else each for layer, each in forwards.items()}
-    AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attend))  # type: ignore[no-untyped-call]
+    attend = attention.attend
+    _replace_attention(torch.compiler.disable(attend))  # type: ignore[no-untyped-call]
     for layer, forward in forwards.items():
         compiled = torch.compile(inner[layer], dynamic=True, backend=backend)
         layer.forward = Recomputed(compiled, forward.inputs) if isinstance(forward, Recomputed) else compiled
 
     def undo() -> None:
-        AttentionInterface.register(attention.NAME, attention.attend)
+        _replace_attention(attend)
         for layer, forward in forwards.items():
             layer.forward = forward
 
     return undo
+
+
+def _replace_attention(attend: Callable[..., Any]) -> None:
+    attention.attend = attend  # which `use_segments` registers anew after generation
+    AttentionInterface.register(attention.NAME, attend)
