@@ -18,7 +18,7 @@ from prefcache.pipeline.preparing import prepared_inputs
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.scoring import actors
-from prefcache.pipeline.scoring.engines import find_engine
+from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scored_inputs import find_inputs
 from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
 from prefcache.pipeline.stored import artifact, claims, cut_answers
@@ -34,6 +34,7 @@ from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_s
 
 
 def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResult | ScorePlan:
+    refuse_unused(config.score)
     prepared = Prepared(config.prepared)
     if reason := prepared_inputs.explain_if_stale(config):
         progress.warn(reason)

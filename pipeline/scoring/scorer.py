@@ -163,9 +163,12 @@ def measure_parity(
     progress: Progress,
 ) -> dict[str, Any]:
     """Return how far an engine's log-probs are from the plain ones; fail where that is more than rounding."""
-    dtype, n = identity.coarsest_dtype(numerics), len(scores)
-    name = f"engine {score.engine} ({dtype})"
-    remedy = find_engine(score.engine).remedy.format("" if dtype == "float32" else "score.dtype=float32, ")
+    n, tolerance = len(scores), TOLERANCE.get(identity.coarsest_dtype(numerics), max(TOLERANCE.values()))
+    dtypes = [numerics["dtype"], numerics.get("head_dtype", "float32")]
+    name = f"engine {score.engine} ({dtypes[0]}{'' if dtypes[1] in ('float32', dtypes[0]) else f', head {dtypes[1]}'})"
+    finer = "score.dtype=float32, " if dtypes[0] != "float32" else ""
+    finer += "score.head_dtype=float32, " if score.head_dtype not in (None, "float32") else ""
+    remedy = find_engine(score.engine).remedy.format(finer)
     n_lost = sum(
         bool(np.isfinite(plain_T).all() and not np.isfinite(logps_T).all())
         for plain_T, logps_T in zip(plain, scores, strict=True)
@@ -185,10 +188,10 @@ def measure_parity(
             "weights may be broken; score.parity_sample=0 scores without this check and marks every such row as failed."
         )
     worst = float(deviation.max())
-    if worst > TOLERANCE[dtype]:
+    if worst > tolerance:
         raise IntegrityError(
             f"{name} deviates from the plain float32 forward by up to {worst:.3g} nats per token on {n} sequences; "
-            f"{TOLERANCE[dtype]} is allowed. {remedy}"
+            f"{tolerance} is allowed. {remedy}"
         )
     if n_lost:
         progress.warn(f"{name} returns no finite log-prob for {n_lost} of {n} sequences in the sample")

@@ -54,9 +54,9 @@ class EngineSpec:
     # How the engine would compute: its name, versions, dtype. Known quickly, before the model is loaded.
     numerics: Callable[[Reference, Score], dict[str, str]]
     load: Callable[[Reference, Score], Engine]
-    # What to try where its log-probs deviate; {} becomes "score.dtype=float32, " for a lower dtype.
+    # What to try where its log-probs deviate; {} becomes "score.dtype=float32, " for a lower dtype, and so for the head's.
     remedy: str
-    # Which of score.dtype, score.attention and score.rows it follows.
+    # Which of score.dtype, score.head_dtype, score.attention and score.rows it follows.
     settings: frozenset[str] = frozenset({"dtype"})
     # The packages that it imports here. A missing one is refused with its `pip install`; if the versions of these decide
     # whether a finished stage is up to date, numerics need not be asked. None: it runs elsewhere, so ask numerics.
@@ -80,6 +80,14 @@ def find_engine(name: str, key: str = "score.engine") -> EngineSpec:
         except PackageNotFoundError:
             raise UsageError(f"{key} is {name}, which needs {package}. Install it: pip install {package}.") from None
     return spec
+
+
+def refuse_unused(score: Score) -> None:
+    """Refuse score.head_dtype for an engine that chooses the head's data type in another way."""
+    if score.head_dtype is None or "head_dtype" in find_engine(score.engine).settings:
+        return
+    remedy = "Set score.vllm.options.hf_overrides.head_dtype instead" if score.engine == "vllm" else "Leave it out"
+    raise UsageError(f"score.head_dtype is {score.head_dtype}, which engine {score.engine} does not follow. {remedy}.")
 
 
 def resolve_dtype(model: Path, score: Score, device: str) -> str:

@@ -131,6 +131,6 @@ SPEC = EngineSpec(
     numerics=numerics,
     load=TransformersEngine,
     remedy="Try {}score.rows=padded or score.attention=eager, and report it.",
-    settings=frozenset({"dtype", "attention", "rows"}),
+    settings=frozenset({"dtype", "head_dtype", "attention", "rows"}),
     packages=_PACKAGES,
 )

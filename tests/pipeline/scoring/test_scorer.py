@@ -30,3 +30,23 @@ def test_a_deviation_is_refused_with_the_remedy_of_its_engine(engine, logps, pla
     with pytest.raises(IntegrityError, match=error) as raised:
         measure_parity(score, numerics, {}, [np.array(logps)], [np.array(plain)], Progress(quiet=True))
     assert {name for name, remedy in REMEDIES.items() if remedy in str(raised.value)} == {engine}
+
+
+@pytest.mark.parametrize(
+    ("numerics", "name", "remedy"),
+    [
+        ({"dtype": "float32", "head_dtype": "bfloat16"}, "float32, head bfloat16", "Try score.head_dtype=float32, "),
+        (
+            {"dtype": "bfloat16", "head_dtype": "bfloat16"},
+            "bfloat16",
+            "Try score.dtype=float32, score.head_dtype=float32, ",
+        ),
+        ({"dtype": "bfloat16", "head_dtype": "half"}, "bfloat16, head half", "Try score.dtype=float32, "),
+    ],
+)
+def test_a_head_in_half_precision_may_deviate_as_far_and_has_its_own_remedy(numerics, name, remedy):
+    score = Score(head_dtype="bfloat16")
+    measure_parity(score, numerics, {}, [np.array([-1.0])], [np.array([-1.7])], Progress(quiet=True))
+    with pytest.raises(IntegrityError) as raised:
+        measure_parity(score, numerics, {}, [np.array([-1.0])], [np.array([-1.8])], Progress(quiet=True))
+    assert f"({name}) deviates" in str(raised.value) and remedy in str(raised.value)

@@ -105,3 +105,13 @@ def test_a_missing_vllm_is_refused_with_how_to_install_it_here(monkeypatch, tmp_
         vllm.choose_python(Score(vllm={"python": "nowhere/python"}))
     # Outside a checkout there is no Makefile.
     assert vllm.describe_install(tmp_path) == "pip install 'prefcache[vllm]'"
+
+
+@pytest.mark.parametrize(
+    ("engine", "remedy"), [("vllm", "hf_overrides.head_dtype instead"), ("server", "Leave it out")]
+)
+def test_an_engine_that_does_not_follow_the_heads_dtype_refuses_it(engine, remedy):
+    engines.refuse_unused(Score(engine=engine))
+    engines.refuse_unused(Score(head_dtype="bfloat16"))
+    with pytest.raises(UsageError, match=f"score.head_dtype is bfloat16, .* engine {engine} .*{remedy}"):
+        engines.refuse_unused(Score(engine=engine, head_dtype="bfloat16"))
