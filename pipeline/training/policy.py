@@ -103,6 +103,8 @@ class Policy:
         optimizer = optimizers.make_optimizer(parameters, train, accelerator.device)
         if "optimizer" in train.offload:
             OffloadedState(optimizer, accelerator.device)
+        if train.offload and kind_of(accelerator.device) == "cpu":
+            self.notes.append("train.offload has no effect on a CPU")
         self._optimizer, self._n_updates = accelerator.prepare(optimizer), 0
         self._released = ReleasedGradients(self._optimizer, parameters) if train.release_gradients else None
         module = self._calls if self.sharded else accelerator.prepare(self._calls)
@@ -126,6 +128,8 @@ class Policy:
     def _change_kernels(self, like: Sequence[TokenSequence]) -> None:
         """On a GPU, take the kernels that the settings ask for."""
         if kind_of(self.accelerator.device) != "cuda":
+            if self.train.compile:
+                self.notes.append("train.compile is not followed: layers are compiled on a GPU only")
             return
         # A compiler fuses by itself, and refuses code that was given other functions.
         changes = {"compile": layer_kernels.compile_layers, "fuse_kernels": layer_kernels.fuse_kernels}

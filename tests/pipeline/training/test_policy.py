@@ -177,3 +177,16 @@ def test_a_change_that_is_not_followed_is_a_note(model, monkeypatch):
     with traced_as("cuda", lambda tensor: tensor.detach()):
         policy, _, _ = policy_of(model)
     assert any(note.startswith("train.fuse_kernels is not followed: off by up to") for note in policy.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"compile": True}, "train.compile is not followed: layers are compiled on a GPU only"),
+        ({"offload": "optimizer"}, "train.offload has no effect on a CPU"),
+        ({}, None),
+    ],
+)
+def test_settings_for_a_gpu_are_notes_on_a_cpu(model, settings, note):
+    policy, _, _ = policy_of(model, **settings)
+    assert policy.notes == [note] * (note is not None)
