@@ -182,7 +182,7 @@ class Score(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the reference's weights. auto: as saved on a GPU, float32 on a CPU. Log-probs are always float32."""
     head_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type that the LM head of engine transformers multiplies; sums and logits are float32. Default: that of the weights on a GPU, float32 on a CPU and for an adapter."""
+    """Data type of the LM head's operands, for engine transformers; sums and logits are float32. Default: that of the weights on a GPU, float32 on a CPU and for an adapter."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Quantize the reference when it is loaded (bitsandbytes). A quantized model is a different reference, with its own cache."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -340,7 +340,7 @@ class Lora(Section):
     target_modules: Strings = ("all-linear",)
     """Names of the layers to adapt, such as q_proj. all-linear: every linear layer except the head."""
     target_parameters: Strings = ()
-    """Names of a mixture's experts to adapt as well, where their weights are one parameter, such as gate_up_proj and down_proj."""
+    """Names of fused expert weights to adapt as well, such as gate_up_proj and down_proj: parameters that hold all experts of a layer."""
     dora: bool = False
     """Learn direction and magnitude of the weights separately (DoRA)."""
     rslora: bool = False
@@ -459,8 +459,6 @@ class Train(Section):
     """Share of the steps used for warm-up."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate to zero after warm-up; constant: no decay."""
-    weights: Literal["float32", "bfloat16"] = "float32"
-    """Data type of trained weights and their gradients. bfloat16: half the memory; updates are rounded stochastically. An adapter is always float32."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit"] = "adamw"
     """AdamW keeps 8 bytes of state per trained value, 4 with weights in bfloat16; the 8-bit version 2, the 4-bit version 1 (torchao)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -469,36 +467,38 @@ class Train(Section):
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Maximum norm of the gradient; larger gradients are scaled down. null: no clipping."""
     lora: Lora | None = None
     """Train an adapter (LoRA, DoRA) instead of all weights; {} uses the defaults."""
+    router_aux_loss: Annotated[float, Field(ge=0)] | None = None
+    """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
     moving_reference: MovingReference | None = None
     """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more arithmetic, the same gradients."""
-    fuse_kernels: bool = True
-    """On a GPU, compute norms and rotations by fewer kernels, if the model then computes the same; tried at the start."""
-    compile: bool = False
-    """On a GPU, compile each layer with torch.compile: fewer passes over memory, after a minute at the start. Not measured yet."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Data type of trained weights, their gradients and, with adamw, its moments. bfloat16: half the memory; updates are rounded stochastically. An adapter is always float32."""
+    release_gradients: bool = False
+    """Update each parameter in the backward pass and free its gradient at once. Excludes clipping (set max_grad_norm: null) and micro-batches: a step is one forward and backward."""
     offload: Annotated[
         tuple[Offload, ...], BeforeValidator(_as_list, json_schema_input_type=Offload | list[Offload])
     ] = ()
-    """What waits in the host's memory while a GPU does not need it: activations (the inputs of recomputed layers; needs gradient_checkpointing), optimizer (its moments), or both."""
-    router_aux_loss: Annotated[float, Field(ge=0)] | None = None
-    """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Maximum norm of the gradient; larger gradients are scaled down. null: never."""
-    release_gradients: bool = False
-    """Update each parameter within the backward pass and free its gradient at once. Each step is one forward and backward, and gradients are not clipped: it needs max_grad_norm: null."""
+    """What to keep in host memory while the GPU does not need it, at the cost of copies in every step: activations (inputs of recomputed layers; needs gradient_checkpointing), optimizer (its moments), or both."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Precision of the arithmetic with float32 weights. auto: bf16 on a GPU, float32 on a CPU."""
+    head_dtype: Literal["float32", "bfloat16"] | None = None
+    """Data type of the LM head's operands; sums and logits are float32. Default: that of the arithmetic on a GPU, float32 on a CPU."""
+    fuse_kernels: bool = True
+    """On a GPU, compute RMSNorm and rotary embeddings in fewer kernels. Tried at the start, and turned off if log-probs change by more than rounding."""
+    compile: bool = False
+    """On a GPU, compile each layer with torch.compile: fewer passes over memory, at the cost of compiling at the start. Not measured on a GPU yet."""
     seed: int = 0
-    """Seed for the order of the data."""
+    """Seed for the order of the data, SamPO's samples, a new adapter, and the stochastic rounding of bf16 weights."""
     run: Annotated[str, Field(pattern=r"^[\w.=+-]+$")] = "trained"
     """Name of the run, which is its folder in `out`."""
     model: str | None = None
     """Model or PEFT adapter that the policy starts from. Default: the reference."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Precision of the arithmetic with float32 weights. auto: bf16 on a GPU, float32 on a CPU."""
-    head_dtype: Literal["float32", "bfloat16"] | None = None
-    """Data type that the LM head multiplies; sums and logits are float32. Default: that of the arithmetic on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     shard: Literal["none", "fsdp"] | None = None
@@ -533,8 +533,8 @@ class Train(Section):
             return self
         if self.max_grad_norm is not None:
             raise ValueError(
-                "release_gradients: the norm of the whole gradient is known only after its first parts were used, so nothing can be "
-                f"clipped, and max_grad_norm is {self.max_grad_norm:g}. Set max_grad_norm: null"
+                "release_gradients: gradients cannot be clipped, because the norm of all of them is known only after the first were "
+                f"used; max_grad_norm is {self.max_grad_norm:g}. Set max_grad_norm: null"
             )
         for name in ("micro_batch_size", "tokens_per_micro_batch"):
             if getattr(self, name) is not None:
@@ -544,8 +544,8 @@ class Train(Section):
                 )
         if self.lora is not None:
             raise ValueError(
-                "release_gradients: the gradients of an adapter are as small as the adapter, so there is nothing to save. "
-                "Leave it out"
+                "release_gradients: the gradients of an adapter are as small as the adapter, so there is little to save. "
+                "Leave release_gradients out"
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from prefcache.pipeline.config import Config, Prepare, Score, Section, Train
 
-# What TRL, Axolotl, LLaMA-Factory and ms-swift call it -> a key, or a sentence where no single key does the same.
+# What TRL, Axolotl, LLaMA-Factory, ms-swift and torchtune call it -> a key, or a sentence where no single key does the same.
 ALIASES = {
     "base_model": "model",
     "model_id": "model",
@@ -55,9 +55,21 @@ ALIASES = {
     "adam_beta2": "train.betas",
     "adam_epsilon": "train.eps",
     "gradient_clipping": "train.max_grad_norm",
+    "clip_grad_norm": "train.max_grad_norm",
     "optimizer_in_bwd": "train.release_gradients",
+    "fused_backward": "train.release_gradients",
+    "enable_activation_checkpointing": "train.gradient_checkpointing",
     "activation_offloading": "train.offload: activations",
+    "enable_activation_offloading": "train.offload: activations",
+    "offload_optimizer": "train.offload: optimizer",
+    "optimizer_offload": "train.offload: optimizer",
+    "torch_compile": "train.compile",
+    "use_liger_kernel": "train.fuse_kernels (on by default; the LM head never holds the logits of all tokens)",
+    "liger_kernel": "train.fuse_kernels (on by default; the LM head never holds the logits of all tokens)",
     "bf16": "train.precision: bf16",
+    "pure_bf16": "train.weights: bfloat16",
+    "weights_dtype": "train.weights",
+    "dtype": "score.dtype for the reference, train.weights for what is trained",
     "fp16": "train.precision (float32 or bf16)",
     "torch_dtype": "score.dtype for the reference, train.weights for what is trained",
     "deepspeed": "train.shard: fsdp",
@@ -71,6 +83,7 @@ ALIASES = {
     "lora_target": "train.lora.target_modules",
     "lora_target_modules": "train.lora.target_modules",
     "lora_target_parameters": "train.lora.target_parameters",
+    "target_parameters": "train.lora.target_parameters",
     "rank": "train.lora.r",
     "use_dora": "train.lora.dora",
     "use_rslora": "train.lora.rslora",

@@ -106,7 +106,7 @@ _IGNORED = {
     "remove_unused_columns": "prepare keeps what it needs",
     "gradient_checkpointing_kwargs": "layers are recomputed without changing gradients",
     "activation_offloading": "train.offload: activations moves the inputs of recomputed layers (train.gradient_checkpointing)",
-    "use_liger_kernel": "the head never builds the logits of all tokens",
+    "use_liger_kernel": "the head never builds the logits of all tokens, and train.fuse_kernels is on by default",
     "logging_steps": "every step is logged",
     "logging_first_step": "every step is logged",
     "logging_strategy": "every step is logged",
