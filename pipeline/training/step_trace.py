@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,7 +106,7 @@ def trace_step(
     """
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config, trust_remote_code=False)
-    with _fake_processes(processes), trace_gpu(kind) as trace:
+    with trace_gpu(kind) as trace, _fake_processes(processes, trace):
         policy = TracedPolicy(make_model(config, train, trace), train, trace, processes)
         examples, objective = make_examples(pairs), Objective(train)
         policy.make_optimizer_state()
@@ -172,19 +173,29 @@ class TracedAccelerator:
 
 
 @contextlib.contextmanager
-def _fake_processes(n: int) -> Iterator[None]:
+def _fake_processes(n: int, trace: Trace) -> Iterator[None]:
     """Shard over processes that do not exist: what they would send is of the right size."""
     if n == 1:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    reduce = _fsdp_param_group.foreach_reduce  # type: ignore[attr-defined]
+
+    def reduce_and_assign(parameters: list[Any], *arguments: Any) -> Any:
+        done = reduce(parameters, *arguments)
+        gradients = [each.sharded_param.grad for each in parameters]  # None, if it was used and released
+        trace.assign("gradients", [_local(gradient) for gradient in gradients if gradient is not None])
+        return done
+
     torch.distributed.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (n,))
+        with unset_fake_temporarily():
+            mesh = init_device_mesh("cpu", (n,))
         with (
             replaced(distributed, "init_device_mesh", lambda *_: mesh),
             replaced(_fully_shard, "_get_device_from_mesh", lambda _: GPU),
+            replaced(_fsdp_param_group, "foreach_reduce", reduce_and_assign),
         ):
             yield
     finally:

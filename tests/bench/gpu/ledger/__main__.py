@@ -50,11 +50,12 @@ def main() -> None:
     _print_rates()
     if options.rates:
         return
-    found = [describe(*trace_and_print(row)) for row in rows() if _is_wanted(row, options.only)]
-    file = options.json or (None if options.only else FILE)
-    if file:
-        file.write_text(json.dumps({"pairs": 16, "rows": found}, indent=1) + "\n", encoding="utf-8")
-        print(f"{len(found)} rows: {file}")
+    file, found = options.json or (None if options.only else FILE), list[dict[str, Any]]()
+    for row in rows():
+        if _is_wanted(row, options.only):
+            found.append(describe(*trace_and_print(row)))
+            if file:  # after each row, for all of them take a while
+                file.write_text(json.dumps({"pairs": 16, "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_wanted(row: Row, words: list[str] | None) -> bool:

@@ -31,7 +31,12 @@ QWEN3_30B_A3B = {
     "max_position_embeddings": 40_960,
     "rope_theta": 1e6,
 }
-MODELS: dict[str, dict[str, Any]] = {name: SHAPES[name] for name in ("0.5B", "1.5B", "8B")} | {
+MODELS: dict[str, dict[str, Any]] = {
+    # Shallow, for the gate of the default test run.
+    "0.5B-4-layers": SHAPES["0.5B"] | {"num_hidden_layers": 4},
+    "0.5B": SHAPES["0.5B"],
+    "1.5B": SHAPES["1.5B"],
+    "8B": SHAPES["8B"],
     "30B-A3B": QWEN3_30B_A3B,
     "70B": LLAMA_70B,
 }

@@ -71,10 +71,18 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    for model in MODELS:
+    yield from _shallow_rows("0.5B-4-layers")
+    for model in list(MODELS)[1:]:
         yield from _shard_rows(model) if model == "70B" else _full_rows(model)
         yield from _lora_rows(model)
         yield Row(model, "scorer", optimizer="none", checkpointing=False)
+
+
+def _shallow_rows(model: str) -> Iterator[Row]:
+    ours = functools.partial(Row, model, "prefcache", "cached")
+    yield from (ours(weights="float32"), ours(), ours(checkpointing=False), ours(release_gradients=True), ours(lora=16))
+    yield ours(processes=8)
+    yield from (Row(model, "sft"), Row(model, "scorer", optimizer="none", checkpointing=False))
 
 
 def _full_rows(model: str) -> Iterator[Row]:
@@ -118,7 +126,7 @@ def train_settings(row: Row) -> Train:
         settings |= {"release_gradients": True, "max_grad_norm": None, "batch_size": 16}
     if row.processes > 1:
         settings["shard"] = "fsdp"
-    return Train(**settings, tokens_per_micro_batch=16_384)
+    return Train(**settings)
 
 
 def trace_row(row: Row, layers: int | None = None) -> tuple[Row, StepCost]:
@@ -130,7 +138,7 @@ def trace_row(row: Row, layers: int | None = None) -> tuple[Row, StepCost]:
         "prefcache": lambda: (
             _trace_live(config, row, pairs)
             if row.reference == "live"
-            else trace_step(config, train_settings(row), pairs)
+            else trace_step(config, train_settings(row), pairs, processes=row.processes)
         ),
         "sft": lambda: _trace_sft(config, row, pairs),
         "plain-sft": lambda: _trace_plain_sft(config, row, pairs),
