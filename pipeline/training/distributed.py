@@ -159,6 +159,10 @@ def shard(calls: Calls, layers: Sequence[torch.nn.Module], accelerator: Accelera
     apart = [] if head is not None and head.weight is embeddings.weight else [embeddings]
     for layer in [*reversed(layers), *apart]:  # nested ones first
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision)
+    for module in apart:
+        # The gradient of a look-up does not depend on the table.
+        if isinstance(module, FSDPModule) and isinstance(module, torch.nn.Embedding):
+            module.set_unshard_in_backward(False)
     fully_shard(calls, mesh=mesh, mp_policy=precision)
     for method in ("choose_layout", "adopt", "generate"):
         register_fsdp_forward_method(calls, method)

@@ -30,6 +30,7 @@ from tests.bench.gpu.ledger.rows import (
     step_seconds,
     trace_row,
 )
+from tests.bench.gpu.ledger.targets import list_targets
 
 FILE = Path(__file__).parents[1] / "ledger.json"
 
@@ -45,10 +46,16 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"write there; all rows are written to {FILE.name}")
     parser.add_argument("--rates", action="store_true", help="print the assumed rates only")
+    parser.add_argument(
+        "--targets", action="store_true", help="print only what was wanted and what the written rows have"
+    )
     options = parser.parse_args()
     logging.disable_progress_bar()
     _print_rates()
     if options.rates:
+        return
+    if options.targets:
+        print(*list_targets(json.loads((options.json or FILE).read_text(encoding="utf-8"))["rows"]), sep="\n")
         return
     file, found = options.json or (None if options.only else FILE), list[dict[str, Any]]()
     for row in rows():
@@ -56,6 +63,7 @@ def main() -> None:
             found.append(describe(*trace_and_print(row)))
             if file:  # after each row, for all of them take a while
                 file.write_text(json.dumps({"pairs": 16, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    print(*list_targets(found), sep="\n")
 
 
 def _is_wanted(row: Row, words: list[str] | None) -> bool:

@@ -88,7 +88,7 @@ def _shallow_rows(model: str) -> Iterator[Row]:
 def _full_rows(model: str) -> Iterator[Row]:
     ours = functools.partial(Row, model, "prefcache", "cached")
     # Float32 weights of the mixture take half a terabyte, and its experts would compute outside of the tensor cores.
-    for weights in ("bfloat16",) if model == "30B-A3B" else ("float32", "bfloat16"):
+    for weights in ("float32", "bfloat16") if model in ("0.5B", "8B") else ("bfloat16",):
         yield ours(weights=weights)
         yield ours(weights=weights, checkpointing=False)
         yield Row(model, "prefcache", "live", weights=weights)
