@@ -86,8 +86,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.attention: set[str] = set()
         self.head: set[str] = set()
         self.held: Counter[str] = Counter()  # bytes now, by part
-        self.peak_bytes = 0
-        self.peak_parts: dict[str, int] = {}
+        self.phase = ""  # of the work, named by what runs it
+        self.peaks: dict[str, dict[str, int]] = {}  # bytes by part, when a phase held most
         self.head_shape = (0, 0)  # vocabulary, hidden width
         self.attended = (
             0  # pairs of a query and a key in the row that is computed: lengths are values, which fake tensors lack
@@ -100,7 +100,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget operations and peak, and keep what is held."""
         self.ops.clear()
         self.syncs = self.copies = 0
-        self.peak_bytes, self.peak_parts = self._bytes, dict(self.held)
+        self.peaks = {self.phase: dict(self.held)}
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak_parts.values())
+
+    @property
+    def peak_parts(self) -> dict[str, int]:
+        return max(self.peaks.values(), key=lambda parts: sum(parts.values()), default={})
 
     def assign(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
         """Say what these tensors are held for."""
@@ -114,13 +122,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextlib.contextmanager
     def as_fused(self, op: Op) -> Iterator[None]:
         """Count what happens inside as this operation, without temporaries: on a GPU it is compiled."""
-        peak = self.peak_bytes, self.peak_parts
+        peaks = dict(self.peaks)
         self._counts_ops = False
         try:
             yield
         finally:
             self._counts_ops = True
-            self.peak_bytes, self.peak_parts = max(peak, (self._bytes, dict(self.held)), key=lambda at: at[0])
+            self.peaks = peaks
+            self._note_peak()
             self.ops[op] += 1
 
     # -- operations --------------------------------------------------------------------------------------------------
@@ -212,8 +221,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._blocks[key] = _Block(weakref.ref(storage, lambda _: self._free(key)), n_bytes, part)
         self.held[part] += n_bytes
         self._bytes += n_bytes
-        if self._bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_parts = self._bytes, dict(self.held)
+        self._note_peak()
+
+    def _note_peak(self) -> None:
+        if self._bytes > sum(self.peaks.get(self.phase, {}).values()):
+            self.peaks[self.phase] = dict(self.held)
 
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Follow a storage that was resized, as FSDP does to free a gathered layer and gather it again."""
@@ -224,8 +236,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held[block.part] += n_bytes - block.bytes
         self._bytes += n_bytes - block.bytes
         block.bytes = n_bytes
-        if self._bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_parts = self._bytes, dict(self.held)
+        self._note_peak()
 
     def _free(self, key: int) -> None:
         block = self._blocks.pop(key)

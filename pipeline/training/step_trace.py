@@ -6,6 +6,7 @@ The program's own step (`Policy.update`) runs on fake tensors, so what is counte
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class StepCost:
 
     peak_bytes: int
     parts: Parts  # at the peak
+    peaks: dict[str, Parts]  # of its phases: forward, head (backward), layers (backward), update
     held_bytes: int  # between steps: weights and the optimizer's state
     flops: dict[str, int]  # by dtype: bfloat16 on tensor cores, float32
     kernels: int
@@ -83,7 +85,8 @@ def _rate_of(op: Op) -> str:
 def measure_cost(trace: Trace) -> StepCost:
     return StepCost(
         peak_bytes=trace.peak_bytes,
-        parts=Parts(**{part: n for part, n in trace.peak_parts.items() if n}),
+        parts=Parts(**trace.peak_parts),
+        peaks={phase: Parts(**parts) for phase, parts in trace.peaks.items()},
         held_bytes=sum(trace.held.values()),
         flops=trace.flops_by_dtype(),
         kernels=int(trace.total(lambda op: op.kernels)),
@@ -110,6 +113,7 @@ def trace_step(
         policy = TracedPolicy(make_model(config, train, trace), train, trace, processes)
         examples, objective = make_examples(pairs), Objective(train)
         policy.make_optimizer_state()
+        trace.phase = "forward"
         trace.restart()
         policy.update(examples, np.arange(len(pairs)), objective, {}, train.learning_rate)
         return measure_cost(trace)
@@ -128,8 +132,15 @@ def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:
     trace.assign("weights", [*model.parameters(), *model.buffers()])
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: trace.assign("gradients", [p.grad]))
+            parameter.register_post_accumulate_grad_hook(partial(_note_gradient, trace))
     return trainable.Trainable(model, adapter, [])
+
+
+def _note_gradient(trace: Trace, parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        trace.assign("gradients", [parameter.grad])
+    if tuple(parameter.shape) != trace.head_shape:
+        trace.phase = "layers"
 
 
 def make_examples(pairs: Sequence[Lengths]) -> Examples:
@@ -150,6 +161,7 @@ def make_examples(pairs: Sequence[Lengths]) -> Examples:
 class TracedAccelerator:
     """What the policy uses of accelerate's Accelerator, for one process on the traced GPU."""
 
+    trace: Trace
     mixed_precision: str
     device: torch.device = GPU
     num_processes: int = 1
@@ -166,7 +178,9 @@ class TracedAccelerator:
         return prepared
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.trace.phase = "head"
         torch.autograd.backward(loss)
+        self.trace.phase = "update"  # until the next forward
 
     def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
         return value
@@ -212,7 +226,7 @@ class TracedPolicy(Policy):
 
     def __init__(self, trained: trainable.Trainable, train: Train, trace: Trace, processes: int = 1) -> None:
         self.train, self.sharded, self._trace = train, processes > 1, trace
-        self.accelerator: Any = TracedAccelerator(mixed_precision(train, on_gpu=True))
+        self.accelerator: Any = TracedAccelerator(trace, mixed_precision(train, on_gpu=True))
         shortest = TokenSequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
         self._set_up(trained, "sdpa", [shortest], print)
         trace.assign("weights", map(_local, self._parameters.values()))
@@ -226,7 +240,7 @@ class TracedPolicy(Policy):
         compute = self.forward.logps
 
         def counted(groups: Sequence[Sequence[TokenSequence]], **options: Any) -> Logps:
-            self._trace.attended = count_attended(groups)
+            self._trace.attended, self._trace.phase = count_attended(groups), "forward"
             return compute(groups, **options)
 
         self.forward.logps = counted  # type: ignore[method-assign]

@@ -114,6 +114,19 @@ def test_what_is_held_follows_from_the_settings():
     assert again == by_setting["bfloat16"]  # no chance in it
 
 
+def test_each_phase_has_a_peak_that_grows_by_the_same_with_every_layer():
+    depths = [trace_step(LlamaConfig(**SIZES | {"num_hidden_layers": n}), Train(), PAIRS) for n in (3, 4, 7)]
+    assert list(depths[0].peaks) == ["forward", "head", "layers", "update"]
+    for phase in depths[0].peaks:
+        three, four, seven = (sum(vars(cost.peaks[phase]).values()) for cost in depths)
+        assert seven == pytest.approx(three + 4 * (four - three), rel=1e-3)
+    # While parameters are updated, weights, gradients and moments are held, and no activations.
+    n = sum(p.numel() for p in LlamaForCausalLM(LLAMA).parameters())
+    update = depths[0].peaks["update"]
+    assert update.weights + update.gradients + update.optimizer == pytest.approx(16 * n, rel=0.003)
+    assert depths[0].peak_bytes == max(sum(vars(parts).values()) for parts in depths[0].peaks.values())
+
+
 def test_recomputed_layers_take_arithmetic_and_save_memory():
     plain, recomputed = (trace_step(LLAMA, Train(gradient_checkpointing=each), PAIRS) for each in (False, True))
     assert recomputed.flops["bfloat16"] > 1.15 * plain.flops["bfloat16"]
