@@ -162,24 +162,27 @@ class Reference:
         return [stamp_file(file) for file in [*self.weight_files, *configs] if file.exists()]
 
 
-def find_reference(config: Config) -> Reference:
-    """The reference that a config names: a model, or an adapter with its base; perhaps to be quantized."""
+def find_reference(config: Config, *, weights: bool = True) -> Reference:
+    """The reference that a config names: a model, or an adapter with its base; perhaps to be quantized.
+
+    Without `weights`, none need be there and none are downloaded: tokenizer and shape are known, and it does not load.
+    """
     unconverted = adapter = None
     if gguf_files.is_gguf(config.model):
         folder, unconverted = _find_gguf(config)
     else:
-        folder = model_files.find_folder(config.model, config.revision)
+        folder = model_files.find_folder(config.model, config.revision, weights=weights)
     if model_files.is_adapter(folder):
         if config.adapter is not None:
             raise UsageError(
                 f"model {config.model} is an adapter already, and a reference has at most one. Leave adapter out."
             )
-        folder, adapter = model_files.find_base(folder), folder
+        folder, adapter = model_files.find_base(folder, weights=weights), folder
     elif config.adapter is not None:
-        adapter = model_files.find_folder(config.adapter)
-    model_files.check_model(folder, has_weights=unconverted is None)
+        adapter = model_files.find_folder(config.adapter, weights=weights)
+    model_files.check_model(folder, has_weights=weights and unconverted is None)
     if adapter is not None:
-        model_files.check_adapter(adapter)
+        model_files.check_adapter(adapter, has_weights=weights)
     quantization = config.score.quantization
     if quantization and model_config.read(folder).quantization_config is not None:
         raise UsageError(
@@ -200,13 +203,13 @@ def _find_gguf(config: Config) -> tuple[Path, Path | None]:
     return gguf_files.describe(file), file
 
 
-def find_start(config: Config) -> Reference:
+def find_start(config: Config, *, weights: bool = True) -> Reference:
     """What the policy starts from: train.model as it is, or the reference with its adapter and quantization."""
     if config.train.model is None:
-        return find_reference(config)
+        return find_reference(config, weights=weights)
     score = config.score.model_copy(update={"quantization": None})
     start = {"model": config.train.model, "revision": None, "adapter": None, "score": score}
-    return find_reference(config.model_copy(update=start))
+    return find_reference(config.model_copy(update=start), weights=weights)
 
 
 def find_adapter(folder: Path) -> Reference:

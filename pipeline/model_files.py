@@ -20,8 +20,8 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 
 
-def find_folder(name: str, revision: str | None = None) -> Path:
-    """The folder that a config names, downloaded from the hub if it is a hub id."""
+def find_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder that a config names, downloaded from the hub if it is a hub id; if not needed, without weights."""
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
@@ -41,7 +41,7 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # The hub's client raises many kinds; each means that there is no model to load.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -63,7 +63,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists()
 
 
-def find_base(adapter: Path) -> Path:
+def find_base(adapter: Path, *, weights: bool = True) -> Path:
     """The model that an adapter was trained on: the path that it names, also relative to itself, or a hub id."""
     settings = model_config.read_adapter(adapter)
     name = settings.base_model_name_or_path
@@ -76,7 +76,7 @@ def find_base(adapter: Path) -> Path:
         if folder.is_dir():
             return folder
     try:
-        return find_folder(name, settings.revision)
+        return find_folder(name, settings.revision, weights=weights)
     except UsageError as error:
         raise UsageError(
             f"{adapter} is an adapter of {name}, which is not found. Name its base as model, and this folder as adapter. "
@@ -109,10 +109,10 @@ def check_model(folder: Path, *, has_weights: bool = True) -> None:
     model_config.read(folder)  # refuses a malformed one before Transformers stumbles over it
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path, *, has_weights: bool = True) -> None:
     if not is_adapter(folder):
         raise UsageError(f"{folder} has no {ADAPTER_CONFIG}. Expected an adapter's folder, as PEFT saves it.")
-    if not (folder / ADAPTER_WEIGHTS).exists():
+    if has_weights and not (folder / ADAPTER_WEIGHTS).exists():
         raise UsageError(f"{folder} has {_describe_lack(folder)}; expected {ADAPTER_WEIGHTS}, as PEFT saves it.")
     settings = model_config.read_adapter(folder)
     if settings.peft_type not in _ADAPTER_KINDS:

@@ -36,7 +36,7 @@ _NOT_IN_PARTS = {"data", "workers", "max_quarantine", "rows_per_shard", "duplica
 
 def run(config: Config, progress: Progress) -> PrepareResult | PrepareWaiting:
     convert_models(config, progress)
-    model = identity.find_reference(config).tokenizer
+    model = identity.find_reference(config, weights=False).tokenizer
     Path(config.out).mkdir(parents=True, exist_ok=True)
     with claims.claim_stage(Path(config.out), "prepare", "name another place (out)", process_pool.job()):
         return _prepare(config, model, progress)

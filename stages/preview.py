@@ -19,7 +19,7 @@ from prefcache.pipeline.schema import ANSWERS
 
 def run(config: Config, progress: Progress, n: int) -> PreviewResult:
     """Return the examples of the first `n` records of each source in tokens, or why there are none."""
-    model = identity.find_reference(config).tokenizer
+    model = identity.find_reference(config, weights=False).tokenizer
     with tempfile.TemporaryDirectory() as spool:
         sources = [open_source(entry, Path(spool)) for entry in config.prepare.sources]
         resolved = resolve_config(config.prepare, model, sources, progress)

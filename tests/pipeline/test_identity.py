@@ -350,6 +350,15 @@ def test_a_folder_that_is_no_whole_model_is_refused(copy, breaks, found):
         find_start(str(copy))
 
 
+def test_where_no_weights_are_needed_a_config_and_a_tokenizer_are_enough(copy):
+    (copy / "model.safetensors").unlink()
+    config = Config.model_validate({"model": str(copy), "out": "runs/x", "prepare": {"data": "d"}})
+    assert identity.find_start(config, weights=False) == Reference(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        identity.find_start(config, weights=False)
+
+
 @pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "org/name@main"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name):
     with pytest.raises(UsageError, match=r"expected a folder with config\.json, or a hub id such as org/name"):
