@@ -110,6 +110,68 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class GpuFit:
+    """How many tokens a micro-batch may have on GPUs of this memory; 0 if none."""
+
+    gpu: str | None  # the name of this machine's; None for any GPU of the size
+    memory_bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Settings that make a step smaller, and its peak with them."""
+
+    settings: Sequence[str]  # for --set
+    added: Sequence[str]  # those of them that the suggestion before lacks
+    processes: int
+    tokens: int  # of a micro-batch
+    peak_bytes: int
+    fits_gb: int | None  # the smallest common GPU that suffices
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run takes by its arithmetic and traffic."""
+
+    gpu: str
+    at_least_seconds: float  # by the makers' rates
+    mfu: float  # assumed
+    seconds: float  # at this share of the peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """What `train --dry-run` expects of a run. Nothing of it is measured."""
+
+    dry_run: Literal[True] = True
+    run: Path
+    model: str
+    parameters: int
+    trained_parameters: int
+    loss: str
+    kind: str
+    examples: int
+    steps: int
+    batch_size: int
+    layout: str
+    processes: int
+    longest: int  # tokens of an example in a forward
+    tokens_per_step: int
+    micro_batches_per_step: float
+    micro_batch_tokens: int  # of the largest
+    memory: dict[str, int]  # of one process at its peak, by part
+    peak_bytes: int
+    fits: Sequence[GpuFit]
+    most_tokens: int  # up to which `fits` counts
+    savings: Sequence[Saving]
+    flops: float
+    flops_without_gradients: dict[str, float]  # by what the forwards are for
+    duration: Duration | None
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
 class SweepResult:
     runs: Sequence[TrainResult]
 

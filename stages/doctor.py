@@ -45,6 +45,7 @@ def run(config: Config | None, why: bool = False) -> DoctorResult:
         findings += _guard("reference", _check_reference(config))
         findings += _guard("data", _check_prepared(config))
         findings += _guard("scores", _check_scores(config))
+        findings += _guard("training", _check_memory(config))
         for path in sorted(Path(config.out).glob(f"*/{PROVENANCE}")):
             findings += _guard("runs", _check_run(path.parent))
     reasons = [*_check_freshness(config)] if config is not None and why else None
@@ -219,6 +220,25 @@ def _check_scores(config: Config) -> Iterator[Finding]:
     rows, n_shards = sum(record.rows for record in cache.records), len(cache.records)
     what = f"{cache.folder}: {rows:,} sequences in {count(n_shards, 'shard')} (prefcache verify reads every byte)"
     yield Finding("scores", "ok", what)
+
+
+def _check_memory(config: Config) -> Iterator[Finding]:
+    """Say what a training step takes on a GPU; a problem only if a GPU is here that has no room for the longest example."""
+    if not config.prepared.exists():
+        return
+    from prefcache.pipeline.training import run_estimate
+
+    found = run_estimate.RunEstimate(config, None, processes=1)
+    step, command = found.step, "prefcache train CONFIG --dry-run says what fits, and what would make it fit"
+    what = (
+        f"a step with {step.tokens:,} tokens a micro-batch takes {step.peak_bytes / _GIB:.1f} GiB of a GPU, by a trace"
+    )
+    here = run_estimate.find_gpus_here()
+    if here and (fitting := min(found.tokens_that_fit(gpu.total_memory) for gpu in here)) < found.plan.longest:
+        what += f"; here {fitting:,} tokens fit, and the longest example has {found.plan.longest:,}"
+        yield Finding("training", "problem", what, command)
+    else:
+        yield Finding("training", "ok", what, command)
 
 
 def _check_run(folder: Path) -> Iterator[Finding]:

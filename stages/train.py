@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from prefcache.command_results import TrainResult
+from prefcache.command_results import Duration, GpuFit, Saving, TrainPlan, TrainResult
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.preparing import prepared_inputs
@@ -35,6 +35,46 @@ def check(config: Config) -> None:
     if config.train.best:
         evaluation = metrics.example_evaluation(objective)
         best_checkpoint.refuse_unknown(config.train, evaluation, len(prepared.table(HELD_OUT)))
+
+
+def estimate(config: Config, progress: Progress, gpu: str | None, processes: int) -> TrainPlan:
+    """Say what the run would take, without scores, weights or a GPU, and change nothing."""
+    from prefcache.pipeline.training import run_estimate
+
+    check(config)
+    chosen = run_estimate.choose_gpu(gpu)
+    progress.say("train: tracing a step of this model as on a GPU; nothing is trained")
+    found = run_estimate.RunEstimate(config, chosen, processes)
+    plan, (parameters, trained), (flops, passes) = found.plan, found.parameters, found.flops
+    sizes: list[tuple[str | None, int]] = [(None, size * 10**9) for size in run_estimate.SIZES]
+    sizes += [(here.name, here.total_memory) for here in run_estimate.find_gpus_here()]
+    times = found.times()
+    return TrainPlan(
+        run=config.run,
+        model=config.train.model or config.model,
+        parameters=parameters,
+        trained_parameters=trained,
+        loss=plan.objective.name,
+        kind=plan.objective.kind,
+        examples=len(plan.examples),
+        steps=plan.steps,
+        batch_size=config.train.batch_size,
+        layout=plan.layout,
+        processes=processes,
+        longest=plan.longest,
+        tokens_per_step=round(plan.step.tokens),
+        micro_batches_per_step=plan.step.micro_batches,
+        micro_batch_tokens=plan.step.largest_micro_batch,
+        memory=vars(found.step.parts),
+        peak_bytes=found.step.peak_bytes,
+        most_tokens=found.most_tokens,
+        fits=[GpuFit(name, int(size), found.tokens_that_fit(size)) for name, size in sizes],
+        savings=[Saving(**vars(saving)) for saving in found.savings()],
+        flops=flops,
+        flops_without_gradients=passes,
+        duration=Duration(times.gpu.name, times.at_least_seconds, times.mfu, times.seconds) if times else None,
+        notes=found.notes,
+    )
 
 
 def run(config: Config, progress: Progress) -> TrainResult | None:

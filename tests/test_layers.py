@@ -82,6 +82,8 @@ FLOORS = {
         "cache_join gradient_step metrics",
         "policy",
         "moving_reference step_trace",
+        "run_plan step_estimate",
+        "run_estimate",
         "best_checkpoint",
         "run_context",
         "evaluate alert_handler",

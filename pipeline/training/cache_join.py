@@ -77,7 +77,10 @@ def join_cache(
     density_ratio: bool,
     selection: Selection | None = None,
 ) -> dict[str, Examples]:
-    """Return each split's examples that have all that the objective reads; of the training split, those selected."""
+    """Return each split's examples that have all that the objective reads; of the training split, those selected.
+
+    Without a cache, every answer counts as scored.
+    """
     tables = {split: prepared.table(split) for split in (TRAIN, HELD_OUT)}
     columns = {split: _data_columns(objective, table) for split, table in tables.items()}
     if "density_ratio" in objective.columns:
@@ -137,9 +140,8 @@ def _read_reference(
     columns = [(split, answer) for split in tables for answer in objective.reference_answers]
     by_selection = selection.reference_answers if selection else ()
     columns += [(TRAIN, answer) for answer in by_selection if answer not in objective.reference_answers]
-    if not columns:
+    if not columns or cache is None:
         return []
-    assert cache is not None
     # In one call, so that the cache is read a single time.
     keys = [tables[split][f"{answer}_key"] for split, answer in columns]
     reference = [

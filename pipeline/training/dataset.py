@@ -167,6 +167,11 @@ class Examples:
         sizes = self.sizes(indices, layout).tolist()
         return [indices[sorted(part)] if part else indices[:0] for part in split_evenly(sizes, n)]
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with an answer."""
+        return max((sequence.n_tokens for sequence in self.longest(1)), default=0)
+
     def longest(self, n: int) -> list[TokenSequence]:
         """Sequences of the longest example and of others from all over the data, `n` examples in all."""
         if not len(self):

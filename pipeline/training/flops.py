@@ -20,11 +20,17 @@ from prefcache.pipeline.training import gpus
 
 
 class Work(NamedTuple):
-    """What one forward computes."""
+    """What one forward computes, or several."""
 
-    positions: int
-    head_positions: int
-    attended: int  # pairs of a query and a key, in each head of each layer
+    positions: float
+    head_positions: float
+    attended: float  # pairs of a query and a key, in each head of each layer
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, n: float) -> "Work":
+        return Work(*(n * value for value in self))
 
 
 def count_work(groups: Sequence[Sequence[TokenSequence]], layout: str) -> Work:
@@ -59,36 +65,39 @@ class Cost:
         return 2 * (by_size + self.each_forward)
 
 
-def model_cost(model: Any) -> Cost:
+def model_cost(model: Any, *, backward: bool = True) -> Cost:
+    """Count the multiplications of a forward, with those of its backward pass or without."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     # An adapter of a parameter is multiplied out and added to it. The gradient of the sum is whole, and goes on to the factors.
     wrappers = list(adapted_parameters(model).values())
     pairs = [(a, wrapper.lora_B[name]) for wrapper in wrappers for name, a in wrapper.lora_A.items()]
     apart = {id(module) for module in (head, *itertools.chain(*pairs))}
     summed = {id(wrapper.get_param()) for wrapper in wrappers}
-    body = sum(_module_cost(module, model, summed) for module in model.modules() if id(module) not in apart)
-    products = sum(3 * a.weight.numel() * b.out_features for a, b in pairs)
+    modules = [module for module in model.modules() if id(module) not in apart]
+    body = sum(_module_cost(module, model, summed, backward) for module in modules)
+    most = 3 if backward else 1
+    products = sum(most * a.weight.numel() * b.out_features for a, b in pairs)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_width, value_width = (getattr(config, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
-    attended = 3 * config.num_hidden_layers * config.num_attention_heads * (key_width + value_width)
-    return Cost(body, _passes(head.weight) * head.weight.numel(), attended, products)
+    attended = most * config.num_hidden_layers * config.num_attention_heads * (key_width + value_width)
+    return Cost(body, _passes(head.weight, backward) * head.weight.numel(), attended, products)
 
 
-def _passes(weight: torch.Tensor) -> int:
-    return 3 if weight.requires_grad else 2
+def _passes(weight: torch.Tensor, backward: bool) -> int:
+    return (3 if weight.requires_grad else 2) if backward else 1
 
 
-def _module_cost(module: torch.nn.Module, model: Any, summed: set[int]) -> float:
+def _module_cost(module: torch.nn.Module, model: Any, summed: set[int], backward: bool) -> float:
     """Multiplications by this module's own weights for one position. Those `summed` with an adapter have a gradient."""
     if isinstance(module, torch.nn.Embedding):
         return 0
     if isinstance(module, torch.nn.Linear):  # a quantized weight has fewer elements than it stands for
-        return _passes(module.weight) * module.in_features * module.out_features
+        return _passes(module.weight, backward) * module.in_features * module.out_features
     if isinstance(module, Conv1D):
-        return float(_passes(module.weight) * module.weight.numel())
+        return float(_passes(module.weight, backward) * module.weight.numel())
     cost = 0.0
     for name, weight in module.named_parameters(recurse=False):
-        passes = 3 if id(weight) in summed else _passes(weight)
+        passes = 3 if backward and id(weight) in summed else _passes(weight, backward)
         if weight.ndim == 2 and not name.endswith("bias"):  # experts have biases of two dimensions
             cost += passes * weight.numel()
         if weight.ndim == 3:  # experts, of which each position takes some

@@ -60,7 +60,7 @@ def collect(config: Config) -> RunSetup:
     selection = Selection(config.train, prepared.kind)
     reads_reference = objective.reference_answers or selection.reference_answers
     scored, cache = _open_scores(config, prepared, objective, selection) if reads_reference else (None, None)
-    start = _find_start(config)
+    start = find_start(config)
     inputs = _identify_run(config, objective, prepared, selection, scored, start, remember=True)
     return RunSetup(config, objective, prepared, selection, scored, cache, start, inputs)
 
@@ -73,7 +73,7 @@ def check_freshness(config: Config) -> Freshness:
     scored = ScoredManifest.find(config.scored) if reads_reference else None
     if reads_reference and scored is None:
         raise UsageError(f"{config.prepared} has not been scored: {config.scored} does not exist.")
-    start = _find_start(config)
+    start = find_start(config)
     inputs = _identify_run(config, objective, prepared, selection, scored, start, remember=False)
     return existing_run.check(config.run, inputs)
 
@@ -108,7 +108,10 @@ def _open_scores(
     with retract_if_damaged(config.scored):
         opened = open_scored(config.scored, every_byte=False, remember="all")
     if opened is None:
-        reader = "" if objective.reference_answers else f"{selection.reader}, which scoring gives: "
+        reader = ""
+        if not objective.reference_answers:
+            key, column = next(iter(selection.readers.items()))
+            reader = f"{key} reads {column}, which scoring gives: "
         raise UsageError(
             f"{reader}{config.prepared} has not been scored: {config.scored} does not exist. Score first (prefcache score CONFIG)."
         )
@@ -122,9 +125,9 @@ def _open_scores(
     return scored, cache
 
 
-def _find_start(config: Config) -> identity.Reference:
+def find_start(config: Config, *, weights: bool = True) -> identity.Reference:
     """Find what the policy starts from; an adapter or quantized weights only if an adapter is trained."""
-    start = identity.find_start(config)
+    start = identity.find_start(config, weights=weights)
     problem = "an adapter" if start.adapter else start.quantization and "quantized weights"
     if problem and config.train.lora is None:
         raise UsageError(

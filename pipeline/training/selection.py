@@ -103,14 +103,13 @@ class Selection:
         )
 
     @property
-    def reader(self) -> str:
-        """The first expression that needs the reference, as `train.where reads margin`."""
-        return next(
-            f"{expression.key} reads {name}"
+    def readers(self) -> dict[str, str]:
+        """The keys whose expressions need the reference, and the first of its columns that each reads."""
+        reads = {
+            expression.key: [name for name in expression.names if name.startswith(_REFERENCE_PREFIXES)]
             for expression in self._expressions.values()
-            for name in expression.names
-            if name.startswith(_REFERENCE_PREFIXES)
-        )
+        }
+        return {key: names[0] for key, names in reads.items() if names}
 
     def choose(self, table: pa.Table, reference: Mapping[str, np.ndarray], rows: np.ndarray) -> Choice:
         """Choose among `rows` of the training split's table, on which the objective has all that it reads.

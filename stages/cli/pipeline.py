@@ -146,14 +146,31 @@ def _score_files(
 @click.option(
     "--sweep", metavar="SETTINGS", help="Train every combination, as in 'train.loss=sigmoid,ipo train.beta=0.05,0.1'."
 )
+@click.option("--dry-run", is_flag=True, help="Report the memory, steps and time that the run needs, without training.")
+@click.option("--gpu", metavar="NAME", help="With --dry-run: estimate the time on this GPU, such as H100.")
+@click.option(
+    "--processes", type=click.IntRange(min=1), metavar="N", help="With --dry-run: number of processes, a GPU each."
+)
 @stage
-def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, sweep: str | None) -> None:
+def train(
+    config: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    sweep: str | None,
+    dry_run: bool,
+    gpu: str | None,
+    processes: int | None,
+) -> None:
     """Train the policy against the cached log-probs.
 
     \b
         prefcache train data/demo/config.yaml
         prefcache train my.yaml --set train.loss=ipo --set train.run=ipo
         prefcache train my.yaml --sweep "train.loss=sigmoid,ipo train.beta=0.1,1"
+        prefcache train my.yaml --dry-run --gpu H100
+
+    --dry-run needs prepared data and the model's config.json, but no scores, no weights and no GPU.
 
     The trained model is in OUT/RUN/model. After an interruption, the same command continues from the last checkpoint. A sweep trains one run after another, each in a folder named after its settings, and compares them on the held-out examples. Exit code 4 if a loss or gradient is not finite, 5 if the scores belong to other data or another reference, 7 at the first alert if train.alerts is strict.
     """
@@ -161,6 +178,16 @@ def train(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: 
     from prefcache.command_results import SweepResult
     from prefcache.pipeline.training.sweep import combinations
 
+    if dry_run:
+        if sweep is not None:
+            raise UsageError("--dry-run describes a single run. Leave --sweep out, and --set the keys of one.")
+        with open_config(config, overrides, quiet) as (settings, progress):
+            print_result(train.estimate(settings, progress, gpu, processes or 1), as_json)
+        return
+    if strange := next((name for name, value in (("--gpu", gpu), ("--processes", processes)) if value), None):
+        raise UsageError(
+            f"{strange} needs --dry-run. The run itself uses the GPUs and processes that it is started with."
+        )
     runs = [overrides] if sweep is None else [(*overrides, *each.overrides) for each in combinations(sweep)]
     if sweep is not None:
         # All settings are checked before the first run trains.

@@ -72,6 +72,15 @@ def test_what_is_not_there_yet_names_the_command_that_makes_it(prefcache, config
     ]
 
 
+def test_the_memory_of_a_training_step_is_said_with_the_command_that_says_more(prefcache, config):
+    assert "training" not in examined(prefcache, config)  # nothing is prepared yet
+    prefcache("prepare", config)
+    (found,) = examined(prefcache, config)["training"]
+    planned = json.loads(prefcache("train", config, "--dry-run", "--json").stdout)
+    assert f"a step with {planned['micro_batch_tokens']:,} tokens a micro-batch takes 0.0 GiB" in found["what"]
+    assert found["state"] == "ok" and found["remedy"].startswith("prefcache train CONFIG --dry-run")
+
+
 def test_damage_is_named_with_its_remedy_and_nothing_is_taken_back(prefcache, trained, tmp_path):
     shard = next(tmp_path.glob("cache/*/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])

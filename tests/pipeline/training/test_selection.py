@@ -163,7 +163,7 @@ def test_what_the_reference_has_to_give_is_known_from_the_names():
     assert answers(order_by="margin_per_token") == ("chosen", "rejected")
     assert answers(weight="-ref_rejected_logp") == ("rejected",)
     assert answers("labels", where="label and REF_completion_logp < -1") == ("completion",)
-    assert Selection(Train(where="n_chosen > 1", weight="abs(margin)"), "pairs").reader == "train.weight reads margin"
+    assert Selection(Train(where="n_chosen > 1", weight="abs(margin)"), "pairs").readers == {"train.weight": "margin"}
 
 
 # -- weight ----------------------------------------------------------------------------------------------------------
