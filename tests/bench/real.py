@@ -66,8 +66,9 @@ def main() -> None:
     os.environ.update(contest.same_for_all(options.threads) | {"HF_HUB_OFFLINE": "1"})
     options.folder.mkdir(parents=True, exist_ok=True)
     config = write_config(options)
-    for stage in ("score", "train"):
-        run(stage, config)
+    run("score", config)
+    if {"live", "change"} & {*options.only}:
+        run("train", config)
     file = options.folder / "figures.json"
     figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "live" in options.only:
