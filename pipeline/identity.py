@@ -147,7 +147,7 @@ class Reference:
         return [file for file in every if file not in model_files.select_weights(self.folder).files]
 
     def refuse_unconverted(self) -> None:
-        """UsageError if there are no weights to read yet."""
+        """Refuse a GGUF file that has not been converted, where its weights are needed."""
         if self.unconverted is not None:
             raise UsageError(
                 f"{self.unconverted} has not been converted yet, and its weights are needed here. Convert it first "
@@ -354,7 +354,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def coarsest_dtype(record: Mapping[str, str]) -> str:
-    """The coarser dtype of the weights and of what the head multiplies; empty if the record names another, or none."""
+    """The coarser dtype of the weights and of the head's operands; empty if the record has an unknown one, or none."""
     dtypes = [record.get("dtype", ""), record.get("head_dtype", "float32")]
     coarsest_first = ("bfloat16", "float16", "float32")
     if not set(dtypes).issubset(coarsest_first):

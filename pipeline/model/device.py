@@ -53,7 +53,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def finish_copies() -> None:
-    """Wait for all copies to the host that were begun and that nobody waits for (offload.py)."""
+    """Wait for all copies to the host that are still under way (offload.py)."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,6 +1,6 @@
 """Fewer and larger kernels within a model's layers.
 
-    fuse_kernels     an RMSNorm as one kernel of PyTorch instead of eight, a rotation by positions as three instead of five
+    fuse_kernels     an RMSNorm as one kernel of PyTorch instead of eight, a rotary embedding as three instead of five
     compile_layers   each layer by torch.compile, which fuses what lies between its products
 
 Each function changes a model in place and returns how to undo it. Whether the model still computes the same is tried by
@@ -26,7 +26,7 @@ Undo = Callable[[], None]
 
 
 def fuse_kernels(model: Any) -> Undo:
-    """Compute norms and rotations with fewer kernels, where the model's code for them is Llama's, word for word.
+    """Compute RMSNorm and rotary embeddings with fewer kernels, where the model's code for them is Llama's, word for word.
 
     Of 169 classes of RMSNorm in Transformers 5.19, 128 are. Gemma's, for one, is not: it adds 1 to the weight.
     """
@@ -102,7 +102,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> Undo:
-    """Compile each layer for rows of any length, within its recomputation. Attention over segments stays as it is."""
+    """Compile each layer for rows of any length, within its recomputation. Attention over segments is not compiled."""
     forwards = {layer: layer.forward for layer in model_layers(model)}
     inner = {layer: each.forward if isinstance(each, Recomputed) else each for layer, each in forwards.items()}
     attend = attention.attend

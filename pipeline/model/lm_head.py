@@ -22,7 +22,7 @@ def choose_head_dtype(wanted: str | None, arithmetic: str, device: torch.device 
 
 
 def set_head_dtype(model: Any, dtype: str, *, frozen: bool = False) -> None:
-    """Make the model's head multiply operands of this dtype, whatever its own or an autocast says.
+    """Make the model's head multiply operands of this dtype, regardless of its own and of autocast.
 
     With `frozen` weights they are converted once.
     """
@@ -57,7 +57,7 @@ def multiply_head(
 
 
 class _HeadProduct(torch.autograd.Function):
-    """A product with a dtype of its own for the result, of which PyTorch has no derivative."""
+    """A product whose result has another dtype than its operands: PyTorch cannot differentiate it."""
 
     @staticmethod
     def forward(

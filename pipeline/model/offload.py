@@ -1,7 +1,7 @@
 """Tensors that wait in host memory until the device needs them (train.offload).
 
-Copies run beside the device's computation, from and to pinned memory, on a stream of their own: one after another, so that a tensor
-is never read back before it was written. Not measured on a GPU.
+Copies from and to pinned memory run on a stream of their own while the device computes: one after another, so that a tensor is never
+read back before it was written. Not measured on a GPU.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ class Shuttle:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             tensor.record_stream(self._stream)  # its memory may be freed before the copy is done
-        with self._beside():
+        with self._on_own_stream():
             return host.copy_(tensor, non_blocking=True)
 
     def fetch(self, host: torch.Tensor) -> torch.Tensor:
         """Begin to copy back what was sent; `receive` it before it is used."""
-        with self._beside():
+        with self._on_own_stream():
             tensor = torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
             if self._stream is not None:
                 self._arrivals[tensor] = self._stream.record_event()
@@ -51,7 +51,7 @@ class Shuttle:
         return tensor
 
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
+    def _on_own_stream(self) -> Iterator[None]:
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             yield
 

@@ -11,7 +11,7 @@ import hashlib
 
 import torch
 
-# Of Weyl's sequence, and of a mixer with little bias (https://github.com/skeeto/hash-prospector), as signed numbers.
+# Constants of a Weyl sequence and of a mixer with little bias (https://github.com/skeeto/hash-prospector), as signed numbers.
 _STRIDE, _FIRST, _SECOND = 0x9E3779B1 - (1 << 32), 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 

@@ -89,9 +89,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = ""  # of the work, named by what runs it
         self.peaks: dict[str, dict[str, int]] = {}  # bytes by part, when a phase held most
         self.head_shape = (0, 0)  # vocabulary, hidden width
-        self.attended = (
-            0  # pairs of a query and a key in the row that is computed: lengths are values, which fake tensors lack
-        )
+        # Pairs of a query and a key in the row that is computed: lengths are values, which fake tensors lack.
+        self.attended = 0
         self._blocks: dict[int, _Block] = {}
         self._bytes = 0
         self._counts_ops = True
@@ -169,7 +168,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
         if not func._schema.is_mutable and all(_shares_storage(tensor, inputs) for tensor in outputs):
             return  # an alias
-        # Of a product added to a sum, the factors decide.
+        # A product that is added to a sum is counted under the dtype of its factors.
         operands = args[_PRODUCTS.get(name, 0) :] if args else inputs
         dtype = next((tensor.dtype for tensor in _tensors(operands) if tensor.is_floating_point()), outputs[0].dtype)
         flops = self._flops(name, args)

@@ -148,7 +148,7 @@ def create_adapter(model: Any, lora: Lora, seed: int) -> Any:
         settings["target_modules"] = list(lora.target_modules)
     torch.manual_seed(seed)
     try:
-        with weights.ignored_pattern_warnings():
+        with weights.ignore_pattern_warnings():
             return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UsageError(f"train.lora: PEFT does not make this adapter of {type(model).__name__} ({error}).") from None

@@ -165,7 +165,7 @@ def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, traina
     from peft import PeftModel, set_peft_model_state_dict
 
     try:
-        with ignored_pattern_warnings():
+        with ignore_pattern_warnings():
             # PEFT only warns about weights that the adapter's config asks for and its file lacks.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(
@@ -190,7 +190,7 @@ def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, traina
 
 
 @contextlib.contextmanager
-def ignored_pattern_warnings() -> Iterator[None]:
+def ignore_pattern_warnings() -> Iterator[None]:
     """Ignore PEFT's warning that ranks which it sets itself, for the experts of all-linear, fit no module: they fit parameters."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")

@@ -60,7 +60,8 @@ def keep_batch(s: Session, step: int, indices: np.ndarray, error: NotFinite) -> 
         s.log.flush(step)
     lost = ""
     if error.is_taken:
-        newest = checkpoints.find_newest(s.config.run, s.progress.warn)
+        more_files = [s.moving.checkpoint_files] if s.moving else []
+        newest = checkpoints.find_newest(s.config.run, s.progress.warn, *more_files)
         lost = f"They are dropped; the run resumes from {newest[0] if newest else 'its start, as it has no checkpoint yet'}. "
     return IntegrityError(
         f"Step {step}: {error} {lost}Its batch, {len(ids)} {s.objective.kind} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}), "

@@ -49,12 +49,12 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer. Norms and biases do not decay. A parameter that is updated apart from others is a group of its own."""
     matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    is_apart = train.release_gradients or train.optimizer != "adamw" or "optimizer" in train.offload
-    together = [[p] for p in (*matrices, *vectors)] if is_apart else [matrices, vectors]
-    firsts = itertools.accumulate(map(len, together), initial=0)
+    one_by_one = train.release_gradients or train.optimizer != "adamw" or "optimizer" in train.offload
+    members = [[p] for p in (*matrices, *vectors)] if one_by_one else [matrices, vectors]
+    firsts = itertools.accumulate(map(len, members), initial=0)
     groups = [
         {"params": group, "first": first, "weight_decay": train.weight_decay if group and group[0].ndim >= 2 else 0.0}
-        for group, first in zip(together, firsts, strict=False)
+        for group, first in zip(members, firsts, strict=False)
     ]
     options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
     if train.optimizer == "adamw" and train.weights == "bfloat16":

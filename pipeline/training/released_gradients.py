@@ -4,7 +4,7 @@ As soon as a parameter's gradient is whole, summed over all uses of the paramete
 optimizer takes this parameter's step and the gradient is freed. So the whole gradient never exists, and cannot be clipped; and
 gradients of micro-batches cannot add up. Without clipping the result is that of an ordinary step, bit by bit.
 
-Autograd runs a parameter's hook after every operation that passes it a gradient, which are those that still read its old value.
+Autograd runs a parameter's hook after all operations that pass it a gradient, and only those still read its old value.
 """
 
 import contextlib

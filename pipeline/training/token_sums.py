@@ -32,9 +32,8 @@ class Answers:
     """The answers that a forward computes, one of each name for every example."""
 
     counts: Mapping[str, Sequence[int]]  # tokens, by name and example
-    order: Sequence[
-        int
-    ]  # the forward's sequences, as positions in the list of all answers of the first name, of the second, ...
+    # The forward's sequences, as positions in the list of all answers of the first name, of the second, ...
+    order: Sequence[int]
 
     def lay_out(
         self, tokens: Tokens, seed: Seed, reference: Mapping[str, Sequence[np.ndarray]]

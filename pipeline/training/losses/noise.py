@@ -101,9 +101,8 @@ def kept_share(
     columns = _on_cpu(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     moments = _moments_on_cpu(_margin(*columns), running, momentum, learning)
     sampled_B = _sample_pairs(columns, moments, keep if learning else 1.0)
-    return to_device(sampled_B, chosen_logp.device).to(chosen_logp.dtype) * (
-        len(sampled_B) / int(sampled_B.sum())
-    ), moments
+    share = len(sampled_B) / int(sampled_B.sum())
+    return to_device(sampled_B, chosen_logp.device).to(chosen_logp.dtype) * share, moments
 
 
 @loss(
