@@ -115,7 +115,9 @@ class RunEstimate:
             adapter = ["train.lora.base_dtype=bfloat16", "train.gradient_checkpointing=true"]
             adapter += ["train.weights=float32"] if train.weights != "float32" else []
             yield Saving(adapter, adapter, self.processes)
-            steps = [["train.gradient_checkpointing=true"], ["train.weights=bfloat16"], ["train.optimizer=adamw_8bit"]]
+            steps = [["train.gradient_checkpointing=true"], ["train.weights=bfloat16"]]
+            if train.shard != "fsdp":  # quantized moments are not sharded
+                steps += [["train.optimizer=adamw_8bit"]]
             if self.processes == 1:  # whole copies of a model cannot release their gradients
                 steps += [["train.release_gradients=true", "train.max_grad_norm=null", *self._whole_steps()]]
         else:
@@ -125,7 +127,6 @@ class RunEstimate:
                 taken = [*taken, *added]
                 yield Saving(taken, added, self.processes)
         if train.lora is None and train.shard != "fsdp":
-            # Quantized moments are not sharded.
             sharded = [setting for setting in taken if setting in _SHARDABLE] + ["train.shard=fsdp"]
             sharded += ["train.optimizer=adamw"] if train.optimizer != "adamw" else []
             yield Saving(sharded, sharded, max(self.processes, _SHARDS))
