@@ -30,7 +30,7 @@ class OffloadedState:
         optimizer.register_step_post_hook(self._take_back)
 
     def _bring(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter in _updated(optimizer):
+        for parameter in _find_updated(optimizer):
             moments = self._fetched.pop(parameter, None) or self._fetch(optimizer, parameter)
             for name, moment in moments.items():
                 optimizer.state[parameter][name] = _map_parts(moment, lambda _, part: self._shuttle.receive(part))
@@ -48,7 +48,7 @@ class OffloadedState:
         }
 
     def _take_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter in _updated(optimizer):
+        for parameter in _find_updated(optimizer):
             state = optimizer.state[parameter]
             for name, moment in state.items():
                 if moment.numel() < _LEAST_VALUES or kind_of(parameter.device) == "cpu":
@@ -62,7 +62,7 @@ class OffloadedState:
                 state[name] = _map_parts(moment, send)
 
 
-def _updated(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+def _find_updated(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
 

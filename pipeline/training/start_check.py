@@ -108,8 +108,8 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
         )
     if other := next((dtype for dtype in dtypes if dtype and dtype != s.policy.precision), None):
         s.progress.say(
-            f"train: the policy computes in {s.policy.precision}, and the cache was scored in {other}: they may differ by "
-            f"{tolerance} nats per token, and do by up to {worst:.2g}, so the margin need not start at 0"
+            f"train: the policy computes in {s.policy.precision}, and the cache was scored in {other}: they differ by up "
+            f"to {worst:.2g} nats per token ({tolerance} is allowed), so the margin need not start at 0"
         )
     margin = start.get("rewards/margins", 0.0)
     s.progress.say(
