@@ -114,6 +114,7 @@ class RunEstimate:
         if train.lora is None:
             adapter = ["train.lora.base_dtype=bfloat16", "train.gradient_checkpointing=true"]
             adapter += ["train.weights=float32"] if train.weights != "float32" else []
+            adapter += ["train.release_gradients=false"] if train.release_gradients else []
             yield Saving(adapter, adapter, self.processes)
             steps = [["train.gradient_checkpointing=true"], ["train.weights=bfloat16"]]
             if train.shard != "fsdp":  # quantized moments are not sharded
