@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     logging.disable_progress_bar()
+    sys.path.append(str(Path(sys.prefix) / "torchao"))  # kept apart from other packages by the tests, which install it
+    if find_spec("torchao") is None:
+        parser.error(
+            "torchao, whose 8-bit AdamW some rows have, is not here: pip install torchao, or run the tests once."
+        )
     _print_rates()
     if options.rates:
         return
