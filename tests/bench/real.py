@@ -129,7 +129,7 @@ def write_config(options: argparse.Namespace) -> Path:
     path.write_text(yaml.safe_dump(tree))
     run("prepare", path)
     n_train = len(Prepared(folder / "prepared").table(TRAIN))
-    tree["train"]["epochs"] = options.steps * options.batch / n_train
+    tree["train"]["epochs"] = options.steps / -(-n_train // options.batch)
     path.write_text(yaml.safe_dump(tree))
     return path
 
