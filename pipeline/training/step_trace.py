@@ -4,6 +4,7 @@ The program's own step (`Policy.update`) runs on fake tensors, so what is counte
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,10 @@ from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.distributed import mixed_precision
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy
+
+# PyTorch keeps functions of this module, and so its globals, until the interpreter ends. Python clears the globals of modules
+# that are alive then, and this one is because it refers to itself. Otherwise DuckDB reports leaks on the terminal.
+_THIS_MODULE = sys.modules[__name__]
 
 
 class Lengths(NamedTuple):

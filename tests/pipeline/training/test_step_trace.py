@@ -1,6 +1,8 @@
 """A traced step: its memory against a real one's, its arithmetic by hand, and what settings change."""
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy
 from prefcache.pipeline.training.step_trace import Lengths, make_examples, trace_step
 from tests.bench.corpus import padding_tokenizer
+from tests.helpers.project import ROOT
 
 PAIRS = [Lengths(90, 40, 25), Lengths(30, 60, 50), Lengths(120, 9, 31), Lengths(15, 22, 18)]
 SIZES: dict[str, Any] = {
@@ -176,3 +179,10 @@ def test_a_folder_without_weights_is_enough(tmp_path: Path):
     LLAMA.save_pretrained(tmp_path)
     assert trace_step(tmp_path, Train(), PAIRS) == trace_step(LLAMA, Train(), PAIRS)
     assert torch.device("cpu") == torch.empty(1).device
+
+
+def test_a_traced_step_leaves_nothing_for_duckdb_to_report_at_the_end():
+    trace = "trace_step(LLAMA, Train(batch_size=4), PAIRS)"
+    program = f"import duckdb\nfrom tests.pipeline.training.test_step_trace import *\n{trace}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
