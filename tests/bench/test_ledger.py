@@ -14,6 +14,7 @@ from tests.bench.gpu.ledger.models import make_config, step_pairs
 from tests.bench.gpu.ledger.rows import Row, extrapolate, roofline_seconds, rows, trace_row
 from tests.bench.gpu.ledger.targets import list_targets
 from tests.bench.gpu.ledger.trl_step import TrlSettings, batches, trace_trl
+from tests.helpers.project import ROOT
 
 COMMITTED: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["rows"]
 GATED = ("peak_bytes", "bytes_moved", "kernels", "syncs", "copies")
@@ -106,3 +107,25 @@ def test_trls_traced_step_computes_what_its_trainer_does(tmp_path: Path):
     products = sum(op.flops * n for op, n in traced.ops.items() if "attention" not in op.name)
     head = 2 * sum(pair.chosen + pair.rejected for pair in lengths) * config.hidden_size * config.vocab_size
     assert products == pytest.approx(counted.get_total_flops() + 2 * head, rel=0.005)
+
+
+def test_the_readme_gives_the_ledgers_figures():
+    def best(trainer: str, reference: str) -> dict[str, Any]:
+        alike = {"model": "8B", "trainer": trainer, "reference": reference, "weights": "bfloat16"}
+        candidates = [row for row in COMMITTED if alike.items() <= row.items() and not row["lora"]]
+        return min(candidates, key=lambda row: max(row["roofline_ms"]["H100"], row["launch_ms"]))
+
+    ours = [row for row in COMMITTED if row["model"] == "8B" and row["trainer"] == "prefcache" and not row["lora"]]
+    (plain,) = (row for row in ours if row["weights"] == "bfloat16" and not row["checkpointing"])
+    (released,) = (row for row in ours if row["release_gradients"])
+    expected = {
+        "prefcache": plain,
+        "prefcache, recomputed layers, 8-bit moments, released gradients": released,
+        "TRL, live reference, its fastest settings": best("trl", "live"),
+        "TRL, precomputed reference, its fastest settings": best("trl", "precomputed"),
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, row in expected.items():
+        tflops = sum(row["flops"].values()) / 1e12
+        figures = f"{row['peak_bytes'] / 2**30:.1f} | {tflops:.0f} | {row['roofline_ms']['H100']:.0f}"
+        assert f"| {name} | {figures} |" in readme
