@@ -88,7 +88,8 @@ def _describe(file: Path, stamp: str) -> tempfile.TemporaryDirectory[str]:
     with _read_alone(file) as source:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(source["pretrained_model_name_or_path"], gguf_file=source["gguf_file"])
+        name, file_name = source["pretrained_model_name_or_path"], source["gguf_file"]
+        config = AutoConfig.from_pretrained(name, gguf_file=file_name, trust_remote_code=False)
         _save_config(config, Path(folder.name))
         _save_tokenizer(source, Path(folder.name))
     return folder
@@ -103,6 +104,7 @@ def write_model(file: Path, folder: Path) -> None:
         # Without `dequantize`, some architectures stay in blocks on a GPU, and such a model cannot be saved.
         model, info = AutoModelForCausalLM.from_pretrained(
             **source,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             device_map={"": "cpu"},
@@ -137,7 +139,6 @@ def _read_alone(file: Path) -> Iterator[dict[str, Any]]:
             yield {
                 "pretrained_model_name_or_path": alone,
                 "gguf_file": "model.gguf",
-                "trust_remote_code": False,
                 "local_files_only": True,
             }
         except Exception as error:  # Transformers and gguf raise many kinds for a broken or unknown file.
@@ -162,4 +163,4 @@ def _drop_own_name(config: Any) -> None:
 def _save_tokenizer(source: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)

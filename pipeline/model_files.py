@@ -102,7 +102,9 @@ def check_model(folder: Path, *, has_weights: bool = True) -> None:
         # Transformers would run code from the folder only where it has no class of its own.
         if str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise needs_own_code(folder)
-    if has_weights and not any(folder.glob("*.safetensors")):
+    # Those of a model on the hub may be left there, but weights of another kind are of no use.
+    has_others = any(path.suffix in (".bin", ".gguf") for path in folder.iterdir())
+    if (has_weights or has_others) and not any(folder.glob("*.safetensors")):
         raise UsageError(
             f"{folder} has {_describe_lack(folder)}; expected *.safetensors, as save_pretrained writes them."
         )

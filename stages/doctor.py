@@ -227,8 +227,13 @@ def _check_memory(config: Config) -> Iterator[Finding]:
     if not config.prepared.exists():
         return
     from prefcache.pipeline.training import run_estimate
+    from prefcache.pipeline.training.step_estimate import UntraceableError
 
-    found = run_estimate.RunEstimate(config, None, processes=1)
+    try:
+        found = run_estimate.RunEstimate(config, None, processes=1)
+    except UntraceableError as error:
+        yield Finding("training", "absent", str(error))
+        return
     step, command = found.step, "prefcache train CONFIG --dry-run says what fits, and what would make it fit"
     what = (
         f"a step with {step.tokens:,} tokens a micro-batch takes {step.peak_bytes / _GIB:.1f} GiB of a GPU, by a trace"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from prefcache.pipeline.config import Train
+from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model import trainable
 from prefcache.pipeline.training.gpus import Gpu
 from prefcache.pipeline.training.optimizers import state_bytes
@@ -48,6 +49,15 @@ class StepEstimate:
 
 def total(parts: Parts) -> int:
     return sum(vars(parts).values())
+
+
+class UntraceableError(UsageError):
+    def __init__(self, model_type: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:200]
+        super().__init__(
+            f"A step of a {model_type} model cannot be traced ({type(error).__name__}: {reason}), so nothing is known of its "
+            "memory. Train without --dry-run; train.tokens_per_micro_batch=auto tries at the start what fits on a GPU."
+        )
 
 
 class StepEstimator:
@@ -129,9 +139,15 @@ class StepEstimator:
         key = (shaping.model_dump_json(), tokens, n_shards)
         if key not in self._costs:
             pairs = cut_pairs(self._mean, tokens)
-            self._costs[key] = [
-                trace_step(_shorten(self._config, depth), shaping, pairs, processes=n_shards) for depth in self._depths
-            ]
+            try:
+                self._costs[key] = [
+                    trace_step(_shorten(self._config, depth), shaping, pairs, processes=n_shards)
+                    for depth in self._depths
+                ]
+            except (
+                Exception
+            ) as error:  # A model whose forward takes no packed rows or no fake tensors may fail in any way.
+                raise UntraceableError(self._config.model_type, error) from None
         return self._costs[key]
 
     def _prolong(self, values: Sequence[float]) -> float:

@@ -18,11 +18,11 @@ NOT_RUN = {
     "make prepare score train": "the demo fixture has run it",
     "make test": "it runs this test; CI runs it",
     "pip install .": "the environment has it installed; the wheel test installs it in a fresh one",
-    "pip install prefcache-0.1.0-py3-none-any.whl": "the wheel test builds and installs it",
     "pip install 'prefcache[quantized]'": "bitsandbytes needs a GPU",
     "prefcache score my.yaml --set score.quantization=4bit": "bitsandbytes needs a GPU",
     "prefcache train my.yaml --set score.quantization=4bit --set train.lora.r=16": "bitsandbytes needs a GPU",
     "make bench-gpu": "it needs a GPU; tests/test_bench.py runs it with tiny models",
+    "make gpu-ledger": "half an hour; tests/bench/test_ledger.py traces some of its rows",
     "make vllm": "3 GiB; the tests of the vLLM engine build it",
     "prefcache score data/demo/config.yaml --set score.engine=vllm": "it needs .venv-vllm; the tests of the vLLM engine do this",
     "prefcache score data/demo/config.yaml --set score.engine=server --set score.server.url=http://localhost:8000/v1": "it needs "
