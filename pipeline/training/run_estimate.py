@@ -219,7 +219,7 @@ def read_config(start: Reference) -> Any:
 def make_meta_model(config: Any, lora: Lora | None) -> Any:
     """Make the model without memory for its weights; with an adapter in its layers, if one is trained."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if lora is not None:
             trainable.create_adapter(model, lora, seed=0)
     return model

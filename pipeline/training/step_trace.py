@@ -128,7 +128,9 @@ def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:
     """Make the policy that trainable.load would load."""
     dtype = getattr(torch, train.lora.base_dtype if train.lora else train.weights)
     with GPU:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa"
+        )
         adapter = trainable.create_adapter(model, train.lora, train.seed) if train.lora else None
     model.eval()
     if train.gradient_checkpointing:
