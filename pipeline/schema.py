@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 KEY_VERSION = 1
-PREPARED_VERSION = 3
+PREPARED_VERSION = 4
 CACHE_VERSION = 1
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -25,6 +25,11 @@ OK_IN_FLOAT32 = "ok: computed in float32"
 class TokenSequence(NamedTuple):
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
+    counted: np.ndarray | None = None  # positions of the completion tokens whose log-probs are wanted; None: all
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate([self.prompt_ids, self.completion_ids])
 
     @property
     def n_tokens(self) -> int:
@@ -125,6 +130,11 @@ PAIRS = pa.schema(
         *_ENCODED,
         ("n_chosen", pa.int32()),
         ("n_rejected", pa.int32()),
+        ("n_chosen_counted", pa.int32()),  # tokens that losses and statistics see
+        ("n_rejected_counted", pa.int32()),
+        ("chosen_spans", IDS),  # which these are, see spans.py
+        ("rejected_spans", IDS),
+        ("n_common", pa.int32()),  # tokens with which both answers begin
         ("cut_chosen", pa.int32()),  # tokens cut from its end
         ("cut_rejected", pa.int32()),
         ("chosen_cut_ids", IDS),  # these tokens
@@ -144,6 +154,8 @@ LABELS = pa.schema(
         ("completion_key", KEY),
         *_ENCODED,
         ("n_completion", pa.int32()),
+        ("n_completion_counted", pa.int32()),
+        ("completion_spans", IDS),
         ("cut_completion", pa.int32()),
         ("completion_cut_ids", IDS),
         ("kl_of", pa.string()),  # the example whose answer stands in for one that does not belong to the prompt
@@ -151,6 +163,8 @@ LABELS = pa.schema(
         ("kl_cut_ids", IDS),  # what was cut off it, for itself or for this prompt
         ("kl_key", KEY),
         ("n_kl", pa.int32()),
+        ("n_kl_counted", pa.int32()),
+        ("kl_spans", IDS),
     ]
 )
 PREPARED = {"pairs": PAIRS, "labels": LABELS}

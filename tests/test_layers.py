@@ -33,7 +33,7 @@ ROOMS = {
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
     "prefcache.pipeline": [
-        "errors stored_paths token_text schema visible_text",
+        "errors stored_paths token_text schema spans visible_text",
         "model_config process_pool progress safetensors_files tokenizer",
         "gguf_files model_files",
         "config identity",

@@ -214,7 +214,7 @@ def _mean_tolerance(dtype: str) -> tuple[float, float]:
 
 def _longest_ids(sequences: Sequence[TokenSequence]) -> np.ndarray:
     longest = max(sequences, key=lambda sequence: sequence.n_tokens)
-    return np.concatenate(longest)[:_TRIAL_TOKENS]
+    return longest.ids[:_TRIAL_TOKENS]
 
 
 def _all_logps(model: Any, ids_T: np.ndarray) -> np.ndarray:
@@ -245,7 +245,7 @@ def _pick_trial(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     spread = longest_first[:: max(1, len(longest_first) // 8)]
     indices = flatten([longest_first[0][:4], *(group[:4] for group in spread[1:])])
     trial = [sequences[i] for i in indices[:_TRIAL_SEQUENCES]]
-    ids_T = np.concatenate(max(trial, key=lambda sequence: sequence.n_tokens))
+    ids_T = max(trial, key=lambda sequence: sequence.n_tokens).ids
     n = len(ids_T) // 8
     if n == 0:
         return trial

@@ -140,4 +140,4 @@ def sum_logps(logps: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _concat_ids(sequence: TokenSequence) -> torch.Tensor:
     # A copy: the ids may be views of a read-only memory map.
-    return torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int64))
+    return torch.from_numpy(sequence.ids.astype(np.int64))

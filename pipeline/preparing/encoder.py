@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.token_text import token_texts
 from prefcache.pipeline.tokenizer import load_tokenizer
 
@@ -44,6 +45,7 @@ class ExampleTokens(NamedTuple):
     answers: tuple[list[int], ...]
     exact: bool  # prompt + answer are the ids of the whole, for every answer
     ended: bool  # an end token was added, because the text had none
+    spans: tuple[list[int], ...]  # which tokens of each answer count, see spans.py
 
 
 def load_facts(folder: Path) -> TokenizerFacts:
@@ -163,7 +165,8 @@ class Encoder:
                 ended = True
         if text.plain and self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]
-        return ExampleTokens(prompt, tuple(answers), all(is_exact), ended)
+        spans = tuple(whole_span(len(ids)) for ids in answers)
+        return ExampleTokens(prompt, tuple(answers), all(is_exact), ended, spans)
 
     def _is_ended(self, ids: list[int], text: ExampleText) -> bool:
         if text.plain and not text.closed:

@@ -19,6 +19,7 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import DataError
 from prefcache.pipeline.preparing import part_worker
 from prefcache.pipeline.schema import HELD_OUT, PREPARED, QUARANTINE, TRAIN, key_of_bytes
+from prefcache.pipeline.spans import clip_spans, count_tokens
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import PartRecord
 
@@ -199,12 +200,13 @@ class _MismatchedAnswers:
         partners = self._partners[rows]
         prompts, completions = block["prompt_ids"].to_pylist(), block["completion_ids"].to_pylist()
         kl_rows: list[dict[str, Any]] = []
-        for partner, prompt, own, (whole, n_kept) in zip(
+        for partner, prompt, own, (whole, n_kept, spans) in zip(
             partners, prompts, completions, self._read_answers(partners), strict=True
         ):
             answer = whole[: min(n_kept, self._max_length - len(prompt))]
+            kept_spans = clip_spans(spans, len(answer))
             # Cut to the length that is left, it may have become the row's own.
-            if partner == _NONE or not len(answer) or answer.tolist() == own:
+            if partner == _NONE or not kept_spans or answer.tolist() == own:
                 self.n_without += 1
                 kl_rows.append({})
                 continue
@@ -212,6 +214,7 @@ class _MismatchedAnswers:
             of = f"{self._ids[partner]:016x}"
             cut = whole[len(answer) :]
             kl_rows.append({"kl_of": of, "kl_ids": answer, "kl_cut_ids": cut, "kl_key": key, "n_kl": len(answer)})
+            kl_rows[-1] |= {"kl_spans": kept_spans, "n_kl_counted": count_tokens(kept_spans)}
         schema = PREPARED["labels"]
         arrays = [
             block[column.name].combine_chunks()
@@ -221,17 +224,17 @@ class _MismatchedAnswers:
         ]
         return pa.Table.from_arrays(arrays, schema=schema)
 
-    def _read_answers(self, partners: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Return the answers of these rows, which may be in any part: whole, and how many of their tokens were kept."""
-        answers: list[tuple[np.ndarray, int]] = [(np.empty(0, np.int32), 0)] * len(partners)
+    def _read_answers(self, partners: np.ndarray) -> list[tuple[np.ndarray, int, list[int]]]:
+        """Return the answers of these rows, which may be in any part: whole, how many of their tokens were kept, which count."""
+        answers: list[tuple[np.ndarray, int, list[int]]] = [(np.empty(0, np.int32), 0, [])] * len(partners)
         parts = np.where(partners == _NONE, _NONE, np.searchsorted(self._parts.starts, partners, side="right") - 1)
         for number in np.unique(parts[parts != _NONE]):
             at = np.flatnonzero(parts == number)
             with self._parts.open_table(int(number)) as table:
                 rows = partners[at] - self._parts.starts[number]
-                answer_ids = table.select(["completion_ids", "completion_cut_ids"]).take(rows)
-                for i, kept, cut in zip(at, *(column.to_pylist() for column in answer_ids.columns), strict=True):
-                    answers[i] = np.asarray(kept + cut, "<i4"), len(kept)
+                columns = table.select(["completion_ids", "completion_cut_ids", "completion_spans"]).take(rows).columns
+                for i, kept, cut, spans in zip(at, *(column.to_pylist() for column in columns), strict=True):
+                    answers[i] = np.asarray(kept + cut, "<i4"), len(kept), spans
         return answers
 
 

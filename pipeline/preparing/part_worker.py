@@ -11,7 +11,7 @@ import gc
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -31,6 +31,7 @@ from prefcache.pipeline.preparing.sources import Chunk, Limits, Line, group_by_s
 from prefcache.pipeline.preparing.template_cache import TemplateCacheMismatch
 from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
 from prefcache.pipeline.schema import ANSWERS, HELD_OUT, LABELS, PAIRS, QUARANTINE, TRAIN, data_columns, key_of_bytes
+from prefcache.pipeline.spans import count_tokens
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import NewerError, PartRecord
 
@@ -44,7 +45,7 @@ _MOST_STRIKES = 3
 # answer were cut: the same examples are chosen whatever the length, so that scores at another length can be reused.
 _WHOLE = pa.field("whole_id", pa.uint64())
 _HASHES = ("prompt_hash", "text_hash", "ids_hash")
-_KL = ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl")
+_KL = ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl", "n_kl_counted", "kl_spans")
 SCHEMAS = {
     "pairs": PAIRS.append(_WHOLE),
     "labels": pa.schema(
@@ -250,8 +251,8 @@ class _RowColumns:
             "cut_prompt": truncated.cut_prompt,
         }
         keys, whole_keys = b"", b""
-        for name, turns, ids, cut in zip(
-            self._answers, example.answers, tokens.answers, truncated.cut_answers, strict=True
+        for name, turns, ids, spans, cut in zip(
+            self._answers, example.answers, tokens.answers, tokens.spans, truncated.cut_answers, strict=True
         ):
             answer, cut_off = array("i", ids).tobytes(), array("i", cut).tobytes()
             key = key_of_bytes(prompt_ids, answer)
@@ -259,8 +260,11 @@ class _RowColumns:
             whole_keys += key_of_bytes(prompt_ids, answer + cut_off) if cut else key
             row |= {name: plain_text(turns), f"{name}_ids": answer, f"{name}_key": key, f"n_{name}": len(ids)}
             row |= {f"cut_{name}": len(cut), f"{name}_cut_ids": cut_off}
+            row |= {f"{name}_spans": array("i", spans).tobytes(), f"n_{name}_counted": count_tokens(spans)}
         row |= {name: example.columns.get(name) for name in self._data_columns}
-        if not isinstance(example, Pair):
+        if isinstance(example, Pair):
+            row["n_common"] = _count_common(*tokens.answers)
+        else:
             row |= {"label": example.label, "prompt_hash": _hash_number(prompt_ids)}
             row |= {"text_hash": _hash_number(row["completion"].encode()), "ids_hash": _hash_number(answer)}
         label = b"" if isinstance(example, Pair) else bytes([example.label])
@@ -288,6 +292,14 @@ class _RowColumns:
 
     def table(self) -> pa.Table:
         return pa.Table.from_batches(self._batches, schema=self._schema).combine_chunks()
+
+
+def _count_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
 def _id_lists(rows: list[bytes]) -> pa.ListArray:

@@ -12,6 +12,7 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.preparing.encoder import ExampleTokens
 from prefcache.pipeline.preparing.example import Example, Unusable
 from prefcache.pipeline.preparing.render_chat import shorter_prompts
+from prefcache.pipeline.spans import clip_spans
 
 Encode = Callable[[Example], ExampleTokens]
 
@@ -34,7 +35,10 @@ def truncate(example: Example, tokens: ExampleTokens, prepare: Prepare, encode: 
         return TruncatedExample(tokens, example, 0, tuple([] for _ in tokens.answers))
     if prepare.too_long == "keep_start" and excess.reason == "too long":
         room = prepare.max_length - len(tokens.prompt)
-        kept = tokens._replace(answers=tuple(ids[:room] for ids in tokens.answers))
+        kept = tokens._replace(
+            answers=tuple(ids[:room] for ids in tokens.answers),
+            spans=tuple(clip_spans(spans, room) for spans in tokens.spans),
+        )
         return TruncatedExample(kept, example, 0, tuple(ids[room:] for ids in tokens.answers))
     if prepare.too_long == "keep_end":
         return _drop_oldest_turns(example, tokens, prepare, encode, excess)

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.schema import CACHE, PREPARED, sequence_key
+from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.stored import cache as cache_module
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.prepared import Sequences, sequence_table
@@ -57,6 +58,10 @@ def prepared(pairs: list[tuple[list[int], list[int], list[int]]]) -> pa.Table:
             "n_prompt": len(prompt),
             "n_chosen": len(chosen),
             "n_rejected": len(rejected),
+            "n_chosen_counted": len(chosen),
+            "n_rejected_counted": len(rejected),
+            "chosen_spans": whole_span(len(chosen)),
+            "rejected_spans": whole_span(len(rejected)),
         }
         for i, (prompt, chosen, rejected) in enumerate(pairs)
     ]

@@ -9,6 +9,7 @@ import pyarrow as pa
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.schema import CACHE, PREPARED, QUARANTINE, sequence_key
+from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
@@ -47,6 +48,7 @@ def _row(i: int, prompt: list[int], answers: dict[str, list[int] | None]) -> dic
     for name, ids in answers.items():
         key = None if ids is None else sequence_key(prompt, ids)
         row |= {f"{name}_ids": ids, f"{name}_key": key, f"n_{name}": ids and len(ids)}
+        row |= {f"{name}_spans": ids and whole_span(len(ids)), f"n_{name}_counted": ids and len(ids)}
     return row
 
 

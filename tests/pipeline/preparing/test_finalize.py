@@ -11,6 +11,7 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import DataError
 from prefcache.pipeline.preparing import finalize, part_worker
 from prefcache.pipeline.schema import PREPARED, QUARANTINE, sequence_key
+from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.stored import artifact
 from tests.helpers.project import entry_of
 
@@ -39,6 +40,7 @@ def label(i: int, prompt: int, answer: int) -> dict:
         "completion": f"answer {answer}",
         "completion_ids": completion_ids,
         "completion_cut_ids": [],
+        "completion_spans": whole_span(len(completion_ids)),
         "completion_key": sequence_key(prompt_ids, completion_ids),
         "prompt_hash": number(f"prompt {prompt}"),
         "text_hash": number(f"answer {answer}"),

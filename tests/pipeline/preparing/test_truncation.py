@@ -13,6 +13,7 @@ from prefcache.pipeline.preparing.example import Example, Label, Pair, Unusable
 from prefcache.pipeline.preparing.part_worker import PartWorker
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
 from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
+from prefcache.pipeline.spans import whole_span
 from tests.helpers.tokenizers import CHATML, DATE, GEMMA_CHAT, chunk_of, facts, resolved_config
 
 PAIR = Pair(prompt="p", chosen="c", rejected="r")
@@ -27,7 +28,8 @@ def never(example: Example) -> ExampleTokens:
 
 
 def tokens(n_prompt: int, *n_answers: int, exact: bool = True) -> ExampleTokens:
-    return ExampleTokens(list(range(n_prompt)), tuple(list(range(100, 100 + n)) for n in n_answers), exact, False)
+    answers = tuple(list(range(100, 100 + n)) for n in n_answers)
+    return ExampleTokens(list(range(n_prompt)), answers, exact, False, tuple(whole_span(n) for n in n_answers))
 
 
 def refusal(given: ExampleTokens, example: Example = PAIR, encode: Any = never, **settings: Any) -> tuple[str, str]:

@@ -154,7 +154,7 @@ def _kl_is_of_the_reference_of_its_step(run: Path, live: Live, rows: dict) -> No
         rows[visit["example_id"]] for visit in table(run, "steps") if (visit["step"], visit["split"]) == (5, "train")
     ]
     ratios = [
-        (live.logps(policy, *sequence) - live.logps(reference, *sequence)).sum().item()
+        (live.logps(policy, *sequence[:2]) - live.logps(reference, *sequence[:2])).sum().item()
         for sequence in ((row["prompt_ids"], row["kl_ids"]) for row in seen if row["kl_ids"])
     ]
     (found,) = (row["kl"] for row in table(run, "metrics") if row["step"] == 5)
@@ -173,7 +173,7 @@ def test_losses_that_weigh_single_tokens_get_those_of_the_reference_of_the_step(
     def log_ratio(row: dict, answer: str) -> float:
         """Tokens beyond the shorter answer's length count half."""
         sequence = row["prompt_ids"], row[f"{answer}_ids"]
-        ratio = live.logps(policy, *sequence) - live.logps(reference, *sequence)
+        ratio = live.logps(policy, *sequence[:2]) - live.logps(reference, *sequence[:2])
         n = min(row["n_chosen"], row["n_rejected"])
         return (ratio[:n].sum() + 0.5 * ratio[n:].sum()).item()
 
