@@ -492,13 +492,15 @@ def _hyperparameters(loss: "Loss") -> str:
     return ", ".join(f"{name}={value}" for name, value in loss.hyperparameters.items()) or "no hyperparameters"
 
 
-def print_formats(formats: Iterable["Format"]) -> None:
+def print_formats(formats: Iterable["Format"], *, notes: bool) -> None:
     for each in formats:
         columns = ", ".join([*each.columns, *(f"[{name}]" for name in each.optional)])
         chosen = "recognised by its columns" if each.recognises else "read when named"
         _say(f"{each.name}\n    {each.help}\n    {each.makes}, {chosen}. Columns: {columns}")
         if each.options:
             _say(f"    Options: {', '.join(f'{name}={value!r}' for name, value in each.options.items())}")
+        if notes and each.notes:
+            _say(f"    {each.notes}")
 
 
 _LAYOUTS = {

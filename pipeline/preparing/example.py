@@ -4,6 +4,7 @@ A `Pair` has a chosen and a rejected answer, a `Label` one answer and a yes or n
 order of merit; expand_rankings.py turns it into pairs.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,10 +79,18 @@ class Unusable(Exception):
 
 
 def plain_text(turns: Turns) -> str:
-    """Return what a person reads: the text of one turn, or `role: text` lines of several."""
+    """Return what a person reads: the text of one turn with its tool calls, or `role: text` lines of several."""
     if isinstance(turns, str):
         return turns
-    texts = [content if isinstance(content := message.get("content"), str) else "" for message in turns]
+    texts = list(map(_turn_text, turns))
     if len(turns) == 1:
         return texts[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(turns, texts, strict=True))
+
+
+def _turn_text(message: Message) -> str:
+    text = content if isinstance(content := message.get("content"), str) else ""
+    if calls := message.get("tool_calls"):
+        called = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+        return "\n".join(filter(None, (text, json.dumps(called, ensure_ascii=False, default=str))))
+    return text

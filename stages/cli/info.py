@@ -52,7 +52,7 @@ def formats(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([each.describe() for each in chosen], indent=1, default=str))
     else:
-        terminal_output.print_formats(chosen)
+        terminal_output.print_formats(chosen, notes=bool(name))
 
 
 @main.command(short_help="List the architectures tried.")

@@ -101,6 +101,9 @@ def test_formats_lists_every_format_with_its_columns(prefcache):
         assert f"\n{each.name}\n" in f"\n{listed}" and each.help in listed
         assert all(column in listed for column in each.columns)
     assert prefcache("formats", "hh").stdout.startswith("hh\n")
+    # What one may stumble over, where one asks for the format.
+    for name, note in (("llamafactory_openai", "detailed thinking off"), ("ms_swift", "send the record to quarantine")):
+        assert note in " ".join(prefcache("formats", name).stdout.split()) and note not in listed
     assert "The nearest is nectar" in prefcache("formats", "nektar", code=2).stderr
     (one,) = json.loads(prefcache("formats", "pku_saferlhf", "--json").stdout)
     assert one["options"] == {"by": "better"} and "response_0" in one["columns"] and one["recognised"]

@@ -1,5 +1,6 @@
 """Axolotl's preference strategies, under the names that its `type:` has. KTO's begin with `kto.`, ORPO's with `orpo.`:
-there, one name stands for several. A name without a dot is its `.default`, as in Axolotl.
+there, one name stands for several. A name without a dot is its `.default`, as in Axolotl. Of those of reward models,
+`bradley_terry.chat_template` is the one that Axolotl can load.
 
 chatml and llama3 write the turns themselves, whatever the tokenizer; chat_template leaves that to the tokenizer's own
 template. The texts are Axolotl's as far as it follows its documentation. If it would take the wrong message, as in
@@ -239,6 +240,21 @@ def chat_template_argilla_chat(
     return replace(pair, **fields.template_inputs({"tools": record.get(field_tools)}))
 
 
+@data_format("chosen", "rejected", optional=("system",), name="orpo.chat_template.load")
+def orpo_chat_template_load(record: Record) -> Pair:
+    """Axolotl chat_template.load of ORPO: chosen and rejected as whole conversations, and a system of their own."""
+    pair = _split_conversations(_conversation(record, "chosen"), _conversation(record, "rejected"))
+    return replace(pair, prompt=fields.with_system(record, pair.prompt))
+
+
+@data_format("input", "chosen", "rejected", optional=("system",), name="bradley_terry.chat_template")
+def bradley_terry_chat_template(record: Record) -> Pair:
+    """Axolotl bradley_terry.chat_template, of reward models: system, input, chosen and rejected, each text."""
+    pair = _text_pair("input", "chosen", "rejected").read(record)
+    assert isinstance(pair, Pair)
+    return pair
+
+
 @data_format("chosen", "rejected", optional=("prompt", "system"), name="orpo.chat_template")
 @data_format("chosen", "rejected", optional=("prompt", "system"), name="orpo.chat_template.argilla")
 def orpo_chat_template(record: Record) -> Pair:
@@ -268,7 +284,8 @@ def _mapped_messages(
     sources = [value] if text_role and isinstance(value, dict) else value
     messages = fields.messages(sources, column, role=keys["role"], content=keys["content"], roles=known_roles)
     return [
-        _decode_calls(_rename_keys(message, source, keys)) for message, source in zip(messages, sources, strict=True)
+        fields.with_calls(_rename_keys(message, source, keys))
+        for message, source in zip(messages, sources, strict=True)
     ]
 
 
@@ -298,20 +315,6 @@ def _rename_keys(message: Message, source: Message, keys: Mapping[str, str]) -> 
     renamed = {key: source[name] for key, name in keys.items() if source.get(name) is not None}
     # A key that the data has under our name, next to its own name for it, is something else.
     return others | {"content": None} | renamed | {"role": message["role"]}
-
-
-def _decode_calls(message: Message) -> Message:
-    """Decode arguments of tool calls that are JSON text: templates would write them as JSON once more."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    decoded = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            call = call | {"function": function | {"arguments": fields.parse_json_text(function["arguments"])}}
-        decoded.append(call)
-    return message | {"tool_calls": decoded}
 
 
 def _continuation(prompt: list[Message], answer: list[Message], column: str) -> list[Message]:

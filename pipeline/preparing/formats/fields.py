@@ -32,6 +32,9 @@ ROLES = {
 }
 # Columns that make_pair and make_label read next to prompt and answers.
 CONTEXT = ("system", "tools", "chat_template_kwargs")
+# Tools of one side. A pair has one prompt, which shows one set of tools, so they have to be the same.
+SIDES = ("chosen_tools", "rejected_tools")
+_ANSWERING = ("assistant", "tool")
 # Columns of messages that hold a prompt, perhaps with its answer.
 _PROMPTS = ("prompt", "context", "messages", "conversations")
 
@@ -193,10 +196,45 @@ def message(
             raise Unusable("unknown role", f"{column}: {speaker[:40]!r}; known: {', '.join(roles)}")
         speaker = roles[speaker]
     if (role, content) == ("role", "content") and speaker == value["role"] and body == value.get("content"):
-        return value
-    return {"role": speaker, "content": body} | {
-        key: value[key] for key in value if key not in (role, content, "role", "content")
-    }
+        return value if len(value) == 2 and "content" in value else with_calls(value)
+    others = {key: value[key] for key in value if key not in (role, content, "role", "content")}
+    return with_calls({"role": speaker, "content": body} | others)
+
+
+def with_calls(message: Message) -> Message:
+    """Return a message without empty keys, and with its tool calls as templates expect them.
+
+    OpenAI's client writes every key that a message lacks as null, and templates ask whether a key is there. It writes
+    arguments as JSON text, which templates would write as JSON once more.
+    """
+    read = {key: value for key, value in message.items() if value is not None or key == "content"}
+    calls = read.pop("tool_calls", None)
+    if isinstance(calls, str):
+        calls = parse_json_text(calls)
+    return (
+        read | {"tool_calls": list(map(_decode_arguments, calls)) if isinstance(calls, list) else calls}
+        if calls
+        else read
+    )
+
+
+def _decode_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    # A call without arguments is written as empty text.
+    arguments = parse_json_text(function["arguments"]) if function["arguments"].strip() else {}
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def function_calls(text: str, column: str, role: str) -> list[dict[str, Any]]:
+    """Read calls that are a message's text: JSON with name and arguments, or a list of such."""
+    called = parse_json_text(text)
+    calls = called if isinstance(called, list) else [called]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise Unusable("wrong type", f"{column}: a {role} is not JSON with name and arguments")
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    return [_decode_arguments({"type": "function", "function": function}) for function in functions]
 
 
 def _join_text_parts(parts: list[Any]) -> Any:
@@ -225,6 +263,20 @@ def count_shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
         if before["role"] != "assistant" and all(turn["role"] == "assistant" for turn in answers):
             return shared
     raise Unusable("no assistant turn", "no shared turn is followed by an assistant's in both chosen and rejected")
+
+
+def count_asked_turns(conversation: list[Message]) -> int:
+    """Count the turns up to the last of neither the assistant nor a tool: what follows is the answer to it."""
+    return next((n for n in range(len(conversation), 0, -1) if conversation[n - 1]["role"] not in _ANSWERING), 0)
+
+
+def split_after_last_question(conversation: list[Message], column: str) -> tuple[list[Message], list[Message]]:
+    """Split a conversation into its prompt and its answer: calls, their results, and what the assistant says of them."""
+    split_last_turn(conversation, column)
+    n = count_asked_turns(conversation)
+    if not n:
+        raise Unusable("empty prompt", f"{column} has nothing before the answer")
+    return conversation[:n], conversation[n:]
 
 
 def split_last_turn(conversation: list[Message], column: str) -> tuple[list[Message], list[Message]]:
@@ -269,16 +321,27 @@ def with_system(record: Record, prompt: Turns) -> Turns:
 
 def template_inputs(record: Record) -> dict[str, Any]:
     """Read what a row may bring for the chat template: `tools` and `chat_template_kwargs`."""
-    tools, kwargs = record.get("tools"), record.get("chat_template_kwargs")
+    tools, kwargs = _tools(record, "tools"), record.get("chat_template_kwargs")
+    chosen, rejected = (_tools(record, column) or tools for column in SIDES)
+    if chosen != rejected:
+        raise Unusable("different tools", "chosen and rejected have tools of their own; a pair has one prompt")
+    if kwargs and not isinstance(kwargs, dict):
+        raise Unusable("wrong type", f"chat_template_kwargs is {type_name(kwargs)}; expected a mapping")
+    return {"tools": chosen or None, "template_kwargs": kwargs or None}
+
+
+def _tools(record: Record, column: str) -> Any:
+    tools = record.get(column)
     if isinstance(tools, str) and tools.strip():
         tools = parse_json_text(tools)  # several frameworks keep them as JSON text: a table has no type for them
     elif _is_absent(tools):
         tools = None
+    # A table keeps each of them as text for the same reason.
+    if isinstance(tools, list):
+        tools = [parse_json_text(tool) if isinstance(tool, str) else tool for tool in tools]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Unusable("wrong type", "tools is not a list of JSON schemas")
-    if kwargs and not isinstance(kwargs, dict):
-        raise Unusable("wrong type", f"chat_template_kwargs is {type_name(kwargs)}; expected a mapping")
-    return {"tools": tools or None, "template_kwargs": kwargs or None}
+        raise Unusable("wrong type", f"{column} is not a list of JSON schemas")
+    return tools or None
 
 
 def data_columns(record: Record, kind: str, **renamed: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The formats of other training frameworks: LLaMA-Factory, ms-swift, NeMo RL."""
 
+import json
 from typing import Any
 
 from prefcache.pipeline.preparing.example import Candidate, Label, Message, Pair, Ranking, Turns, Unusable
@@ -7,7 +8,27 @@ from prefcache.pipeline.preparing.formats import fields
 from prefcache.pipeline.preparing.formats.registry import Record, data_format
 
 _CONTEXT = ("system", "tools")
+# Roles of ms-swift, for whose texts it also takes JSON that is not text.
+_SWIFT_JSON = ("tool_call", "tool_response", "tool")
 _ALPACA_CONTEXT = ("input", "history", *_CONTEXT)
+
+
+def _make_pair(record: Record, prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
+    pair = fields.make_pair(record, prompt, chosen, rejected)
+    pair.tools = _complete(pair.tools)
+    return pair
+
+
+def _make_label(record: Record, prompt: Turns, completion: Turns, label: bool) -> Label:
+    example = fields.make_label(record, prompt, completion, label)
+    example.tools = _complete(example.tools)
+    return example
+
+
+def _complete(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return tools as OpenAI's schema has them: LLaMA-Factory and ms-swift also take the description of the function alone."""
+    return tools and [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
 
 # -- LLaMA-Factory ---------------------------------------------------------------------------------------------------
 
@@ -19,7 +40,7 @@ _ALPACA = ("instruction", "chosen", "rejected")
 def llamafactory_alpaca(record: Record) -> Pair:
     """LLaMA-Factory's alpaca for preferences: instruction, input, system, history, chosen and rejected."""
     chosen, rejected = fields.text(record, "chosen"), fields.text(record, "rejected")
-    return fields.make_pair(record, _alpaca_prompt(record), chosen, rejected)
+    return _make_pair(record, _alpaca_prompt(record), chosen, rejected)
 
 
 @data_format(
@@ -31,7 +52,7 @@ def llamafactory_alpaca(record: Record) -> Pair:
 def llamafactory_alpaca_kto(record: Record) -> Label:
     """LLaMA-Factory's alpaca for KTO: instruction, input, system, history, output, and kto_tag, true for a good one."""
     completion, label = fields.text(record, "output"), fields.boolean(record, "kto_tag")
-    return fields.make_label(record, _alpaca_prompt(record), completion, label)
+    return _make_label(record, _alpaca_prompt(record), completion, label)
 
 
 def _alpaca_prompt(record: Record) -> Turns:
@@ -66,7 +87,7 @@ def llamafactory_sharegpt(record: Record) -> Pair:
     if prompt[-1]["role"] == "assistant":
         raise Unusable("prompt ends with an answer", "the last turn of conversations is the assistant's")
     chosen, rejected = (_sharegpt_answer(record, column) for column in ("chosen", "rejected"))
-    return fields.make_pair(record, prompt, chosen, rejected)
+    return _make_pair(record, prompt, chosen, rejected)
 
 
 @data_format(
@@ -78,7 +99,7 @@ def llamafactory_sharegpt(record: Record) -> Pair:
 def llamafactory_sharegpt_kto(record: Record) -> Label:
     """LLaMA-Factory's sharegpt for KTO: conversations of {from, value}, whose last turn is the answer, and kto_tag."""
     prompt, completion = fields.split_last_turn(_sharegpt_conversation(record), "conversations")
-    return fields.make_label(record, prompt, completion, fields.boolean(record, "kto_tag"))
+    return _make_label(record, prompt, completion, fields.boolean(record, "kto_tag"))
 
 
 def _sharegpt_answer(record: Record, column: str) -> list[Message]:
@@ -105,35 +126,103 @@ def _sharegpt_turn(value: Any, column: str) -> Message:
     turn = fields.message(value, column, role="from", content="value", roles=fields.ROLES)
     if value["from"] != "function_call":
         return turn
-    # A function call, written as JSON text; chat templates expect it under tool_calls.
-    called = fields.parse_json_text(turn["content"])
-    calls = called if isinstance(called, list) else [called]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise Unusable("wrong type", f"{column}: a function_call is not JSON with name and arguments")
-    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
-    tool_calls = [{"type": "function", "function": function} for function in functions]
-    return {"role": "assistant", "content": "", "tool_calls": tool_calls}
+    # Chat templates expect calls under tool_calls.
+    calls = fields.function_calls(turn["content"], column, "function_call")
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _is_openai_pair(record: Record) -> bool:
+    return fields.has_messages(record, "messages") and all(
+        isinstance(record.get(column), dict) and "role" in record[column] for column in ("chosen", "rejected")
+    )
+
+
+@data_format("messages", "chosen", "rejected", optional=_CONTEXT, when=_is_openai_pair)
+def llamafactory_openai(record: Record) -> Pair:
+    """LLaMA-Factory's openai for preferences: messages, chosen and rejected, a message each; tool calls as OpenAI has them.
+
+    Its converter adds "detailed thinking off" to the system message of a record without tools, and a line end to one
+    with tools. Neither is added here: the system message is the record's own.
+    """
+    prompt = fields.messages(fields.get_column(record, "messages"), "messages", roles=fields.ROLES)
+    if prompt[-1]["role"] == "assistant":
+        raise Unusable("prompt ends with an answer", "the last message of messages is the assistant's")
+    chosen, rejected = (
+        [fields.message(fields.get_column(record, column), column, roles=fields.ROLES)]
+        for column in ("chosen", "rejected")
+    )
+    return _make_pair(record, prompt, chosen, rejected)
 
 
 # -- ms-swift and NeMo RL --------------------------------------------------------------------------------------------
 
 
 def _is_swift_pair(record: Record) -> bool:
-    rejected = fields.has_text(record, "rejected_response") or fields.has_messages(record, "rejected_messages")
-    return fields.has_messages(record, "messages") and rejected
+    rejected = record.get("rejected_response")
+    has_answers = isinstance(rejected, list) and bool(rejected) and all(isinstance(each, str) for each in rejected)
+    return fields.has_messages(record, "messages") and (
+        isinstance(rejected, str)
+        or has_answers
+        or fields.has_messages(record, "rejected_response")
+        or fields.has_messages(record, "rejected_messages")
+    )
 
 
-@data_format("messages", "rejected_response", optional=(*_CONTEXT, "rejected_messages"), when=_is_swift_pair)
-def ms_swift(record: Record) -> Pair:
-    """ms-swift for preferences: messages, whose last turn is the chosen answer, and rejected_response."""
-    chosen = fields.conversation(record, "messages")
-    if not fields.has(record, "rejected_messages"):
-        prompt, answer = fields.split_last_turn(chosen, "messages")
-        return fields.make_pair(record, prompt, answer, fields.text(record, "rejected_response"))
-    rejected = fields.conversation(record, "rejected_messages")
-    n = 0 if rejected[0]["role"] == "assistant" else fields.count_shared_turns(chosen, rejected)
-    prompt, answer = (chosen[:n], chosen[n:]) if n else fields.split_last_turn(chosen, "messages")
-    return fields.make_pair(record, prompt, answer, rejected[n:])
+@data_format(
+    *("messages", "rejected_response"),
+    optional=(*_CONTEXT, "rejected_messages", "rejected_tools"),
+    when=_is_swift_pair,
+)
+def ms_swift(record: Record) -> Pair | Ranking:
+    """ms-swift for preferences: messages, whose turns after the last question are chosen; rejected_response or _messages.
+
+    rejected_response is text, messages, or a list of texts, which are several rejected answers. A call of a tool and its
+    result belong to the answer. Other tools in rejected_tools than in tools send the record to quarantine.
+    """
+    chosen = _swift_messages(record, "messages")
+    prompt, answer = fields.split_after_last_question(chosen, "messages")
+    if fields.has(record, "rejected_messages"):
+        rejected = _swift_messages(record, "rejected_messages")
+        if rejected[0]["role"] == "assistant":
+            return _make_pair(record, prompt, answer, rejected)
+        asked, worse = fields.split_after_last_question(rejected, "rejected_messages")
+        if asked != prompt:
+            # Later questions differ, too. The answers begin after the last question before the conversations part.
+            n = fields.count_asked_turns(chosen[: fields.count_shared_turns(chosen, rejected)])
+            prompt, answer, worse = chosen[:n], chosen[n:], rejected[n:]
+        return _make_pair(record, prompt, answer, worse)
+    responses = fields.get_column(record, "rejected_response")
+    if not isinstance(responses, list):
+        return _make_pair(record, prompt, answer, fields.text(record, "rejected_response"))
+    if not all(isinstance(text, str) for text in responses):
+        return _make_pair(record, prompt, answer, _swift_messages(record, "rejected_response"))
+    answers = (Candidate(answer, 1.0), *(Candidate(text, 0.0) for text in responses))
+    return Ranking(**_make_pair(record, prompt, answer, "").context(), answers=answers)
+
+
+def _swift_messages(record: Record, column: str) -> list[Message]:
+    """Read messages. Calls in a row are one turn, and so is the text before them."""
+    rows = fields.get_column(record, column)
+    if not isinstance(rows, list):
+        return fields.messages(rows, column)
+    turns: list[Message] = []
+    for turn in fields.messages(list(map(_swift_row, rows)), column):
+        role = turn["role"]
+        if role == "tool_call":
+            calls = fields.function_calls(turn["content"], column, role)
+            before = turns.pop() if turns and turns[-1]["role"] == "assistant" else {"role": "assistant", "content": ""}
+            turn = before | {"tool_calls": [*before.get("tool_calls", ()), *calls]}
+        elif role == "tool_response":
+            turn = turn | {"role": "tool"}
+        turns.append(turn)
+    return turns
+
+
+def _swift_row(row: Any) -> Any:
+    """Return a message with a call or a result that is JSON as JSON text."""
+    if not isinstance(row, dict) or row.get("role") not in _SWIFT_JSON or not isinstance(row.get("content"), dict):
+        return row
+    return row | {"content": json.dumps(row["content"], ensure_ascii=False)}
 
 
 @data_format(
@@ -143,9 +232,9 @@ def ms_swift(record: Record) -> Pair:
     when=lambda record: fields.has_messages(record, "messages") and isinstance(record.get("label"), bool),
 )
 def messages_label(record: Record) -> Label:
-    """Messages in OpenAI's shape, whose last turn is the answer, and label: ms-swift's and LLaMA-Factory's for KTO."""
-    prompt, completion = fields.split_last_turn(fields.conversation(record, "messages"), "messages")
-    return fields.make_label(record, prompt, completion, fields.boolean(record, "label"))
+    """Messages whose turns after the last question are the answer, and label: ms-swift's and LLaMA-Factory's for KTO."""
+    prompt, completion = fields.split_after_last_question(_swift_messages(record, "messages"), "messages")
+    return _make_label(record, prompt, completion, fields.boolean(record, "label"))
 
 
 @data_format(

@@ -1,7 +1,7 @@
 """The registry of data formats.
 
 A format is one function from a record to an example. Its parameters after the record are its options, each with a
-default (`prepare.format_args`); its docstring's first line says what it reads.
+default (`prepare.format_args`); its docstring's first line says what it reads, further lines say what one may stumble over.
 """
 
 import inspect
@@ -31,6 +31,11 @@ class Format:
         return inspect.cleandoc(self.reader.__doc__ or "").partition("\n")[0]
 
     @property
+    def notes(self) -> str:
+        """What follows the first line, as one paragraph."""
+        return " ".join(inspect.cleandoc(self.reader.__doc__ or "").partition("\n")[2].split())
+
+    @property
     def options(self) -> dict[str, Any]:
         parameters = list(inspect.signature(self.reader).parameters.values())[1:]
         return {parameter.name: parameter.default for parameter in parameters}
@@ -39,6 +44,7 @@ class Format:
         return {
             "name": self.name,
             "help": self.help,
+            "notes": self.notes,
             "makes": self.makes,
             "columns": self.columns,
             "optional": self.optional,

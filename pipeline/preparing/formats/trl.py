@@ -12,7 +12,7 @@ from prefcache.pipeline.preparing.formats import fields
 from prefcache.pipeline.preparing.formats.registry import Record, data_format
 
 _PAIR, _LABEL = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
-_OF_PAIRS = (*fields.CONTEXT, *schema.data_columns("pairs"))
+_OF_PAIRS = (*fields.CONTEXT, *fields.SIDES, *schema.data_columns("pairs"))
 _OF_LABELS = (*fields.CONTEXT, *schema.data_columns("labels"))
 # Where an answer begins in a transcript written as one text.
 _ANSWER_BEGINS = re.compile(

@@ -74,7 +74,8 @@ DOCUMENTED = [
     *(f"{dialect}.{layout}" for dialect in WRITTEN for layout in PAIRS),
     *(f"kto.{dialect}.{layout}" for dialect in WRITTEN for layout in LABELS),
     *("chat_template.default", "chat_template.argilla_chat", "user_defined.default", "kto.user_defined.default"),
-    *("orpo.chat_template.argilla", "orpo.chat_template", "passthrough.default", "zephyr.nectar"),
+    *("orpo.chat_template.argilla", "orpo.chat_template", "orpo.chat_template.load", "bradley_terry.chat_template"),
+    *("passthrough.default", "zephyr.nectar"),
     *("chatml", "llama3", "chat_template", "user_defined", "kto.user_defined", "passthrough"),
 ]
 
@@ -343,6 +344,22 @@ def test_orpo_reads_longer_conversations_as_they_are():
     record = {"prompt": "Hello.", "chosen": [*HISTORY, ASKED, GOOD], "rejected": [*HISTORY, ASKED, BAD]}
     expected = Pair(prompt=[*HISTORY, ASKED], chosen=[GOOD], rejected=[BAD])
     assert read("orpo.chat_template.argilla", record) == expected
+
+
+def test_orpos_load_asks_what_the_conversations_ask():
+    record = {"prompt": "Name a fish.", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    assert read("orpo.chat_template.load", record) == BY_TEMPLATE
+    system = read("orpo.chat_template.load", record | {"system": "Be brief."})
+    assert system.prompt == [said("system", "Be brief."), ASKED]
+    other = [said("user", "Name a fish."), BAD]
+    assert refused("orpo.chat_template.load", record | {"rejected": other})[0] == "answers to different prompts"
+
+
+def test_data_of_a_reward_model_is_asked_and_answered_in_text():
+    record = {"system": "Be brief.", "input": "Name a bird.", "chosen": "A wren.", "rejected": "A bat."}
+    pair = Pair(prompt=[said("system", "Be brief."), ASKED], chosen="A wren.", rejected="A bat.")
+    assert read("bradley_terry.chat_template", record) == pair
+    assert read("bradley_terry.chat_template", record | {"system": None}).prompt == [ASKED]
 
 
 # -- texts as the config or the data has them ------------------------------------------------------------------------

@@ -5,11 +5,14 @@ import json
 import pytest
 
 from prefcache.pipeline.preparing.example import Candidate, Label, Pair, Ranking
+from prefcache.pipeline.preparing.expand_rankings import expand
 from prefcache.pipeline.preparing.formats import recognise
 from tests.helpers.formats import assistant, read, refused, user
 
 SYSTEM = {"role": "system", "content": "be kind"}
 TOOLS = [{"name": "look", "parameters": {}}]
+# As both frameworks complete them for the template.
+SCHEMAS = [{"type": "function", "function": TOOLS[0]}]
 
 
 def human(said: str) -> dict:
@@ -36,7 +39,7 @@ def test_alpaca_history_goes_before_the_question_and_the_system_before_both():
     pair = read("llamafactory_alpaca", ALPACA | {"history": history, "system": "be kind", "tools": json.dumps(TOOLS)})
     turns = [user("hi"), assistant("hello"), user("how?"), assistant("well"), user("translate\na word")]
     assert pair.prompt == [SYSTEM, *turns]
-    assert pair.tools == TOOLS
+    assert pair.tools == SCHEMAS
 
 
 def test_alpaca_with_a_tag_is_a_label():
@@ -101,7 +104,7 @@ TALK = [SYSTEM, user("hi"), assistant("hello"), user("why?")]
 def test_labelled_messages_end_with_the_answer():
     row = {"messages": [*TALK, assistant("because")], "label": False, "tools": json.dumps(TOOLS)}
     assert read("messages_label", row) == Label(
-        prompt=TALK, completion=[assistant("because")], label=False, tools=TOOLS
+        prompt=TALK, completion=[assistant("because")], label=False, tools=SCHEMAS
     )
 
 
@@ -119,6 +122,151 @@ def test_swift_rejects_messages_with_or_without_what_was_asked(rejected):
     row = {"messages": [*TALK, assistant("because")], "rejected_messages": rejected}
     assert recognise([row]).name == "ms_swift"
     assert read("ms_swift", row) == Pair(prompt=TALK, chosen=[assistant("because")], rejected=[assistant("no")])
+
+
+# Tools and agents
+
+ASKED = [SYSTEM, user("hi"), assistant("hello"), user("what colour is the sky?")]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": '{"colour": "blue"}'}
+TRAJECTORY = [CALLING, RESULT, assistant("It is blue.")]
+
+
+def as_swift(turns: list[dict]) -> list[dict]:
+    """These turns under ms-swift's roles, as its documentation of agents has them."""
+    written: list[dict] = []
+    for turn in turns:
+        if turn["role"] == "assistant" and "tool_calls" in turn:
+            calls = [call["function"] for call in turn["tool_calls"]]
+            written += [{"role": "tool_call", "content": json.dumps(call)} for call in calls]
+        else:
+            written.append(turn | {"role": "tool_response" if turn["role"] == "tool" else turn["role"]})
+    return written
+
+
+def test_swift_takes_all_after_the_last_question_for_the_answer():
+    """As it does with rejected_response: the whole trajectory is replaced, calls and results included."""
+    row = {
+        "messages": as_swift([*ASKED, *TRAJECTORY]),
+        "rejected_response": "I cannot look.",
+        "tools": json.dumps(TOOLS),
+    }
+    assert recognise([row]).name == "ms_swift"
+    assert read("ms_swift", row) == Pair(prompt=ASKED, chosen=TRAJECTORY, rejected="I cannot look.", tools=SCHEMAS)
+
+
+def test_swift_reads_openais_calls_too():
+    openai = CALLING | {
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}],
+    }
+    result = RESULT | {"tool_call_id": "1"}
+    row = {"messages": [*ASKED, openai, result, assistant("It is blue.")], "rejected_response": "no"}
+    assert read("ms_swift", row).chosen == [
+        openai | {"tool_calls": [CALL | {"id": "1"}]},
+        result,
+        assistant("It is blue."),
+    ]
+
+
+def test_swifts_calls_in_a_row_are_one_turn_with_the_text_before_them():
+    call = {"role": "tool_call", "content": {"name": "look", "arguments": {"at": "sky"}}}
+    turns = [user("why?"), assistant("I look."), call, call, RESULT, RESULT | {"content": {"colour": "red"}}]
+    row = {"messages": [*turns, assistant("because")], "label": True}
+    assert read("messages_label", row).completion == [
+        assistant("I look.") | {"tool_calls": [CALL, CALL]},
+        RESULT,
+        RESULT | {"content": '{"colour": "red"}'},
+        assistant("because"),
+    ]
+
+
+def test_swifts_rejected_response_may_be_messages():
+    worse = [CALLING, RESULT, assistant("It is red.")]
+    row = {"messages": as_swift([*ASKED, *TRAJECTORY]), "rejected_response": as_swift(worse)}
+    assert recognise([row]).name == "ms_swift"
+    assert read("ms_swift", row) == Pair(prompt=ASKED, chosen=TRAJECTORY, rejected=worse)
+
+
+def test_swifts_rejected_response_may_be_several():
+    row = {"messages": [*ASKED, *TRAJECTORY], "rejected_response": ["no", "never"], "tools": TOOLS}
+    assert recognise([row]).name == "ms_swift"
+    ranking = read("ms_swift", row)
+    assert ranking == Ranking(
+        prompt=ASKED,
+        answers=(Candidate(TRAJECTORY, 1.0), Candidate("no", 0.0), Candidate("never", 0.0)),
+        tools=SCHEMAS,
+    )
+    pairs = expand(ranking, pairing="best_rest", ties=False, as_labels=False)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [(TRAJECTORY, "no"), (TRAJECTORY, "never")]
+
+
+def test_swifts_rejected_messages_begin_with_the_same_question():
+    worse = [CALLING, RESULT, assistant("It is red.")]
+    for rejected in (worse, [*ASKED, *worse]):
+        row = {"messages": as_swift([*ASKED, *TRAJECTORY]), "rejected_messages": as_swift(rejected)}
+        # They share the call and its result, which are part of both answers all the same.
+        assert read("ms_swift", row) == Pair(prompt=ASKED, chosen=TRAJECTORY, rejected=worse)
+
+
+def test_swifts_conversations_with_questions_of_their_own_part_after_one_that_both_share():
+    chosen = [*ASKED, *TRAJECTORY, user("and at night?"), assistant("black")]
+    rejected = [*ASKED, *TRAJECTORY, user("really?"), assistant("no")]
+    row = {"messages": chosen, "rejected_messages": rejected}
+    assert read("ms_swift", row) == Pair(prompt=ASKED, chosen=chosen[4:], rejected=rejected[4:])
+
+
+def test_swifts_tools_of_the_rejected_side_have_to_be_those_of_the_other():
+    row = {"messages": [*ASKED, *TRAJECTORY], "rejected_messages": [*ASKED, assistant("no")], "tools": TOOLS}
+    assert read("ms_swift", row | {"rejected_tools": json.dumps(TOOLS)}).tools == SCHEMAS
+    assert refused("ms_swift", row | {"rejected_tools": [{"name": "hear"}]})[0] == "different tools"
+
+
+def test_two_answers_in_a_row_are_one_of_two_turns():
+    row = {"messages": [*TALK, assistant("because"), assistant("of the sky")]}
+    both = [assistant("because"), assistant("of the sky")]
+    assert read("messages_label", row | {"label": True}).completion == both
+    assert read("ms_swift", row | {"rejected_response": "no"}) == Pair(prompt=TALK, chosen=both, rejected="no")
+
+
+def test_sharegpt_asks_with_a_call_and_its_result_and_the_tools():
+    call = {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "sky"}}'}
+    turns = [human("what colour is the sky?"), call, {"from": "observation", "value": RESULT["content"]}]
+    row = {"conversations": turns, "chosen": gpt("It is blue."), "rejected": call, "tools": json.dumps(TOOLS)}
+    assert recognise([row]).name == "llamafactory_sharegpt"
+    assert read("llamafactory_sharegpt", row) == Pair(
+        prompt=[ASKED[-1], CALLING, RESULT], chosen=[assistant("It is blue.")], rejected=[CALLING], tools=SCHEMAS
+    )
+
+
+OPENAI = {
+    "messages": [
+        *ASKED,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}],
+        },
+        RESULT | {"tool_call_id": "1"},
+    ],
+    "chosen": assistant("It is blue."),
+    "rejected": assistant("It is red."),
+}
+
+
+def test_openais_messages_for_llama_factory_keep_their_own_system_message():
+    assert recognise([OPENAI]).name == "llamafactory_openai"
+    pair = read("llamafactory_openai", OPENAI | {"tools": TOOLS})
+    assert pair.prompt[:4] == ASKED and pair.prompt[4]["tool_calls"] == [CALL | {"id": "1"}]
+    assert (pair.chosen, pair.rejected, pair.tools) == (
+        [assistant("It is blue.")],
+        [assistant("It is red.")],
+        SCHEMAS,
+    )
+    # Without tools, its own converter would add a text to the system message, or write one.
+    assert read("llamafactory_openai", OPENAI).prompt[0] == SYSTEM
+    assert read("llamafactory_openai", OPENAI | {"messages": ASKED[1:]}).prompt == ASKED[1:]
 
 
 # NeMo RL
@@ -167,6 +315,17 @@ REFUSED = [
     ),
     ("ms_swift", {"messages": TALK, "rejected_response": "no"}, "no assistant turn"),
     ("ms_swift", {"messages": [], "rejected_response": "no"}, "empty prompt"),
+    ("ms_swift", {"messages": [*ASKED, *TRAJECTORY[:2]], "rejected_response": "no"}, "no assistant turn"),
+    ("ms_swift", {"messages": TRAJECTORY, "rejected_response": "no"}, "empty prompt"),
+    (
+        "ms_swift",
+        {"messages": [*ASKED, {"role": "tool_call", "content": "look"}], "rejected_response": "n"},
+        "wrong type",
+    ),
+    ("ms_swift", {"messages": [*TALK, assistant("a")], "rejected_response": [{"role": "assistant"}]}, "wrong type"),
+    ("ms_swift", {"messages": [*TALK, assistant("a")], "rejected_response": ["a", assistant("b")]}, "wrong type"),
+    ("llamafactory_openai", OPENAI | {"messages": [*ASKED, *TRAJECTORY]}, "prompt ends with an answer"),
+    ("llamafactory_openai", OPENAI | {"messages": [{"role": "narrator", "content": "a"}]}, "unknown role"),
     ("nemo", NEMO | {"context": []}, "empty prompt"),
     ("nemo", NEMO | {"context": "why?"}, "wrong type"),
     ("nemo", NEMO | {"completions": [{"rank": 0, "completion": []}]}, "empty answer"),

@@ -159,6 +159,7 @@ ROWS: dict[str, dict] = {
         "conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because"}],
         "kto_tag": True,
     },
+    "llamafactory_openai": {"messages": [USER], "chosen": answer("because")[0], "rejected": answer("no")[0]},
     "ms_swift": {"messages": [USER, *answer("because")], "rejected_response": "no"},
     "messages_label": {"messages": [USER, *answer("because")], "label": True},
     "nemo": {
@@ -281,6 +282,10 @@ ODD: list[Any] = [
     [{"from": "function_call", "value": "{}"}],
     [{"from": {}, "value": "a"}],
     {"role": "assistant", "content": "a"},
+    {"role": "tool_call", "content": {}},
+    [{"role": "user", "content": "why?"}, {"role": "tool_call", "content": {"name": "look", "arguments": "{"}}],
+    [{"role": "assistant", "content": None, "tool_calls": [3, {}, {"function": {"arguments": "["}}]}],
+    ["because", "no"],
     {"from": "gpt", "value": "a"},
     {"from": "function_call", "value": "[]"},
     {"full_text": 3},
@@ -385,6 +390,52 @@ def test_a_bad_record_says_why(reason, record, detail):
         read(record)
     assert caught.value.reason == reason
     assert detail in caught.value.detail
+
+
+def test_calls_as_openai_writes_them_are_those_that_templates_expect():
+    # Arguments are JSON text, and every key that the message lacks is null.
+    called = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}
+    nothing = dict.fromkeys(("refusal", "function_call", "audio"))
+    asked = [USER, *message(content=None, tool_calls=[called], **nothing)]
+    result = {"role": "tool", "content": "blue", "tool_call_id": "call_1", "name": "look"}
+    decoded = called | {"function": {"name": "look", "arguments": {"at": "sky"}}}
+    expected = [USER, {"role": "assistant", "content": None, "tool_calls": [decoded]}, result]
+    assert read(GOOD | {"prompt": [*asked, result]}).prompt == expected
+    # A table keeps calls as JSON text for want of a type.
+    asked = [USER, *message(content=None, tool_calls=json.dumps([called]))]
+    assert read(GOOD | {"prompt": [*asked, result]}).prompt == expected
+    assert read(GOOD | {"chosen": message(tool_calls=[])}).chosen == message()
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("", {}), ('{"a": null}', {"a": None}), ("look up", "look up"), ({"a": 1}, {"a": 1})]
+)
+def test_arguments_are_decoded_where_they_are_json(written, expected):
+    calls = [{"function": {"name": "look", "arguments": written}}]
+    (answered,) = read(GOOD | {"chosen": message(tool_calls=calls)}).chosen
+    assert answered["tool_calls"] == [{"function": {"name": "look", "arguments": expected}}]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_of_an_answer_stay_with_it(key):
+    thinking = message(**{key: "the sky scatters"})
+    assert read(GOOD | {"chosen": thinking}).chosen == thinking
+
+
+def test_tools_of_both_sides_are_those_of_the_prompt_or_refused():
+    look, hear = ([{"type": "function", "function": {"name": name}}] for name in ("look", "hear"))
+    for same in (
+        {"tools": look},
+        {"tools": look, "rejected_tools": json.dumps(look)},
+        {"chosen_tools": look, "rejected_tools": look},
+        {"tools": hear, "chosen_tools": look, "rejected_tools": look},
+        {"tools": [json.dumps(tool) for tool in look], "chosen_tools": None},
+    ):
+        assert read(GOOD | same) == Pair(**GOOD, tools=look)
+    for different in ({"tools": look, "rejected_tools": hear}, {"chosen_tools": look}, {"rejected_tools": look}):
+        with pytest.raises(Unusable) as caught:
+            read(GOOD | different)
+        assert caught.value.reason == "different tools"
 
 
 def test_tools_and_template_arguments_are_kept():
@@ -526,6 +577,8 @@ def test_plain_text_is_one_turns_text_or_named_turns():
     assert plain_text("why?") == "why?"
     assert plain_text([USER]) == "why?"
     assert plain_text([SYSTEM, USER]) == "system: be kind\nuser: why?"
+    called = message(content="", tool_calls=[{"type": "function", "function": {"name": "look", "arguments": {}}}])
+    assert plain_text(called) == '[{"name": "look", "arguments": {}}]'
 
 
 def test_content_in_parts_of_text_is_text():
