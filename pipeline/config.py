@@ -447,6 +447,8 @@ class Train(Section):
     """Peak learning rate, after warm-up."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Number of passes over the training examples; fractions are allowed."""
+    max_steps: Count | None = None
+    """Number of optimizer steps. Replaces epochs: passes over the examples follow one another until then, and the learning rate's schedule ends there."""
     batch_size: Count = 32
     """Examples per optimizer step, over all processes."""
     tokens_per_micro_batch: Annotated[
@@ -457,8 +459,10 @@ class Train(Section):
     """Layout of a forward pass, as in score.rows. auto: the first that is exact for the model."""
     micro_batch_size: Count | None = None
     """Maximum number of examples per forward and backward."""
-    warmup_ratio: Fraction = 0.1
+    warmup_ratio: Fraction | None = 0.1
     """Share of the steps used for warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Number of steps used for warm-up, instead of warmup_ratio."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate to zero after warm-up; constant: no decay."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit"] = "adamw"
@@ -528,6 +532,21 @@ class Train(Section):
     """Maximum number of tokens per sample answer."""
     kinds: Kinds | None = None
     """Patterns that tell the preferred kind of sample answer from the rejected kind."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up_is_a_share_or_a_number(cls, value: Any) -> Any:
+        """Set the ratio to null where steps are given, so that neither key says what the other one overrules."""
+        if not isinstance(value, dict):
+            return value
+        ratio, steps = value.get("warmup_ratio"), value.get("warmup_steps")
+        if ratio is not None and steps is not None:
+            raise ValueError(
+                f"warmup_steps: {steps} and warmup_ratio: {ratio} both say how long the warm-up is. Leave one of them out, or set it "
+                "to null"
+            )
+        others = {key: each for key, each in value.items() if key != "warmup_ratio"}
+        return value if ratio is not None else others if steps is None else {**others, "warmup_ratio": None}
 
     @model_validator(mode="after")
     def _released_gradients_are_used_at_once(self) -> "Train":

@@ -258,7 +258,7 @@ def _loss_rising(watch: Watch) -> Iterator[Alert]:
             trend.now.mean,
             f"the loss is {trend.now.mean:.4g} {watch.span}, up from its lowest, {trend.lowest.mean:.4g}",
             "the policy is losing what it learned: steps are too large, or the data changes along the run",
-            "a lower train.learning_rate, a longer train.warmup_ratio, or an earlier checkpoint",
+            "a lower train.learning_rate, a longer warm-up (train.warmup_ratio), or an earlier checkpoint",
         )
 
 
@@ -409,7 +409,7 @@ def _gradient(watch: Watch) -> Iterator[Alert]:
             usual,
             f"the gradient norm is {usual:.4g} {watch.span} (median); up to {usual_limit:.3g} is usual for this loss",
             "train.max_grad_norm, if set, clips almost every step, which leaves only the gradient's direction",
-            "a lower train.learning_rate or train.beta, or a longer train.warmup_ratio",
+            "a lower train.learning_rate or train.beta, or a longer warm-up (train.warmup_ratio)",
             WARNING if is_huge else NOTE,
         )
     # A loss that has been learned has no gradient left, which is fine.
@@ -438,7 +438,7 @@ def _far_from_reference(watch: Watch) -> Iterator[Alert]:
                 f"the policy is {trend.now.mean:.4g} nats per token from its reference {watch.span} (the mean log-ratio of the "
                 f"{answer} answers, an estimate of the divergence)",
                 "the policy has left the region that the reference's log-probs describe, and answers may degrade",
-                "a lower train.learning_rate, a larger train.beta, fewer train.epochs",
+                "a lower train.learning_rate, a larger train.beta, a shorter run (train.epochs)",
             )
 
 
@@ -456,5 +456,5 @@ def _out_of_range(watch: Watch) -> Iterator[Alert]:
                 trend.now.mean,
                 f"{sign.metric} is {trend.now.mean:.4g} {watch.span}, outside [{low:g}, {high:g}]",
                 sign.note,
-                "a lower train.learning_rate, a larger train.beta, fewer train.epochs",
+                "a lower train.learning_rate, a larger train.beta, a shorter run (train.epochs)",
             )

@@ -207,8 +207,9 @@ def _answer_of(column: str) -> str:
 # -- the order of the steps ------------------------------------------------------------------------------------------
 
 
-def n_steps(n_examples: int, batch_size: int, epochs: float) -> int:
-    return max(1, round(epochs * -(-n_examples // batch_size)))
+def n_steps(n_examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
+    """Count the steps of a run. `max_steps` replaces the epochs."""
+    return max_steps or max(1, round(epochs * -(-n_examples // batch_size)))
 
 
 def evaluates(step: int, n_steps: int, every: int | None) -> bool:
@@ -217,7 +218,13 @@ def evaluates(step: int, n_steps: int, every: int | None) -> bool:
 
 
 def steps(
-    n_examples: int, batch_size: int, epochs: float, seed: int, after: int, ranks: Sequence[np.ndarray] = ()
+    n_examples: int,
+    batch_size: int,
+    epochs: float,
+    seed: int,
+    after: int,
+    ranks: Sequence[np.ndarray] = (),
+    max_steps: int | None = None,
 ) -> Iterator[tuple[int, float, np.ndarray]]:
     """Yield (step from 1, epoch reached, examples of the step), from the step after `after`.
 
@@ -227,7 +234,7 @@ def steps(
     """
     per_epoch = -(-n_examples // batch_size)
     shuffled = None
-    for step in range(after, n_steps(n_examples, batch_size, epochs)):
+    for step in range(after, n_steps(n_examples, batch_size, epochs, max_steps)):
         epoch, i = divmod(step, per_epoch)
         if shuffled != epoch:
             order, shuffled = np.random.default_rng([seed, epoch]).permutation(n_examples), epoch

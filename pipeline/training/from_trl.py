@@ -33,6 +33,7 @@ _SAME = {
     "ld_alpha": "train.tokens.ld_alpha",
     "learning_rate": "train.learning_rate",
     "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
     "warmup_ratio": "train.warmup_ratio",
     "adam_epsilon": "train.eps",
     "weight_decay": "train.weight_decay",
@@ -211,6 +212,8 @@ def convert(theirs: Mapping[str, Any], name: str = "The file") -> Converted:
 
 def _applies(key: str, given: Mapping[str, Any], losses: list[str]) -> bool:
     """Whether TRL reads a key, given its other keys."""
+    if key == "max_steps":
+        return bool(given[key] > 0)
     if key in _LOSS_ARGUMENTS and not set(losses) & set(_LOSS_ARGUMENTS[key]):
         return False
     if key == "label_smoothing":
@@ -278,12 +281,14 @@ def _convert_batches(given: Mapping[str, Any], explicit: Mapping[str, Any], conv
     converted.became["gradient_accumulation_steps"] = (
         "train.batch_size, which is over all processes: multiply it by their number"
     )
-    if isinstance(warmup := explicit.get("warmup_steps"), int | float):
+    has_warmup = given["lr_scheduler_type"] != "constant"
+    if has_warmup and isinstance(warmup := explicit.get("warmup_steps"), int | float):
         if warmup < 1:  # a share of all steps
             converted.put("warmup_steps", "train.warmup_ratio", float(warmup))
             converted.became["warmup_ratio"] = "train.warmup_ratio"
         else:
-            converted.cannot["warmup_steps"] = "the warm-up is a share of all steps; set train.warmup_ratio"
+            converted.put("warmup_steps", "train.warmup_steps", int(warmup))
+            converted.became["warmup_ratio"] = "train.warmup_steps, which overrules it"
     if isinstance(steps := explicit.get("eval_steps"), int):
         converted.put("eval_steps", "train.eval_every", steps)
     for key in ("save_steps", "save_total_limit"):
@@ -317,8 +322,9 @@ def _convert_optimizer(given: Mapping[str, Any], converted: Converted) -> None:
             converted.put(key, ours, known[given[key]])
         elif key in given:
             converted.cannot[key] = f"{ours} is one of {', '.join(dict.fromkeys(known.values()))}"
-    if given["lr_scheduler_type"] == "constant":
-        converted.put("warmup_ratio", "train.warmup_ratio", 0.0)  # TRL ignores it then
+    if given["lr_scheduler_type"] == "constant":  # TRL ignores a warm-up then
+        converted.put("warmup_ratio", "train.warmup_ratio", 0.0)
+        converted.became |= {"warmup_steps": "train.warmup_ratio: 0.0"} if "warmup_steps" in given else {}
     if given.get("max_grad_norm") == 0:
         converted.put("max_grad_norm", "train.max_grad_norm", None)
     betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}

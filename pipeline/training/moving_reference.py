@@ -40,7 +40,7 @@ _SCORES = "reference-scores.safetensors"
 
 def refuse_never(train: Train, n_examples: int) -> None:
     """Refuse a reference that would not move before the last step."""
-    n_steps = dataset.n_steps(n_examples, train.batch_size, train.epochs)
+    n_steps = dataset.n_steps(n_examples, train.batch_size, train.epochs, train.max_steps)
     if train.moving_reference and train.moving_reference.every >= n_steps:
         raise UsageError(
             f"train.moving_reference.every is {train.moving_reference.every:,} and the run has {n_steps:,} steps, so the reference "
@@ -57,7 +57,7 @@ class MovingReference:
         self._examples, self._policy, self._run = examples, policy, run
         self._folder = run / "reference"  # with the reference's weights
         self._every, self._alpha = train.moving_reference.every, train.moving_reference.alpha
-        self._n_steps = dataset.n_steps(len(examples[TRAIN]), train.batch_size, train.epochs)
+        self._n_steps = dataset.n_steps(len(examples[TRAIN]), train.batch_size, train.epochs, train.max_steps)
         self._scores: dict[str, Scores] = {}  # empty until the first move: the cache's log-probs are current
         self._mixes = self._alpha < 1  # else the reference is a past policy, whose weights are not needed again
         if self._mixes and policy.sharded:
@@ -149,7 +149,9 @@ class MovingReference:
     def _upcoming(self, done: int) -> list[np.ndarray]:
         """The examples of the steps until the next move, step by step, each at its first occurrence."""
         train, examples = self._train, self._examples[TRAIN]
-        steps = dataset.steps(len(examples), train.batch_size, train.epochs, train.seed, done, examples.ranks)
+        steps = dataset.steps(
+            len(examples), train.batch_size, train.epochs, train.seed, done, examples.ranks, train.max_steps
+        )
         seen = np.zeros(len(examples), bool)
         upcoming = []
         for _, _, indices in itertools.islice(steps, self._every):

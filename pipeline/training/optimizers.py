@@ -150,6 +150,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def warmup_steps(n_steps: int, train: Train) -> int:
+    if train.warmup_ratio is None:
+        return train.warmup_steps or 0  # as Transformers does it: more than all steps never reach the peak
     return min(math.ceil(train.warmup_ratio * n_steps), n_steps - 1)
 
 

@@ -40,7 +40,7 @@ class Session:
     @property
     def n_steps(self) -> int:
         train = self.config.train
-        return dataset.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs)
+        return dataset.n_steps(len(self.examples[TRAIN]), train.batch_size, train.epochs, train.max_steps)
 
 
 @dataclass(frozen=True)

@@ -143,11 +143,12 @@ def _excluded_keys(train: Train) -> dict[str, Any]:
 
     The size of micro-batches matters where statistics are taken over them, and the times of evaluations where they choose the best
     checkpoint or a moving reference scores what they will read. Earlier versions, which had float32 weights and no adapters of
-    experts, did not record that.
+    experts, did not record that. Epochs mean nothing where max_steps replaces them.
     """
     harmless = _HARMLESS | {"loss", "loss_args", "beta"}
     harmless |= {"micro_batch_size"} if train.scope == "batch" else set()
     harmless |= {"weights"} if train.weights == "float32" else set()
+    harmless |= {"epochs"} if train.max_steps else set()
     harmless -= {"eval_every"} if train.best or train.moving_reference else set()
     adapts_layers_only = train.lora and not train.lora.target_parameters
     return dict.fromkeys(harmless, True) | ({"lora": {"target_parameters"}} if adapts_layers_only else {})

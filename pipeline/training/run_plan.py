@@ -62,7 +62,7 @@ def plan_run(config: Config, layout: str, processes: int, budget: int) -> RunPla
     examples = both[TRAIN]
     if not len(examples):
         raise DataError(f"{prepared.folder} has no example to train on: lower prepare.held_out, or add data.")
-    n_steps = dataset.n_steps(len(examples), train.batch_size, train.epochs)
+    n_steps = dataset.n_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
     step = _plan_steps(train, examples, layout, processes, budget)
     # As one pass over the examples has that many visits, however many steps a run has.
     visits = n_steps * len(examples) / -(-len(examples) // train.batch_size)
@@ -94,9 +94,10 @@ def _select_without_scores(train: Train, kind: str) -> tuple[Selection, list[str
 
 
 def _plan_steps(train: Train, examples: Examples, layout: str, processes: int, budget: int) -> StepPlan:
-    n_steps = dataset.n_steps(len(examples), train.batch_size, min(train.epochs, 1))
+    n_run = dataset.n_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
+    n_steps = min(n_run, dataset.n_steps(len(examples), train.batch_size, 1))
     every = -(-n_steps // _MAX_STEPS)
-    batches = dataset.steps(len(examples), train.batch_size, min(train.epochs, 1), train.seed, 0, examples.ranks)
+    batches = dataset.steps(len(examples), train.batch_size, 1, train.seed, 0, examples.ranks, n_steps)
     tokens, counts, largest, largest_share = [], [], 0, 0
     for _, _, indices in itertools.islice(batches, 0, None, every):
         tokens.append(int(examples.sizes(indices, layout).sum()))

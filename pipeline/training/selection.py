@@ -79,7 +79,7 @@ class Selection:
             name: _Expression(f"train.{name}", sql, kind) for name, sql in given.items() if sql is not None
         }
         self._filter = ExampleFilter(train.only) if train.only is not None else None
-        self._n_epochs = math.ceil(train.epochs)
+        self._train = train
         if (where := self._expressions.get("where")) and where.type != "BOOLEAN":
             raise UsageError(f"{where} is of type {where.type}; expected a condition, such as margin > 0.")
         if (weight := self._expressions.get("weight")) and not re.fullmatch(_NUMBER, weight.type):
@@ -147,10 +147,16 @@ class Selection:
         ranks: list[np.ndarray] = []
         if order := self._expressions.get("order_by"):
             # All epochs now, so that what fails in the third is found before the first.
-            for epoch in range(1, self._n_epochs + 1 if EPOCH in order.names else 2):
+            for epoch in range(1, self._count_epochs(len(rows)) + 1 if EPOCH in order.names else 2):
                 values = order.evaluate(columns, rows, epoch)[0].astype(np.int32)
                 ranks.append(ranks[-1] if ranks and np.array_equal(ranks[-1], values) else values)
         return Choice(rows, weights, tuple(ranks), tuple(notes))
+
+    def _count_epochs(self, n_examples: int) -> int:
+        """Count the passes over the examples that a run begins."""
+        if self._train.max_steps is None:
+            return math.ceil(self._train.epochs)
+        return -(-self._train.max_steps // -(-n_examples // self._train.batch_size))
 
 
 class _Expression:

@@ -9,7 +9,7 @@ from prefcache.pipeline.errors import IdentityError, UsageError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import Before, Provenance, ScoredManifest
-from prefcache.pipeline.training import best_checkpoint, evaluate, metrics
+from prefcache.pipeline.training import best_checkpoint, evaluate, metrics, optimizers
 from prefcache.pipeline.training.run_context import Session
 from prefcache.pipeline.training.run_log import PROVENANCE
 
@@ -55,6 +55,7 @@ def measure_start(s: Session, scored: ScoredManifest | None) -> Before:
     forward, notes = s.policy.forward, [*s.policy.notes, *([s.moving.description] if s.moving else [])]
     for line in (
         f"{len(s.examples[TRAIN]):,} {s.objective.kind}, {s.n_steps} steps of {s.config.train.batch_size}, loss {s.objective.name}",
+        *_warm_up_notes(s),
         *([s.objective.overrides] if s.objective.overrides else []),
         f"rows {forward.layout}" + (f"; {forward.layout_reason}" if forward.layout_reason else ""),
         *notes,
@@ -71,6 +72,16 @@ def measure_start(s: Session, scored: ScoredManifest | None) -> Before:
         before.commit(path)
     s.policy.accelerator.wait_for_everyone()
     return before
+
+
+def _warm_up_notes(s: Session) -> list[str]:
+    n_warmup = optimizers.warmup_steps(s.n_steps, s.config.train)
+    if n_warmup < s.n_steps:
+        return []
+    highest = optimizers.learning_rate(s.n_steps, s.n_steps, s.config.train)
+    return [
+        f"train.warmup_steps is {n_warmup:,} and the run has {s.n_steps:,} steps: the learning rate rises to {highest:.3g} only"
+    ]
 
 
 def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:

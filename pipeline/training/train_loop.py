@@ -55,7 +55,9 @@ def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
     began, evaluation = time.monotonic(), None
     watch = alert_handler.start_watch(s)
     is_over = best_checkpoint.is_patience_exhausted(train.best, state.best)
-    remaining = dataset.steps(len(examples), train.batch_size, train.epochs, train.seed, state.step, examples.ranks)
+    remaining = dataset.steps(
+        len(examples), train.batch_size, train.epochs, train.seed, state.step, examples.ranks, train.max_steps
+    )
     with s.progress.count("train", s.n_steps - state.step, "steps") as counter:
         while not is_over and (following := next(remaining, None)):
             step, epoch, indices = following

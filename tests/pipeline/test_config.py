@@ -257,6 +257,27 @@ def test_a_wrong_value_is_refused_by_name(tmp_path, override, name):
     assert name in refusal(tmp_path, SMALLEST, override)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ((), (0.1, None)),
+        (("train.warmup_ratio=null",), (0.1, None)),
+        (("train.warmup_steps=20",), (None, 20)),
+        (("train.warmup_steps=0", "train.warmup_ratio=null"), (None, 0)),
+    ],
+)
+def test_a_warm_up_in_steps_leaves_no_ratio(settings, expected):
+    found = train(*settings)
+    assert (found.warmup_ratio, found.warmup_steps) == expected
+    # As a run's folder records it.
+    assert config.Train.model_validate(found.model_dump(mode="json")) == found
+
+
+def test_two_lengths_of_the_warm_up_are_refused(tmp_path):
+    message = refusal(tmp_path, SMALLEST, "train.warmup_steps=20", "train.warmup_ratio=0.1")
+    assert "warmup_steps: 20 and warmup_ratio: 0.1 both say how long the warm-up is" in message
+
+
 @pytest.mark.parametrize("key", ["beta", "learning_rate", "epochs", "weight_decay"])
 def test_infinity_is_refused_where_it_has_no_meaning(tmp_path, key):
     assert f"train.{key}" in refusal(tmp_path, SMALLEST, f"train.{key}=.inf")

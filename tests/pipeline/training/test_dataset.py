@@ -91,6 +91,16 @@ def test_more_epochs_do_not_change_the_first():
     assert [indices.tolist() for *_, indices in one] == [indices.tolist() for *_, indices in two[:3]]
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_a_number_of_steps_replaces_the_epochs_and_runs_through_as_many_as_it_takes(n):
+    # 3 steps an epoch, so 7 steps end one into the third epoch; the order is that of three epochs.
+    assert n_steps(10, 4, 0.5, n) == n
+    run, whole = (list(steps(10, 4, epochs, 7, 0, (), most)) for epochs, most in ((0.5, n), (3, None)))
+    assert [(step, epoch, rows.tolist()) for step, epoch, rows in run] == [
+        (step, epoch, rows.tolist()) for step, epoch, rows in whole[:n]
+    ]
+
+
 # -- examples --------------------------------------------------------------------------------------------------------
 
 

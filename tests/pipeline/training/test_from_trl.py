@@ -92,11 +92,26 @@ def test_our_table_of_defaults_is_trls():
         assert value in (ours, [ours]), name
 
 
-@pytest.mark.parametrize(("steps", "ratio"), [(0.05, 0.05), (0, 0.0), (100, 0.0)])
-def test_a_warm_up_below_one_is_a_share(steps, ratio):
+@pytest.mark.parametrize("steps", [0.05, 0])
+def test_a_warm_up_below_one_is_a_share(steps):
     found = convert({"warmup_steps": steps})
-    assert found.config["train"]["warmup_ratio"] == ratio
-    assert ("warmup_steps" in found.cannot) == (steps == 100)
+    assert found.config["train"]["warmup_ratio"] == steps and "warmup_steps" not in found.config["train"]
+
+
+def test_a_warm_up_in_steps_overrules_the_ratio_as_in_trl():
+    found = convert({"warmup_steps": 100, "warmup_ratio": 0.3})
+    assert found.config["train"]["warmup_steps"] == 100 and "warmup_ratio" not in found.config["train"]
+    assert found.became["warmup_ratio"] == "train.warmup_steps, which overrules it" and not found.cannot
+    found.check()
+    # A schedule that TRL calls constant has no warm-up.
+    found = convert({"warmup_steps": 100, "lr_scheduler_type": "constant"})
+    assert found.config["train"]["warmup_ratio"] == 0 and "warmup_steps" not in found.config["train"]
+
+
+def test_a_number_of_steps_comes_along_unless_it_is_off():
+    assert convert({"max_steps": 100}).config["train"]["max_steps"] == 100
+    found = convert({"max_steps": -1})  # Transformers' value for no such number
+    assert "max_steps" not in found.config["train"] and "max_steps" in found.ignored
 
 
 def test_a_reference_that_is_not_synchronised_does_not_move():

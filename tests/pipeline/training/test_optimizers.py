@@ -175,10 +175,19 @@ def test_a_run_in_8_bits_resumes_with_the_same_weights(prefcache, config, tmp_pa
 @pytest.mark.parametrize(
     ("ours", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")]
 )
-def test_the_learning_rate_is_that_of_transformers_scheduler(ours, theirs):
-    n_steps, train = 23, Train(scheduler=ours, warmup_ratio=0.2, learning_rate=3e-4)
+@pytest.mark.parametrize(
+    ("warmup", "n_warmup"),
+    [
+        ({"warmup_ratio": 0.2}, 5),  # a fifth of 23, rounded up
+        ({"warmup_steps": 7}, 7),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_steps": 40}, 40),  # the peak is never reached
+    ],
+)
+def test_the_learning_rate_is_that_of_transformers_scheduler(ours, theirs, warmup, n_warmup):
+    n_steps, train = 23, Train(scheduler=ours, learning_rate=3e-4, **warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    schedule = get_scheduler(theirs, optimizer, 5, n_steps)  # a fifth of 23, rounded up
+    schedule = get_scheduler(theirs, optimizer, n_warmup, n_steps)
     for at in range(1, n_steps + 1):
         assert learning_rate(at, n_steps, train) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-20)
         optimizer.step()

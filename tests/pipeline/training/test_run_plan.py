@@ -29,6 +29,14 @@ def test_steps_and_micro_batches_are_those_of_the_run(prefcache, prepared):
     assert plan(prepared, budget=1 << 20, processes=2).step.several  # each process has a part of the batch
 
 
+def test_a_number_of_steps_is_planned_instead_of_epochs(prefcache, prepared):
+    epoch = plan(prepared, "train.epochs=1")
+    for n in (1, 2 * epoch.steps):
+        found = plan(prepared, f"train.max_steps={n}")
+        assert found.steps == n
+        assert found.trained.positions == pytest.approx(epoch.trained.positions * n / epoch.steps)
+
+
 def test_the_work_is_that_of_all_examples(prefcache, prepared):
     found = plan(prepared, "train.epochs=1")
     work = Work(0, 0, 0)

@@ -277,6 +277,13 @@ def test_an_order_may_name_the_epoch():
     assert len(found.ranks) == 8 and len({id(each) for each in found.ranks}) == 2
 
 
+def test_an_order_by_epoch_knows_how_many_epochs_a_number_of_steps_begins():
+    # 5 examples in steps of 2 are 3 steps an epoch, and 7 steps begin the third; of 2 examples, each step is an epoch.
+    order_by = "if(epoch % 2 = 1, line, -line)"
+    assert len(choose(max_steps=7, batch_size=2, order_by=order_by).ranks) == 3
+    assert len(choose(max_steps=7, batch_size=2, order_by=order_by, rows=[0, 1]).ranks) == 7
+
+
 def test_only_what_is_chosen_is_ordered():
     found = choose(where="margin is not null", weight="line % 2", order_by="margin desc")
     assert order(found) == [1, 0]
