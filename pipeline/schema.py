@@ -35,6 +35,14 @@ class TokenSequence(NamedTuple):
     def n_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def counted_positions(self) -> np.ndarray:
+        return np.arange(len(self.completion_ids)) if self.counted is None else self.counted
+
+    @property
+    def n_counted(self) -> int:
+        return len(self.completion_ids) if self.counted is None else len(self.counted)
+
     def key(self) -> bytes:
         return sequence_key(self.prompt_ids, self.completion_ids)
 

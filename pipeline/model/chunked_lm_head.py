@@ -2,7 +2,7 @@
 
 The logits of all tokens over the whole vocabulary, by far the largest tensor of a step, never exist at once.
 
-Shapes: N completion tokens, n of one chunk, V vocabulary, D hidden width.
+Shapes: N counted tokens, n of one chunk, V vocabulary, D hidden width.
 """
 
 import contextlib
@@ -183,7 +183,7 @@ class _HeadCall:
         self.logits_nV = multiply_head(self.module, self.hidden_nD, self.module.weight.detach(), detached_V)
         # A hook that held this object would be a cycle, which keeps logits in memory until they are collected.
         self.logits_nV.register_hook(self.gradients.append)  # type: ignore[no-untyped-call]
-        return self.logits_nV.view(*hidden.shape[:-1], -1)
+        return self.logits_nV.view(*hidden.shape[:-1], self.logits_nV.shape[-1])
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -244,7 +244,7 @@ def _replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None
 
 def _chunks(model: Any, *by_position: torch.Tensor) -> list[tuple[Any, ...]]:
     """Split into near-equal chunks, so that the last one, which is kept, is not tiny."""
-    n = -(-len(by_position[0]) // _chunk_positions(model))
+    n = max(1, -(-len(by_position[0]) // _chunk_positions(model)))
     return list(zip(*(torch.tensor_split(values, n) for values in by_position), strict=True))
 
 

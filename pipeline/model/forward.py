@@ -138,7 +138,7 @@ class Forward:
         squares: bool = False,
         router_hook: RouterHook | None = None,
     ) -> Logps:
-        """Log-prob of each completion token of every sequence, in the order of the groups, in one forward."""
+        """Log-prob of each counted token of every sequence, in the order of the groups, in one forward."""
         if self.layout != "padded":
             eager = self._kernel == "eager"
             return row_logps(self.model, lay_out(groups), eager=eager, squares=squares, router_hook=router_hook)

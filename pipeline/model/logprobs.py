@@ -2,7 +2,9 @@
 
 `plain_logps` is the definition: one sequence, no tricks. `padded_logps` here and `row_logps` in packed_row.py must equal it.
 
-Shapes: S sequences, T positions, K positions kept for the head, N completion tokens, V vocabulary.
+A sequence may ask for some of its completion's tokens only (`TokenSequence.counted`); all results are of these.
+
+Shapes: S sequences, T positions, K positions kept for the head, N counted tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,20 +33,20 @@ def log_sum_squares(logits_NV: torch.Tensor) -> torch.Tensor:
 
 
 def plain_logps(model: Any, sequence: TokenSequence) -> torch.Tensor:
-    """Log-prob of each completion token of one sequence, by the model's plain forward."""
+    """Log-prob of each counted token of one sequence, by the model's plain forward."""
     device = next(model.parameters()).device
     ids_T = to_device(_concat_ids(sequence), device)
     logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits.squeeze(0)
-    n_prompt = len(sequence.prompt_ids)
-    return gather_logps(logits_TV[n_prompt - 1 : -1], ids_T[n_prompt:])
+    counted_N = to_device(torch.from_numpy(len(sequence.prompt_ids) + sequence.counted_positions), device)
+    return gather_logps(logits_TV[counted_N - 1], ids_T[counted_N])
 
 
 class Logps(NamedTuple):
-    """Log-probs of completion tokens, sequence after sequence."""
+    """Log-probs of counted tokens, sequence after sequence."""
 
     values_N: torch.Tensor
     squares_N: torch.Tensor | None  # log_sum_squares of each token's distribution, without gradient; only if asked for
-    lengths_S: torch.Tensor  # completion tokens of each sequence, on the device
+    lengths_S: torch.Tensor  # counted tokens of each sequence, on the device
     counts: list[int]  # the same on the host
 
     @property
@@ -64,35 +66,43 @@ class Logps(NamedTuple):
 def padded_logps(
     model: Any, sequences: Sequence[TokenSequence], *, squares: bool = False, router_hook: RouterHook | None = None
 ) -> Logps:
-    """Log-prob of each completion token of each sequence, in one padded forward.
+    """Log-prob of each counted token of each sequence, in one padded forward.
 
     Sequences are padded on the right, which a causal model never looks at, so no mask is needed and the fastest attention is
-    used. The head computes only positions that predict a completion token of some sequence. The last token of a sequence is
+    used. The head computes only positions that predict a counted token of some sequence. The last token of a sequence is
     never an input.
     """
     device = next(model.parameters()).device
     ids = [_concat_ids(sequence) for sequence in sequences]
-    counts = [len(sequence.completion_ids) for sequence in sequences]
-    starts = [len(sequence.prompt_ids) - 1 for sequence in sequences]
+    counts = [sequence.n_counted for sequence in sequences]
+    column_N = np.concatenate([len(each.prompt_ids) - 1 + each.counted_positions for each in sequences])
+    kept_K, kept_N = np.unique(column_N, return_inverse=True)
     inputs = {
         "input_ST": pad_sequence([ids_T[:-1] for ids_T in ids], batch_first=True).numpy(),
         "row_N": np.repeat(np.arange(len(sequences)), counts),
-        "column_N": np.concatenate([np.arange(start, start + n) for start, n in zip(starts, counts, strict=True)]),
-        "target_N": np.concatenate([ids_T[-n:] for ids_T, n in zip(ids, counts, strict=True)]),
+        "column_N": column_N,
+        "kept_K": kept_K,
+        "kept_N": kept_N,
+        "target_N": np.concatenate([each.completion_ids[each.counted_positions] for each in sequences]).astype(
+            np.int64
+        ),
         "lengths_S": np.array(counts),
     }
     if router_hook:
         is_token_ST = pad_sequence([torch.ones(len(ids_T) - 1) for ids_T in ids], batch_first=True)
         inputs["tokens"] = np.flatnonzero(is_token_ST)
     on_device = copy_together(inputs, device)
-    first = min(starts)
-    kept_K = torch.arange(first, on_device["input_ST"].shape[1], device=device)
-    out = model(input_ids=on_device["input_ST"], use_cache=False, logits_to_keep=kept_K, **router_options(router_hook))
+    out = model(
+        input_ids=on_device["input_ST"],
+        use_cache=False,
+        logits_to_keep=on_device["kept_K"],
+        **router_options(router_hook),
+    )
     if router_hook:
         router_hook([logits.flatten(0, -2)[on_device["tokens"]] for logits in out.router_logits])
-    if out.logits.shape[1] != len(kept_K):
-        first = 0  # A few models (xLSTM, TrOCR) ignore `logits_to_keep` and return the logits of all positions.
-    logits_NV = out.logits[on_device["row_N"], on_device["column_N"] - first]
+    # A few models (xLSTM, TrOCR) ignore `logits_to_keep` and return the logits of all positions.
+    is_kept = out.logits.shape[1] == len(kept_K)
+    logits_NV = out.logits[on_device["row_N"], on_device["kept_N" if is_kept else "column_N"]]
     return make_logps(score_logits(logits_NV, on_device["target_N"], squares), on_device["lengths_S"], counts)
 
 

@@ -1,6 +1,6 @@
 """A packed row: groups of sequences laid out one after another, without padding, each prompt once.
 
-Shapes: T positions of the row, N completion tokens.
+Shapes: T positions of the row, N counted tokens.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Row:
 
     input_T: np.ndarray
     position_T: np.ndarray  # an answer's continue its prompt's
-    source_N: np.ndarray  # where in the row each completion token is predicted
+    source_N: np.ndarray  # where in the row each counted token is predicted
     target_N: np.ndarray
-    counts: list[int]  # completion tokens of each sequence, in the order of the groups
+    counts: list[int]  # counted tokens of each sequence, in the order of the groups
     trunks: list[slice]  # each prompt with its first answer
     branches: list[Branch]  # each further answer
 
@@ -44,19 +44,20 @@ def lay_out(groups: Sequence[Sequence[TokenSequence]]) -> Row:
             inputs.append(sequence.completion_ids[:-1])
             positions.append(np.arange(n_prompt, n_prompt + answer.stop - answer.start))
             # The prompt's last token predicts the first token of every answer.
-            sources += [np.array([prompt.stop - 1]), np.arange(answer.start, answer.stop)]
+            predicts = np.concatenate([[prompt.stop - 1], np.arange(answer.start, answer.stop)])
+            sources.append(predicts[sequence.counted_positions])
             if i == 0:
                 trunks.append(slice(prompt.start, answer.stop))
             elif answer.stop > answer.start:
                 branches.append(Branch(prompt, answer))
             end = answer.stop
-    completions = [sequence.completion_ids for group in groups for sequence in group]
+    sequences = [sequence for group in groups for sequence in group]
     return Row(
         input_T=np.concatenate(inputs).astype(np.int64),
         position_T=np.concatenate(positions),
         source_N=np.concatenate(sources),
-        target_N=np.concatenate(completions).astype(np.int64),
-        counts=[len(completion) for completion in completions],
+        target_N=np.concatenate([each.completion_ids[each.counted_positions] for each in sequences]).astype(np.int64),
+        counts=[each.n_counted for each in sequences],
         trunks=trunks,
         branches=branches,
     )
@@ -65,7 +66,7 @@ def lay_out(groups: Sequence[Sequence[TokenSequence]]) -> Row:
 def row_logps(
     model: Any, row: Row, *, eager: bool = False, squares: bool = False, router_hook: RouterHook | None = None
 ) -> Logps:
-    """Log-prob of each completion token of each sequence of a row, by a model on which `use_segments` was called."""
+    """Log-prob of each counted token of each sequence of a row, by a model on which `use_segments` was called."""
     segments = Segments(row.trunks, row.branches, eager)
     on_device = copy_together(
         {

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
@@ -35,18 +36,18 @@ class Work(NamedTuple):
 
 def count_work(groups: Sequence[Sequence[TokenSequence]], layout: str) -> Work:
     """Count a forward of these groups; forward.py explains the layouts."""
+    sequences = [sequence for group in groups for sequence in group]
     if layout == "padded":
-        sequences = [sequence for group in groups for sequence in group]
         longest = max(sequence.n_tokens for sequence in sequences) - 1
-        n_head = longest - (min(len(sequence.prompt_ids) for sequence in sequences) - 1)
-        return Work(len(sequences) * longest, len(sequences) * n_head, len(sequences) * longest**2)
-    positions = head_positions = attended = 0
+        # The head computes a position for all if it predicts a counted token of any.
+        kept = np.unique(np.concatenate([len(each.prompt_ids) + each.counted_positions for each in sequences]))
+        return Work(len(sequences) * longest, len(sequences) * len(kept), len(sequences) * longest**2)
+    positions = attended = 0
     for group in groups:
         n_prompt, (first, *others) = len(group[0].prompt_ids), [len(each.completion_ids) - 1 for each in group]
         positions += n_prompt + first + sum(others)
-        head_positions += first + 1 + sum(n + 1 for n in others)
         attended += (n_prompt + first) ** 2 + sum(n * (n_prompt + n) for n in others)
-    return Work(positions, head_positions, attended)
+    return Work(positions, sum(sequence.n_counted for sequence in sequences), attended)
 
 
 @dataclass(frozen=True)

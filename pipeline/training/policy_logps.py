@@ -60,7 +60,7 @@ class Plan:
         """What the sums of this forward read, see token_sums.py."""
         if not self.has:
             return {}
-        n, lengths = len(self.has), [len(sequence.completion_ids) for sequence in self.sequences]
+        n, lengths = len(self.has), [sequence.n_counted for sequence in self.sequences]
         counts = {name: lengths[k * n : (k + 1) * n] for k, name in enumerate(self.names)}
         reference = {name: lists for name, lists in batch.reference_tokens.items() if name in self.names}
         reference = {name: [lists[i] for i in self.has] for name, lists in reference.items()}
@@ -168,10 +168,10 @@ class PolicyLogps:
                         lists = zip(flatten(plan.groups), split_on_host(logps), strict=True)
                         own |= {asked[k]: logps_N for k, logps_N in lists}
         everyone = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
-        known, nothing = ChainMap(*everyone), np.empty(0, np.float32)
-        by_answer = {name: [known.get((name, int(i)), nothing) for i in indices] for name in answers}
+        known, missing = ChainMap(*everyone), np.empty(0, np.float32)
+        by_answer = {name: [known.get((name, int(i)), missing) for i in indices] for name in answers}
         sums = {
-            name: np.array([logps_N.sum(dtype=np.float64) if len(logps_N) else np.nan for logps_N in lists])
+            name: np.array([np.nan if logps_N is missing else logps_N.sum(dtype=np.float64) for logps_N in lists])
             for name, lists in by_answer.items()
         }
         return Scores(indices, sums, by_answer if tokens else {})

@@ -36,7 +36,7 @@ def assert_scores(folder, found, atol: float = 2e-5) -> None:
     # In eval mode RWKV halves its hidden states, which shows in the epsilon of its norms; it has no dropout.
     model.train(model.config.model_type == "rwkv")
     for each, actual in zip(SEQUENCES, found, strict=False):
-        ids = torch.from_numpy(np.concatenate(each).astype(np.int64))
+        ids = torch.from_numpy(each.ids.astype(np.int64))
         with torch.no_grad():
             logps = model(ids[None]).logits[0].log_softmax(-1)
         expected = logps[:-1].gather(1, ids[1:, None])[len(each.prompt_ids) - 1 :, 0].numpy()

@@ -104,7 +104,7 @@ def test_a_heads_bias_has_the_gradient_of_all_its_chunks(monkeypatch):
     expected = torch.zeros(60, dtype=torch.float64)
     for each in PAIRS:
         with torch.no_grad(), forward.native_attention():
-            ids = torch.from_numpy(np.concatenate(each).astype(np.int64))
+            ids = torch.from_numpy(each.ids.astype(np.int64))
             logits_NV = model(input_ids=ids[None]).logits[0, len(each.prompt_ids) - 1 : -1].double()
         expected += F.one_hot(ids[len(each.prompt_ids) :], 60).sum(0) - logits_NV.softmax(-1).sum(0)
     assert relative_error(model.lm_head.bias.grad.double(), expected) < 1e-5

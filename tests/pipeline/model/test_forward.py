@@ -79,11 +79,75 @@ def test_squares_are_those_of_the_plain_forwards_distributions(name, layout):
     model, plain = build(name), build(name)
     logps, squares = compute(start_forward(model, layout, PAIRS), PAIRS, squares=True)
     for each, logps_N, squares_N in zip(PAIRS, logps, squares, strict=True):
-        ids = torch.from_numpy(np.concatenate(each).astype(np.int64))[None]
+        ids = torch.from_numpy(each.ids.astype(np.int64))[None]
         with torch.no_grad():
             logits_NV = plain(input_ids=ids).logits[0, len(each.prompt_ids) - 1 : -1]
         torch.testing.assert_close(squares_N, log_sum_squares(logits_NV), rtol=0, atol=2e-5)
         assert logps_N.requires_grad and not squares_N.requires_grad
+
+
+# -- counted tokens --------------------------------------------------------------------------------------------------
+
+# Turns of 14 and of 8 tokens whose middle is not the assistant's, one whose last token alone counts, and one that counts whole.
+COUNTED = [
+    each._replace(counted=None if positions is None else np.array(positions, dtype=np.int64))
+    for each, positions in zip(
+        [*answers(20, 9, 14), *answers(7, 5, 8)], [[], [0, 1, 2, 9, 10, 13], [4], None], strict=True
+    )
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "gpt2"])
+def test_counted_tokens_have_the_values_and_gradients_of_the_plain_forward_without_the_other_terms(name, layout):
+    exact, model = build(name).double(), build(name)
+    expected = []
+    for each in COUNTED:
+        ids = torch.from_numpy(each.ids.astype(np.int64))
+        logps = exact(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        of_answer = logps[len(each.prompt_ids) - 1 :]
+        expected.append(of_answer if each.counted is None else of_answer[each.counted])
+    weights = torch.arange(1.0, 5, dtype=torch.float64)
+    sum(weight * logps.sum() for weight, logps in zip(weights, expected, strict=True)).backward()
+    logps, squares = compute(start_forward(model, layout, PAIRS), COUNTED, squares=True)
+    assert [len(each) for each in logps] == [len(each) for each in squares] == [0, 6, 1, 8]
+    assert relative_error(torch.cat(logps).double(), torch.cat(expected)) < 1e-5
+    (weights * sum_logps(logps)).sum().backward()
+    assert relative_error(gradient(model).double(), gradient(exact)) < 1e-5
+
+
+def test_of_the_definition_only_counted_tokens_are_returned():
+    model = build("llama")
+    for each in COUNTED:
+        whole, counted = plain_logps(model, each._replace(counted=None)), plain_logps(model, each)
+        assert torch.equal(counted, whole[each.counted_positions])
+
+
+@pytest.mark.parametrize(
+    ("layout", "n"),
+    # 0 + 6 + 1 + 8 tokens count. Padded, all rows have the columns that any of the rows needs: 19, 20, 21, 28, 29, 32 for a
+    # prompt of 20, and 6 to 13 for one of 7.
+    [("shared", 15), ("packed", 15), ("padded", 4 * (6 + 8))],
+)
+def test_the_head_computes_counted_positions_only(layout, n):
+    model, seen = build("llama"), []
+    chosen = start_forward(model, layout, PAIRS)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2).shape[0]))
+    with torch.no_grad():
+        compute(chosen, COUNTED)
+    assert sum(seen) == n
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2"])
+def test_where_no_token_counts_nothing_is_learned(name, layout):
+    model = build(name)
+    nothing = [each._replace(counted=np.empty(0, np.int64)) for each in COUNTED]
+    logps, _ = compute(start_forward(model, layout, PAIRS), nothing, squares=True)
+    sums = sum_logps(logps)
+    assert sums.tolist() == [0, 0, 0, 0]
+    sums.sum().backward()
+    assert gradient(model).norm() == 0
 
 
 # -- the choice of a layout ------------------------------------------------------------------------------------------

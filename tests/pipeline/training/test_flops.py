@@ -40,6 +40,20 @@ def test_it_is_what_pytorch_counts(name, layout):
     assert found == counted(model, layout, groups)
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_the_head_counts_at_counted_tokens_only(layout):
+    model = build("llama")
+    counted_tokens = [[np.array([1, 4]), np.array([], np.int64)], [None, np.array([0])], [np.array([3])]]
+    groups = [
+        [each._replace(counted=positions) for each, positions in zip(*pair, strict=True)]
+        for pair in zip(GROUPS, counted_tokens, strict=True)
+    ]
+    groups = groups if layout == "shared" else [[each] for group in groups for each in group]
+    work = count_work(groups, layout)
+    assert layout == "padded" or work.head_positions == 2 + 0 + 8 + 1 + 1
+    assert model_cost(model).flops(work) == counted(model, layout, groups)
+
+
 def test_experts_count_as_far_as_a_token_takes_them():
     dense, mixture = build("llama"), build("mixtral")
     # Two of four experts instead of one MLP of the same size, and a router of 32 x 4, in 2 layers; all trained.

@@ -33,7 +33,7 @@ APART = [sequence(7, 5), sequence(4, 9), sequence(12, 3), sequence(5, 2)]
 
 def theirs(model, sequences) -> torch.Tensor:
     """Transformers' own loss over the padded batch. The last token of an answer is no input here."""
-    ids = [torch.from_numpy(np.concatenate(each)[:-1].astype(np.int64)) for each in sequences]
+    ids = [torch.from_numpy(each.ids[:-1].astype(np.int64)) for each in sequences]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     mask = torch.arange(padded.shape[1]) < torch.tensor([len(each) for each in ids])[:, None]
     found: torch.Tensor = model(padded, attention_mask=mask.long(), output_router_logits=True).aux_loss
