@@ -205,7 +205,7 @@ CACHE = pa.schema(
 
 # One row per example at each visit of a run. Rewards are derived from it, in SQL. A pair has none of a label's columns and vice
 # versa; a run without a reference has no ref_ columns. If the reference moves, they are those of the reference at that step.
-# Log-probs are plain sums, however the loss weighed tokens.
+# Log-probs are plain sums over the tokens that count, however the loss weighed them.
 STEPS = pa.schema(
     [
         ("step", pa.int64()),
@@ -218,9 +218,9 @@ STEPS = pa.schema(
         ("ref_rejected_logp", pa.float64()),
         ("completion_logp", pa.float64()),
         ("ref_completion_logp", pa.float64()),
-        ("n_chosen", pa.int32()),
-        ("n_rejected", pa.int32()),
-        ("n_completion", pa.int32()),
+        ("n_chosen_counted", pa.int32()),
+        ("n_rejected_counted", pa.int32()),
+        ("n_completion_counted", pa.int32()),
         ("label", pa.bool_()),  # whether the answer is a desirable one
         ("loss", pa.float64()),
     ]
@@ -290,7 +290,7 @@ TOKENS = pa.schema(
         ("gain", pa.float64()),  # nats, from before the first step to after the last
         ("answer", pa.string()),
         ("tokens", pa.list_(pa.string())),  # as text
-        ("logps", pa.list_(pa.float32())),  # of the policy, after the last step
-        ("ref_logps", pa.list_(pa.float32())),  # null where the run reads no reference, or the cache has sums only
+        ("logps", pa.list_(pa.float32())),  # of the policy, after the last step; null for a token that does not count
+        ("ref_logps", pa.list_(pa.float32())),  # null also where the run reads no reference, or the cache has sums only
     ]
 )

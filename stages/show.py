@@ -20,7 +20,7 @@ from prefcache.pipeline.schema import ANSWERS, TokenSequence
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Provenance, RunManifest
 from prefcache.pipeline.stored.scored import open_scored
-from prefcache.pipeline.training.reference_token_logps import token_logps
+from prefcache.pipeline.stored.token_logps import token_logps
 from prefcache.pipeline.training.run_log import PROVENANCE
 
 

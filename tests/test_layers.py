@@ -47,8 +47,8 @@ FLOORS = {
         "memos overwrite_guard shards",
         "contradictions prepared row_writers verified_shards",
         "cache",
-        "cache_writer model_ids scoring_plan",
-        "cache_maintenance freshness cut_answers gguf_conversion scored",
+        "cache_writer model_ids scoring_plan token_logps",
+        "cache_maintenance freshness cut_answers counted_logps gguf_conversion scored",
     ],
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",
@@ -76,7 +76,7 @@ FLOORS = {
         "bf16_adamw offloaded_state",
         "alerts router_loss checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
-        "objective micro_batch_size existing_run selection reference_token_logps released_gradients",
+        "objective micro_batch_size existing_run selection released_gradients",
         "from_trl dataset token_gains loss_columns",
         "run_inputs policy_logps",
         "cache_join gradient_step metrics",

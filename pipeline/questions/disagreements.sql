@@ -6,8 +6,8 @@ select
     line,
     margin_per_token,
     margin,
-    n_chosen,
-    n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
     left(prompt, 60) as prompt
 from pairs
 where used and margin_per_token < 0

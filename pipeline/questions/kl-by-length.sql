@@ -1,9 +1,9 @@
--- How far each run's policy moved from the reference, per token, by answer length: the mean log-ratio of the data's answers. Whole answers are averaged, because a run does not store log-probs of single tokens.
+-- How far each run's policy moved from the reference, per token, by answer length in tokens that count: the mean log-ratio of the data's answers. Whole answers are averaged, because a run does not store log-probs of single tokens.
 with latest as (
     select
         run,
-        any_value(n_chosen) as n_chosen,
-        any_value(n_rejected) as n_rejected,
+        any_value(n_chosen_counted) as n_chosen,
+        any_value(n_rejected_counted) as n_rejected,
         arg_max_null(chosen_logp - ref_chosen_logp, step) as chosen,
         arg_max_null(rejected_logp - ref_rejected_logp, step) as rejected
     from steps

@@ -17,7 +17,7 @@ select
     avg(rejected_logp - ref_rejected_logp) as rejected_log_ratio,
     -- The margin is positive although the chosen answer became less likely.
     avg((margin > 0 and chosen_logp < ref_chosen_logp)::int) as right_by_pushing_down,
-    corr(n_chosen - n_rejected, margin) as margin_with_length
+    corr(n_chosen_counted - n_rejected_counted, margin) as margin_with_length
 from training
 group by run, tenth
 order by run, tenth

@@ -27,7 +27,7 @@ class LengthBias:
     """Whether the chosen answer is the longer one."""
 
     longer: Estimate  # among pairs whose answers differ in length
-    difference: np.ndarray  # in tokens, chosen minus rejected
+    difference: np.ndarray  # in tokens that count, chosen minus rejected
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
     if split := manifest.boundaries.get("split"):
         notes.append(f"{split:,} where the tokenizer would merge prompt and answer; the text was cut there")
     columns = ", ".join(f"n_{name} as {name}" for name in LENGTHS[kind])
-    lengths = con.execute(f"select {columns}, n_chosen - n_rejected as difference, label from examples").fetchnumpy()
+    lengths = con.execute(
+        f"select {columns}, n_chosen_counted - n_rejected_counted as difference, label from examples"
+    ).fetchnumpy()
     difference, labels = lengths.pop("difference"), lengths.pop("label")
     differing = difference[difference != 0]
     return Data(

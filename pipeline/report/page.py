@@ -162,7 +162,7 @@ def _list_moved(runs: Sequence[Run]) -> Iterator[_MovedGroup]:
         for title, examples in ((f"Largest gains{name}", gains), (lost + name, losses)):
             if examples:
                 tokens = (token for example in examples for answer in example.answers.values() for token in answer)
-                has_colours = all(token.ratio is not None for token in tokens)
+                has_colours = any(token.ratio is not None for token in tokens)
                 note = "Not coloured: the run used no reference, or the cache lacks log-probs of single tokens."
                 yield _MovedGroup(title, "" if has_colours else note, examples)
 

@@ -37,8 +37,8 @@ class MovedAnswer:
     gain: float
     answer: str
     tokens: Sequence[str]
-    logps: Sequence[float]
-    ref_logps: Sequence[float] | None
+    logps: Sequence[float | None]  # None: the token does not count
+    ref_logps: Sequence[float | None] | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Measured:
 @dataclass(frozen=True)
 class Token:
     text: str
-    ratio: float | None  # policy minus reference, in nats
+    ratio: float | None  # policy minus reference, in nats; None also where the token does not count
     logp: float
 
 
@@ -275,13 +275,14 @@ def _group_by_example(con: duckdb.DuckDBPyConnection, answers: Iterable[MovedAns
     for answer in answers:
         key = answer.example_id
         example = examples.setdefault(key, MovedExample(key, answer.gain, prompts.get(key, ""), {}))
-        tokens, logp, ratio = [], 0.0, 0.0
-        references = answer.ref_logps or [0.0] * len(answer.logps)
+        tokens, counts, logp, ratio = [], False, 0.0, 0.0
+        references = answer.ref_logps or [None] * len(answer.logps)
         for text, policy, reference in zip(answer.tokens, answer.logps, references, strict=True):
-            logp, ratio = logp + policy, ratio + policy - reference
+            if policy is not None:
+                counts, logp, ratio = True, logp + policy, ratio + policy - (reference or 0.0)
             # Tokens that hold parts of one character become one: only the last has its text.
             if text:
-                tokens.append(Token(text, ratio if answer.ref_logps else None, logp))
-                logp = ratio = 0.0
+                tokens.append(Token(text, ratio if counts and answer.ref_logps else None, logp))
+                counts, logp, ratio = False, 0.0, 0.0
         example.answers[answer.answer] = tokens
     return list(examples.values())

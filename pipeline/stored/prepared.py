@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.schema import ANSWERS, HELD_OUT, PREPARED, TRAIN, TokenSequence
+from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
 
@@ -69,6 +70,11 @@ class Prepared:
             table = artifact.open_arrow_stream(path)
         except (OSError, pa.ArrowException) as error:
             raise IntegrityError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}). {remedy}") from None
+        if f"{ANSWERS[self.kind][0]}_spans" not in table.column_names:
+            raise UsageError(
+                f"{self.folder} was prepared by an earlier version, which did not store which tokens of an answer count. Prepare "
+                "again (prefcache prepare CONFIG): the reference's scores are kept, and no token is scored twice."
+            )
         wanted = {"example_id", "prompt_ids", *(f"{name}_ids" for name in ANSWERS[self.kind])}
         if missing := wanted - {*table.column_names}:
             raise IntegrityError(f"{path} has no column {min(missing)}, which {self.kind} have. {remedy}")
@@ -90,6 +96,20 @@ class IdLists:
         at = row - (self._ends[part - 1] if part else 0)
         ids: np.ndarray = values[offsets[at] : offsets[at + 1]]
         return ids
+
+
+class CountedTokens:
+    """Which tokens of an answer count (spans.py), by the rows of a table of examples."""
+
+    def __init__(self, examples: pa.Table, answer: str) -> None:
+        self.n_all, self.n = (examples[f"n_{answer}{of}"].fill_null(0).to_numpy() for of in ("", "_counted"))
+        self.is_partial = self.n < self.n_all
+        self.spans = examples[f"{answer}_spans"]
+        self._lists = IdLists(self.spans)
+
+    def positions(self, row: int) -> np.ndarray | None:
+        """Return where in the answer they are; None if all tokens count."""
+        return counted_positions(self._lists[row]) if self.is_partial[row] else None
 
 
 def answer_names(examples: pa.Table) -> tuple[str, str]:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from prefcache.pipeline.errors import DataError, IntegrityError
+from prefcache.pipeline.errors import DataError
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.cache import Cache
-from prefcache.pipeline.stored.prepared import IdLists, Prepared
+from prefcache.pipeline.stored.counted_logps import CountedLogps, counted_sums, wrong_length
+from prefcache.pipeline.stored.prepared import CountedTokens, IdLists, Prepared
 from prefcache.pipeline.stored.scored import retract_if_damaged
+from prefcache.pipeline.stored.token_logps import token_logps
 from prefcache.pipeline.training.bco_density_ratio import density_ratios
 from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.objective import WITHOUT_GRADIENT, Objective
-from prefcache.pipeline.training.reference_token_logps import TokenLogps, token_logps
 from prefcache.pipeline.training.run_inputs import RunSetup
 from prefcache.pipeline.training.selection import Selection
 
@@ -59,13 +60,19 @@ class _ReferenceLogps:
     split: str
     answer: str
     keys: pa.ChunkedArray
-    sums: np.ma.MaskedArray
+    counted: CountedTokens
+    whole_sums: np.ma.MaskedArray
+    sums: np.ma.MaskedArray  # of the tokens that count
     is_read_by_loss: bool  # else only the selection reads it
-    tokens: TokenLogps | None = None
+    tokens: CountedLogps | None = None
 
     @property
     def column(self) -> dict[str, np.ndarray]:
         return {f"ref_{self.answer}_logp": np.ma.filled(self.sums, np.nan)}
+
+    @property
+    def selection_columns(self) -> dict[str, np.ndarray]:
+        return {**self.column, f"ref_{self.answer}_logp_all": np.ma.filled(self.whole_sums, np.nan)}
 
 
 def join_cache(
@@ -100,7 +107,12 @@ def join_cache(
     choice = None
     if selection:
         # With train.reference_free the loss sees zeros, and the selection the reference as it is.
-        seen = {name: values for logps in reference if logps.split == TRAIN for name, values in logps.column.items()}
+        seen = {
+            name: values
+            for logps in reference
+            if logps.split == TRAIN
+            for name, values in logps.selection_columns.items()
+        }
         choice = selection.choose(tables[TRAIN], seen, splits[TRAIN].complete_rows)
     return {TRAIN: Examples(splits[TRAIN], choice), HELD_OUT: Examples(splits[HELD_OUT])}
 
@@ -108,7 +120,7 @@ def join_cache(
 def _data_columns(objective: Objective, table: pa.Table) -> dict[str, np.ndarray]:
     """What the prepared data gives: columns that the objective reads, and lengths, which a run's table always has."""
     columns: dict[str, np.ndarray] = {}
-    lengths = (f"n_{answer}" for answer in objective.visited if answer not in WITHOUT_GRADIENT)
+    lengths = (f"n_{answer}_counted" for answer in objective.visited if answer not in WITHOUT_GRADIENT)
     for name in dict.fromkeys([*lengths, *objective.columns]):
         if name.startswith("ref_") and not objective.reference_answers:
             columns[name] = np.zeros(len(table))  # train.reference_free
@@ -144,19 +156,18 @@ def _read_reference(
         return []
     # In one call, so that the cache is read a single time.
     keys = [tables[split][f"{answer}_key"] for split, answer in columns]
+    counted = [CountedTokens(tables[split], answer) for split, answer in columns]
+    whole_sums = cache.logps(keys, accepted)
+    sums = counted_sums(cache, keys, counted, whole_sums, accepted)
     reference = [
-        _ReferenceLogps(split, answer, column, sums, answer in objective.reference_answers)
-        for (split, answer), column, sums in zip(columns, keys, cache.logps(keys, accepted), strict=True)
+        _ReferenceLogps(split, answer, *logps, is_read_by_loss=answer in objective.reference_answers)
+        for (split, answer), logps in zip(columns, zip(keys, counted, whole_sums, sums, strict=True), strict=True)
     ]
     if objective.reads_tokens:
         by_loss = [logps for logps in reference if logps.is_read_by_loss]
-        lists = token_logps(cache, [logps.keys for logps in by_loss], [logps.sums for logps in by_loss], accepted)
-        for logps, tokens in zip(by_loss, lists, strict=True):
-            n_answer = tables[logps.split][f"n_{logps.answer}"].fill_null(0).to_numpy()
-            if ((tokens.lengths != 0) & (tokens.lengths != n_answer)).any():
-                raise IntegrityError(
-                    f"{cache.folder} has another number of log-probs for an answer than the answer has tokens: "
-                    "no scorer wrote that. Score again into another cache (--set cache=FOLDER)."
-                )
-            logps.tokens = tokens
+        keys, whole_sums = [logps.keys for logps in by_loss], [logps.whole_sums for logps in by_loss]
+        for logps, tokens in zip(by_loss, token_logps(cache, keys, whole_sums, accepted), strict=True):
+            if ((tokens.lengths != 0) & (tokens.lengths != logps.counted.n_all)).any():
+                raise wrong_length(cache)
+            logps.tokens = CountedLogps(tokens, logps.counted)
     return reference

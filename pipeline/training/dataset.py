@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from prefcache.pipeline.model.packing import balanced_batches, split_evenly, token_budget_batches
 from prefcache.pipeline.schema import TokenSequence
-from prefcache.pipeline.stored.prepared import IdLists
+from prefcache.pipeline.stored.counted_logps import CountedLogps
+from prefcache.pipeline.stored.prepared import CountedTokens, IdLists
 from prefcache.pipeline.training.objective import GIVEN_WEIGHT
-from prefcache.pipeline.training.reference_token_logps import TokenLogps
 from prefcache.pipeline.training.selection import Choice
 
 Columns = Mapping[str, np.ndarray]
@@ -29,7 +29,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scores:
-    """A reference's log-probs of some examples, by answer: sums of shape [B], nan for a missing answer; tokens if they are read."""
+    """A reference's log-probs of some examples, by answer: sums of shape [B], nan for a missing answer; tokens if they are read.
+
+    Both are of the tokens that count.
+    """
 
     indices: np.ndarray
     sums: dict[str, np.ndarray]
@@ -45,7 +48,7 @@ class SplitData:
     answers: Sequence[str]  # computed in one forward
     optional: Sequence[str] = ()  # answers that an example may lack; they have a forward of their own
     learned: Sequence[str] | None = None  # the answers that a step computes, if not all
-    tokens: Mapping[str, TokenLogps] = field(default_factory=dict)  # the reference's, by answer
+    tokens: Mapping[str, CountedLogps] = field(default_factory=dict)  # the reference's, by answer
 
     @cached_property
     def incomplete_rows(self) -> dict[str, np.ndarray]:
@@ -79,7 +82,7 @@ class Examples:
         if choice.weight is not None:
             self._columns[GIVEN_WEIGHT] = np.full(len(table), np.nan)
             self._columns[GIVEN_WEIGHT][choice.rows] = choice.weight
-        self._tokens: dict[str, TokenLogps | dict[int, np.ndarray]] = dict(data.tokens)
+        self._tokens: dict[str, CountedLogps | dict[int, np.ndarray]] = dict(data.tokens)
         self._example_id, self._prompt = table["example_id"], table["prompt"]
         self._prompt_ids = IdLists(table["prompt_ids"])
         self._answer_ids = {name: IdLists(table[f"{name}_ids"]) for name in (*answers, *optional)}
@@ -91,9 +94,9 @@ class Examples:
             )
             for name in optional
         }
-        self._n_answer = {name: table[f"n_{name}"].fill_null(0).to_numpy() for name in self._answer_ids}
+        self._counted = {name: CountedTokens(table, name) for name in self._answer_ids}
         n_prompt = table["n_prompt"].to_numpy().astype(np.int64)
-        lengths = {name: n_prompt + n.astype(np.int64) for name, n in self._n_answer.items()}
+        lengths = {name: n_prompt + counted.n_all.astype(np.int64) for name, counted in self._counted.items()}
         # Tokens of the forward that an example's answers share, by layout. The last token of an answer is not an input.
         answer_lengths = np.stack([lengths[name] for name in answers])
         together = {
@@ -129,7 +132,7 @@ class Examples:
     def _sequence(self, answer: str, row: int) -> TokenSequence | None:
         if answer in self._has and not self._has[answer][row]:
             return None
-        return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row])
+        return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row], self._counted[answer].positions(row))
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -182,8 +185,8 @@ class Examples:
         sequences = (self._sequence(name, row) for row in rows for name in self._answer_ids)
         return [sequence for sequence in sequences if sequence is not None]
 
-    def n_answer_tokens(self, answer: str, indices: np.ndarray) -> np.ndarray:
-        n: np.ndarray = self._n_answer[answer][self._rows[indices]]
+    def n_counted_tokens(self, answer: str, indices: np.ndarray) -> np.ndarray:
+        n: np.ndarray = self._counted[answer].n[self._rows[indices]]
         return n
 
     def n_tokens(self, indices: np.ndarray) -> int:

@@ -37,7 +37,7 @@ def _available_columns(prepared: Prepared) -> set[str]:
     table, columns = prepared.table(), set[str]()
     for answer in ANSWERS[prepared.kind]:
         if _has_values(table[f"n_{answer}"]):
-            columns |= {f"{answer}_logp", f"ref_{answer}_logp", f"n_{answer}"}
+            columns |= {f"{answer}_logp", f"ref_{answer}_logp", f"n_{answer}_counted"}
     if prepared.kind == "labels":
         columns |= {"label", "density_ratio"}
     return columns | {name for name in data_columns(prepared.kind) if _has_values(table[name])}

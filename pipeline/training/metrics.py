@@ -33,7 +33,7 @@ def example_evaluation(objective: Objective) -> dict[str, float]:
     """The metrics that evaluations of this objective will log, computed on two imaginary examples, one of each kind."""
     ones, answers = np.ones(2), [name for name in objective.visited if name not in WITHOUT_GRADIENT]
     visit = {"label": np.array([1.0, 0.0]), "loss": ones}
-    visit |= {name: ones for answer in answers for name in (f"{answer}_logp", f"n_{answer}")}
+    visit |= {name: ones for answer in answers for name in (f"{answer}_logp", f"n_{answer}_counted")}
     visit |= {f"ref_{answer}_logp": ones for answer in objective.reference_answers}
     visit |= {f"loss/{term.loss.name}": ones for term in objective.terms if len(objective.terms) > 1}
     columns = {name: torch.ones(2, dtype=torch.float64) for name in COLUMNS}
@@ -49,7 +49,7 @@ def log_ratio(visit: Visit, answer: str) -> np.ndarray:
 
 def _rewards(visit: Visit, answer: str, objective: Objective) -> np.ndarray:
     rewards = objective.beta * log_ratio(visit, answer)
-    return rewards / visit[f"n_{answer}"] if objective.per_token else rewards
+    return rewards / visit[f"n_{answer}_counted"] if objective.per_token else rewards
 
 
 def _pair_metrics(visit: Visit, objective: Objective) -> dict[str, np.floating]:
@@ -91,9 +91,9 @@ def _log_ratio_metrics(visit: Visit, objective: Objective) -> dict[str, np.float
     if not objective.reference_answers:
         return {}
     if "completion_logp" in visit:
-        ratio, n, is_desirable = log_ratio(visit, "completion"), visit["n_completion"], visit["label"] > 0
+        ratio, n, is_desirable = log_ratio(visit, "completion"), visit["n_completion_counted"], visit["label"] > 0
         parts = {"chosen": (ratio[is_desirable], n[is_desirable]), "rejected": (ratio[~is_desirable], n[~is_desirable])}
     else:
         names = [name for name in ("chosen", "rejected") if f"ref_{name}_logp" in visit and f"{name}_logp" in visit]
-        parts = {name: (log_ratio(visit, name), visit[f"n_{name}"]) for name in names}
+        parts = {name: (log_ratio(visit, name), visit[f"n_{name}_counted"]) for name in names}
     return {f"log_ratios/{name}": ratio.sum() / n.sum() for name, (ratio, n) in parts.items() if len(n)}

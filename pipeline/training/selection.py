@@ -30,13 +30,17 @@ from prefcache.pipeline.views import MEMORY_LIMIT, query_worker
 T = TypeVar("T")
 _SECONDS = 600.0  # an expression's time limit
 
-# Columns besides the data's own: the reference's log-probs, and what is computed.
-_REFERENCE = {"pairs": ("ref_chosen_logp", "ref_rejected_logp"), "labels": ("ref_completion_logp",)}
+# Columns besides the data's own: the reference's log-probs, of the tokens that count and of whole answers, and what is computed.
+_ANSWERS = {"pairs": ("chosen", "rejected"), "labels": ("completion",)}
+_REFERENCE = {
+    kind: tuple(f"ref_{answer}_logp{which}" for which in ("", "_all") for answer in answers)
+    for kind, answers in _ANSWERS.items()
+}
 _COMPUTED = {
     "pairs": {
         "margin": "ref_chosen_logp - ref_rejected_logp",
-        "margin_per_token": "ref_chosen_logp / n_chosen - ref_rejected_logp / n_rejected",
-        "length_difference": "n_chosen - n_rejected",
+        "margin_per_token": "ref_chosen_logp / n_chosen_counted - ref_rejected_logp / n_rejected_counted",
+        "length_difference": "n_chosen_counted - n_rejected_counted",
         "score_gap": "chosen_score - rejected_score",
     },
     "labels": {},
@@ -96,11 +100,9 @@ class Selection:
     @property
     def reference_answers(self) -> tuple[str, ...]:
         """The answers whose reference log-probs the expressions need, whatever the loss reads."""
-        names = {name for expression in self._expressions.values() for name in expression.names}
+        names = {name.removesuffix("_all") for expression in self._expressions.values() for name in expression.names}
         both = any(name.startswith("margin") for name in names)
-        return tuple(
-            name.removeprefix("ref_").removesuffix("_logp") for name in _REFERENCE[self._kind] if both or name in names
-        )
+        return tuple(answer for answer in _ANSWERS[self._kind] if both or f"ref_{answer}_logp" in names)
 
     @property
     def readers(self) -> dict[str, str]:
@@ -114,7 +116,7 @@ class Selection:
     def choose(self, table: pa.Table, reference: Mapping[str, np.ndarray], rows: np.ndarray) -> Choice:
         """Choose among `rows` of the training split's table, on which the objective has all that it reads.
 
-        `reference` has `ref_X_logp` of the answers that are read, nan where missing.
+        `reference` has `ref_X_logp` and `ref_X_logp_all` of the answers that are read, nan where missing.
         """
         if not len(rows):
             return Choice(rows)

@@ -97,7 +97,7 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
         s.progress.say("train: policy and reference are different weights, so the margin need not start at 0")
         return start
     gaps = [
-        np.abs(metrics.log_ratio(visit, answer)) / examples.n_answer_tokens(answer, sample)
+        np.abs(metrics.log_ratio(visit, answer)) / examples.n_counted_tokens(answer, sample)
         for answer in s.objective.answers
         if answer in s.objective.reference_answers
     ]

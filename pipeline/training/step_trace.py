@@ -27,6 +27,7 @@ from prefcache.pipeline.model.logprobs import Logps
 from prefcache.pipeline.model.offload import OffloadedInputs
 from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_gpu
 from prefcache.pipeline.schema import PAIRS, TokenSequence
+from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.training import distributed, optimizers
 from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.distributed import mixed_precision
@@ -158,7 +159,9 @@ def make_examples(pairs: Sequence[Lengths]) -> Examples:
         row |= {"example_id": str(i), "prompt": "", "n_prompt": lengths.prompt}
         row["prompt_ids"] = np.full(lengths.prompt, i, np.int32)
         for name in ("chosen", "rejected"):
-            row |= {f"{name}_ids": np.zeros(getattr(lengths, name), np.int32), f"n_{name}": getattr(lengths, name)}
+            n = getattr(lengths, name)
+            row |= {f"{name}_ids": np.zeros(n, np.int32), f"n_{name}": n}
+            row |= {f"{name}_spans": whole_span(n), f"n_{name}_counted": n}
         rows.append(row)
     columns = {f"ref_{name}_logp": np.zeros(len(pairs)) for name in ("chosen", "rejected")}
     return Examples(SplitData(pa.Table.from_pylist(rows, schema=PAIRS), columns, ("chosen", "rejected")))

@@ -15,8 +15,8 @@ import pyarrow as pa
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.schema import HELD_OUT, KEY, TOKENS, TokenSequence
 from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.token_logps import token_logps
 from prefcache.pipeline.token_text import token_texts
-from prefcache.pipeline.training.reference_token_logps import token_logps
 from prefcache.pipeline.training.run_log import RunLog
 
 FILE = "tokens.parquet"
@@ -53,17 +53,17 @@ def extremes(gains: Mapping[str, float]) -> list[str]:
 
 
 def read_reference(cache: Cache, sequences: Sequences, accepted: Sequence[str]) -> dict[str, list[np.ndarray]]:
-    """Read the reference's log-prob of every token, by answer."""
+    """Read the reference's log-prob of every token that counts, by answer."""
     keys = [pa.chunked_array([[sequence.key() for sequence in column]], KEY) for column in sequences.values()]
     logps: dict[str, list[np.ndarray]] = {}
     for (answer, column), lists in zip(
         sequences.items(), token_logps(cache, keys, cache.logps(keys, accepted), accepted), strict=True
     ):
-        logps[answer] = [lists[row] for row in range(len(column))]
-        if any(len(a) != len(b.completion_ids) for a, b in zip(logps[answer], column, strict=True)):
+        if any(len(lists[row]) != len(sequence.completion_ids) for row, sequence in enumerate(column)):
             raise IntegrityError(
                 f"{cache.folder} has lost rows since the run began. Score again (prefcache score CONFIG)."
             )
+        logps[answer] = [lists[row][sequence.counted_positions] for row, sequence in enumerate(column)]
     return logps
 
 
@@ -74,7 +74,7 @@ def token_table(
     logps: Mapping[str, list[np.ndarray]],
     reference: Mapping[str, list[np.ndarray]],
 ) -> pa.Table:
-    """Make a table of schema.TOKENS; sequences and log-probs are in the order of `extremes(gains)`."""
+    """Make a table of schema.TOKENS; sequences and log-probs of counted tokens are in the order of `extremes(gains)`."""
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -86,11 +86,19 @@ def token_table(
                 "gain": gains[example_id],
                 "answer": answer,
                 "tokens": token_texts(decode, column[i].completion_ids.tolist()),
-                "logps": logps[answer][i],
-                "ref_logps": reference[answer][i] if answer in reference else None,
+                "logps": _spread(logps[answer][i], column[i]),
+                "ref_logps": _spread(reference[answer][i], column[i]) if answer in reference else None,
             }
             for i, example_id in enumerate(extremes(gains))
             for answer, column in sequences.items()
         ],
         schema=TOKENS,
     )
+
+
+def _spread(logps: np.ndarray, sequence: TokenSequence) -> list[float | None]:
+    """Put the log-probs of counted tokens at their places in the answer, None at the others."""
+    spread: list[float | None] = [None] * len(sequence.completion_ids)
+    for position, logp in zip(sequence.counted_positions, logps.tolist(), strict=True):
+        spread[position] = logp
+    return spread

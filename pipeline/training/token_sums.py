@@ -1,7 +1,7 @@
 """How the log-probs of an answer's tokens become the one number that a loss reads. By default their sum.
 
 Every way of weighing tokens is a modifier of any loss: it changes sums before the loss sees them. A run always stores the plain
-sums. What weighs tokens is laid out on the host, flat and in the order of the forward, so that the device sums all answers in one
+sums. Only tokens that count are seen here: the first of them is number 0, whatever stands before it. What weighs tokens is laid out on the host, flat and in the order of the forward, so that the device sums all answers in one
 operation. Shapes: N tokens of a forward, S its sequences, B examples, A their answers.
 """
 
@@ -31,7 +31,7 @@ class Seed:
 class Answers:
     """The answers that a forward computes, one of each name for every example."""
 
-    counts: Mapping[str, Sequence[int]]  # tokens, by name and example
+    counts: Mapping[str, Sequence[int]]  # tokens that count, by name and example
     # The forward's sequences, as positions in the list of all answers of the first name, of the second, ...
     order: Sequence[int]
 

@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
-from prefcache.pipeline.schema import CACHE, EVENTS, IDS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
+from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, IDS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
 from prefcache.pipeline.stored import duckdb_connection
 from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.counted_logps import find_counted_sums
+from prefcache.pipeline.stored.prepared import CountedTokens
 from prefcache.pipeline.views.view_files import VIEWS, sort_for_creation
 
 MEMORY_LIMIT = "3GB"
@@ -52,6 +54,10 @@ CHECKPOINTS = pa.schema(
         ("folder", pa.string()),
     ]
 )
+# Of the tokens that count, and of whole answers.
+_SUMS = tuple(f"ref_{answer}_logp{which}" for which in ("", "_all") for answer in ANSWERS["pairs"])
+# Columns of the steps of earlier versions.
+_FORMER_STEPS = [pa.field(name, pa.int32()) for name in ("n_chosen", "n_rejected", "n_completion")]
 _CACHES = pa.schema([("folder", pa.string()), ("reference", pa.string()), ("model_id", pa.string())])
 _NUMERICS = pa.schema(
     [
@@ -130,7 +136,7 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
         duckdb_connection.register(con, "checkpoints", sources.checkpoints)
         duckdb_connection.define(con, "cached", sources.shards, CACHE)
         duckdb_connection.define(con, "quarantine", sources.quarantine, QUARANTINE)
-        duckdb_connection.define(con, "visits", sources.steps, STEPS)
+        duckdb_connection.define(con, "visits", sources.steps, pa.schema([*STEPS, *_FORMER_STEPS]))
         duckdb_connection.define(con, "metrics", sources.metrics, METRICS)
         duckdb_connection.define(con, "events", sources.events, EVENTS)
         duckdb_connection.define(con, "timed", sources.throughput, THROUGHPUT)
@@ -154,25 +160,29 @@ def _store_prepared(con: duckdb.DuckDBPyConnection, examples: pa.Table) -> None:
 def _store_scored(con: duckdb.DuckDBPyConnection, sources: Sources) -> None:
     """Store the pairs with the log-probs of each reference, so that no query has to join keys."""
     is_pairs = "chosen_key" in sources.prepared.column_names
-    pairs = _drop_ids(sources.prepared if is_pairs else PREPARED["pairs"].empty_table())
+    examples = sources.prepared if is_pairs else PREPARED["pairs"].empty_table()
+    keys = [examples[f"{answer}_key"] for answer in ANSWERS["pairs"]]
+    counted = [CountedTokens(examples, answer) for answer in ANSWERS["pairs"]]
+    pairs = _drop_ids(examples)
     columns = pa.schema(
         [
             *pairs.schema,
             *(("reference", pa.string()), ("model_id", pa.string()), ("used", pa.bool_())),
-            *(("ref_chosen_logp", pa.float64()), ("ref_rejected_logp", pa.float64())),
+            *((name, pa.float64()) for name in _SUMS),
         ]
     )
     duckdb_connection.register(con, "scored_columns", columns.empty_table())
     branches = ["select * from scored_columns"]
     for n, reference in enumerate(sources.references, 1):
-        # The values that training would read.
-        logps = reference.cache.logps([pairs["chosen_key"], pairs["rejected_key"]], reference.accepted)
+        # The values that training would read, then whole sums.
+        whole = reference.cache.logps(keys, reference.accepted)
+        sums, _ = find_counted_sums(reference.cache, keys, counted, whole, reference.accepted)
         scored = pairs
-        for column, values in zip(("ref_chosen_logp", "ref_rejected_logp"), logps, strict=True):
+        for column, values in zip(_SUMS, [*sums, *whole], strict=True):
             scored = scored.append_column(column, pa.array(values.filled(np.nan), from_pandas=True))
         duckdb_connection.register(con, f"scored_by_{n}", scored)
         name, model_id = map(duckdb_connection.literal, (reference.name, reference.model_id))
-        where = "true" if reference.used else "(ref_chosen_logp is not null or ref_rejected_logp is not null)"
+        where = "true" if reference.used else "(ref_chosen_logp_all is not null or ref_rejected_logp_all is not null)"
         branches.append(
             f"select {name} as reference, {model_id} as model_id, {reference.used} as used, * from scored_by_{n} where {where}"
         )

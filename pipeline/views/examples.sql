@@ -1,4 +1,4 @@
--- Prepared pairs and labels: texts, source and line, lengths in tokens, what truncation removed, and the keys of their sequences.
+-- Prepared pairs and labels: texts, source and line, lengths in tokens and how many of them count (prepare.train_on), what truncation removed, and the keys of their sequences.
 select
     example_id,
     split,
@@ -16,6 +16,11 @@ select
     n_rejected,
     n_completion,
     n_kl,
+    n_chosen_counted,
+    n_rejected_counted,
+    n_completion_counted,
+    n_kl_counted,
+    n_common,
     boundary,
     cut_prompt,
     cut_chosen,

@@ -1,4 +1,4 @@
--- Pairs with the reference's log-probs and margin, one row for each reference that scored them. With several references, `where used` selects the one that this experiment's runs read. train.where can use the computed columns.
+-- Pairs with the reference's log-probs and margin, one row for each reference that scored them. With several references, `where used` selects the one that this experiment's runs read. Log-probs are sums over the tokens that count, which training reads, and under the names with _all over whole answers. train.where can use the computed columns.
 select
     reference,
     model_id,
@@ -14,6 +14,9 @@ select
     n_prompt,
     n_chosen,
     n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
+    n_common,
     boundary,
     cut_prompt,
     cut_chosen,
@@ -22,8 +25,10 @@ select
     lower(hex(rejected_key)) as rejected_key,
     ref_chosen_logp,
     ref_rejected_logp,
+    ref_chosen_logp_all,
+    ref_rejected_logp_all,
     ref_chosen_logp - ref_rejected_logp as margin,
-    ref_chosen_logp / n_chosen - ref_rejected_logp / n_rejected as margin_per_token,
-    n_chosen - n_rejected as length_difference,
+    ref_chosen_logp / n_chosen_counted - ref_rejected_logp / n_rejected_counted as margin_per_token,
+    n_chosen_counted - n_rejected_counted as length_difference,
     chosen_score - rejected_score as score_gap
 from stored.scored

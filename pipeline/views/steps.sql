@@ -1,6 +1,15 @@
--- Every visit of every pair or label in every run: log-probs of policy and reference, rewards, margin and loss. If the reference moves (train.moving_reference), its log-probs are those at that visit.
+-- Every visit of every pair or label in every run: log-probs of policy and reference over the tokens that count, rewards, margin and loss. If the reference moves (train.moving_reference), its log-probs are those at that visit.
 with named as (
-    select visits.*, runs.run, runs.beta, runs.per_token
+    select
+        -- Earlier versions counted every token of an answer, in columns of other names.
+        visits.* replace (
+            coalesce(n_chosen_counted, n_chosen) as n_chosen_counted,
+            coalesce(n_rejected_counted, n_rejected) as n_rejected_counted,
+            coalesce(n_completion_counted, n_completion) as n_completion_counted
+        ),
+        runs.run,
+        runs.beta,
+        runs.per_token
     from stored.visits join stored.runs on parse_dirpath(parse_dirpath(visits.filename)) = runs.folder
 ),
 
@@ -8,9 +17,9 @@ with named as (
 rewarded as (
     select
         *,
-        beta * (chosen_logp - coalesce(ref_chosen_logp, 0)) / if(per_token, n_chosen, 1) as chosen_reward,
-        beta * (rejected_logp - coalesce(ref_rejected_logp, 0)) / if(per_token, n_rejected, 1) as rejected_reward,
-        beta * (completion_logp - coalesce(ref_completion_logp, 0)) / if(per_token, n_completion, 1)
+        beta * (chosen_logp - coalesce(ref_chosen_logp, 0)) / if(per_token, n_chosen_counted, 1) as chosen_reward,
+        beta * (rejected_logp - coalesce(ref_rejected_logp, 0)) / if(per_token, n_rejected_counted, 1) as rejected_reward,
+        beta * (completion_logp - coalesce(ref_completion_logp, 0)) / if(per_token, n_completion_counted, 1)
             as completion_reward
     from named
 )
@@ -25,14 +34,14 @@ select
     rejected_logp,
     ref_chosen_logp,
     ref_rejected_logp,
-    n_chosen,
-    n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
     chosen_reward,
     rejected_reward,
     chosen_reward - rejected_reward as margin,
     completion_logp,
     ref_completion_logp,
-    n_completion,
+    n_completion_counted,
     completion_reward,
     label,
     loss

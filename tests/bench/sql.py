@@ -168,6 +168,9 @@ def _pairs(rng: np.random.Generator, first: int, n: int) -> pa.Table:
     for side in ("chosen", "rejected"):
         columns |= {f"{side}_key": _keys(rng, n), f"cut_{side}": (rng.random(n) < 0.05).astype(np.int32) * 10}
         columns[f"{side}_cut_ids"] = _lists(np.empty(0, np.int64), np.zeros(n, np.int32))
+        whole = np.stack([np.zeros(n, np.int32), lengths[side]], 1)
+        columns |= {f"n_{side}_counted": lengths[side], f"{side}_spans": _lists(whole.ravel(), np.full(n, 2, np.int32))}
+    columns["n_common"] = np.zeros(n, np.int32)
     return pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in PAIRS}, schema=PAIRS)
 
 
@@ -231,7 +234,9 @@ class _Log:
         from prefcache.pipeline.stored import artifact
 
         n = len(pairs)
-        columns: dict[str, Any] = {name: pairs[name] for name in ("split", "example_id", "n_chosen", "n_rejected")}
+        columns: dict[str, Any] = {
+            name: pairs[name] for name in ("split", "example_id", "n_chosen_counted", "n_rejected_counted")
+        }
         columns |= {"step": 1 + np.arange(first, first + n) // 32, "epoch": np.ones(n), "loss": rng.random(n)}
         for side, sign in (("chosen", 1), ("rejected", -1)):
             columns |= {f"ref_{side}_logp": sums[side], f"{side}_logp": sums[side] + rng.normal(sign, 3, n)}

@@ -358,7 +358,7 @@ def examples_of(pairs: list[TokenPair], chosen_logp: np.ndarray, rejected_logp: 
     from prefcache.pipeline.training.dataset import Examples, SplitData
 
     table, answers = _table(pairs), ("chosen", "rejected")
-    columns = {f"n_{answer}": table[f"n_{answer}"].to_numpy().astype(np.float64) for answer in answers}
+    columns = {f"n_{answer}_counted": table[f"n_{answer}_counted"].to_numpy().astype(np.float64) for answer in answers}
     return Examples(
         SplitData(table, columns | {"ref_chosen_logp": chosen_logp, "ref_rejected_logp": rejected_logp}, answers)
     )
@@ -371,8 +371,14 @@ def _table(pairs: list[TokenPair]) -> Any:
     for i, pair in enumerate(pairs):
         row: dict[str, Any] = {"example_id": f"e{i}", "prompt": f"{i}?"}
         for part in TokenPair._fields:
-            row |= {f"{part}_ids": getattr(pair, part), f"n_{part}": len(getattr(pair, part))}
-        rows.append(row)
+            ids = getattr(pair, part)
+            row |= {
+                f"{part}_ids": ids,
+                f"n_{part}": len(ids),
+                f"n_{part}_counted": len(ids),
+                f"{part}_spans": [0, len(ids)],
+            }
+        rows.append({name: value for name, value in row.items() if name in PAIRS.names})
     import pyarrow as pa
 
     return pa.Table.from_pylist(rows, schema=PAIRS)

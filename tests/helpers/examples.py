@@ -9,7 +9,7 @@ import pyarrow as pa
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.schema import CACHE, PREPARED, QUARANTINE, sequence_key
-from prefcache.pipeline.spans import whole_span
+from prefcache.pipeline.spans import count_tokens, whole_span
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
@@ -29,6 +29,12 @@ def objective(**train: Any) -> Objective:
 
 def pair(i: int, prompt: list[int], chosen: list[int], rejected: list[int], **more: Any) -> dict[str, Any]:
     return _row(i, prompt, {"chosen": chosen, "rejected": rejected}) | more
+
+
+def masked(row: dict[str, Any], **spans: list[int]) -> dict[str, Any]:
+    """The example with only the tokens in these spans counting, by answer: `chosen=[0, 1, 4, 6]`."""
+    counts = {f"n_{name}_counted": count_tokens(each) for name, each in spans.items()}
+    return row | {f"{name}_spans": each for name, each in spans.items()} | counts
 
 
 def label(

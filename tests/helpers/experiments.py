@@ -23,6 +23,7 @@ PAIRS = [
         "prompt": f"why {i}?",
     }
     | {"chosen": "yes", "rejected": "no", "n_prompt": 3, "n_chosen": 2 + i, "n_rejected": 1, "boundary": "exact"}
+    | {"n_chosen_counted": 2 + i, "n_rejected_counted": 1, "chosen_spans": [0, 2 + i], "rejected_spans": [0, 1]}
     | {"chosen_key": KEYS[2 * i], "rejected_key": KEYS[2 * i + 1]}
     for i in range(2)
 ]

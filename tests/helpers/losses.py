@@ -9,10 +9,10 @@ from prefcache.pipeline.training.losses import LOSSES
 torch.set_num_threads(1)
 
 LOGPS = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
-LENGTHS = ("n_chosen", "n_rejected")
+LENGTHS = ("n_chosen_counted", "n_rejected_counted")
 GRADES = ("chosen_score", "rejected_score")
 LABELLED = ("completion_logp", "kl_logp", "ref_completion_logp", "ref_kl_logp")
-COLUMNS = (*LOGPS, *LENGTHS, *GRADES, *LABELLED, "n_completion", "label", "density_ratio")
+COLUMNS = (*LOGPS, *LENGTHS, *GRADES, *LABELLED, "n_completion_counted", "label", "density_ratio")
 # The policy learns through these. A mismatched answer only says how far it has moved.
 LEARNT = ("chosen_logp", "rejected_logp", "completion_logp")
 
@@ -34,7 +34,7 @@ def random_columns(n: int = 30, seed: int = 0) -> dict[str, torch.Tensor]:
     lengths = {name: torch.randint(1, 40, (n,), generator=draw).double() for name in LENGTHS}
     grades = {name: 3 * torch.randn(n, generator=draw, dtype=torch.float64) for name in GRADES}
     labelled = {name: -60 * torch.rand(n, generator=draw, dtype=torch.float64) for name in LABELLED}
-    labelled["n_completion"] = torch.randint(1, 40, (n,), generator=draw).double()
+    labelled["n_completion_counted"] = torch.randint(1, 40, (n,), generator=draw).double()
     labelled["label"] = torch.arange(n).remainder(3).gt(0).double()
     labelled["density_ratio"] = 15 * torch.rand(n, generator=draw, dtype=torch.float64)
     return policy | reference | lengths | grades | labelled
@@ -50,7 +50,7 @@ def extreme_columns(dtype=torch.float32) -> dict[str, torch.Tensor]:
         for name, values in zip((*LOGPS, *LENGTHS, *GRADES), zip(*rows, strict=True), strict=True)
     }
     labelled = {name: pairs[like] for name, like in zip(LABELLED, LOGPS, strict=True)}
-    labelled["n_completion"] = pairs["n_chosen"]
+    labelled["n_completion_counted"] = pairs["n_chosen_counted"]
     labelled["label"] = torch.arange(len(rows)).remainder(2).to(dtype)
     labelled["density_ratio"] = torch.tensor([0.0, 1.0, 1e8], dtype=dtype).repeat(len(rows))[: len(rows)]
     return pairs | labelled

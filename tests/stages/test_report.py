@@ -225,7 +225,7 @@ def test_a_tie_is_not_higher():
 
 def test_the_longer_answer_wins_among_pairs_whose_lengths_differ():
     lengths = [(5, 3), (2, 4), (9, 1), (4, 4), (4, 4), (4, 4)]
-    rows = [{"split": "train", "n_prompt": 1, "n_chosen": a, "n_rejected": b} for a, b in lengths]
+    rows = [{"split": "train", "n_prompt": 1, "n_chosen_counted": a, "n_rejected_counted": b} for a, b in lengths]
     con = views.connect(views.Sources(prepared=pa.Table.from_pylist(rows, schema=PREPARED["pairs"])))
     quarantine = {"file": "quarantine.parquet", "bytes": 0, "xxh3_128": "0" * 32, "rows": 0}
     manifest = PreparedManifest.make(inputs={}, kind="pairs", shards=[], quarantine=quarantine, records=6)

@@ -1,7 +1,7 @@
 """Losses for pairs whose margin has a target: from grades, from lengths, from the reference.
 
 In the formulas: a = policy minus reference log-prob of an answer, p the policy's alone, w the chosen one and l the rejected,
-u = beta (a_w - a_l), g the chosen answer's grade minus the rejected one's, s the sigmoid, |y| an answer's tokens.
+u = beta (a_w - a_l), g the chosen answer's grade minus the rejected one's, s the sigmoid, |y| the number of its tokens that count.
 Grades beyond 1e9 in size count as 1e9.
 """
 
@@ -149,7 +149,15 @@ def odpo(
     ranges={"alpha": "[0, inf)"},
 )
 def r_dpo(
-    chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, n_chosen, n_rejected, *, beta=0.1, alpha=0.01
+    chosen_logp,
+    rejected_logp,
+    ref_chosen_logp,
+    ref_rejected_logp,
+    n_chosen_counted,
+    n_rejected_counted,
+    *,
+    beta=0.1,
+    alpha=0.01,
 ):
     """DPO whose reward is charged alpha for each token of an answer.
 
@@ -157,7 +165,7 @@ def r_dpo(
     the plus: the charge on what the policy may earn. Some implementations subtract the term, which pays for length.
     """
     margin_B = beta * ((chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp))
-    return -F.logsigmoid(margin_B + alpha * (n_chosen - n_rejected))
+    return -F.logsigmoid(margin_B + alpha * (n_chosen_counted - n_rejected_counted))
 
 
 @loss(
@@ -186,15 +194,17 @@ def relative_margin(
     rejected_logp,
     ref_chosen_logp,
     ref_rejected_logp,
-    n_chosen,
-    n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
     *,
     momentum=0.9,
     running=None,
     learning=True,
 ):
     """How far a pair's margin of log-ratios per token lies from the mean of recent steps, in standard deviations."""
-    margin_B = (chosen_logp - ref_chosen_logp) / n_chosen - (rejected_logp - ref_rejected_logp) / n_rejected
+    margin_B = (chosen_logp - ref_chosen_logp) / n_chosen_counted - (
+        rejected_logp - ref_rejected_logp
+    ) / n_rejected_counted
     moments = running_moments(margin_B.detach().double(), running, momentum, learning)
     return z_scores(margin_B.detach(), moments), moments
 
@@ -208,8 +218,8 @@ def relative_margin(
 def alpha_dpo(
     chosen_logp,
     rejected_logp,
-    n_chosen,
-    n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
     relative_margin,
     *,
     beta=2.5,
@@ -223,5 +233,5 @@ def alpha_dpo(
     well, so its alpha of 0.2 is the 0.5 here. Mean and deviation are over recent steps as in that code, whose own start at 0
     makes the first z tenfold; here they start at the first batch's. z is 0 where that has no spread.
     """
-    margin_B = chosen_logp / n_chosen - rejected_logp / n_rejected
+    margin_B = chosen_logp / n_chosen_counted - rejected_logp / n_rejected_counted
     return -F.logsigmoid(beta * margin_B - gamma - alpha * relative_margin)

@@ -1,7 +1,7 @@
 """The DPO family, with TRL's names and values.
 
 In the formulas: a = policy minus reference log-prob of an answer, w the chosen one and l the rejected, u = beta (a_w - a_l),
-s the sigmoid, |y| an answer's tokens, e label smoothing. A named f-divergence replaces a by its score.
+s the sigmoid, |y| the number of its tokens that count, e label smoothing. A named f-divergence replaces a by its score.
 """
 
 import math
@@ -57,9 +57,9 @@ def squared(x):
 
 
 @statistic
-def mean_n_chosen(n_chosen):
-    """Mean number of tokens in the batch's chosen answers; it turns sums over answers into a mean over tokens."""
-    return n_chosen.mean()
+def mean_n_chosen_counted(n_chosen_counted):
+    """Mean number of tokens that count in the batch's chosen answers; it turns sums over answers into a mean over tokens."""
+    return n_chosen_counted.mean()
 
 
 @loss("-log s(u)", when="The default. Pairs whose labels can be trusted, from answers that the model might give.")
@@ -93,8 +93,8 @@ def sigmoid_norm(
     rejected_logp,
     ref_chosen_logp,
     ref_rejected_logp,
-    n_chosen,
-    n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
     *,
     beta=5.0,
     f_divergence="reverse_kl",
@@ -104,8 +104,8 @@ def sigmoid_norm(
 
     Lambert et al. 2024 (Tulu 3), https://arxiv.org/abs/2411.15124, Eq. 6, with their beta of 5; TRL's default is 0.1.
     """
-    chosen_B = score(chosen_logp - ref_chosen_logp, f_divergence, f_alpha) / n_chosen
-    rejected_B = score(rejected_logp - ref_rejected_logp, f_divergence, f_alpha) / n_rejected
+    chosen_B = score(chosen_logp - ref_chosen_logp, f_divergence, f_alpha) / n_chosen_counted
+    rejected_B = score(rejected_logp - ref_rejected_logp, f_divergence, f_alpha) / n_rejected_counted
     return -F.logsigmoid(beta * (chosen_B - rejected_B))
 
 
@@ -146,8 +146,8 @@ def ipo(
     rejected_logp,
     ref_chosen_logp,
     ref_rejected_logp,
-    n_chosen,
-    n_rejected,
+    n_chosen_counted,
+    n_rejected_counted,
     *,
     beta=0.1,
     per_token=True,
@@ -162,7 +162,7 @@ def ipo(
     chosen_B = score(chosen_logp - ref_chosen_logp, f_divergence, f_alpha)
     rejected_B = score(rejected_logp - ref_rejected_logp, f_divergence, f_alpha)
     if per_token:
-        chosen_B, rejected_B = chosen_B / n_chosen, rejected_B / n_rejected
+        chosen_B, rejected_B = chosen_B / n_chosen_counted, rejected_B / n_rejected_counted
     return squared(chosen_B - rejected_B - 1 / (2 * beta))
 
 
@@ -370,14 +370,14 @@ def discopop(
     healthy=(CHOSEN_RISES,),
     plain=True,
 )
-def sft(chosen_logp, mean_n_chosen):
+def sft(chosen_logp, mean_n_chosen_counted):
     """Negative log-likelihood of the chosen answers, averaged over the batch's answer tokens.
 
     As a term next to DPO: Pang et al. 2024, https://arxiv.org/abs/2404.19733, Eq. 1, and Liu et al. 2024,
     https://arxiv.org/abs/2405.16436. Every token of the optimizer step has the same weight, rather than every answer; train.tokens
     does not change that.
     """
-    return -chosen_logp / mean_n_chosen
+    return -chosen_logp / mean_n_chosen_counted
 
 
 @statistic

@@ -1,6 +1,6 @@
 """Losses for pairs that need no reference: they train from prepared data that has not been scored.
 
-In the formulas: p = the policy's log-prob of an answer, w the chosen one and l the rejected, |y| an answer's tokens, s the sigmoid,
+In the formulas: p = the policy's log-prob of an answer, w the chosen one and l the rejected, |y| the number of its tokens that count, s the sigmoid,
 e label smoothing.
 """
 
@@ -27,13 +27,15 @@ _CHOSEN_HELD = Healthy(
     ranges={"gamma": "[0, inf)"},
     per_token=True,
 )
-def simpo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma=1.0, label_smoothing=0.0):
+def simpo(
+    chosen_logp, rejected_logp, n_chosen_counted, n_rejected_counted, *, beta=2.0, gamma=1.0, label_smoothing=0.0
+):
     """Log-probs per token as rewards, which have to differ by a margin.
 
     Meng et al. 2024, https://arxiv.org/abs/2405.14734, Eq. 6. gamma is the margin itself, as in the paper and in TRL
     (simpo_gamma); others take gamma / beta.
     """
-    margin_B = chosen_logp / n_chosen - rejected_logp / n_rejected
+    margin_B = chosen_logp / n_chosen_counted - rejected_logp / n_rejected_counted
     return soft_labels(beta * margin_B - gamma, label_smoothing)
 
 
@@ -44,13 +46,23 @@ def simpo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma=1
     ranges={"gamma": "[0, inf)", "alpha": "(-inf, inf)"},
     per_token=True,
 )
-def alphapo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma=1.0, alpha=0.25, label_smoothing=0.0):
+def alphapo(
+    chosen_logp,
+    rejected_logp,
+    n_chosen_counted,
+    n_rejected_counted,
+    *,
+    beta=2.0,
+    gamma=1.0,
+    alpha=0.25,
+    label_smoothing=0.0,
+):
     """SimPO with a reward that alpha bends; simpo itself where alpha is 0.
 
     Gupta et al. 2025, https://arxiv.org/abs/2501.03884, Eq. 5. The exponent is cut at 80 and the reward at 2e35, near
     where float32 ends.
     """
-    margin_B = box_cox(chosen_logp / n_chosen, -alpha) - box_cox(rejected_logp / n_rejected, -alpha)
+    margin_B = box_cox(chosen_logp / n_chosen_counted, -alpha) - box_cox(rejected_logp / n_rejected_counted, -alpha)
     return soft_labels(beta * margin_B - gamma, label_smoothing)
 
 
@@ -60,14 +72,14 @@ def alphapo(chosen_logp, rejected_logp, n_chosen, n_rejected, *, beta=2.0, gamma
     healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
 )
-def cpo(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, label_smoothing=0.0, nll=1.0):
+def cpo(chosen_logp, rejected_logp, mean_n_chosen_counted, *, beta=0.1, label_smoothing=0.0, nll=1.0):
     """DPO with a uniform reference, and the chosen answers' likelihood.
 
     Xu et al. 2024, https://arxiv.org/abs/2401.08417, Eq. 7. nll is TRL's cpo_alpha; the likelihood is averaged over the
     batch's answer tokens.
     """
     preference_B = soft_labels(beta * (chosen_logp - rejected_logp), label_smoothing)
-    return preference_B - nll * chosen_logp / mean_n_chosen
+    return preference_B - nll * chosen_logp / mean_n_chosen_counted
 
 
 @loss(
@@ -76,12 +88,12 @@ def cpo(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, label_smoothing=
     healthy=(_MARGIN_RISES, _ACCURACY_RISES, CHOSEN_RISES),
     ranges={"nll": "[0, inf)"},
 )
-def cpo_hinge(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, nll=1.0):
+def cpo_hinge(chosen_logp, rejected_logp, mean_n_chosen_counted, *, beta=0.1, nll=1.0):
     """CPO with a hinge: TRL's loss_type hinge.
 
     Xu et al. 2024, https://arxiv.org/abs/2401.08417, with the hinge of https://arxiv.org/abs/2305.10425.
     """
-    return torch.relu(1 - beta * (chosen_logp - rejected_logp)) - nll * chosen_logp / mean_n_chosen
+    return torch.relu(1 - beta * (chosen_logp - rejected_logp)) - nll * chosen_logp / mean_n_chosen_counted
 
 
 @loss(
@@ -91,13 +103,15 @@ def cpo_hinge(chosen_logp, rejected_logp, mean_n_chosen, *, beta=0.1, nll=1.0):
     ranges={"nll": "[0, inf)"},
     per_token=True,
 )
-def cpo_ipo(chosen_logp, rejected_logp, n_chosen, n_rejected, mean_n_chosen, *, beta=0.1, nll=1.0):
+def cpo_ipo(
+    chosen_logp, rejected_logp, n_chosen_counted, n_rejected_counted, mean_n_chosen_counted, *, beta=0.1, nll=1.0
+):
     """CPO with IPO's square on log-probs per token: TRL's loss_type ipo.
 
     Xu et al. 2024, https://arxiv.org/abs/2401.08417, with Eq. 17 of https://arxiv.org/abs/2310.12036.
     """
-    margin_B = chosen_logp / n_chosen - rejected_logp / n_rejected
-    return squared(margin_B - 1 / (2 * beta)) - nll * chosen_logp / mean_n_chosen
+    margin_B = chosen_logp / n_chosen_counted - rejected_logp / n_rejected_counted
+    return squared(margin_B - 1 / (2 * beta)) - nll * chosen_logp / mean_n_chosen_counted
 
 
 @loss(
@@ -110,16 +124,16 @@ def cpo_ipo(chosen_logp, rejected_logp, n_chosen, n_rejected, mean_n_chosen, *, 
     ),
     per_token=True,
 )
-def orpo(chosen_logp, rejected_logp, n_chosen, n_rejected, mean_n_chosen, *, beta=0.1):
+def orpo(chosen_logp, rejected_logp, n_chosen_counted, n_rejected_counted, mean_n_chosen_counted, *, beta=0.1):
     """The chosen answer's likelihood, and how its odds compare with the rejected one's.
 
     Hong et al. 2024, https://arxiv.org/abs/2403.07691, Eq. 6 and 7; beta is the paper's lambda. The likelihood is of the answers'
     tokens; TRL's, like the authors' code, is of the prompts' as well. Log-probs per token above -1e-6 count as that.
     """
-    chosen_B = (chosen_logp / n_chosen).clamp(max=_SURE)
-    rejected_B = (rejected_logp / n_rejected).clamp(max=_SURE)
+    chosen_B = (chosen_logp / n_chosen_counted).clamp(max=_SURE)
+    rejected_B = (rejected_logp / n_rejected_counted).clamp(max=_SURE)
     log_odds_B = (chosen_B - rejected_B) - (_log1m_exp(chosen_B) - _log1m_exp(rejected_B))
-    return -chosen_logp / mean_n_chosen - beta * F.logsigmoid(log_odds_B)
+    return -chosen_logp / mean_n_chosen_counted - beta * F.logsigmoid(log_odds_B)
 
 
 def _log1m_exp(logp_B):

@@ -3,12 +3,13 @@
 Positional parameters are columns and statistics, keyword-only ones hyperparameters. The function returns one value per example;
 training minimizes the mean over the optimizer step's examples.
 
-Columns, each of shape [B] (B examples), raw and summed over an answer's tokens:
+Columns, each of shape [B] (B examples). Log-probs are raw, and summed over the tokens of an answer that count (prepare.train_on):
     chosen_logp, rejected_logp                   the policy's log-probs of a pair's answers
     completion_logp                              the policy's, of a labelled answer
     kl_logp                                      the policy's, of a mismatched answer; it carries no gradient
     ref_...                                      the reference's, from the cache
-    n_chosen, n_rejected, n_completion           answer tokens
+    n_chosen_counted, n_rejected_counted,
+    n_completion_counted                         how many tokens these are
     chosen_score, rejected_score                 the data's own grades
     label                                        1 for a desirable answer, 0 for an undesirable one
     density_ratio                                how much likelier a prompt is among the desirable ones
@@ -39,7 +40,7 @@ Direction = Literal["rises", "falls", "may fall", "holds"]
 COLUMNS = (
     *("chosen_logp", "rejected_logp", "completion_logp", "kl_logp"),
     *("ref_chosen_logp", "ref_rejected_logp", "ref_completion_logp", "ref_kl_logp"),
-    *("n_chosen", "n_rejected", "n_completion"),
+    *("n_chosen_counted", "n_rejected_counted", "n_completion_counted"),
     *(column.name for column in DATA_COLUMNS),
     *("label", "density_ratio"),
 )

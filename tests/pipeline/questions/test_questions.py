@@ -301,7 +301,7 @@ def test_reward_hacking(ask, visits):
         )
         pushed = [row["margin"] > 0 and row["chosen_ratio"] < 0 for row in rows]
         assert mine["right_by_pushing_down"] == mean(pushed)
-        lengths = [row["n_chosen"] - row["n_rejected"] for row in rows]
+        lengths = [row["n_chosen_counted"] - row["n_rejected_counted"] for row in rows]
         assert mine["margin_with_length"] == correlation(lengths, [row["margin"] for row in rows])
 
 
@@ -325,7 +325,7 @@ def test_kl_by_length(ask, latest):
     buckets = defaultdict(list)
     for row in latest.values():
         for side in ("chosen", "rejected"):
-            n = row[f"n_{side}"]
+            n = row[f"n_{side}_counted"]
             buckets[side, 2 ** int(math.log2(n))].append((n, row[f"{side}_ratio"]))
     found = {(row["answer"], row["from_tokens"]): row for row in ask("kl-by-length")}
     assert found.keys() == buckets.keys()

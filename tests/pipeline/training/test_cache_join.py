@@ -3,10 +3,25 @@
 import numpy as np
 import pytest
 
+from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.training import cache_join, loss_columns
 from prefcache.pipeline.training.bco_density_ratio import density_ratios
-from tests.helpers.examples import MINE, cache_for, cache_of, floats, label, logps_of, objective, pair, prepared, scored
+from prefcache.pipeline.training.selection import Selection
+from tests.helpers.examples import (
+    MINE,
+    answers,
+    cache_for,
+    cache_of,
+    floats,
+    label,
+    logps_of,
+    masked,
+    objective,
+    pair,
+    prepared,
+    scored,
+)
 
 SCORES = {"chosen_score": 3.0, "rejected_score": 1.0}
 PAIRS = [
@@ -110,16 +125,16 @@ def sums(rows, name):
 def test_pairs_have_lengths_and_the_references_sums(tmp_path):
     train, held_out = examples(tmp_path, PAIRS, loss="sigmoid")
     assert values(train) == {
-        "n_chosen": [3, 1, 1],
-        "n_rejected": [1, 2, 2],
+        "n_chosen_counted": [3, 1, 1],
+        "n_rejected_counted": [1, 2, 2],
         "ref_chosen_logp": sums(PAIRS[:3], "chosen"),
         "ref_rejected_logp": sums(PAIRS[:3], "rejected"),
     }
     # By hand: -(2 + 2*3 + 3*4) / 8 and -(7 + 2*8) / 8
     assert values(train)["ref_chosen_logp"][0] == -2.5 and values(train)["ref_rejected_logp"][1] == -2.875
     assert values(held_out) == {
-        "n_chosen": [1],
-        "n_rejected": [1],
+        "n_chosen_counted": [1],
+        "n_rejected_counted": [1],
         "ref_chosen_logp": [-0.5],
         "ref_rejected_logp": [-1],
     }
@@ -141,7 +156,7 @@ def test_a_pair_without_two_columns_is_counted_once(tmp_path):
 
 def test_a_loss_of_chosen_answers_alone_is_judged_by_both(tmp_path):
     train, _ = examples(tmp_path, PAIRS, loss="sft")
-    assert values(train) == {"n_chosen": [3, 1, 1], "n_rejected": [1, 2, 2]}
+    assert values(train) == {"n_chosen_counted": [3, 1, 1], "n_rejected_counted": [1, 2, 2]}
     # (1 + 3) + (2 + 1) + (1 + 1) tokens to learn from
     assert train.n_tokens(np.arange(3)) == 9 and len(batch(train, "rejected").answers["rejected"]) == 3
 
@@ -153,7 +168,7 @@ def test_a_loss_that_reads_no_grades_leaves_nobody_out_for_them(tmp_path):
 
 def test_without_a_reference_there_are_no_scores_to_lack(tmp_path):
     train, held_out = examples(tmp_path, PAIRS, loss="simpo")
-    assert values(train) == {"n_chosen": [3, 1, 1], "n_rejected": [1, 2, 2]} and len(held_out) == 1
+    assert values(train) == {"n_chosen_counted": [3, 1, 1], "n_rejected_counted": [1, 2, 2]} and len(held_out) == 1
     free, _ = examples(tmp_path, PAIRS, loss="sigmoid", reference_free=True)
     assert values(free)["ref_chosen_logp"] == values(free)["ref_rejected_logp"] == [0, 0, 0]
 
@@ -162,7 +177,7 @@ def test_a_label_without_a_mismatched_answer_is_kept_with_nothing_for_it(tmp_pat
     train, held_out = examples(tmp_path, LABELS, loss="kto")
     found = values(train)
     assert (len(train), train.left_out) == (4, {})
-    assert (found["label"], found["n_completion"]) == ([1, 0, 1, 0], [2, 1, 1, 1])
+    assert (found["label"], found["n_completion_counted"]) == ([1, 0, 1, 0], [2, 1, 1, 1])
     assert found["ref_completion_logp"] == sums(LABELS[:4], "completion")
     assert found["ref_kl_logp"][0] == -0.5 and np.isnan(found["ref_kl_logp"][1])
     assert [answer is None for answer in batch(train, "kl").answers["kl"]] == [False, True, False, False]
@@ -181,7 +196,7 @@ def test_a_mismatched_answer_whose_reference_failed_counts_as_none(tmp_path):
 
 def test_a_loss_without_the_divergence_reads_no_mismatched_answer(tmp_path):
     train, _ = examples(tmp_path, LABELS, (LABELS[0]["kl_key"],), loss="apo_zero_unpaired")
-    assert values(train).keys() == {"n_completion", "ref_completion_logp", "label"} and len(train) == 4
+    assert values(train).keys() == {"n_completion_counted", "ref_completion_logp", "label"} and len(train) == 4
 
 
 def test_tokens_of_the_reference_are_there_only_where_they_are_weighed(tmp_path):
@@ -198,6 +213,72 @@ def test_tokens_of_the_reference_are_there_only_where_they_are_weighed(tmp_path)
 def test_an_empty_split_is_empty(tmp_path, rows):
     train, held_out = examples(tmp_path, rows, loss="sigmoid", tokens={"decay": 0.9})
     assert sorted([len(train), len(held_out)]) == [0, len(rows)]
+
+
+# -- which tokens count ----------------------------------------------------------------------------------------------
+
+MASKED = [
+    masked(pair(0, [1], [2, 3, 4], [5]), chosen=[0, 1, 2, 3]),
+    masked(pair(1, [1, 1], [6], [7, 8]), rejected=[1, 2]),
+    pair(2, [3], [4], [8], split="held_out"),
+]
+
+
+def test_lengths_and_sums_are_of_the_tokens_that_count(tmp_path):
+    train, held_out = examples(tmp_path, MASKED, loss="sigmoid")
+    assert values(train) == {
+        "n_chosen_counted": [2, 1],
+        "n_rejected_counted": [1, 1],
+        "ref_chosen_logp": [-1.75, -0.75],  # -(2 + 12)/8, -6/8
+        "ref_rejected_logp": [-0.625, -2.0],  # -5/8, -16/8
+    }
+    assert values(held_out)["n_chosen_counted"] == [1]
+    found = batch(train, "chosen", "rejected").answers
+    # The forward sees whole answers, and is told whose log-probs are wanted.
+    assert [each.completion_ids.tolist() for each in found["chosen"]] == [[2, 3, 4], [6]]
+    assert found["chosen"][0].counted.tolist() == [0, 2] and found["chosen"][1].counted is None
+    assert found["rejected"][1].counted.tolist() == [1]
+    # What a step costs is a matter of all tokens.
+    assert train.n_tokens(np.arange(2)) == (1 + 3) + (1 + 1) + (2 + 1) + (2 + 2)
+
+
+def test_the_references_tokens_are_those_that_count(tmp_path):
+    train, _ = examples(tmp_path, MASKED, loss="sigmoid", tokens={"decay": 0.9})
+    found = batch(train, "chosen", "rejected").reference_tokens
+    assert [floats(each) for each in found["chosen"]] == [[-0.25, -1.5], [-0.75]]
+    assert [floats(each) for each in found["rejected"]] == [[-0.625], [-2.0]]
+
+
+def test_a_mask_over_sums_alone_is_refused_and_whole_answers_are_not(tmp_path):
+    cache = cache_of(tmp_path / "cache", [scored(*each, logps=None) for each in answers(MASKED)])
+    chosen = objective(loss="sigmoid")
+    with pytest.raises(UsageError, match=r"2 answers have tokens that do not count.*prepare\.train_on to all"):
+        cache_join.join_cache(chosen, prepared(tmp_path / "masked", MASKED), cache, [MINE], density_ratio=False)
+    whole = [masked(row, chosen=[0, len(row["chosen_ids"])], rejected=[0, len(row["rejected_ids"])]) for row in MASKED]
+    found = cache_join.join_cache(chosen, prepared(tmp_path / "whole", whole), cache, [MINE], density_ratio=False)
+    assert values(found["train"])["ref_chosen_logp"] == [-2.5, -0.75]
+
+
+def test_a_loss_without_a_reference_needs_no_cache_for_a_mask(tmp_path):
+    train, _ = examples(tmp_path, MASKED, loss="simpo")
+    assert values(train) == {"n_chosen_counted": [2, 1], "n_rejected_counted": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("where", "chosen"),
+    [
+        ("n_chosen_counted < n_chosen", ["e0"]),
+        ("ref_chosen_logp <> ref_chosen_logp_all", ["e0"]),
+        ("ref_rejected_logp_all = -2.875", ["e1"]),
+        ("margin = -1.125 and margin_per_token = -0.25 and length_difference = 1", ["e0"]),
+    ],
+)
+def test_a_selection_reads_sums_of_counted_and_of_all_tokens(tmp_path, where, chosen):
+    # e0: -1.75 + 0.625 = -1.125 and -1.75/2 + 0.625/1 = -0.25
+    data, cache = prepared(tmp_path / "prepared", MASKED), cache_for(tmp_path / "cache", MASKED)
+    selection = Selection(Train(where=where), "pairs")
+    found = cache_join.join_cache(objective(), data, cache, [MINE], density_ratio=False, selection=selection)["train"]
+    assert found.example_ids(np.arange(len(found))) == chosen
 
 
 # -- density ratios --------------------------------------------------------------------------------------------------

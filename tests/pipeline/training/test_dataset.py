@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from prefcache.pipeline.stored.token_logps import token_logps
 from prefcache.pipeline.training.dataset import Examples, SplitData, n_steps, steps
-from prefcache.pipeline.training.reference_token_logps import token_logps
 from tests.helpers.examples import MINE, cache_for, floats, label, logps_of, pair, table
 
 NAN = float("nan")
@@ -158,7 +158,7 @@ def test_none_or_all_examples_may_lack_something(without, n, left_out):
 def test_tokens_of_a_step_are_those_of_both_sequences():
     # Pair 0: (1 + 1) + (1 + 1) = 4; pair 7: (3 + 1) + (3 + 2) = 9
     assert pairs(10).n_tokens(np.array([0, 7])) == 13
-    assert pairs(10).n_answer_tokens("rejected", np.array([7, 0])).tolist() == [2, 1]
+    assert pairs(10).n_counted_tokens("rejected", np.array([7, 0])).tolist() == [2, 1]
     assert pairs(10, without=(0,)).n_tokens(np.array([6])) == 9  # of the seventh that is left
 
 
@@ -198,7 +198,7 @@ def test_a_label_lacking_its_own_value_is_left_out_also_of_the_others():
 def test_tokens_of_labels_are_those_of_their_own_answers():
     # (2 + 1) + (2 + 2) + (2 + 3) + (2 + 4): mismatched answers are not learned from.
     assert labels().n_tokens(np.arange(4)) == 18
-    assert labels().n_answer_tokens("kl", np.arange(4)).tolist() == [2, 0, 9, 1]
+    assert labels().n_counted_tokens("kl", np.arange(4)).tolist() == [2, 0, 9, 1]
 
 
 def test_the_references_tokens_follow_the_examples(tmp_path):

@@ -34,7 +34,7 @@ def examples_of(objective: Objective) -> Examples:
         columns["label"] = np.array([row["label"] for row in LABELS])
         return Examples(SplitData(table(LABELS, "labels"), columns, ("completion",)))
     columns = {name: np.full(N, -30.0) for name in ("ref_chosen_logp", "ref_rejected_logp")}
-    columns |= {f"n_{side}": np.array([row[f"n_{side}"] for row in PAIRS]) for side in ("chosen", "rejected")}
+    columns |= {f"n_{side}_counted": np.array([row[f"n_{side}"] for row in PAIRS]) for side in ("chosen", "rejected")}
     return Examples(SplitData(table(PAIRS, "pairs"), columns, ("chosen", "rejected")))
 
 

@@ -19,15 +19,15 @@ PAIRS = visit(
     ref_chosen_logp=[-5, -8, -8],
     rejected_logp=[-7, -2, -9],
     ref_rejected_logp=[-6, -6, -8],
-    n_chosen=[2, 4, 2],
-    n_rejected=[1, 2, 4],
+    n_chosen_counted=[2, 4, 2],
+    n_rejected_counted=[1, 2, 4],
     loss=[0.25, 0.5, 0.75],
 )
 # Log-ratios 1 and 2 of desirable answers, 1, -2 and 0 of undesirable ones.
 LABELS = visit(
     completion_logp=[-4, -6, -9, -8, -3],
     ref_completion_logp=[-5, -8, -10, -6, -3],
-    n_completion=[2, 4, 1, 2, 3],
+    n_completion_counted=[2, 4, 1, 2, 3],
     label=[1, 1, 0, 0, 0],
     loss=[1, 2, 3, 4, 5],
 )
@@ -99,7 +99,7 @@ def test_few_examples_terms_answers_and_finite_values_leave_the_other_metrics():
     terms = visit(**{"loss/sigmoid": [1, 2, 3], "loss/sft": [0, 0, 3]})
     found = visit_metrics(PAIRS | terms, objective(loss=["sigmoid", "sft"]))
     assert (found["loss/sigmoid"], found["loss/sft"], found["loss"]) == (2, 1, 0.5)
-    only = visit(chosen_logp=[-4, -6], n_chosen=[2, 4], loss=[1, 2])  # a step of sft
+    only = visit(chosen_logp=[-4, -6], n_chosen_counted=[2, 4], loss=[1, 2])  # a step of sft
     assert visit_metrics(only, objective(loss="sft")) == {"loss": 1.5, "logps/chosen": -5}
     found = visit_metrics(PAIRS | visit(loss=[0.25, NAN, 0.75]), objective(loss="sigmoid"))
     assert "loss" not in found and np.isfinite(found["rewards/margins"])

@@ -28,7 +28,7 @@ def softplus(x):
 
 
 # Two pairs: margins (-2 + 3) - (-5 + 4) = 2 and (-1 + 1) - (-2 + 6) = -4.
-PAIRS = columns_of([(-2, -5, -3, -4), (-1, -2, -1, -6)]) | {"n_chosen": t(2, 6), "n_rejected": t(4, 1)}
+PAIRS = columns_of([(-2, -5, -3, -4), (-1, -2, -1, -6)]) | {"n_chosen_counted": t(2, 6), "n_rejected_counted": t(4, 1)}
 # -log sigmoid(0.5 * 2) and -log sigmoid(0.5 * -4); -chosen over the mean of 2 and 6 tokens: 2 / 4 and 1 / 4.
 SIGMOID, SFT = np.array([softplus(-1), softplus(2)]), np.array([0.5, 0.25])
 
@@ -96,7 +96,7 @@ def test_an_evaluation_looks_at_both_answers_of_a_pair_and_at_what_the_divergenc
 
 def test_losses_together_read_what_each_reads_once():
     chosen = objective(loss=["sigmoid", "sft", "ipo"])
-    assert chosen.columns == (*LOGPS, "n_chosen", "n_rejected")
+    assert chosen.columns == (*LOGPS, "n_chosen_counted", "n_rejected_counted")
     assert objective(loss=["kto", "bco"]).columns == (
         *("completion_logp", "ref_completion_logp", "label"),
         *("kl_logp", "ref_kl_logp", "density_ratio"),
@@ -405,7 +405,7 @@ def test_a_single_example_is_a_batch(name):
 
 
 def test_the_losses_for_some_columns_are_those_that_need_no_other():
-    lengths = {"chosen_logp", "rejected_logp", "n_chosen", "n_rejected"}
+    lengths = {"chosen_logp", "rejected_logp", "n_chosen_counted", "n_rejected_counted"}
     found = losses_for(lengths)
     assert {"simpo", "cpo", "orpo", "sft", "slic"} <= set(found) and "sigmoid" not in found
     assert set(losses_for(lengths | {"ref_chosen_logp", "ref_rejected_logp"})) >= {"sigmoid", "ipo", "r_dpo", *found}

@@ -31,7 +31,9 @@ def policy_of(model: Path, **settings: Any) -> tuple[Policy, Examples, Objective
     objective = Objective(train)
     if objective.kind == "pairs":
         columns = {name: np.full(N, -30.0) for name in ("ref_chosen_logp", "ref_rejected_logp")}
-        columns |= {f"n_{side}": np.array([row[f"n_{side}"] for row in PAIRS]) for side in ("chosen", "rejected")}
+        columns |= {
+            f"n_{side}_counted": np.array([row[f"n_{side}"] for row in PAIRS]) for side in ("chosen", "rejected")
+        }
         data = Examples(SplitData(table(PAIRS, "pairs"), columns, ("chosen", "rejected")))
     else:
         # Every answer was as likely as its number says; what is good or bad is not what is likely.

@@ -33,7 +33,7 @@ UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}
 def policy_of(model: Path, **settings: Any) -> tuple[Policy, Examples, Objective]:
     train = Train(learning_rate=1e-2, batch_size=N, **UNCLIPPED | settings)
     columns = {name: np.full(N, -30.0) for name in ("ref_chosen_logp", "ref_rejected_logp")}
-    columns |= {f"n_{side}": np.array([row[f"n_{side}"] for row in PAIRS]) for side in ("chosen", "rejected")}
+    columns |= {f"n_{side}_counted": np.array([row[f"n_{side}"] for row in PAIRS]) for side in ("chosen", "rejected")}
     data = Examples(SplitData(table(PAIRS, "pairs"), columns, ("chosen", "rejected")))
     policy = Policy(Reference(model), None, train, make_accelerator(train), data.longest(2), print)
     return policy, data, Objective(train)

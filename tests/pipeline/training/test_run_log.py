@@ -59,9 +59,9 @@ def test_every_visit_keeps_its_values(tmp_path):
         "ref_rejected_logp": 0.0,
         "completion_logp": None,
         "ref_completion_logp": None,
-        "n_chosen": None,
-        "n_rejected": None,
-        "n_completion": None,
+        "n_chosen_counted": None,
+        "n_rejected_counted": None,
+        "n_completion_counted": None,
         "label": None,
         "loss": 0.0,
     }

@@ -78,7 +78,7 @@ def test_the_name_of_a_run_does_not_change_what_is_read(tmp_path, run):
 
 
 LABELS = [
-    {"example_id": name, "completion_logp": own, "ref_completion_logp": ref, "n_completion": n, "label": label}
+    {"example_id": name, "completion_logp": own, "ref_completion_logp": ref, "n_completion_counted": n, "label": label}
     for name, own, ref, n, label in (
         ("good", -4.0, -6.0, 2, True),
         ("dull", -6.0, -4.0, 2, True),
@@ -130,7 +130,7 @@ def test_steps_of_labels_have_their_log_probs(tmp_path):
 
 
 def test_rewards_per_token_where_the_loss_has_them(tmp_path):
-    pair = visit(1, "e", -6.0, -4.0, None, None) | {"n_chosen": 3, "n_rejected": 1}
+    pair = visit(1, "e", -6.0, -4.0, None, None) | {"n_chosen_counted": 3, "n_rejected_counted": 1}
     query = "select chosen_reward, rejected_reward, margin, correct from rewards"
     # 0.5 * -6 / 3 = -1 and 0.5 * -4 / 1 = -2, with a reference of 0; summed, -3 and -2.
     assert ask(one_run(tmp_path / "a", [pair], per_token=True), query) == [(-1, -2, 1, True)]
@@ -157,7 +157,7 @@ OLD = pa.schema([STEPS.field(name) for name in visit(0, "", 0, 0, 0, 0)])
 
 
 def test_runs_of_an_earlier_version_are_read_with_what_they_have(tmp_path):
-    assert "label" not in OLD.names and "n_chosen" not in OLD.names
+    assert "label" not in OLD.names and not any("n_chosen" in name for name in OLD.names)
     con = one_run(tmp_path, [visit(2, "e0", -3.0, -10.0, -5.0, -6.0)], OLD)
     # 0.5 * (-3 + 5) = 1 and 0.5 * (-10 + 6) = -2
     assert ask(con, "select chosen_reward, rejected_reward, margin, correct, label from rewards") == [
@@ -165,6 +165,21 @@ def test_runs_of_an_earlier_version_are_read_with_what_they_have(tmp_path):
     ]
     described = {name: [column for column, _ in columns] for name, _, columns in views.describe()}
     assert views.ask(con, "select * from steps").columns == described["steps"]
+
+
+# What a run wrote when every token of an answer counted.
+BEFORE_MASKS = pa.schema(
+    [field.with_name(field.name.removesuffix("_counted")) if field.name.startswith("n_") else field for field in STEPS]
+)
+
+
+def test_lengths_of_an_earlier_version_are_those_of_tokens_that_count(tmp_path):
+    assert {"n_chosen", "n_rejected", "n_completion"} <= set(BEFORE_MASKS.names)
+    rows = [visit(1, "e", -6.0, -4.0, None, None) | {"n_chosen": 3, "n_rejected": 1}]
+    con = one_run(tmp_path, rows, BEFORE_MASKS, per_token=True)
+    # 0.5 * -6 / 3 = -1 and 0.5 * -4 / 1 = -2
+    query = "select n_chosen_counted, n_rejected_counted, chosen_reward, rejected_reward from steps"
+    assert ask(con, query) == [(3, 1, -1, -2)]
 
 
 def test_old_and_new_runs_stand_side_by_side(tmp_path):
@@ -183,7 +198,8 @@ def test_examples_are_the_prepared_pairs(con):
     first = dict(zip(found.columns, next(found.rows()), strict=True))
     keys = {"chosen_key": "00" * 16, "rejected_key": "01" * 16}
     # What labels have, and what was not said of this pair, is null.
-    assert {name: value for name, value in first.items() if value is not None} == PAIRS[0] | keys
+    shown = {name: value for name, value in PAIRS[0].items() if not name.endswith("_spans")}
+    assert {name: value for name, value in first.items() if value is not None} == shown | keys
 
 
 def test_examples_are_the_prepared_labels_too(tmp_path):
@@ -255,6 +271,25 @@ def test_pairs_have_what_each_reference_says_of_them_by_hand(two_references):
         ("a" * 12, True),
         ("b" * 12, False),
     ]
+
+
+def test_pairs_have_the_sums_of_the_tokens_that_count_and_whole_ones_by_hand(tmp_path):
+    # Of e0's chosen answer, -2 and -3, the second token counts; of e1's, of which only the sum of three is cached, two do.
+    masks = {
+        "e0": {"n_chosen_counted": 1, "chosen_spans": [1, 2]},
+        "e1": {"n_chosen_counted": 2, "chosen_spans": [0, 1, 2, 3]},
+    }
+    prepared = pa.Table.from_pylist([row | masks[row["example_id"]] for row in PAIRS], schema=PREPARED["pairs"])
+    con = views.connect(dataclasses.replace(sources(tmp_path, {}), prepared=prepared))
+    columns = (
+        "n_chosen, n_chosen_counted, ref_chosen_logp, ref_chosen_logp_all, ref_rejected_logp, ref_rejected_logp_all"
+    )
+    assert ask(con, f"select {columns}, margin, margin_per_token, length_difference from pairs order by line") == [
+        (2, 1, -3.0, -5.0, -6.0, -6.0, 3.0, 3.0, 0),  # -3 + 6
+        (3, 2, None, -7.5, None, None, None, None, 1),
+    ]
+    # The cache holds what it held.
+    assert ask(con, "select logp_sum, logps from reference order by key limit 1") == [(-5.0, [-2.0, -3.0])]
 
 
 def test_pairs_have_the_values_of_the_numerics_that_count_first(tmp_path):

@@ -224,7 +224,7 @@ def lengths(answers: list[TokenSequence]) -> torch.Tensor:
 
 
 def of_pairs(policy: Any, reference: Any, chosen: list[TokenSequence], rejected: list[TokenSequence]) -> Columns:
-    columns = {"n_chosen": lengths(chosen), "n_rejected": lengths(rejected)}
+    columns = {"n_chosen_counted": lengths(chosen), "n_rejected_counted": lengths(rejected)}
     for name, answers in {"chosen": chosen, "rejected": rejected}.items():
         columns[f"{name}_logp"] = sum_logps(padded_logps(policy, answers).logps)
         if reference is not None:
@@ -372,8 +372,10 @@ def batches(name: str, rows: list[Any]) -> list[list[Any]]:
 
 def pairs_of_numbers(rows: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """TRL's batch, chosen answers before rejected ones, and the per-token log-probs of policy and reference."""
-    chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected = map(list, zip(*rows, strict=True))
-    counts = n_chosen + n_rejected
+    chosen, rejected, ref_chosen, ref_rejected, n_chosen_counted, n_rejected_counted = map(
+        list, zip(*rows, strict=True)
+    )
+    counts = n_chosen_counted + n_rejected_counted
     mask_BT = answer_mask(counts, max(counts))
     batch = {"input_ids": torch.zeros_like(mask_BT), "attention_mask": mask_BT, "completion_mask": mask_BT}
     policy_BT, reference_BT = (
@@ -387,7 +389,7 @@ def columns_of(batch: dict[str, torch.Tensor], policy_BT: torch.Tensor, referenc
     for prefix, table_BT in {"": policy_BT, "ref_": reference_BT}.items():
         if table_BT is not None:
             columns[f"{prefix}chosen_logp"], columns[f"{prefix}rejected_logp"] = table_BT.sum(1).chunk(2)
-    columns["n_chosen"], columns["n_rejected"] = batch["completion_mask"].sum(1).float().chunk(2)
+    columns["n_chosen_counted"], columns["n_rejected_counted"] = batch["completion_mask"].sum(1).float().chunk(2)
     return columns
 
 
@@ -512,7 +514,9 @@ def objective_of(
         {"chosen": lists[: len(lists) // 2], "rejected": lists[len(lists) // 2 :]}
         for lists in (policy, reference, squares)
     )
-    columns = {f"n_{name}": torch.tensor([len(each) for each in lists]).double() for name, lists in of_policy.items()}
+    columns = {
+        f"n_{name}_counted": torch.tensor([len(each) for each in lists]).double() for name, lists in of_policy.items()
+    }
     columns |= {f"ref_{name}_logp": sum_logps(lists) for name, lists in of_reference.items()}
     columns |= {f"{PLAIN}{name}_logp": sum_logps(lists) for name, lists in of_policy.items()}
     columns |= answer_sums(of_policy, of_reference, train.tokens, Seed(0, 0, range(len(policy) // 2)))

@@ -74,7 +74,7 @@ def test_a_loss_is_its_papers_formula(name, beta):
 def test_a_divergences_generator_takes_the_place_of_the_log_ratio(name, divergence):
     columns = random_columns()
     if name in ("ipo", "sigmoid_norm"):  # there, constants cancel only between answers of one length
-        columns["n_rejected"] = columns["n_chosen"]
+        columns["n_rejected_counted"] = columns["n_chosen_counted"]
     generator, defaults = GENERATORS[divergence], LOSSES[name].hyperparameters
     more = [value for key, value in defaults.items() if key in ("label_smoothing", "tau")]
     expected = [
@@ -164,7 +164,7 @@ def test_exo_is_zero_where_the_policy_agrees_with_the_smoothed_label():
 
 def test_sft_is_the_mean_over_all_tokens_of_the_batch():
     # -(-6 - 4) / (1 + 4) = 2, whatever the answers' own means 6 and 1
-    assert call("sft", {"chosen_logp": t(-6, -4), "n_chosen": t(1, 4)}).mean().item() == 2
+    assert call("sft", {"chosen_logp": t(-6, -4), "n_chosen_counted": t(1, 4)}).mean().item() == 2
     assert sft(t(-6, -4), t(2.5)).mean().item() == 2
 
 
@@ -248,7 +248,10 @@ def test_of_one_pair_sorting_changes_nothing():
 
 
 def test_of_single_tokens_a_mean_is_a_sum():
-    columns = random_columns() | {"n_chosen": torch.ones(30).double(), "n_rejected": torch.ones(30).double()}
+    columns = random_columns() | {
+        "n_chosen_counted": torch.ones(30).double(),
+        "n_rejected_counted": torch.ones(30).double(),
+    }
     same(call("sigmoid_norm", columns, beta=0.1), call("sigmoid", columns, beta=0.1))
     same(call("ipo", columns), call("ipo", columns, per_token=False))
 

@@ -62,7 +62,7 @@ FORMULAS = {
 )
 def test_a_loss_is_its_papers_formula(name, given):
     columns = {column: -values.abs() if column in LOGPS else values for column, values in random_columns().items()}
-    mean_n = columns["n_chosen"].mean().item()
+    mean_n = columns["n_chosen_counted"].mean().item()
     rows = zip(*(columns[column].tolist() for column in (*LOGPS[:2], *LENGTHS)), strict=True)
     expected = [FORMULAS[name](*row, mean_n, *given.values()) for row in rows]
     assert call(name, columns, **given).tolist() == pytest.approx(expected, rel=1e-10, abs=1e-12)
@@ -155,7 +155,7 @@ def test_orpo_of_answers_beyond_doubt_counts_them_as_almost_that(dtype):
     columns = {name: values.to(dtype) for name, values in random_columns(1).items()}
     sure, surer = (
         call("orpo", columns | {"chosen_logp": torch.tensor([logp], dtype=dtype)}, beta=1.0)
-        + logp / columns["n_chosen"]
+        + logp / columns["n_chosen_counted"]
         for logp in (0.0, -1e-9)
     )
     assert torch.isfinite(sure) and sure == surer

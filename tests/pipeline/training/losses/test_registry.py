@@ -41,13 +41,13 @@ def with_each(name: str, key: str, values: tuple[float, ...]) -> list[dict]:
 
 def test_the_signature_is_the_declaration():
     loss = get_loss("simpo")
-    assert loss.reads == loss.columns == ("chosen_logp", "rejected_logp", "n_chosen", "n_rejected")
+    assert loss.reads == loss.columns == ("chosen_logp", "rejected_logp", "n_chosen_counted", "n_rejected_counted")
     assert loss.hyperparameters == {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}
 
 
 def test_a_statistics_columns_are_the_losss():
-    assert get_loss("sft").reads == ("chosen_logp", "mean_n_chosen")
-    assert get_loss("sft").columns == ("chosen_logp", "n_chosen")
+    assert get_loss("sft").reads == ("chosen_logp", "mean_n_chosen_counted")
+    assert get_loss("sft").columns == ("chosen_logp", "n_chosen_counted")
     assert get_loss("kto").columns == ("completion_logp", "ref_completion_logp", "label", "kl_logp", "ref_kl_logp")
     assert (get_loss("sft").kind, get_loss("kto").kind) == ("pairs", "labels")
 

@@ -6,7 +6,7 @@ import pytest
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import cache_maintenance
-from prefcache.pipeline.training.reference_token_logps import token_logps
+from prefcache.pipeline.stored.token_logps import token_logps
 from tests.helpers.examples import (
     MINE,
     OTHER,
