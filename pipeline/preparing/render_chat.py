@@ -7,10 +7,13 @@ the first user turn, as Gemma's documentation recommends.
 """
 
 import contextlib
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText
@@ -19,10 +22,12 @@ from prefcache.pipeline.preparing.placeholder_text import MARK, OpaqueText, Slot
 from prefcache.pipeline.preparing.template_cache import TemplateCache
 
 _NO_TOOLS = Label(prompt="", completion="", label=True)
+# Where messages keep an assistant's thoughts, if not in their text.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class ChatRenderer:
-    """`counts` says how often something was changed or missed: merged_system, restored, unseen_tools."""
+    """`counts` says how often something was changed or missed: merged_system, restored, unseen_tools, unseen_thoughts."""
 
     def __init__(self, template: ChatTemplate | None) -> None:
         """Without a template, text is taken as it is."""
@@ -32,6 +37,8 @@ class ChatRenderer:
         self._use_cache = True
         with ChatTemplate.limits():
             self._merges_system = template is not None and not _prints_system(template)
+            self._writes_arguments = template is not None and template.knows_tool_calls and _joins_arguments(template)
+        self._unseen_thoughts = [key for key in _THOUGHTS if template and not re.search(rf"\b{key}\b", template.text)]
 
     def reset(self, *, use_cache: bool) -> None:
         """Start a part: count from 0, so that its counts and checks depend on its own records alone."""
@@ -63,13 +70,16 @@ class ChatRenderer:
         return self._render(prompt, turns, example)
 
     def _check_tools(self, template: ChatTemplate, example: Example) -> None:
-        """Refuse a call that the template does not print: it would be an empty turn. Count tools that it does not print."""
+        """Refuse a call that the template does not print: it would be an empty turn. Count tools and thoughts that it skips."""
         if example.tools and not template.knows_tools:
             self.counts["unseen_tools"] += 1
         if not template.knows_tool_calls:
             conversations = (turns for turns in (example.prompt, *example.answers) if not isinstance(turns, str))
             if any(turn.get("tool_calls") for turn in chain.from_iterable(conversations)):
                 raise Unusable("template prints no tool calls")
+        turns = chain.from_iterable(answer for answer in example.answers if not isinstance(answer, str))
+        if self._unseen_thoughts and any(turn.get(key) for turn in turns for key in self._unseen_thoughts):
+            self.counts["unseen_thoughts"] += 1
 
     def _prompt_turns(self, example: Example) -> list[Message]:
         """Return the prompt's turns as the template gets them."""
@@ -98,8 +108,9 @@ class ChatRenderer:
 
     def _apply(self, messages: list[Message], example: Example, *, add_generation_prompt: bool = False) -> str:
         assert self.template is not None
+        turns = list(map(_write_arguments, messages)) if self._writes_arguments else messages
         return self.template.render(
-            messages,
+            turns,
             add_generation_prompt=add_generation_prompt,
             tools=example.tools,
             kwargs=example.template_kwargs,
@@ -171,6 +182,36 @@ def _prints_system(template: ChatTemplate) -> bool:
         return system["content"] in template.render([system, user], add_generation_prompt=True)
     except Unusable:
         return False
+
+
+def _joins_arguments(template: ChatTemplate) -> bool:
+    """Return whether the template takes a call's arguments as text alone, which it joins to what it writes around them."""
+
+    def accepts(arguments: Any) -> bool:
+        call = {"id": "call00001", "type": "function", "function": {"name": "x", "arguments": arguments}}
+        calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            template.render([{"role": "user", "content": "x"}, calling], add_generation_prompt=False)
+        except Unusable:
+            return False
+        return True
+
+    return not accepts({"x": 1}) and accepts('{"x": 1}')
+
+
+def _write_arguments(message: Message) -> Message:
+    """Return a message whose calls have their arguments as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    written = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = call | {"function": function | {"arguments": text}}
+        written.append(call)
+    return message | {"tool_calls": written}
 
 
 def shorter_prompts(example: Example) -> list[Example]:

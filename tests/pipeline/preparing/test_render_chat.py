@@ -197,6 +197,29 @@ def test_an_answer_may_call_and_go_on():
     )
 
 
+# In the style of templates that join arguments to their own text, as OpenAI sends them.
+JOINING = CHATML.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] }}{% for call in message.tool_calls %}{{ '[' + call.function.arguments + ']' }}{% endfor %}",
+)
+WITH_ARGUMENTS = CALL | {"tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"at": "sea"}}}]}
+
+
+def test_arguments_are_text_for_a_template_that_takes_text_alone():
+    assert said(JOINING, [USER], [WITH_ARGUMENTS]).answers == ('[{"at": "sea"}]<|im_end|>\n',)
+    found = said(QWEN3_CHAT, [USER], [WITH_ARGUMENTS]).answers[0]
+    assert '{"name": "find", "arguments": {"at": "sea"}}' in found
+
+
+def test_thoughts_reach_a_template_that_prints_them_and_are_counted_where_they_do_not():
+    thinking = assistant("blue", reasoning_content="red, green")
+    assert said(QWEN3_CHAT, [USER], thinking).answers == ("<think>\nred, green\n</think>\n\nblue<|im_end|>\n",)
+    assert counted(QWEN3_CHAT, ([USER], thinking)) == {}
+    assert counted(CHATML, ([USER], thinking), ([USER], assistant("blue"))) == {"unseen_thoughts": 1}
+    # Qwen's template does not read this one.
+    assert counted(QWEN3_CHAT, ([USER], assistant("blue", thinking="red, green"))) == {"unseen_thoughts": 1}
+
+
 # -- templates that change an answer ---------------------------------------------------------------------------------
 
 STRIPS_THINKING = CHATML.replace(
