@@ -225,6 +225,7 @@ class PreviewExample:
     line: int
     label: bool | None = _optional()
     boundary: Literal["exact", "split"]
+    plain_text: bool  # put into the chat template as one turn
     cut_prompt: int
     parts: Sequence[PreviewPart]
 

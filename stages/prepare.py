@@ -121,10 +121,11 @@ def _refuse_bad_data(parts: finalize.Parts, config: Config) -> None:
         first = record.first | first
     by_count = sorted(quarantined.items(), key=lambda item: -item[1])
     reasons = "; ".join(f"{n} {reason} (the first: {first[reason]})" for reason, n in by_count)
-    remedy = "Fix the data, or raise the threshold." if n_good else "No usable record is left."
+    allowed = f"; prepare.max_quarantine allows {config.prepare.max_quarantine:.0%}" if n_good else ""
+    remedy = "Fix the data, or raise the threshold." if n_good else "Fix the data, or what the reason names."
     raise DataError(
-        f"{n_bad} of {n_bad + n_good} records cannot be used ({reasons}); prepare.max_quarantine allows "
-        f"{config.prepare.max_quarantine:.0%}. Each is in {path} with its line and reason. {remedy}"
+        f"{n_bad} of {n_bad + n_good} records cannot be used ({reasons}){allowed}. Each is in {path} with its line and "
+        f"reason. {remedy}"
     )
 
 

@@ -60,6 +60,7 @@ def _preview_example(line: Line, worker: PartWorker, example: Example) -> Previe
         line=line.number,
         label=getattr(example, "label", None),
         boundary="exact" if kept.exact else "split",
+        plain_text=worker.puts_text_into_template(example),
         cut_prompt=cut_prompt,
         parts=parts,
     )

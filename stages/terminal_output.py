@@ -259,6 +259,7 @@ def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
             console.print(Text(visible(f"  to quarantine: {reason}\n"), style="red"))
             continue
         facts = [f"boundary {example.boundary}"]
+        facts += ["plain text as one turn of the chat template (prepare.template)"] if example.plain_text else []
         facts += [f"label {str(example.label).lower()}"] if example.label is not None else []
         facts += [f"{example.cut_prompt:,} tokens of its oldest turns left out"] if example.cut_prompt else []
         console.print(Text("  " + ", ".join(facts), style="dim"))

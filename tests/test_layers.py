@@ -63,7 +63,7 @@ FLOORS = {
         "example",
         "placeholder_text encoder expand_rankings sources",
         "chat_template tokenizer_fingerprint formats",
-        "template_cache",
+        "template_cache rendered_text",
         "render_chat",
         "truncation resolved_config record_outcomes",
         "part_worker prepared_inputs",

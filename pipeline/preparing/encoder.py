@@ -25,6 +25,7 @@ class TokenizerFacts:
     folder: str
     backend: str | None  # as JSON of the tokenizers library; None if Transformers runs it in Python
     special: dict[str, str]  # bos_token, eos_token and the like, as templates print them
+    added_tokens: tuple[str, ...]  # the texts that are one token each, special or not
     bos: int | None  # None unless the tokenizer begins a text with it
     eos: int | None
     chat_template: str | None
@@ -59,6 +60,7 @@ def load_facts(folder: Path) -> TokenizerFacts:
         folder=str(folder),
         backend=backend.to_str() if backend is not None else None,
         special={name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        added_tokens=tuple(token.content for token in tokenizer.added_tokens_decoder.values()),
         bos=bos if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else None,
         eos=tokenizer.eos_token_id,
         chat_template=templates.get("default"),

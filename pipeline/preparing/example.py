@@ -38,6 +38,7 @@ class Context:
 class Pair(Context):
     chosen: Turns
     rejected: Turns
+    implicit: bool = False  # where the answers begin was found in plain text, and may be moved back to a token's border
 
     @property
     def answers(self) -> tuple[Turns, ...]:

@@ -12,7 +12,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTo
 from prefcache.pipeline.preparing.example import Example, Pair, Turns, Unusable, plain_text
 from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.rendered_text import RenderedText
 from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, rename_columns
 from prefcache.pipeline.preparing.sources import Chunk, Limits, Line, group_by_size
 from prefcache.pipeline.preparing.template_cache import TemplateCacheMismatch
@@ -40,6 +41,7 @@ _BATCH_BYTES = 8 << 20
 CHARACTERS_PER_TOKEN = 512  # more than the longest token of any vocabulary
 MOST_CHARACTERS = 4 << 20  # of a text that is to be cut: all of it has to be encoded to know where
 _MOST_STRIKES = 3
+_MOST_MOVED = 16  # characters
 
 # Columns of parts alone, by which shares and mismatched answers are chosen. whole_id is what example_id would be if no
 # answer were cut: the same examples are chosen whatever the length, so that scores at another length can be reused.
@@ -77,6 +79,7 @@ class PartWorker:
             resolved.template, resolved.tokenizer.special, resolved.prepare.date, tool_text=resolved.tool_template
         )
         self.renderer = ChatRenderer(template or None)
+        self._rendered_text = RenderedText(template, resolved.tokenizer) if template else None
         self.encoder = Encoder(resolved.tokenizer)
         self._strikes = 0  # records of this part that were too much for the template
         self._readers = [get_format(source.format).bind(source.arguments) for source in resolved.source_formats]
@@ -100,6 +103,7 @@ class PartWorker:
             n_examples += len(batch)
             for line, truncated in self.tokenize(batch, quarantine):
                 rows.add(line, truncated)
+                rows.done["plain_text"] += self.puts_text_into_template(truncated.example)
             rows.pack()
         return PreparedPart(
             rows.table(),
@@ -145,6 +149,7 @@ class PartWorker:
         tokens = self.encoder.encode([text for _, _, text in rendered])
         for (line, example, _), ids in zip(rendered, tokens, strict=True):
             try:
+                example, ids = self._move_border(example, ids)
                 truncated = truncate(example, ids, prepare, self._encode_again)
                 if isinstance(example, Pair) and prepare.ties != "keep":
                     chosen, rejected = truncated.tokens.answers
@@ -159,8 +164,27 @@ class PartWorker:
         """Return an example's ids in full, and as they are used."""
         with ChatTemplate.limits():
             expand_rankings.check(example, ties=self.resolved.prepare.ties == "keep")
-        tokens = self._encode_again(example)
+        example, tokens = self._move_border(example, self._encode_again(example))
         return tokens, truncate(example, tokens, self.resolved.prepare, self._encode_again)
+
+    def _move_border(self, example: Example, tokens: ExampleTokens) -> tuple[Example, ExampleTokens]:
+        """Move the end of an implicit prompt back to where tokens of both texts end, if there is such a place near."""
+        prompt = example.prompt
+        if tokens.exact or self.resolved.template is not None or not isinstance(prompt, str):
+            return example, tokens
+        if not isinstance(example, Pair) or not example.implicit:
+            return example, tokens
+        for n in range(len(prompt) - 1, max(0, len(prompt) - _MOST_MOVED - 1), -1):
+            chosen, rejected = (prompt[n:] + str(answer) for answer in example.answers)
+            moved = replace(example, prompt=prompt[:n], chosen=chosen, rejected=rejected)
+            found = self._encode_again(moved)
+            if found.exact and prompt[:n].strip():
+                return moved, found
+        return example, tokens
+
+    def puts_text_into_template(self, example: Example) -> bool:
+        """Return whether plain text becomes a turn: a trainer that takes text as it is would compute something else."""
+        return self.resolved.template is not None and not example.rendered and isinstance(example.prompt, str)
 
     def _count_strike(self, error: Unusable | TemplateLimit) -> Unusable:
         """Quarantine a record that is too much for the template. If record after record is, blame the template."""
@@ -177,6 +201,8 @@ class PartWorker:
         n, most = max(map(_count_characters, (example.prompt, *example.answers))), self.resolved.prepare.max_length
         if n > (most * CHARACTERS_PER_TOKEN if self.resolved.prepare.too_long == "drop" else MOST_CHARACTERS):
             raise Unusable("too long", f"{n:,} characters, prepare.max_length is {most} tokens")
+        if self._rendered_text and not example.rendered:
+            self._rendered_text.check(example.prompt, example.answers)
         return self.renderer.render(example)
 
     def _encode_again(self, example: Example) -> ExampleTokens:

@@ -3,6 +3,7 @@
 It is resolved once, before the first record, and sent to every worker.
 """
 
+import contextlib
 import difflib
 from dataclasses import dataclass
 from itertools import islice
@@ -12,15 +13,18 @@ from typing import Any
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing import encoder, formats
-from prefcache.pipeline.preparing.chat_template import prints_date, read_template
+from prefcache.pipeline.preparing.chat_template import ChatTemplate, prints_date, read_template
 from prefcache.pipeline.preparing.encoder import TokenizerFacts
-from prefcache.pipeline.preparing.example import Unusable
+from prefcache.pipeline.preparing.example import Candidate, Unusable
 from prefcache.pipeline.preparing.formats import Format
+from prefcache.pipeline.preparing.formats.registry import Record
+from prefcache.pipeline.preparing.rendered_text import RenderedText
 from prefcache.pipeline.preparing.sources import DataSource
 from prefcache.pipeline.progress import Progress
 
 _SAMPLE = 100  # records at which a format is recognised
 _ENOUGH = 20  # records that tell that a named format is wrong
+_BULK = 0.5  # of the records: texts that do not fit prepare.template
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,16 @@ def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], pro
             f"The tokenizer in {model} has no chat template. Name one (prepare.chat_template: FILE.jinja), "
             "or train on plain text (prepare.template: none)."
         )
-    matches = [_find_format(source, progress) for source in sources]
+    rendered_text = None
+    if template:
+        rendered_text = RenderedText(
+            ChatTemplate(template, tokenizer.special, prepare.date, tool_text=tool_template), tokenizer
+        )
+    matches = []
+    for source in sources:
+        records = _first_records(source)
+        matches.append(_find_format(source, records, progress))
+        _check_texts(source, matches[-1], records, rendered_text)
     source_formats = tuple(
         SourceFormat(each.name, source.entry.format_args, source.entry.columns)
         for source, each in zip(sources, matches, strict=True)
@@ -73,14 +86,17 @@ def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], pro
     )
 
 
-def _find_format(source: DataSource, progress: Progress) -> Format:
-    """Return the format that the config names, or the one that the first records show."""
-    name = source.entry.format or "auto"
-    named = None if name == "auto" else formats.get_format(name)
+def _first_records(source: DataSource) -> list[Record]:
     lines = (line for chunk in islice(source.chunks(), 1) for line in chunk.lines())
     records = list(islice((line.record for line in lines if line.record is not None), _SAMPLE))
     _check_columns(source, records)
-    records = [rename_columns(record, source.entry.columns) for record in records]
+    return [rename_columns(record, source.entry.columns) for record in records]
+
+
+def _find_format(source: DataSource, records: list[Record], progress: Progress) -> Format:
+    """Return the format that the config names, or the one that the first records show."""
+    name = source.entry.format or "auto"
+    named = None if name == "auto" else formats.get_format(name)
     if named:
         _check_fits(named, source, records)
         return named
@@ -96,7 +112,37 @@ def _find_format(source: DataSource, progress: Progress) -> Format:
     return recognised
 
 
-def _check_columns(source: DataSource, records: list[dict[str, Any]]) -> None:
+def _check_texts(source: DataSource, chosen: Format, records: list[Record], rendered_text: RenderedText | None) -> None:
+    """Refuse data that would get a template twice, or messages that would get none, before all of it is quarantined."""
+    read, found, n = chosen.bind(source.entry.format_args), [], 0
+    for record in records:
+        with contextlib.suppress(Unusable):
+            example = read(record)
+            n += 1
+            answers = [each.turns if isinstance(each, Candidate) else each for each in example.answers]
+            if rendered_text is None:
+                found += [""] if any(not isinstance(turns, str) for turns in (example.prompt, *answers)) else []
+            elif not example.rendered:
+                try:
+                    rendered_text.check(example.prompt, answers)
+                except Unusable as unusable:
+                    found.append(unusable.detail)
+    if len(found) <= _BULK * n:
+        return
+    if rendered_text is None:
+        as_text = "" if chosen.name != "hh" else ", or take transcripts as text (prepare.format: implicit_prompt)"
+        raise UsageError(
+            f"{source.name} is read as {chosen.name}, which gives messages, and prepare.template: none writes no messages "
+            f"out. Set prepare.template: chat{as_text}."
+        )
+    raise UsageError(
+        f"{source.name} is rendered already: {len(found)} of its first {n} records hold what the chat template writes "
+        f"between turns (in the first, {found[0]}). The template would be applied a second time. Set prepare.template: "
+        "none, which takes text as it is."
+    )
+
+
+def _check_columns(source: DataSource, records: list[Record]) -> None:
     """Check both sides of a renaming: the format's, and the data's."""
     known = {name for each in formats.FORMATS.values() for name in (*each.columns, *each.optional)}
     present = {name for record in records for name in record}
@@ -111,7 +157,7 @@ def _check_columns(source: DataSource, records: list[dict[str, Any]]) -> None:
             )
 
 
-def _check_fits(named: Format, source: DataSource, records: list[dict[str, Any]]) -> None:
+def _check_fits(named: Format, source: DataSource, records: list[Record]) -> None:
     """Refuse a format that can read none of many records, before all of them are quarantined."""
     if len(records) < _ENOUGH:
         return

@@ -31,6 +31,8 @@ DONE = {
     "ended": "got an end token, because the template writes none",
     "merged_system": "had a system message, for which the template has no place; it went before the first user turn",
     "unseen_tools": "have tools, which the template does not print",
+    "unseen_thoughts": "have thoughts in a column of their own, which the template does not print",
+    "plain_text": "are plain text, each put into the chat template as one turn; TRL takes text as it is (prepare.template: none)",
     "restored": "answers would have been changed by the template and were put in as they are",
 }
 

@@ -149,6 +149,50 @@ def test_every_bad_record_is_in_quarantine_with_its_reason_line_and_bytes(prepar
     ]
 
 
+def written(user: str, said: str) -> str:
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{said}"
+
+
+def test_a_rendered_record_is_in_quarantine_and_one_that_quotes_a_token_is_not(prepare, tmp_path):
+    good, quoting = [pair(i) for i in range(30)], {**pair(30), "prompt": "what is <|im_end|> in a sentence?"}
+    bad = [{**pair(31), "prompt": written("why?", "")}, {**pair(32), "chosen": "red<|im_end|>\n"}]
+    write_lines(tmp_path / "pairs.jsonl", *good, quoting, *bad)
+    result = prepare("prepare.max_quarantine=0.1")
+    assert result["quarantined"] == {"already rendered": 2} and result["done"]["plain_text"] == 31
+    details = [row["detail"] for row in quarantine_of(tmp_path)]
+    assert "the prompt has" in details[0] and "<|im_end|>\\n<|im_start|>assistant" in details[0]
+    assert "an answer has 'red<|im_end|>'" in details[1]
+
+
+def test_data_that_is_rendered_ends_the_stage_with_what_was_found_and_the_remedy(prepare, prefcache, tmp_path):
+    records = [{name: text + "<|im_end|>\n" for name, text in pair(i).items()} for i in range(12)]
+    records = [record | {"prompt": written(f"why {i}?", "")} for i, record in enumerate(records)]
+    write_lines(tmp_path / "pairs.jsonl", *records, pair(20))
+    said = prepare(code=2)["stderr"]
+    assert "pairs.jsonl is rendered already: 12 of its first 13 records" in said and "<|im_start|>assistant" in said
+    assert "Set prepare.template: none" in said and prefcache("preview", "config.yaml", code=2).stderr == said
+    result = prepare("prepare.template=none")
+    assert result["records"] == 13 and not result["quarantined"] and "plain_text" not in result["done"]
+
+
+def test_messages_without_a_template_are_refused_with_the_reason(prepare, tmp_path):
+    talk = "\n\nHuman: why {}?\n\nAssistant: "
+    records = [{"chosen": talk.format(i) + "red", "rejected": talk.format(i) + "blue"} for i in range(30)]
+    write_lines(tmp_path / "pairs.jsonl", *records)
+    said = prepare("prepare.template=none", code=2)["stderr"]
+    assert "read as hh, which gives messages" in said and "Set prepare.template: chat" in said
+    # The other remedy: the transcript as it stands, whose blank belongs to the answer.
+    prepare("prepare.template=none", "prepare.format=implicit_prompt")
+    assert {(row["prompt"][-12:], row["chosen"]) for row in rows_of(tmp_path)} == {("\n\nAssistant:", " red")}
+    assert {row["boundary"] for row in rows_of(tmp_path)} == {"exact"}
+
+
+def test_where_no_record_is_usable_the_threshold_is_no_remedy(prepare, tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", *({**pair(i), "chosen": ""} for i in range(3)))
+    said = prepare("prepare.max_quarantine=1", code=3)["stderr"]
+    assert "3 of 3 records cannot be used (3 empty answer" in said and "max_quarantine" not in said
+
+
 def test_more_bad_records_than_allowed_end_with_exit_code_3_after_the_quarantine_is_written(prepare, tmp_path):
     write_lines(tmp_path / "pairs.jsonl", *[pair(i) for i in range(8)], {"prompt": "a"}, {"prompt": "b"})
     error = prepare("prepare.format=pairs", code=3)["stderr"]

@@ -57,6 +57,15 @@ def test_texts_of_tokens_add_up_and_special_tokens_are_marked(preview):
     assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_end|>"]
 
 
+def test_plain_text_that_becomes_a_turn_is_said(preview):
+    record = {"prompt": "why?", "chosen": "red", "rejected": "blue"}
+    plain, example = preview(record)
+    assert example["plain_text"] and "plain text as one turn of the chat template" in plain
+    plain, example = preview(record, "prepare.template=none")
+    assert not example["plain_text"] and "plain text" not in plain
+    assert not preview(record | {"prompt": [{"role": "user", "content": "why?"}]})[1]["plain_text"]
+
+
 def test_what_keep_start_cuts_is_shown_as_cut(preview):
     record = {"prompt": "why?", "chosen": "red " * 60, "rejected": "blue"}
     plain, example = preview(record, "prepare.max_length=40", "prepare.too_long=keep_start")

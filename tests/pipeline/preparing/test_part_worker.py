@@ -1,6 +1,7 @@
 """A part depends on its records and the config alone, and counts as finished only if it is undamaged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.preparing import part_worker
 from prefcache.pipeline.preparing.example import Unusable
 from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart, Quarantine
-from prefcache.pipeline.preparing.resolved_config import resolve_config
+from prefcache.pipeline.preparing.resolved_config import SourceFormat, resolve_config
 from prefcache.pipeline.preparing.sources import Chunk, Line, open_source
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored import artifact
 from tests.helpers.project import pair
+from tests.helpers.tokenizers import chunk_of, facts, resolved_config, saved
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -168,3 +170,29 @@ def test_a_damaged_part_is_not_finished(tmp_path, made, suffix, damage):
     part_worker.commit_part(tmp_path, 0, 0, made)
     damage(part_worker.table_file(tmp_path, 0).with_suffix(suffix))
     assert part_worker.find_finished(tmp_path, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("red \u65e5\u672c\u8a9e", "red \u65e5\u672c\u4eba", "red"),  # the whole word is one token, with its blank
+        ("\u65e5\u672c\u7a7a\u9752", "\u65e5\u672c\u7a7a\u8d64", "\u65e5\u672c\u7a7a"),
+        ("the answer is blue", "the answer is black", "the answer is"),
+    ],
+)
+def test_an_implicit_prompt_of_plain_text_ends_where_tokens_of_both_texts_do(chosen, rejected, prompt):
+    resolved = resolved_config(facts("byte-level"), None)
+    worker = PartWorker(replace(resolved, source_formats=(SourceFormat("implicit_prompt", {}, {}),)))
+    part = worker.prepare(0, chunk_of([{"chosen": chosen, "rejected": rejected}]))
+    (row,) = part.table.to_pylist()
+    assert (row["prompt"], row["boundary"]) == (prompt, "exact")
+    tokenizer = saved("byte-level")[1]
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        assert row["prompt_ids"] + row[f"{name}_ids"] == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        assert row["prompt"] + row[name] == text
+
+
+def test_a_prompt_of_its_own_column_is_never_moved():
+    worker = PartWorker(resolved_config(facts("byte-level"), None))
+    part = worker.prepare(0, chunk_of([{"prompt": "red \u65e5\u672c", "chosen": "\u8a9e", "rejected": "\u4eba"}]))
+    assert part.table["prompt"].to_pylist() == ["red \u65e5\u672c"] and part.done["split"] == 1

@@ -521,28 +521,34 @@ def test_conversations_without_a_shared_prompt_are_refused(chosen, rejected, rea
 
 TEXTS = [
     # chosen, rejected, and the prompt that both imply
-    ("The sky is blue.", "The sky is green.", "The sky is "),
-    ("The sky is bright blue", "The sky is bright", "The sky is "),
-    ("The sky is bright", "The sky is brown", "The sky is "),
+    ("The sky is blue.", "The sky is green.", "The sky is"),
+    ("The sky is bright blue", "The sky is bright", "The sky is"),
+    ("The sky is bright", "The sky is brown", "The sky is"),
     ("Two lines\nhere", "Two lines\nthere", "Two lines\n"),
-    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", "\n\nHuman: a\n\nAssistant: "),
+    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", "\n\nHuman: a\n\nAssistant:"),
     # Both answers begin alike: it is still the answer that begins at the marker.
-    ("\n\nHuman: a\n\nAssistant: I am", "\n\nHuman: a\n\nAssistant: I was", "\n\nHuman: a\n\nAssistant: "),
+    ("\n\nHuman: a\n\nAssistant: I am", "\n\nHuman: a\n\nAssistant: I was", "\n\nHuman: a\n\nAssistant:"),
     ("<|im_start|>assistant\nI do", "<|im_start|>assistant\nI do not", "<|im_start|>assistant\n"),
-    ("[INST] a [/INST] b", "[INST] a [/INST] c", "[INST] a [/INST] "),
-    ("USER: a ASSISTANT: b", "USER: a ASSISTANT: c", "USER: a ASSISTANT: "),
+    ("[INST] a [/INST] b", "[INST] a [/INST] c", "[INST] a [/INST]"),
+    ("USER: a ASSISTANT: b", "USER: a ASSISTANT: c", "USER: a ASSISTANT:"),
     ("### Response:\nb", "### Response:\nc", "### Response:\n"),
     (
         "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
         "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
-        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: ",
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
     ),
     # The last turn that both share, not one that only one of them has.
     (
         "\n\nAssistant: a\n\nHuman: b\n\nAssistant: c",
         "\n\nAssistant: a\n\nHuman: d\n\nAssistant: c",
-        "\n\nAssistant: ",
+        "\n\nAssistant:",
     ),
+    # Scripts without blanks are cut where they part, but a word of letters among them stays whole.
+    ("\u5929\u7a7a\u662f\u84dd\u8272", "\u5929\u7a7a\u662f\u7eff\u8272", "\u5929\u7a7a\u662f"),
+    ("\u5929\u7a7a\u662fblue", "\u5929\u7a7a\u662fblack", "\u5929\u7a7a\u662f"),
+    ("A \u7a7a\u306f\u9752\u3044", "A \u7a7a\u306f\u8d64\u3044", "A \u7a7a\u306f"),
+    # A vowel sign of Thai is not torn from its consonant.
+    ("\u0e1f\u0e49\u0e32\u0e2a\u0e35", "\u0e1f\u0e49\u0e32\u0e2a\u0e38", "\u0e1f\u0e49\u0e32"),
 ]
 
 
@@ -553,7 +559,7 @@ def test_texts_are_cut_at_a_turn_or_after_a_whole_word_and_can_be_put_together_a
     assert (prompt + pair.chosen, prompt + pair.rejected) == (chosen, rejected)
 
 
-def test_any_two_texts_are_cut_at_white_space_or_refused():
+def test_any_two_texts_are_cut_at_white_space_that_begins_the_answers_if_it_is_a_blank():
     by_chance = random.Random(0)
     for _ in range(2000):
         start, a, b = ("".join(by_chance.choices("ab \n", k=by_chance.randrange(8))) for _ in range(3))
@@ -563,7 +569,7 @@ def test_any_two_texts_are_cut_at_white_space_or_refused():
             assert unusable.reason == "empty prompt"
             continue
         assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (start + a, start + b)
-        assert pair.prompt[-1].isspace()
+        assert pair.prompt[-1] == "\n" or (pair.chosen + pair.rejected).startswith(" ")
 
 
 def test_system_tools_and_scores_go_with_an_implicit_prompt():
