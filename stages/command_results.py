@@ -257,13 +257,15 @@ class ShowToken:
     policy: float | None
     reference: float | None
     log_ratio: float | None
+    counts: bool  # in losses and statistics (prepare.train_on)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowAnswer:
     name: str
     n_tokens: int
-    policy_sum: float | None
+    n_counted: int
+    policy_sum: float | None  # this and the next two: of the tokens that count
     reference_sum: float | None
     log_ratio_sum: float | None
     tokens: Sequence[ShowToken]

@@ -36,6 +36,7 @@ from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_s
 def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResult | ScorePlan:
     refuse_unused(config.score)
     prepared = Prepared(config.prepared)
+    prepared.refuse_older()
     if reason := prepared_inputs.explain_if_stale(config):
         progress.warn(reason)
     if not dry_run:

@@ -17,6 +17,7 @@ from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing.encoder import Encoder, load_facts
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import ANSWERS, TokenSequence
+from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Provenance, RunManifest
 from prefcache.pipeline.stored.scored import open_scored
@@ -46,7 +47,8 @@ def run(config: Config, progress: Progress, example: str) -> ShowResult:
         run=config.run if policy else None,
         scored=bool(reference),
         answers=[
-            _combine(name, encoder, row[f"{name}_ids"], policy.get(name), reference.get(name)) for name in answers
+            _combine(name, encoder, row[f"{name}_ids"], row[f"{name}_spans"], policy.get(name), reference.get(name))
+            for name in answers
         ],
     )
 
@@ -114,16 +116,24 @@ def _compute_policy(
 
 
 def _combine(
-    name: str, encoder: Encoder, ids: list[int], policy: np.ndarray | None, reference: np.ndarray | None
+    name: str,
+    encoder: Encoder,
+    ids: list[int],
+    spans: list[int],
+    policy: np.ndarray | None,
+    reference: np.ndarray | None,
 ) -> ShowAnswer:
+    counted = counted_positions(np.array(spans, np.int32))
+    counts = np.isin(np.arange(len(ids)), counted).tolist()
     ratio = policy - reference if policy is not None and reference is not None else None
     models = (policy, reference, ratio)
     logps = [[None] * len(ids) if each is None else each.tolist() for each in models]
-    sums = [None if each is None else float(each.sum(dtype=np.float64)) for each in models]
-    tokens = [ShowToken(*token) for token in zip(ids, encoder.token_texts(ids), *logps, strict=True)]
+    sums = [None if each is None else float(each[counted].sum(dtype=np.float64)) for each in models]
+    tokens = [ShowToken(*token) for token in zip(ids, encoder.token_texts(ids), *logps, counts, strict=True)]
     return ShowAnswer(
         name=name,
         n_tokens=len(ids),
+        n_counted=len(counted),
         policy_sum=sums[0],
         reference_sum=sums[1],
         log_ratio_sum=sums[2],

@@ -308,19 +308,21 @@ def _print_show(result: command_results.ShowResult) -> None:
     where = f"{result.example_id}, {result.split}: {result.source}, line {result.line}{label}"
     console.print(Text(visible(where), style="bold"))
     console.print(Text(f"{visible(result.prompt)}\n", style="dim"))
-    tokens = [token for answer in result.answers for token in answer.tokens]
+    tokens = [token for answer in result.answers for token in answer.tokens if token.counts]
     name = next((name for name in _COLOURED_BY if all(getattr(token, name) is not None for token in tokens)), None)
     full = max((abs(getattr(token, name)) for token in tokens), default=0.0) if name else 0.0
     for answer in result.answers:
         sums = {"policy": answer.policy_sum, "reference": answer.reference_sum, "log-ratio": answer.log_ratio_sum}
         facts = ", ".join(f"{label} {value:.3f}" for label, value in sums.items() if value is not None)
-        title = f"{answer.name} ({answer.n_tokens:,} tokens{f': {facts}' if facts else ''})"
+        count = f", of which {answer.n_counted:,} count" if answer.n_counted < answer.n_tokens else ""
+        title = f"{answer.name} ({answer.n_tokens:,} tokens{count}{f': {facts}' if facts else ''})"
         console.print(Text(title, style="bold"))
-        values = [getattr(token, name) if name else 0.0 for token in answer.tokens]
+        values = [getattr(token, name) if name and token.counts else 0.0 for token in answer.tokens]
         console.print(_coloured_text(answer.tokens, values, full))
         if name:
             form = "{:+.2f}" if name == "log_ratio" else "{:.2f}"
-            most = sorted(zip(answer.tokens, values, strict=True), key=lambda pair: -abs(pair[1]))[:_N_LISTED]
+            counted = [pair for pair in zip(answer.tokens, values, strict=True) if pair[0].counts]
+            most = sorted(counted, key=lambda pair: -abs(pair[1]))[:_N_LISTED]
             listed = ", ".join(f"{visible(repr(token.text))} {form.format(value)}" for token, value in most)
             console.print(Text(f"most: {listed}", style="dim"))
         console.print()
@@ -334,11 +336,11 @@ def _print_show(result: command_results.ShowResult) -> None:
 def _coloured_text(tokens: Sequence[command_results.ShowToken], values: Sequence[float], full: float) -> Text:
     """Print black on a coloured ground, which is readable on a dark and on a light terminal."""
     text = Text()
-    for piece, value in zip(_visible_tokens(tokens), values, strict=True):
+    for token, piece, value in zip(tokens, _visible_tokens(tokens), values, strict=True):
         strength = min(abs(value) / full, 1.0) if full else 0.0
         pale, strong = round(235 - 125 * strength), round(255 - 50 * strength)
         ground = f"rgb({pale},{strong},{pale})" if value > 0 else f"rgb({strong},{pale},{pale})"
-        text.append(piece, style=f"black on {ground}" if strength > 0.02 else "")
+        text.append(piece, style=f"black on {ground}" if strength > 0.02 else "" if token.counts else "dim")
     return text
 
 

@@ -53,6 +53,15 @@ class Prepared:
         self.kind: str = manifest.kind
         self.id: str = artifact.checksum(folder / artifact.MANIFEST)
 
+    def refuse_older(self) -> None:
+        """UsageError if an earlier version prepared it, which did not say which tokens count; reading it is possible."""
+        for shard in self.manifest.shards[:1]:
+            if not _has_spans(self._open(shard), self.kind):
+                raise UsageError(
+                    f"{self.folder} was prepared by an earlier version, which did not store which tokens of an answer count. Prepare "
+                    "again (prefcache prepare CONFIG): what is scored is kept, and no sequence is scored twice."
+                )
+
     def quarantine(self) -> Path:
         """The file of unusable records, verified."""
         entry = self.manifest.quarantine
@@ -66,23 +75,40 @@ class Prepared:
         tables = [self._rows(shard) for shard in order if split in (None, shard.split)]
         return pa.concat_tables(tables) if tables else PREPARED[self.kind].empty_table()
 
-    def _rows(self, shard: ShardEntry) -> pa.Table:
-        path, remedy = self.folder / shard.file, self._remedy
+    def _open(self, shard: ShardEntry) -> pa.Table:
+        path = self.folder / shard.file
         try:
-            table = artifact.open_arrow_stream(path)
+            return artifact.open_arrow_stream(path)
         except (OSError, pa.ArrowException) as error:
-            raise IntegrityError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}). {remedy}") from None
-        if f"{ANSWERS[self.kind][0]}_spans" not in table.column_names:
-            raise UsageError(
-                f"{self.folder} was prepared by an earlier version, which did not store which tokens of an answer count. Prepare "
-                "again (prefcache prepare CONFIG): the reference's scores are kept, and no token is scored twice."
-            )
+            reason = str(error).partition("\n")[0]
+            raise IntegrityError(f"{path} cannot be read ({reason}). {self._remedy}") from None
+
+    def _rows(self, shard: ShardEntry) -> pa.Table:
+        path, remedy, table = self.folder / shard.file, self._remedy, self._open(shard)
         wanted = {"example_id", "prompt_ids", *(f"{name}_ids" for name in ANSWERS[self.kind])}
         if missing := wanted - {*table.column_names}:
             raise IntegrityError(f"{path} has no column {min(missing)}, which {self.kind} have. {remedy}")
         if len(table) != shard.rows:
             raise IntegrityError(f"{path} has {len(table)} rows; its manifest says {shard.rows}. {remedy}")
-        return table
+        return table if _has_spans(table, self.kind) else _count_all(table, self.kind)
+
+
+def _has_spans(table: pa.Table, kind: str) -> bool:
+    return f"{ANSWERS[kind][0]}_spans" in table.column_names
+
+
+def _count_all(table: pa.Table, kind: str) -> pa.Table:
+    """Complete the examples of an earlier version, for which every token counted."""
+    for name in ANSWERS[kind]:
+        n = table[f"n_{name}"].combine_chunks()
+        spans = np.stack([np.zeros(len(n), np.int32), n.fill_null(0).to_numpy()], 1).ravel()
+        ends = pa.array(np.arange(0, len(spans) + 1, 2, dtype=np.int32))
+        table = table.append_column(f"n_{name}_counted", n)
+        table = table.append_column(f"{name}_spans", pa.ListArray.from_arrays(ends, pa.array(spans), mask=n.is_null()))
+    for field in PREPARED[kind]:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(PREPARED[kind].names)
 
 
 class IdLists:

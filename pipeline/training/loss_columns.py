@@ -14,6 +14,7 @@ _REMEDIES = {column.name: column.remedy for column in DATA_COLUMNS} | {"kl_logp"
 
 def refuse_missing(objective: Objective, prepared: Prepared) -> None:
     """Refuse data that lacks what the objective reads; name the losses that would work with it."""
+    prepared.refuse_older()
     available = _available_columns(prepared)
     missing = [name for name in objective.columns if name not in available]
     if not missing:

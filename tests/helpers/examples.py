@@ -76,6 +76,18 @@ def prepared(folder: Path, rows: list[dict[str, Any]]) -> Prepared:
     return Prepared(folder)
 
 
+def make_older(folder: Path) -> None:
+    """Rewrite a prepared folder as an earlier version left it, for which every token of an answer counted."""
+    manifest = PreparedManifest.find(folder)
+    names = [name for name in PREPARED[manifest.kind].names if not name.endswith(("_spans", "_counted", "n_common"))]
+    shards = []
+    for shard in manifest.shards:
+        data = artifact.arrow_stream(artifact.open_arrow_stream(folder / shard.file).select(names))
+        shards.append(artifact.commit_file(folder / f"older-{shard.file}", data, split=shard.split, rows=shard.rows))
+    older = manifest.facts() | {"shards": shards, "inputs": manifest.inputs.facts() | {"version": 3}}
+    PreparedManifest.make(**older).commit(folder / artifact.MANIFEST)
+
+
 def logps_of(prompt: list[int], completion: list[int]) -> list[float]:
     """What these tests take for the reference: token n of an answer has minus its id times n, in eighths. Exact in float32."""
     return [-token * n / 8 for n, token in enumerate(completion, 1)]

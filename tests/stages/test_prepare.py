@@ -16,6 +16,7 @@ import pytest
 
 from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.examples import make_older
 from tests.helpers.processes import is_gone
 from tests.helpers.project import PREFCACHE, pair, start, write_config, write_pairs
 
@@ -210,6 +211,28 @@ def test_a_second_run_does_nothing_and_says_so(prepare, config, tmp_path, monkey
     # Unless another version prepared it.
     monkeypatch.setattr("prefcache.pipeline.preparing.prepared_inputs.PREPARED_VERSION", 2)
     assert prepare()["changed"] is True
+
+
+def test_a_folder_of_an_earlier_version_is_prepared_again_and_no_token_is_scored_twice(
+    prepare, prefcache, config, tmp_path
+):
+    prepare()
+    prefcache("score", config)
+    make_older(tmp_path / "runs/tiny/prepared")
+    for stage in ("score", "train"):
+        error = prefcache(stage, config, code=2).stderr
+        assert "was prepared by an earlier version, which did not store which tokens of an answer count" in error
+        assert "Prepare again (prefcache prepare CONFIG): what is scored is kept" in error
+    # Who only looks sees what it holds.
+    (row,) = json.loads(
+        prefcache(
+            "sql", "select count(*) as n, min(n_chosen_counted - n_chosen) as d from pairs", "runs/tiny", "--json"
+        ).stdout
+    )
+    assert row["n"] > 0 and row["d"] == 0
+    assert prepare()["changed"] is True
+    scored = json.loads(prefcache("score", config, "--json").stdout)
+    assert (scored["tokens"], scored["scored"]) == (0, 0)
 
 
 def test_raising_the_threshold_does_not_prepare_again(prepare, tmp_path):

@@ -10,7 +10,9 @@ from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import check_preparation
 from prefcache.pipeline.stored.prepared import IdLists, Prepared, Sequences, answer_names, sequence_table
 from prefcache.pipeline.stored.records import PreparedManifest
+from tests.helpers import examples
 from tests.helpers.caches import flip
+from tests.helpers.examples import pair
 
 
 def row(i: int, split: str = "train") -> dict:
@@ -107,6 +109,30 @@ def test_datasets_maps_a_shard(prepared):
     shard = next(s for s in prepared.manifest.shards if s.split == "held_out")
     found = Dataset.from_file(str(prepared.folder / shard.file))
     assert found["example_id"] == ["id7", "id8", "id9"] and found[1]["prompt_ids"] == list(range(9))
+
+
+# -- earlier versions ------------------------------------------------------------------------------------------------
+
+
+def test_examples_of_an_earlier_version_are_read_with_all_their_tokens_counting(tmp_path):
+    pairs = [pair(0, [1], [2, 3], [4]), pair(1, [1], [5], [6, 7, 8])]
+    labels = [examples.label(0, [1], [2, 3], True, kl=[4]), examples.label(1, [1], [5], False)]
+    for name, rows in (("pairs", pairs), ("labels", labels)):
+        examples.prepared(tmp_path / name, rows)
+        examples.make_older(tmp_path / name)
+        found = Prepared(tmp_path / name).table().select(_common(name))
+        assert found.to_pylist() == examples.table(rows, name).select(_common(name)).to_pylist()
+
+
+def _common(kind):
+    return [name for name in PREPARED[kind].names if name != "n_common"]
+
+
+def test_an_earlier_version_is_refused_by_who_asks_what_counts(tmp_path):
+    examples.prepared(tmp_path, [pair(0, [1], [2, 3], [4])]).refuse_older()
+    examples.make_older(tmp_path)
+    with pytest.raises(UsageError, match=r"prepared by an earlier version.*Prepare again.*what is scored is kept"):
+        Prepared(tmp_path).refuse_older()
 
 
 # -- manifest --------------------------------------------------------------------------------------------------------
