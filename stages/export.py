@@ -29,7 +29,8 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import CACHE, OK
 from prefcache.pipeline.stored import artifact, claims, duckdb_connection, overwrite_guard, row_writers
 from prefcache.pipeline.stored.cache import Cache
-from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.counted_logps import find_counted_sums
+from prefcache.pipeline.stored.prepared import CountedTokens, Prepared
 from prefcache.pipeline.stored.records import ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference
 
@@ -49,6 +50,12 @@ def run(
     scored, cache = _open_scored(config, prepared, per_token)
     columns = _AddedColumns(prepared, per_token)
     values = _Values(columns, cache, scored.accepted_numerics)
+    if columns.n_partial:
+        progress.say(
+            f"export: {columns.n_partial:,} answers have tokens that do not count (prepare.train_on). The columns under TRL's names "
+            f"are of whole answers, as TRL adds them up; {', '.join(answer.counted_sum for answer in columns.answers)} are of the "
+            "tokens that count, and empty where the cache keeps sums only"
+        )
     expander = _Expander(Outcomes(prepared, columns.examples), values)
     # JSON Lines alone needs no columns that are the same in every row.
     types = {} if kind == ".jsonl" else record_outcomes.common_types(record_outcomes.read_batches(sources))
@@ -190,12 +197,24 @@ def _remove_unused(root: Path) -> None:
 
 
 class _Answer(NamedTuple):
-    """An answer of an example, and the columns of its values. The names are TRL's, whose collators read them."""
+    """An answer of an example, and the columns of its values. The names are TRL's, whose collators read them.
+
+    TRL adds up every token after the prompt, so the columns under its names are of whole answers. Where some tokens do not count,
+    two more columns have the sum and the number of those that do.
+    """
 
     name: str
     sum: str
     token_logps: str
     n_tokens: str
+
+    @property
+    def counted_sum(self) -> str:
+        return self.sum.replace("_logps", "_counted_logps")
+
+    @property
+    def n_counted(self) -> str:
+        return self.n_tokens.replace("_tokens", "_counted_tokens")
 
 
 _ANSWERS = {
@@ -225,8 +244,13 @@ class _AddedColumns:
         formats = [get_format(entry.format) for entry in prepared.manifest.formats]
         is_told = all(set(_TOLD_BY[kind]) <= {*each.columns, *each.optional} for each in formats)
         self.repeated = () if is_told and not self.is_numbered else _TOLD_BY[kind]
+        self.counted = [CountedTokens(self.examples, answer.name) for answer in self.answers]
+        self.n_partial = sum(int(each.is_partial.sum()) for each in self.counted)
         self.counts = {"n_prompt_tokens": "n_prompt"} | {a.n_tokens: f"n_{a.name}" for a in self.answers}
         fields = [(answer.sum, pa.float64()) for answer in self.answers]
+        if self.n_partial:
+            fields += [(answer.counted_sum, pa.float64()) for answer in self.answers]
+            self.counts |= {answer.n_counted: f"n_{answer.name}_counted" for answer in self.answers}
         fields += [(name, pa.int32()) for name in self.counts]
         if self.has_kl:
             # The mismatched answer that prepare chose: TRL would choose another one.
@@ -254,7 +278,8 @@ class _Values:
         self._columns, examples = columns, columns.examples
         keys = [examples[f"{answer.name}_key"] for answer in columns.answers]
         sums = cache.logps(keys, accepted)
-        self._sums = [pa.array(np.ma.getdata(sums_B), mask=np.ma.getmaskarray(sums_B)) for sums_B in sums]
+        counted = find_counted_sums(cache, keys, columns.counted, sums, accepted)[0] if columns.n_partial else []
+        self._sums = [pa.array(np.ma.getdata(each), mask=np.ma.getmaskarray(each)) for each in (*sums, *counted)]
         self._failed = [
             np.ma.getmaskarray(sums_B) & key.is_valid().to_numpy() for sums_B, key in zip(sums, keys, strict=True)
         ]

@@ -27,7 +27,7 @@ def export(
         prefcache export data/demo/config.yaml --output runs/demo.parquet
         prefcache export my.yaml --output scored.jsonl.gz --per-token
 
-    Writes the rows of the config's data in their order, with all their columns and the reference's log-probs of their answers. Prepare and score the experiment first. CSV files hold texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
+    Writes the rows of the config's data in their order, with all their columns and the reference's log-probs of their answers. The sums are of whole answers, as TRL adds them up. Where some tokens do not count (prepare.train_on), ref_chosen_counted_logps and ref_rejected_counted_logps (labels: ref_counted_logps) have the sums of those that do. Prepare and score the experiment first. CSV files hold texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
     path = output_path(output, config)
     assert path is not None
@@ -58,7 +58,7 @@ def import_(
         prefcache import my.yaml
         prefcache import my.yaml --chosen their_chosen --dtype bfloat16
 
-    Prepare the experiment first. The log-probs are columns of the config's data, each a sum over the tokens of an answer. A sample is compared with the plain float32 forward (score.parity_sample=0 skips this). To use them, name them in score.accept_numerics; the command to do so is printed.
+    Prepare the experiment first. The log-probs are columns of the config's data, each a sum over all tokens of an answer, whichever of them count (prepare.train_on); sums alone serve training only where all do. A sample is compared with the plain float32 forward (score.parity_sample=0 skips this). To use them, name them in score.accept_numerics; the command to do so is printed.
     """
     with open_config(config, overrides, quiet) as (settings, progress):
         from prefcache import import_logps

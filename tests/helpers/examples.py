@@ -1,5 +1,6 @@
 """Prepared folders of pairs and labels, caches that hold their answers, and objectives, all small enough to add up by hand."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,37 @@ def prepared(folder: Path, rows: list[dict[str, Any]]) -> Prepared:
 
 def make_older(folder: Path) -> None:
     """Rewrite a prepared folder as an earlier version left it, for which every token of an answer counted."""
-    manifest = PreparedManifest.find(folder)
-    names = [name for name in PREPARED[manifest.kind].names if not name.endswith(("_spans", "_counted", "n_common"))]
-    shards = []
+
+    def drop(examples: pa.Table) -> pa.Table:
+        return examples.drop_columns(
+            [name for name in examples.column_names if name.endswith(("_spans", "_counted", "n_common"))]
+        )
+
+    _rewrite(folder, drop, version=3)
+
+
+def mask(folder: Path, spans: Callable[[int], list[int]]) -> None:
+    """Rewrite a prepared folder so that of each answer of n tokens those in `spans(n)` count."""
+
+    def change(examples: pa.Table) -> pa.Table:
+        kind = "labels" if "label" in examples.column_names else "pairs"
+        names = ("completion", "kl") if kind == "labels" else ("chosen", "rejected")
+        rows = [
+            masked(row, **{name: spans(row[f"n_{name}"]) for name in names if row[f"n_{name}"] is not None})
+            for row in examples.to_pylist()
+        ]
+        return table(rows, kind)
+
+    _rewrite(folder, change)
+
+
+def _rewrite(folder: Path, change: Callable[[pa.Table], pa.Table], **inputs: Any) -> None:
+    manifest, shards = PreparedManifest.find(folder), []
     for shard in manifest.shards:
-        data = artifact.arrow_stream(artifact.open_arrow_stream(folder / shard.file).select(names))
-        shards.append(artifact.commit_file(folder / f"older-{shard.file}", data, split=shard.split, rows=shard.rows))
-    older = manifest.facts() | {"shards": shards, "inputs": manifest.inputs.facts() | {"version": 3}}
-    PreparedManifest.make(**older).commit(folder / artifact.MANIFEST)
+        data = artifact.arrow_stream(change(artifact.open_arrow_stream(folder / shard.file)))
+        shards.append(artifact.commit_file(folder / f"new-{shard.file}", data, split=shard.split, rows=shard.rows))
+    facts = manifest.facts() | {"shards": shards, "inputs": manifest.inputs.facts() | inputs}
+    PreparedManifest.make(**facts).commit(folder / artifact.MANIFEST)
 
 
 def logps_of(prompt: list[int], completion: list[int]) -> list[float]:

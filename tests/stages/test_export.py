@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefcache.pipeline.preparing.record_outcomes import Batch, common_types
 from prefcache.pipeline.preparing.sources import Line
+from tests.helpers.examples import mask
 from tests.helpers.project import PREFCACHE, invoke, pair, write_config, write_pairs
 from tests.helpers.scored import write_labels
 
@@ -95,6 +96,32 @@ def test_a_second_call_scores_nothing_and_changes_no_value(exported):
     assert (first["scored"]["scored"], first["exported"]["scored"]) == (80, 40)
     for again in others:
         assert (again["scored"]["scored"], again["scored"]["tokens"], again["prepared"]["changed"]) == (0, 0, False)
+
+
+def test_under_a_mask_whole_sums_keep_trls_names_and_counted_ones_stand_next_to_them(
+    prefcache, config, model, tmp_path
+):
+    prefcache("prepare", config)
+    prefcache("score", config)
+    prefcache("export", config, "--output", "whole.jsonl")
+    assert set(ADDED) < set(rows_of(tmp_path / "whole.jsonl")[0]) and "counted" not in str(
+        rows_of(tmp_path / "whole.jsonl")[0].keys()
+    )
+    # All tokens but the first two count, of answers that have three.
+    mask(tmp_path / "runs/tiny/prepared", lambda n: [2, n] if n > 2 else [0, n])
+    assert json.loads(prefcache("score", config, "--json").stdout)["tokens"] == 0
+    said = prefcache("export", config, "--output", "masked.jsonl", "--per-token").stderr
+    assert (
+        "have tokens that do not count (prepare.train_on). The columns under TRL's names are of whole answers" in said
+    )
+    whole, rows = (rows_of(tmp_path / f"{name}.jsonl") for name in ("whole", "masked"))
+    assert [{name: row[name] for name in whole[0]} for row in rows] == whole
+    for row in rows[::9]:
+        for answer in ("chosen", "rejected"):
+            _, logps = forward(model, row["prompt"], row[answer])
+            assert row[f"n_{answer}_counted_tokens"] == len(logps) - 2
+            assert row[f"ref_{answer}_counted_logps"] == pytest.approx(sum(logps[2:]), abs=1e-4)
+            assert row[f"ref_{answer}_token_logps"] == pytest.approx(logps, abs=1e-4)
 
 
 def test_every_kind_of_file_holds_the_same_rows(exported):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.examples import mask
 
 TRAIN = ["--set", "train.learning_rate=0.003", "--set", "train.epochs=2"]
 
@@ -43,6 +44,18 @@ def test_each_token_has_what_both_models_give_it(prefcache, config, model, rows,
         assert [token["id"] for token in answer["tokens"]] == rows[3][f"{answer['name']}_ids"]
     plain = prefcache("show", rows[3]["example_id"], config).stdout
     assert "most: " in plain and "\x1b" not in plain
+
+
+def test_sums_are_of_the_tokens_that_count_and_the_others_are_marked(prefcache, config, model, rows, tmp_path):
+    mask(tmp_path / "runs/tiny/prepared", lambda n: [0, 1, 2, n] if n > 2 else [0, n])
+    prefcache("score", config)
+    found = json.loads(prefcache("show", rows[3]["example_id"], config, "--json").stdout)
+    for answer in found["answers"]:
+        expected, n = logps(model, rows[3], answer["name"]), answer["n_tokens"]
+        assert (answer["n_counted"], len(answer["tokens"])) == (n - 1, n)
+        assert [token["counts"] for token in answer["tokens"]] == [True, False, *[True] * (n - 2)]
+        assert answer["reference_sum"] == pytest.approx(expected.sum() - expected[1], abs=1e-3)
+    assert f"{n} tokens, of which {n - 1} count: reference" in prefcache("show", rows[3]["example_id"], config).stdout
 
 
 def test_an_adapter_is_shown_beside_its_model(prefcache, config, rows):
