@@ -5,8 +5,9 @@ Where a file leaves out what would change a result, TRL's default is written dow
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from prefcache.pipeline.config import Tracker
 from prefcache.pipeline.config_file import validate
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.training.objective import Objective
@@ -113,7 +114,6 @@ _IGNORED = {
     "logging_strategy": "every step is logged",
     "eval_strategy": "train.eval_every says when",
     "save_strategy": "train.checkpoint_every says when",
-    "report_to": "metrics go to Parquet (prefcache sql), and to what train.report_to names",
     "fsdp": "train.shard: fsdp shards the model if it must be",
     "fsdp_config": "train.shard: fsdp shards the model if it must be",
     "deepspeed": "train.shard: fsdp shards what ZeRO 3 does",
@@ -165,6 +165,15 @@ class Converted:
         tree[last] = value
         self.became[theirs] = f"{ours}: {value}"
 
+    def put_template(self, is_text: bool | None) -> None:
+        """Say whether the data gets the chat template: TRL takes text as it is. None: the data is not here to be looked at."""
+        if is_text:
+            self.put("(the data is text)", "prepare.template", "none")
+        elif is_text is None and "data" in self.config["prepare"]:
+            self.cannot["(the data)"] = (
+                "where it is text and not messages, TRL applies no template; set prepare.template: none"
+            )
+
     def check(self) -> None:
         """Check that this is a config that trains, apart from what the file cannot say."""
         tree = {"model": "model", "out": "out", **self.config}
@@ -186,6 +195,7 @@ def convert(theirs: Mapping[str, Any], name: str = "The file") -> Converted:
     losses = _convert_losses(given, converted)
     _convert_batches(given, explicit, converted)
     _convert_best(explicit, converted)
+    _convert_trackers(explicit, converted)
     _convert_optimizer(given, converted)
     if given.get("use_peft"):
         converted.config.setdefault("train", {})["lora"] = {}
@@ -238,6 +248,7 @@ def _explain(key: str, value: Any, converted: Converted) -> None:
 
 
 def _convert_data(given: Mapping[str, Any], converted: Converted) -> None:
+    converted.config["prepare"] = {"train_on": "all"}  # TRL counts every token after the prompt
     if given.get("datasets"):
         sources = [_source(entry.get("path"), entry.get("name"), entry.get("split")) for entry in given["datasets"]]
         converted.put("datasets", "prepare.data", sources)
@@ -271,7 +282,7 @@ def _convert_losses(given: Mapping[str, Any], converted: Converted) -> list[str]
     if given.get("use_weighting"):
         converted.put("use_weighting", "train.weighting", "wpo")
     if "kto" in names or "apo_zero_unpaired" in names:
-        converted.config.setdefault("prepare", {})["examples"] = "labels"
+        converted.config["prepare"]["examples"] = "labels"
     return names
 
 
@@ -296,6 +307,20 @@ def _convert_batches(given: Mapping[str, Any], explicit: Mapping[str, Any], conv
             converted.ignored[key] = "expected a number of steps or of checkpoints; our default is used"
     if explicit.get("bf16"):
         converted.put("bf16", "train.precision", "bf16")
+
+
+def _convert_trackers(explicit: Mapping[str, Any], converted: Converted) -> None:
+    if "report_to" not in explicit:
+        return
+    named = explicit["report_to"]
+    names = [named] if isinstance(named, str) else list(named)
+    trackers = [name for name in names if name in get_args(Tracker)]
+    if trackers:
+        converted.put("report_to", "train.report_to", trackers)
+    elif names in ([], ["none"]):
+        converted.ignored["report_to"] = "metrics go to Parquet (prefcache sql)"
+    if others := [name for name in names if name not in (*trackers, "none")]:
+        converted.cannot["report_to"] = f"{', '.join(others)}: train.report_to takes {', '.join(get_args(Tracker))}"
 
 
 def _convert_best(explicit: Mapping[str, Any], converted: Converted) -> None:

@@ -262,16 +262,21 @@ def from_trl(file: str, output: str | None, force: bool) -> None:
         prefcache from-trl dpo.yaml --output my.yaml
         prefcache prepare my.yaml
 
-    Reports on stderr what each key became, and which keys have no meaning here and why. TRL's defaults are written out where they differ. The config serves all stages: prepare, score and train.
+    Reports on stderr what each key became, and which keys have no meaning here and why. TRL's defaults are written out where they differ. Data of text, and not messages, gets no chat template, as in TRL: if the data is a file or folder here, its first record tells. The config serves all stages: prepare, score and train.
     """
+    import tempfile
+
     import yaml
 
     from prefcache.pipeline import config_file
+    from prefcache.pipeline.preparing.sources import holds_text
     from prefcache.pipeline.stored import overwrite_guard
     from prefcache.pipeline.training import from_trl
     from prefcache.pipeline.visible_text import visible
 
     found = from_trl.convert(config_file.read_yaml(Path(file)), file)
+    with tempfile.TemporaryDirectory() as spool:
+        found.put_template(holds_text(found.data_paths, Path(spool)))
     found.check()
     if output is not None:
         inputs = overwrite_guard.Inputs(data=found.data_paths).with_files(file)

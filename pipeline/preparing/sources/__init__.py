@@ -4,18 +4,19 @@ A file, a folder, a glob pattern, standard input, what `save_to_disk` of dataset
 that a source holds is executed. Start with chunk.py, which defines a chunk; sniff.py decides which file is read how.
 """
 
+import contextlib
 import glob
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefcache.pipeline.config import Source
-from prefcache.pipeline.errors import DataError, UsageError
+from prefcache.pipeline.errors import DataError, PrefcacheError, UsageError
 from prefcache.pipeline.preparing.sources import arrow_tables, csv_tsv, jsonl, sniff
 from prefcache.pipeline.preparing.sources.chunk import (
     CHUNK_BYTES,
@@ -101,6 +102,20 @@ def open_source(entry: Source, spool: Path) -> DataSource:
     for name in (source.name, *map(source.display_name, source.files)):
         refuse_undecodable(name)
     return source
+
+
+def holds_text(paths: Iterable[str], spool: Path) -> bool | None:
+    """Return whether the first records of these files have text, and not messages; None if they differ or cannot be read."""
+    kinds: set[bool | None] = set()
+    for path in paths:
+        record = None
+        if Path(path).exists():
+            with contextlib.suppress(PrefcacheError):
+                source = open_source(Source(path=path), spool)
+                record = next((line.record for chunk in source.chunks() for line in chunk.lines() if line.record), None)
+        values = [record[column] for column in ("chosen", "completion") if column in record] if record else []
+        kinds.add(isinstance(values[0], str) if values else None)
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def refuse_undecodable(name: str) -> None:

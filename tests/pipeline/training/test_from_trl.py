@@ -1,6 +1,7 @@
 """A file of TRL's settings becomes a config that trains the same, and every key of it is accounted for."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -46,6 +47,7 @@ def test_every_key_of_a_file_is_accounted_for():
     found = convert(DPO)
     assert found.config == {
         "prepare": {
+            "train_on": "all",  # TRL counts all tokens after the prompt
             "data": [{"path": "trl-lib/ultrafeedback_binarized"}],
             "max_length": 2048,
             "too_long": "keep_start",
@@ -197,7 +199,7 @@ def test_a_loss_that_there_is_not_is_refused():
 def test_the_config_trains(prefcache, config, model, tmp_path):
     """As a user has it: TRL's file in, one command, and our three stages."""
     theirs = {"model_name_or_path": str(model), "dataset_name": "pairs.jsonl", "output_dir": "runs/theirs"}
-    theirs |= {"loss_type": "ipo", "num_train_epochs": 1, "learning_rate": 1e-3, "report_to": "wandb"}
+    theirs |= {"loss_type": "ipo", "num_train_epochs": 1, "learning_rate": 1e-3, "report_to": "none"}
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(theirs))
     done = prefcache("from-trl", "dpo.yaml", "--output", "mine.yaml")
     assert "loss_type: train.loss: ipo" in done.stderr and "report_to: has no meaning here" in done.stderr
@@ -207,6 +209,41 @@ def test_the_config_trains(prefcache, config, model, tmp_path):
     for stage in ("prepare", "score", "train"):
         done = prefcache(stage, "mine.yaml", "--set", "prepare.held_out=0.2")
     assert "loss ipo" in done.stdout
+
+
+def test_text_gets_no_template_as_in_trl_and_messages_get_theirs(prefcache, model, tmp_path):
+    """The first record tells, as in TRL; where it is not here, the file says what to look at."""
+    messages = {
+        name: [{"role": role, "content": "why"}]
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    }
+    for record, template in (
+        (dict.fromkeys(("prompt", "chosen", "rejected"), "why"), "none"),
+        ({"prompt": "why", "completion": "so", "label": True}, "none"),
+        (messages, None),
+    ):
+        (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
+        (tmp_path / "dpo.yaml").write_text("dataset_name: records.jsonl\n")
+        done = prefcache("from-trl", "dpo.yaml")
+        assert yaml.safe_load(done.stdout)["prepare"].get("template") == template
+        assert ("prepare.template: none" in done.stderr) == (template == "none")
+    (tmp_path / "dpo.yaml").write_text("dataset_name: trl-lib/not-here\n")
+    done = prefcache("from-trl", "dpo.yaml")
+    assert "template" not in yaml.safe_load(done.stdout)["prepare"] and "DIFFERS: where it is text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "ours"),
+    [("wandb", ["wandb"]), (["tensorboard", "mlflow"], ["tensorboard"]), ("none", None), ("all", None)],
+)
+def test_trackers_come_along(named, ours):
+    found = convert({"report_to": named})
+    assert found.config["train"].get("report_to") == ours
+    assert found.cannot.get("report_to", "").partition(":")[0] == {"all": "all"}.get(
+        str(named), "mlflow" if "mlflow" in named else ""
+    )
+    assert ("report_to" in found.ignored) == (named == "none")
+    found.check()
 
 
 def test_the_best_model_at_the_end_is_ours():
