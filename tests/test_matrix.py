@@ -399,6 +399,8 @@ KNOBS = [
     Knob("rows that occur twice", twice, "nothing"),
     Knob("held-out share", setting("prepare.held_out", 0.5), "nothing"),
     Knob("max_length that cuts nothing", setting("prepare.max_length", 400), "nothing"),
+    Knob("which tokens count: all", setting("prepare.train_on", "all"), "nothing"),
+    Knob("which tokens count: those of the last turn", setting("prepare.train_on", "last_turn"), "nothing"),
     Knob("output folder", setting("out", "runs/other"), "nothing"),
     Knob("tokens_per_batch", setting("score.tokens_per_batch", 100), "nothing"),
     Knob("tokens_per_shard", setting("score.tokens_per_shard", 300), "nothing"),
@@ -505,6 +507,24 @@ def test_a_sweep_of_eight_configurations_costs_one_reference_pass(world):
         loads.append(len(world.loads))
     assert sum(tokens) == tokens[0] == one_pass
     assert loads[0] > 0 and not any(loads[1:])
+
+
+def test_other_tokens_that_count_are_prepared_and_trained_anew_and_nothing_is_scored(world):
+    run, ids = {"train.samples": 0, "train.batch_size": 4}, set()
+    for n, value in enumerate(("assistant", "all", "last_turn")):
+        world.settings["prepare.train_on"] = value
+        world.prepare()
+        ids.add(Prepared(world.out / "prepared").id)
+        assert len(ids) == n + 1
+        if n:
+            refused = world.prefcache("train", *world.arguments(**run), code=5).stderr
+            assert "belongs to other data" in refused
+        scored = world.score()
+        assert (scored["tokens"] == 0) == bool(n) and bool(world.loads) == (n == 0)
+        trained = json.loads(world.prefcache("train", *world.arguments(**run), "--json").stdout)
+        assert trained["changed"] is True
+        assert json.loads(world.prefcache("train", *world.arguments(**run), "--json").stdout)["changed"] is False
+    assert len(list((world.out).glob("trained*"))) == 3
 
 
 # -- training against such a reference -------------------------------------------------------------------------------
