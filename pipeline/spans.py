@@ -4,6 +4,7 @@ A loss, a statistic or a length sees only the tokens that count. Scoring sees al
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,14 @@ def clip_spans(spans: Sequence[int], n: int) -> list[int]:
 def count_tokens(spans: Sequence[int]) -> int:
     """Return how many tokens count."""
     return sum(spans[1::2]) - sum(spans[::2])
+
+
+def count_common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return the length of the longest common prefix."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
 def counted_positions(spans: np.ndarray) -> np.ndarray:

@@ -62,6 +62,7 @@ FLOORS = {
     "prefcache.pipeline.preparing": [
         "example",
         "placeholder_text encoder expand_rankings sources",
+        "generation_marks turn_borders",
         "chat_template tokenizer_fingerprint formats",
         "template_cache rendered_text",
         "render_chat",

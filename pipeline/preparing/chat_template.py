@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing.example import Message, Unusable
+from prefcache.pipeline.preparing.generation_marks import CLOSE, OPEN
 from prefcache.pipeline.preparing.placeholder_text import OpaqueText, join, refuse_opaque
 
 SECONDS = 5.0
@@ -55,19 +56,33 @@ class TemplateLimit(UsageError):
 
 class ChatTemplate:
     def __init__(
-        self, text: str, tokens: Mapping[str, str], date: datetime.date, *, tool_text: str | None = None
+        self,
+        text: str,
+        tokens: Mapping[str, str],
+        date: datetime.date,
+        *,
+        tool_text: str | None = None,
+        mark_generation: bool = False,
     ) -> None:
-        """`tokens`: the special tokens that a template may print, by name. `tool_text`: the template to use with tools."""
+        """`tokens`: the special tokens that a template may print, by name. `tool_text`: the template to use with tools.
+
+        `mark_generation`: put marks around `{% generation %}` blocks, see generation_marks.py.
+        """
         self.text, self._tokens = text, dict(tokens)
         self.knows_tools = "tools" in text + (tool_text or "")
         self.knows_tool_calls = "tool_calls" in text + (tool_text or "")
-        sandbox = _create_sandbox(date)
+        sandbox = _create_sandbox(date, mark_generation=mark_generation)
         with self.limits():
             self._plain = _compile(sandbox, text)
             self._with_tools = _compile(sandbox, tool_text) if tool_text else self._plain
+            self._marks, self._marks_with_tools = (_writes_marks(sandbox, each) for each in (text, tool_text or text))
             # The texts in the template's expressions, which are what it may look for in a conversation.
             constants = (node.value for node in sandbox.parse(text).find_all(nodes.Const))
             self.literals = tuple(dict.fromkeys(text for text in constants if isinstance(text, str) and text.strip()))
+
+    def marks_generation(self, tools: list[dict[str, Any]] | None) -> bool:
+        """Return whether the text has marks around what the assistant generates."""
+        return self._marks_with_tools if tools else self._marks
 
     def render(
         self,
@@ -196,6 +211,10 @@ def _compile(sandbox: "_Sandbox", text: str) -> jinja2.Template:
         raise UsageError(f"The chat template cannot be compiled ({error}). {remedy}") from None
 
 
+def _writes_marks(sandbox: "_Sandbox", text: str) -> bool:
+    return any(node.data == OPEN for node in sandbox.parse(text).find_all(nodes.TemplateData))
+
+
 class _Compiler(CodeGenerator):
     """Jinja's compiler, except that `a ~ b` and `a in b` go through the sandbox."""
 
@@ -274,7 +293,7 @@ def _check_product(operator: str, left: Any, right: Any) -> None:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, with which templates mark the assistant's tokens; here only its content counts."""
+    """`{% generation %}`, with which templates mark what the assistant generates; here only its content counts."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -285,11 +304,20 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body)
 
 
-def _create_sandbox(date: datetime.date) -> _Sandbox:
+class _MarkedGeneration(_Generation):
+    def parse(self, parser: Any) -> list[nodes.Node]:
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (OPEN, CLOSE))
+        scope = super().parse(parser)
+        assert isinstance(scope, nodes.Node)
+        return [begin, scope, end]
+
+
+def _create_sandbox(date: datetime.date, *, mark_generation: bool = False) -> _Sandbox:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    generation = _MarkedGeneration if mark_generation else _Generation
+    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols])
     sandbox.filters["tojson"] = _to_json
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = date.strftime

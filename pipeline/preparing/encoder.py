@@ -5,12 +5,15 @@ ids of `prompt + answer` are those of the prompt up to its last special token, t
 no such token in the prompt, the whole is encoded with each answer.
 """
 
-from collections.abc import Sequence
+import bisect
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefcache.pipeline.spans import whole_span
+from prefcache.pipeline.spans import count_common, whole_span
 from prefcache.pipeline.token_text import token_texts
 from prefcache.pipeline.tokenizer import load_tokenizer
 
@@ -32,6 +35,9 @@ class TokenizerFacts:
     tool_template: str | None
 
 
+Span = tuple[int, int]
+
+
 class ExampleText(NamedTuple):
     """What the model sees: `prompt + answer` is a whole conversation."""
 
@@ -39,6 +45,8 @@ class ExampleText(NamedTuple):
     answers: tuple[str, ...]
     plain: bool = False  # not from a chat template, so the tokenizer's beginning is added
     closed: bool = False  # with plain: the answers bring an end token of their own
+    # Begin and end of the characters of each answer that count, None for all of them; () if all of every answer count.
+    counted: tuple[list[Span] | None, ...] = ()
 
 
 class ExampleTokens(NamedTuple):
@@ -132,8 +140,8 @@ class Encoder:
             self.ids([tail + answer for text, (tail, _) in zip(texts, tails, strict=True) for answer in text.answers])
         )
         return [
-            self._split(text, prompts[text.prompt], tail_ids, [next(wholes) for _ in text.answers])
-            for text, (_, tail_ids) in zip(texts, tails, strict=True)
+            self._split(text, prompts[text.prompt], tail, tail_ids, [next(wholes) for _ in text.answers])
+            for text, (tail, tail_ids) in zip(texts, tails, strict=True)
         ]
 
     def _find_tail(self, prompt: str, ids: list[int]) -> tuple[str, list[int]]:
@@ -151,24 +159,77 @@ class Encoder:
         # They differ if the token's text is part of something else.
         return (tail, tail_ids) if tail_ids == ids[n:] else (prompt, ids)
 
-    def _split(self, text: ExampleText, prompt: list[int], tail: list[int], wholes: list[list[int]]) -> ExampleTokens:
-        n = len(tail)
+    def _split(
+        self, text: ExampleText, prompt: list[int], tail: str, tail_ids: list[int], wholes: list[list[int]]
+    ) -> ExampleTokens:
+        n = len(tail_ids)
         # Decided per answer, so that its ids do not depend on the other answer. An answer on its own is encoded after a
         # token, because tokenizers may treat the beginning of a text differently.
-        is_exact = [whole[:n] == tail for whole in wholes]
+        is_exact = [whole[:n] == tail_ids for whole in wholes]
         answers = [
             whole[n:] if exact else self.ids([self._prefix + answer])[0][1 if self._prefix else 0 :]
             for whole, exact, answer in zip(wholes, is_exact, text.answers, strict=True)
         ]
+        spans = [
+            whole_span(len(ids))
+            if counted is None
+            else self._token_spans(tail if exact else self._prefix, answer, ids, counted)
+            for counted, exact, answer, ids in zip(
+                text.counted or [None] * len(answers), is_exact, text.answers, answers, strict=True
+            )
+        ]
         ended = False
-        for ids in answers:
+        for i, ids in enumerate(answers):
             if self._eos is not None and ids and not self._is_ended(ids, text):
                 ids.append(self._eos)
                 ended = True
+                # It ends the last turn: it counts if that turn does.
+                if spans[i][-1:] == [len(ids) - 1]:
+                    spans[i][-1] += 1
         if text.plain and self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]
-        spans = tuple(whole_span(len(ids)) for ids in answers)
-        return ExampleTokens(prompt, tuple(answers), all(is_exact), ended, spans)
+        return ExampleTokens(prompt, tuple(answers), all(is_exact), ended, tuple(spans))
+
+    def _token_spans(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> list[int]:
+        """Return the spans of an answer's tokens that count: those that have no character that does not."""
+        find = self._find_tokens if self._python is None else self._find_python_tokens
+        spans: list[int] = []
+        for first, last in find(before, answer, ids, counted):
+            if spans[-1:] == [first]:  # no token between this part and the last
+                spans[-1] = last
+            elif first < last:
+                spans += [first, last]
+        return spans
+
+    def _find_tokens(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> Iterator[Span]:
+        encoding = self._offsets.encode(before + answer, add_special_tokens=False)
+        assert encoding.ids[-len(ids) :] == ids
+        begins, ends = zip(*encoding.offsets[-len(ids) :], strict=True)
+        for begin, end in counted:
+            first, last = (bisect.bisect_left(begins, len(before) + at) for at in (begin, end))
+            while last > first and ends[last - 1] > len(before) + end:
+                last -= 1
+            yield first, last
+
+    def _find_python_tokens(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> Iterator[Span]:
+        """Without offsets, compare with the ids of the text up to each border."""
+        (whole,) = self.ids([before + answer])
+        n_before = len(whole) - len(ids)
+        for span in counted:
+            texts = self.ids([before + answer[:at] for at in span])
+            first, last = (count_common(whole, each) for each in texts)
+            # A token across a border belongs to neither side.
+            yield first - n_before + (first < len(texts[0])), last - n_before
+
+    @cached_property
+    def _offsets(self) -> Any:
+        """The same tokenizer without its last step, which may leave the spaces of a token out of its offsets."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(json.dumps(json.loads(self._backend.to_str()) | {"post_processor": None}))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _is_ended(self, ids: list[int], text: ExampleText) -> bool:
         if text.plain and not text.closed:

@@ -11,7 +11,7 @@ import gc
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +32,7 @@ from prefcache.pipeline.preparing.sources import Chunk, Limits, Line, group_by_s
 from prefcache.pipeline.preparing.template_cache import TemplateCacheMismatch
 from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
 from prefcache.pipeline.schema import ANSWERS, HELD_OUT, LABELS, PAIRS, QUARANTINE, TRAIN, data_columns, key_of_bytes
-from prefcache.pipeline.spans import count_tokens
+from prefcache.pipeline.spans import count_common, count_tokens
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import NewerError, PartRecord
 
@@ -76,11 +76,16 @@ class PartWorker:
     def __init__(self, resolved: ResolvedConfig) -> None:
         self.resolved = resolved
         template = resolved.template and ChatTemplate(
-            resolved.template, resolved.tokenizer.special, resolved.prepare.date, tool_text=resolved.tool_template
+            resolved.template,
+            resolved.tokenizer.special,
+            resolved.prepare.date,
+            tool_text=resolved.tool_template,
+            mark_generation=resolved.prepare.train_on != "all",
         )
-        self.renderer = ChatRenderer(template or None)
         self._rendered_text = RenderedText(template, resolved.tokenizer) if template else None
         self.encoder = Encoder(resolved.tokenizer)
+        end_tokens = self.encoder.decoded_specials()
+        self.renderer = ChatRenderer(template or None, resolved.prepare.train_on, end_tokens)
         self._strikes = 0  # records of this part that were too much for the template
         self._readers = [get_format(source.format).bind(source.arguments) for source in resolved.source_formats]
 
@@ -289,7 +294,7 @@ class _RowColumns:
             row |= {f"{name}_spans": array("i", spans).tobytes(), f"n_{name}_counted": count_tokens(spans)}
         row |= {name: example.columns.get(name) for name in self._data_columns}
         if isinstance(example, Pair):
-            row["n_common"] = _count_common(*tokens.answers)
+            row["n_common"] = count_common(*tokens.answers)
         else:
             row |= {"label": example.label, "prompt_hash": _hash_number(prompt_ids)}
             row |= {"text_hash": _hash_number(row["completion"].encode()), "ids_hash": _hash_number(answer)}
@@ -318,14 +323,6 @@ class _RowColumns:
 
     def table(self) -> pa.Table:
         return pa.Table.from_batches(self._batches, schema=self._schema).combine_chunks()
-
-
-def _count_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
 def _id_lists(rows: list[bytes]) -> pa.ListArray:

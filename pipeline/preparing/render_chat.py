@@ -4,23 +4,28 @@ With a chat template, the prompt is what the model sees when it is asked: its tu
 is the rest of the rendered whole. If the template would change an answer's text (some drop what is between thinking
 tags), the original answer is put in its place. If the template has no place for a system message, its text goes before
 the first user turn, as Gemma's documentation recommends.
+
+Which parts of an answer count is said by the template's `{% generation %}` blocks, or found by turn_borders.py.
 """
 
 import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
-from prefcache.pipeline.preparing.encoder import ExampleText
+from prefcache.pipeline.preparing.encoder import ExampleText, Span
 from prefcache.pipeline.preparing.example import Example, Label, Message, Turns, Unusable
+from prefcache.pipeline.preparing.generation_marks import clip_start, has_marks, split_marks
 from prefcache.pipeline.preparing.placeholder_text import MARK, OpaqueText, Slot, split_at_slot
 from prefcache.pipeline.preparing.template_cache import TemplateCache
+from prefcache.pipeline.preparing.turn_borders import Conversation, TurnBorders
 
+TrainOn = Literal["assistant", "last_turn", "all"]
 _NO_TOOLS = Label(prompt="", completion="", label=True)
 # Where messages keep an assistant's thoughts, if not in their text.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -29,9 +34,12 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 class ChatRenderer:
     """`counts` says how often something was changed or missed: merged_system, restored, unseen_tools, unseen_thoughts."""
 
-    def __init__(self, template: ChatTemplate | None) -> None:
-        """Without a template, text is taken as it is."""
-        self.template = template
+    def __init__(
+        self, template: ChatTemplate | None, train_on: TrainOn = "all", end_tokens: Iterable[str] = ()
+    ) -> None:
+        """Without a template, text is taken as it is. `end_tokens` may end a turn."""
+        self.template, self._train_on = template, train_on
+        self._borders = TurnBorders(end_tokens)
         self.counts: Counter[str] = Counter()
         self.cache = TemplateCache(template, self._render_uncached) if template else None
         self._use_cache = True
@@ -63,6 +71,8 @@ class ChatRenderer:
         self._check_tools(self.template, example)
         prompt = self._prompt_turns(example)
         turns = [_as_messages(answer, "assistant") for answer in example.answers]
+        if self.template.marks_generation(example.tools):
+            _refuse_marks(chain(prompt, *turns))
         if self.cache and self._use_cache and not example.tools and not example.template_kwargs:
             text = self.cache.render(prompt, turns)
             if text is not None:
@@ -103,8 +113,10 @@ class ChatRenderer:
             return self._render(prompt, answers, _NO_TOOLS)
 
     def _render(self, prompt: list[Message], answers: list[list[Message]], example: Example) -> ExampleText:
-        asked = self._apply(prompt, example, add_generation_prompt=True)
-        return ExampleText(asked, tuple(self._render_answer(prompt, asked, answer, example) for answer in answers))
+        asked, _ = self._split(self._apply(prompt, example, add_generation_prompt=True), example)
+        rendered = [self._render_answer(prompt, asked, answer, example) for answer in answers]
+        texts, counted = zip(*rendered, strict=True)
+        return ExampleText(asked, texts, counted=() if all(spans is None for spans in counted) else counted)
 
     def _apply(self, messages: list[Message], example: Example, *, add_generation_prompt: bool = False) -> str:
         assert self.template is not None
@@ -116,18 +128,65 @@ class ChatRenderer:
             kwargs=example.template_kwargs,
         )
 
-    def _render_answer(self, prompt: list[Message], asked: str, answer: list[Message], example: Example) -> str:
+    def _split(self, text: str, example: Example) -> tuple[str, list[Span]]:
+        """Return what the template wrote without marks, and what it marked."""
+        assert self.template is not None
+        return split_marks(text) if self.template.marks_generation(example.tools) else (text, [])
+
+    def _render_answer(
+        self, prompt: list[Message], asked: str, answer: list[Message], example: Example
+    ) -> tuple[str, list[Span] | None]:
+        """Return an answer's text, and what of it counts; None for all of it."""
         if answer[0]["role"] != "assistant":
             raise Unusable("answer is no assistant turn", f"its role is {answer[0]['role']!r}")
-        whole = self._apply([*prompt, *answer], example)
-        if whole.startswith(asked) and _contains_answer(whole, len(asked), answer):
-            return whole[len(asked) :]
+        whole, marked = self._split(self._apply([*prompt, *answer], example), example)
+        if whole.startswith(asked) and self._contains_answer(whole, len(asked), answer):
+            counted = self._find_counted(prompt, answer, whole, marked, example)
+            return whole[len(asked) :], None if counted is None else clip_start(counted, len(asked))
         if len(answer) == 1 and answer[0].get("content") and not answer[0].get("tool_calls"):
             return self._restore_answer(prompt, asked, answer[0], example)
         what = "several turns" if len(answer) > 1 else "tool calls"
         raise Unusable("template rewrites the answer", f"and it has {what}, so that it cannot be put back")
 
-    def _restore_answer(self, prompt: list[Message], asked: str, answer: Message, example: Example) -> str:
+    def _contains_answer(self, whole: str, begin: int, answer: list[Message]) -> bool:
+        """Return whether every turn of the answer is there. Turns before the last may have lost their reasoning."""
+        assert self.template is not None
+        for n, turn in enumerate(answer):
+            texts = [turn.get("content") or ""]
+            if n < len(answer) - 1 and turn["role"] == "assistant":
+                # What follows a text that the template looks for, such as a closing tag.
+                texts += [texts[0].rpartition(tag)[2] for tag in self.template.literals if tag in texts[0]]
+            elif turn["role"] != "assistant":
+                texts.append(json.dumps(texts[0], ensure_ascii=False)[1:-1])
+            if not any(_contains(whole, begin, text) for text in texts):
+                return False
+        return True
+
+    def _find_counted(
+        self, prompt: list[Message], answer: list[Message], whole: str, marked: list[Span], example: Example
+    ) -> list[Span] | None:
+        """Return begin and end, in the whole conversation, of what counts of the answer; None for all of it."""
+        assert self.template is not None
+        if self._train_on == "all":
+            return None
+        if self.template.marks_generation(example.tools):
+            if self._train_on == "assistant" or len(answer) == 1:
+                return marked
+            last = max(n for n, turn in enumerate(answer) if turn["role"] == "assistant")
+            _, earlier = self._split(self._apply([*prompt, *answer[:last]], example), example)
+            return marked[len(earlier) :]
+        if len(answer) == 1:
+            return None
+
+        def render(messages: list[Message], asks: bool) -> str:
+            return self._apply(messages, example, add_generation_prompt=asks)
+
+        turns = self._borders.find_counted(Conversation(prompt, answer, whole, render))
+        return turns[-1:] if self._train_on == "last_turn" else turns
+
+    def _restore_answer(
+        self, prompt: list[Message], asked: str, answer: Message, example: Example
+    ) -> tuple[str, list[Span] | None]:
         """Put the original answer where the template puts an answer that it does not change."""
         # A template that takes any answer apart, with thoughts or without, refuses the first content; the second one, a
         # plain text without thoughts, it takes apart too and leaves whole.
@@ -141,12 +200,14 @@ class ChatRenderer:
         else:
             raise Unusable("template rewrites the answer", "and shows no place for it")
         before, slot, after = place
-        text = slot.fill([answer["content"]])
+        whole, marked = self._split(before + slot.fill([answer["content"]]) + after, example)
+        before, _ = self._split(before, example)
         self.counts["restored"] += 1
-        if before.startswith(asked):
-            return before[len(asked) :] + text + after
-        if asked.startswith(before):  # the generation prompt has begun the answer, with an opening tag perhaps
-            return text.removeprefix(asked.removeprefix(before)) + after
+        # The generation prompt may have begun the answer, with an opening tag that the answer has too or has not.
+        if before.startswith(asked) or asked.startswith(before):
+            begin = len(asked) if whole.startswith(asked) else len(before)
+            counted = self._find_counted(prompt, [answer], whole, marked, example)
+            return whole[begin:], None if counted is None else clip_start(counted, begin)
         raise Unusable("template rewrites the prompt", "with an answer added, it no longer begins as it did when asked")
 
 
@@ -160,15 +221,18 @@ def _as_text(turns: Turns) -> str:
     return turns
 
 
-def _contains_answer(whole: str, begin: int, answer: list[Message]) -> bool:
-    """Return whether every turn of the answer is there, spaces aside, at or a little before the answer's beginning."""
-    for turn in answer:
-        content = turn.get("content") or ""
-        if content.strip() not in whole[begin:]:
-            bare = "".join(content.split())
-            if bare not in "".join(whole[max(0, begin - len(content)) :].split()):
-                return False
-    return True
+def _contains(whole: str, begin: int, content: str) -> bool:
+    """Return whether a text is there, spaces aside, at or a little before `begin`."""
+    if content.strip() in whole[begin:]:
+        return True
+    bare = "".join(content.split())
+    return bare in "".join(whole[max(0, begin - len(content)) :].split())
+
+
+def _refuse_marks(turns: Iterable[Message]) -> None:
+    for turn in turns:
+        if has_marks(turn.get("content") or ""):
+            raise Unusable("reserved characters", "U+FDD0 or U+FDD1, which mark what the template generates")
 
 
 def _prints_system(template: ChatTemplate) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText
 from prefcache.pipeline.preparing.example import Message, Unusable
+from prefcache.pipeline.preparing.generation_marks import read_marks
 from prefcache.pipeline.preparing.placeholder_text import MARK_START, Guard, OpaqueText, Piece, Slot, text_pieces
 
 # Texts on which a new skeleton is tried: with spaces around, with what templates look for, and long. The template's own
@@ -82,7 +83,8 @@ class TemplateCache:
         wholes = [[*texts, answer[0]["content"]] for answer in answers]
         if not all(rest.fits(whole) for whole in wholes):
             return None
-        text = ExampleText(asked.fill(texts), tuple([rest.fill(whole) for whole in wholes]))
+        filled = asked.fill(texts), tuple([rest.fill(whole) for whole in wholes])
+        text = read_marks(*filled) if self._template.marks_generation(None) else ExampleText(*filled)
         self._uses[shape] += 1
         if self._uses[shape] <= _CHECKED_ALWAYS or self._uses[shape] % _CHECKED_EVERY == 0:
             self._check(prompt, answers, text)

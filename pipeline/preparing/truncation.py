@@ -30,6 +30,10 @@ def truncate(example: Example, tokens: ExampleTokens, prepare: Prepare, encode: 
         raise Unusable("empty prompt", "no tokens after templating")
     if not all(tokens.answers):
         raise Unusable("empty answer", "no tokens after templating")
+    if not all(tokens.spans):
+        raise Unusable(
+            "nothing counts", f"no token of an answer is one that prepare.train_on: {prepare.train_on} counts"
+        )
     excess = _find_excess(tokens, prepare)
     if excess is None:
         return TruncatedExample(tokens, example, 0, tuple([] for _ in tokens.answers))
@@ -39,6 +43,8 @@ def truncate(example: Example, tokens: ExampleTokens, prepare: Prepare, encode: 
             answers=tuple(ids[:room] for ids in tokens.answers),
             spans=tuple(clip_spans(spans, room) for spans in tokens.spans),
         )
+        if not all(kept.spans):
+            raise Unusable("nothing counts", f"within prepare.max_length ({prepare.max_length})")
         return TruncatedExample(kept, example, 0, tuple(ids[room:] for ids in tokens.answers))
     if prepare.too_long == "keep_end":
         return _drop_oldest_turns(example, tokens, prepare, encode, excess)
