@@ -114,32 +114,36 @@ def _find_format(source: DataSource, records: list[Record], progress: Progress) 
 
 def _check_texts(source: DataSource, chosen: Format, records: list[Record], rendered_text: RenderedText | None) -> None:
     """Refuse data that would get a template twice, or messages that would get none, before all of it is quarantined."""
-    read, found, n = chosen.bind(source.entry.format_args), [], 0
+    read, examples = chosen.bind(source.entry.format_args), []
     for record in records:
         with contextlib.suppress(Unusable):
             example = read(record)
-            n += 1
             answers = [each.turns if isinstance(each, Candidate) else each for each in example.answers]
-            if rendered_text is None:
-                found += [""] if any(not isinstance(turns, str) for turns in (example.prompt, *answers)) else []
-            elif not example.rendered:
-                try:
-                    rendered_text.check(example.prompt, answers)
-                except Unusable as unusable:
-                    found.append(unusable.detail)
-    if len(found) <= _BULK * n:
-        return
+            examples.append((example.rendered, [example.prompt, *answers]))
+    n_messages = sum(any(not isinstance(turns, str) for turns in texts) for _, texts in examples)
     if rendered_text is None:
-        as_text = "" if chosen.name != "hh" else ", or take transcripts as text (prepare.format: implicit_prompt)"
-        raise UsageError(
-            f"{source.name} is read as {chosen.name}, which gives messages, and prepare.template: none writes no messages "
-            f"out. Set prepare.template: chat{as_text}."
+        if n_messages > _BULK * len(examples):
+            as_text = "" if chosen.name != "hh" else ", or take transcripts as text (prepare.format: implicit_prompt)"
+            raise UsageError(
+                f"{source.name} is read as {chosen.name}, which gives messages, and prepare.template: none writes no "
+                f"messages out. Set prepare.template: chat{as_text}."
+            )
+        return
+    found = []
+    for is_rendered, (prompt, *answers) in examples:
+        try:
+            if not is_rendered:
+                rendered_text.check(prompt, answers)
+        except Unusable as unusable:
+            found.append(unusable.detail)
+    if len(found) > _BULK * len(examples):
+        remedy = (
+            "Take it out of the messages." if n_messages else "Set prepare.template: none, which takes text as it is."
         )
-    raise UsageError(
-        f"{source.name} is rendered already: {len(found)} of its first {n} records hold what the chat template writes "
-        f"between turns (in the first, {found[0]}). The template would be applied a second time. Set prepare.template: "
-        "none, which takes text as it is."
-    )
+        raise UsageError(
+            f"{source.name} is rendered already: {len(found)} of its first {len(examples)} records hold what the chat "
+            f"template writes between turns (in the first, {found[0]}). The template would be applied a second time. {remedy}"
+        )
 
 
 def _check_columns(source: DataSource, records: list[Record]) -> None:

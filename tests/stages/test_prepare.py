@@ -172,6 +172,10 @@ def test_data_that_is_rendered_ends_the_stage_with_what_was_found_and_the_remedy
     said = prepare(code=2)["stderr"]
     assert "pairs.jsonl is rendered already: 12 of its first 13 records" in said and "<|im_start|>assistant" in said
     assert "Set prepare.template: none" in said and prefcache("preview", "config.yaml", code=2).stderr == said
+    # Messages have no other remedy.
+    messages = [record | {"prompt": [{"role": "user", "content": "why?"}]} for record in records]
+    write_lines(tmp_path / "messages.jsonl", *messages)
+    assert "Take it out of the messages." in prepare("prepare.data=messages.jsonl", code=2)["stderr"]
     result = prepare("prepare.template=none")
     assert result["records"] == 13 and not result["quarantined"] and "plain_text" not in result["done"]
 

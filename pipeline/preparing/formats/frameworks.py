@@ -8,6 +8,7 @@ from prefcache.pipeline.preparing.formats import fields
 from prefcache.pipeline.preparing.formats.registry import Record, data_format
 
 _CONTEXT = ("system", "tools")
+_THOUGHTS_END = "</think>"
 # Roles of ms-swift, for whose texts it also takes JSON that is not text.
 _SWIFT_JSON = ("tool_call", "tool_response", "tool")
 _ALPACA_CONTEXT = ("input", "history", *_CONTEXT)
@@ -126,9 +127,10 @@ def _sharegpt_turn(value: Any, column: str) -> Message:
     turn = fields.message(value, column, role="from", content="value", roles=fields.ROLES)
     if value["from"] != "function_call":
         return turn
-    # Chat templates expect calls under tool_calls.
-    calls = fields.function_calls(turn["content"], column, "function_call")
-    return {"role": "assistant", "content": "", "tool_calls": calls}
+    # Chat templates expect calls under tool_calls, and thoughts in the text.
+    thoughts, _, called = turn["content"].rpartition(_THOUGHTS_END)
+    calls = fields.function_calls(called, column, "function_call")
+    return {"role": "assistant", "content": thoughts and thoughts + _THOUGHTS_END, "tool_calls": calls}
 
 
 def _is_openai_pair(record: Record) -> bool:

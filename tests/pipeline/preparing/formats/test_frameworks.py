@@ -240,6 +240,12 @@ def test_sharegpt_asks_with_a_call_and_its_result_and_the_tools():
     )
 
 
+def test_a_function_call_may_begin_with_thoughts():
+    call = {"from": "function_call", "value": '<think>\nup\n</think>\n\n{"name": "look", "arguments": {"at": "sky"}}'}
+    (turn,) = read("llamafactory_sharegpt", SHAREGPT | {"chosen": call}).chosen
+    assert turn == CALLING | {"content": "<think>\nup\n</think>"}
+
+
 OPENAI = {
     "messages": [
         *ASKED,
