@@ -198,7 +198,7 @@ class Score(Section):
     tokens_per_shard: Count = 250_000
     """Number of tokens per cache shard. An interruption loses at most one unfinished shard."""
     logps: bool = True
-    """Store per-token log-probs in addition to the sums."""
+    """Store per-token log-probs in addition to the sums. Training needs them where only some tokens of an answer count (prepare.train_on)."""
     parity_sample: Annotated[int, Field(ge=0)] = 32
     """Number of sequences to compare with the plain one-by-one float32 forward. 0: none."""
     accept_numerics: Strings = ()
@@ -232,7 +232,7 @@ class Kinds(Section):
 
 
 class Tokens(Section):
-    """How the log-probs of an answer's tokens become one number; by default their sum."""
+    """How the log-probs of an answer's tokens that count become one number; by default their sum."""
 
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """Weight of the tokens beyond the length of the pair's shorter answer (LD-DPO)."""

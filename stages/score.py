@@ -27,7 +27,7 @@ from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.freshness import Freshness, check_scoring
 from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.model_ids import identify
-from prefcache.pipeline.stored.prepared import Prepared, Sequences, answer_names, sequence_table
+from prefcache.pipeline.stored.prepared import CountedTokens, Prepared, Sequences, answer_names, sequence_table
 from prefcache.pipeline.stored.records import ScoredManifest
 from prefcache.pipeline.stored.scored import describe_cache_place
 from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_scoring
@@ -176,6 +176,12 @@ def _warn_about_damage(cache: Cache, progress: Progress) -> None:
 
 
 def _warn_about_sums(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
+    counted = [CountedTokens(task.examples, name) for name in answer_names(task.examples)]
+    if not task.config.score.logps and (n := sum(int(each.is_partial.sum()) for each in counted)):
+        progress.warn(
+            f"score.logps is false, and {n:,} answers have tokens that do not count (prepare.train_on). Training needs the "
+            "log-probs of single tokens for these: leave score.logps at true, or set prepare.train_on to all."
+        )
     if task.config.score.logps and plan.n_hits and (n := count_sums_only(cache, task.sequences, task.accepted)):
         progress.warn(
             f"{cache.folder} keeps only the sums of {n:,} sequences (scored with score.logps=false, or imported), and they "

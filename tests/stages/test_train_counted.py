@@ -107,7 +107,8 @@ def test_over_sums_alone_a_mask_is_refused_before_a_model_is_loaded_and_whole_an
     prefcache("score", config, "--set", "score.logps=false")
     prefcache("train", config, *SOON)
     mask(tmp_path / "runs/tiny/prepared", first_and_last_half)
-    prefcache("score", config, "--set", "score.logps=false")
+    warned = prefcache("score", config, "--set", "score.logps=false").stderr
+    assert "score.logps is false, and 120 answers have tokens that do not count" in warned
     second = [*SOON, "--set", "train.run=second"]
     error = prefcache("train", config, *second, code=2).stderr
     assert "120 answers have tokens that do not count (prepare.train_on), and " in error

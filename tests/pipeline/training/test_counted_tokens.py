@@ -15,7 +15,7 @@ from prefcache.pipeline.training.distributed import make_accelerator
 from prefcache.pipeline.training.gradient_step import accumulate_gradient
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy
-from tests.helpers.examples import MINE, answers, cache_of, masked, pair, prepared, scored
+from tests.helpers.examples import MINE, answers, cache_of, label, masked, pair, prepared, scored
 
 torch.set_num_threads(1)
 DICE = np.random.default_rng(0)
@@ -132,6 +132,45 @@ def test_a_moved_reference_is_of_the_tokens_that_count(start, model):
     visit, _ = policy.evaluate(examples, np.arange(N), objective, {})
     # The reference is the policy: however tokens are weighed, every margin is 0.
     assert visit["loss"] == pytest.approx(np.full(N, np.log(2)), abs=1e-6)
+
+
+def test_labels_and_their_mismatched_answers_are_of_the_tokens_that_count(model, tmp_path):
+    rows = [
+        masked(
+            label(i, row["prompt_ids"], row["chosen_ids"], i % 2 == 0, kl=ROWS[i - 1]["rejected_ids"]),
+            completion=row["chosen_spans"],
+            kl=ROWS[i - 1]["rejected_spans"],
+        )
+        for i, row in enumerate(ROWS)
+    ]
+    train = Train(loss="kto", batch_size=N)
+    cached = {
+        (tuple(prompt), tuple(answer)): DICE.normal(-5.7, 0.5, len(answer)).astype(np.float32)
+        for prompt, answer in answers(rows)
+    }
+    chunk = [
+        scored(list(prompt), list(answer), logps=logps.tolist(), logp_sum=float(logps.sum(dtype=np.float64)))
+        for (prompt, answer), logps in cached.items()
+    ]
+    objective, data = Objective(train), prepared(tmp_path / "prepared", rows)
+    cache = cache_of(tmp_path / "cache", chunk)
+    examples = cache_join.join_cache(objective, data, cache, [MINE], density_ratio=False)["train"]
+    policy = Policy(Reference(model), None, train, make_accelerator(train), examples.longest(4), print)
+    visit, logged = policy.evaluate(examples, np.arange(N), objective, {})
+    loaded = plain(model)
+
+    def log_ratio(row: dict, name: str) -> float:
+        logps = cached[tuple(row["prompt_ids"]), tuple(row[f"{name}_ids"])].astype(np.float64)[counted(row, name)]
+        return policy_tokens(loaded, row, name).sum().item() - logps.sum()
+
+    with torch.no_grad():
+        ratios = np.array([log_ratio(row, "completion") for row in rows])
+        z = max(0.0, np.mean([log_ratio(row, "kl") for row in rows]))
+    # Ethayarajh et al. 2024: 1 - s(beta (a - z)) of a desirable answer, 1 - s(beta (z - a)) of another.
+    sign = np.array([1 if row["label"] else -1 for row in rows])
+    assert logged["kl"] == pytest.approx(z, abs=1e-4)
+    assert visit["loss"] == pytest.approx(1 / (1 + np.exp(0.1 * sign * (ratios - z))), abs=1e-5)
+    assert visit["n_completion_counted"].tolist() == [len(counted(row, "completion")) for row in rows]
 
 
 # -- weighing tokens: by their number among those that count ---------------------------------------------------------
