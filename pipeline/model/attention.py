@@ -1,8 +1,7 @@
-"""Attention within the segments of a packed row: a prompt is computed once, and every answer sees only it and itself.
+"""Attention within the branches of a packed row: what sequences begin with is computed once, and each sees only its own path.
 
-A row holds groups one after another, each a prompt and its answers: `prompt, answer, answer, ...`. `use_segments` makes a
-Transformers model attend that way without touching the model's files or building a mask over the row. Whether a model computes
-the same this way is checked by forward.py.
+A row holds trees one after another (packed_row.py). `use_segments` makes a Transformers model attend that way without touching the
+model's files or building a mask over the row. Whether a model computes the same this way is checked by forward.py.
 
 Shapes: H heads, T positions of the row, Q queries and K keys of one call, D width of a head.
 """
@@ -51,14 +50,25 @@ _UNSUPPORTED_MODELS = {
 
 
 class Branch(NamedTuple):
-    """An answer after the first of its group."""
+    """Consecutive positions of a row, and what they see before themselves: the path from the root of their tree.
 
-    prompt: slice
-    answer: slice
+    Each span of a path is the beginning of an earlier branch.
+    """
+
+    path: tuple[slice, ...]  # empty for the first branch of a tree
+    own: slice
+
+    @property
+    def n_queries(self) -> int:
+        return _length(self.own)
+
+    @property
+    def n_keys(self) -> int:
+        return sum(map(_length, (*self.path, self.own)))
 
 
 class CallIndices(NamedTuple):
-    """The calls of a row as one, on the device: the keys to gather, and where each call's queries and keys begin."""
+    """A call for each branch, as one call, on the device: the keys to gather, and where each one's queries and keys begin."""
 
     keys: torch.Tensor
     query_starts: torch.Tensor
@@ -69,31 +79,24 @@ class CallIndices(NamedTuple):
 class Segments:
     """Which positions of a row attend to which."""
 
-    trunks: list[slice]  # a prompt and its first answer, causal
-    branches: list[Branch]
+    branches: list[Branch]  # that make up the row, in its order
     eager: bool = False  # compute as eager attention does, without a fused kernel
     indices: CallIndices | None = None  # for a kernel that computes all calls at once
 
     @cached_property
-    def calls(self) -> list[tuple[slice, tuple[slice, ...]]]:
-        """(queries, spans of their keys) in the order of the row."""
-        trunks: list[tuple[slice, tuple[slice, ...]]] = [(trunk, (trunk,)) for trunk in self.trunks]
-        branches = [(branch.answer, tuple(branch)) for branch in self.branches]
-        return sorted([*trunks, *branches], key=lambda call: call[0].start)
-
-    @cached_property
     def n_queries(self) -> list[int]:
         """Queries of each call."""
-        return [_length(queries) for queries, _ in self.calls]
+        return [branch.n_queries for branch in self.branches]
 
     @cached_property
     def n_keys(self) -> list[int]:
-        return [sum(map(_length, spans)) for _, spans in self.calls]
+        return [branch.n_keys for branch in self.branches]
 
     def index_calls(self) -> dict[str, np.ndarray]:
         """The arrays of `CallIndices`, on the host."""
+        spans = [span for branch in self.branches for span in (*branch.path, branch.own)]
         return {
-            "keys": np.concatenate([np.arange(span.start, span.stop) for _, spans in self.calls for span in spans]),
+            "keys": np.concatenate([np.arange(span.start, span.stop) for span in spans]),
             "query_starts": np.cumsum([0, *self.n_queries]).astype(np.int32),
             "key_starts": np.cumsum([0, *self.n_keys]).astype(np.int32),
         }
@@ -229,15 +232,13 @@ def _split_calls(
     The row is split once: the gradient of a slice of it would be as large as the row, and there would be one for every call.
     """
     q, k, v = (torch.split(x_HTD, segments.n_queries, 1) for x_HTD in (q_HTD, k_HTD, v_HTD))
-    trunk = 0  # the call that holds this branch's prompt
-    for i, (_, spans) in enumerate(segments.calls):
-        if len(spans) == 1:
-            trunk = i
+    starts = {branch.own.start: i for i, branch in enumerate(segments.branches)}
+    for i, branch in enumerate(segments.branches):
+        if not branch.path:
             yield q[i], k[i], v[i]
         else:
-            assert spans[0].start == segments.calls[trunk][0].start
-            n_prompt = _length(spans[0])
-            keys, values = (torch.cat([x[trunk][:, :n_prompt], x[i]], 1) for x in (k, v))
+            path = [(starts[span.start], _length(span)) for span in branch.path]
+            keys, values = (torch.cat([*(x[j][:, :n] for j, n in path), x[i]], 1) for x in (k, v))
             yield q[i], keys, values
 
 
@@ -284,7 +285,7 @@ def _varlen_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute the whole row in one kernel, with a prompt's keys repeated for each further answer."""
+    """Compute the whole row in one kernel, with the keys of a path repeated for each branch."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert segments.indices is not None

@@ -1,6 +1,6 @@
 """How sequences share one forward pass of a model. Scorer and trainer compute log-probs here and nowhere else.
 
-    shared   no padding; a prompt is computed once for all of its answers, each answer sees only it and itself
+    shared   no padding; what sequences of one prompt begin with, the prompt at least, is computed once for all of them
     packed   no padding
     padded   batches of the model's plain forward, padded on the right
 
@@ -234,10 +234,11 @@ def _deviation(logps: np.ndarray, plain: np.ndarray, tolerance: tuple[float, flo
 
 def _pick_trial(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     """Pick the longest sequence with others of its prompt, which exceed the attention window if any do, some more, and
-    three short ones.
+    short ones.
 
-    The short ones are cut from the longest and fit in one row: two answers to a prompt, and another prompt. Sequences that are
-    alone in their rows would not show that a model mixes up what shares a row.
+    The short ones are cut from the longest and fit in one row: answers to one prompt, of which some share a beginning and some
+    more of it, and another prompt. Sequences that are alone in their rows would not show that a model mixes up what shares a
+    row.
     """
     longest_first = sorted(
         packing.group_by_prompt(sequences), key=lambda group: -max(sequences[i].n_tokens for i in group)
@@ -246,13 +247,14 @@ def _pick_trial(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     indices = flatten([longest_first[0][:4], *(group[:4] for group in spread[1:])])
     trial = [sequences[i] for i in indices[:_TRIAL_SEQUENCES]]
     ids_T = max(trial, key=lambda sequence: sequence.n_tokens).ids
-    n = len(ids_T) // 8
-    if n == 0:
+    if len(ids_T) < 8:
         return trial
-    prompt_T, first_T, second_T, other_T = (ids_T[i * n : (i + 1) * n + (i > 0)] for i in range(4))
+    n = max(1, len(ids_T) // 16)
+    prompt_T, *pieces = (ids_T[i * n : (i + 1) * n + (i > 0)] for i in range(5))
+    # Whichever comes first in the row, others branch off it, and one off another branch.
+    answers = ([0], [0, 2], [0, 3], [0, 2, 1], [1, 2], [1, 3])
     return [
         *trial,
-        TokenSequence(prompt_T, first_T),
-        TokenSequence(prompt_T, second_T),
-        TokenSequence(other_T, first_T),
+        *(TokenSequence(prompt_T, np.concatenate([pieces[i] for i in answer])) for answer in answers),
+        TokenSequence(pieces[2], pieces[0]),
     ]

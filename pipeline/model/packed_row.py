@@ -1,6 +1,10 @@
-"""A packed row: groups of sequences laid out one after another, without padding, each prompt once.
+"""A packed row: groups of sequences laid out one after another, without padding, each group as a tree.
 
-Shapes: T positions of the row, N counted tokens.
+What several sequences of a group begin with, the prompt at least, is computed once for all of them: the sequence that comes first
+is whole, and each further one branches off where its ids begin to differ. A position sees its own path alone, which is its
+sequence up to it. Tokens that sequences share are also predicted once.
+
+Shapes: T positions of the row, N counted tokens of all sequences, M their distinct predictions.
 """
 
 from collections.abc import Sequence
@@ -13,72 +17,81 @@ from prefcache.pipeline.model.attention import Branch, CallIndices, Segments
 from prefcache.pipeline.model.chunked_lm_head import score_hidden
 from prefcache.pipeline.model.device import copy_together
 from prefcache.pipeline.model.logprobs import Logps, RouterHook, make_logps, router_options
+from prefcache.pipeline.model.packing import order_tree
 from prefcache.pipeline.schema import TokenSequence
 
 
 @dataclass(frozen=True)
 class Row:
-    """prompt, answer, answer, ..., prompt, ...: each group has one prompt."""
-
     input_T: np.ndarray
-    position_T: np.ndarray  # an answer's continue its prompt's
-    source_N: np.ndarray  # where in the row each counted token is predicted
-    target_N: np.ndarray
+    position_T: np.ndarray  # in the sequence: a branch continues what it branches off
+    source_M: np.ndarray  # where in the row each prediction is made
+    target_M: np.ndarray
+    place_N: np.ndarray | None  # the prediction of each counted token; None: they are the predictions, in this order
     counts: list[int]  # counted tokens of each sequence, in the order of the groups
-    trunks: list[slice]  # each prompt with its first answer
-    branches: list[Branch]  # each further answer
+    branches: list[Branch]  # that make up the row
 
 
 def lay_out(groups: Sequence[Sequence[TokenSequence]]) -> Row:
-    """Lay groups out in one row. An answer's last token predicts nothing, so it is not an input."""
-    inputs, positions, sources, trunks, branches = [], [], [], [], []
+    """Lay groups out in one row. A sequence's last token predicts nothing, so it is not an input."""
+    inputs, positions, branches, sources = [], [], [], list[np.ndarray]()
     end = 0
     for group in groups:
-        n_prompt = len(group[0].prompt_ids)
-        prompt = slice(end, end + n_prompt)
-        inputs.append(group[0].prompt_ids)
-        positions.append(np.arange(n_prompt))
-        end = prompt.stop
-        for i, sequence in enumerate(group):
-            answer = slice(end, end + len(sequence.completion_ids) - 1)
-            inputs.append(sequence.completion_ids[:-1])
-            positions.append(np.arange(n_prompt, n_prompt + answer.stop - answer.start))
-            # The prompt's last token predicts the first token of every answer.
-            predicts = np.concatenate([[prompt.stop - 1], np.arange(answer.start, answer.stop)])
-            sources.append(predicts[sequence.counted_positions])
-            if i == 0:
-                trunks.append(slice(prompt.start, answer.stop))
-            elif answer.stop > answer.start:
-                branches.append(Branch(prompt, answer))
-            end = answer.stop
+        path: tuple[slice, ...] = ()
+        by_place: dict[int, np.ndarray] = {}
+        for i, n_shared in order_tree(group):
+            input_ids, path = group[i].ids[:-1], _cut(path, n_shared)
+            if len(input_ids) > n_shared:
+                own = slice(end, end + len(input_ids) - n_shared)
+                inputs.append(input_ids[n_shared:])
+                positions.append(np.arange(n_shared, len(input_ids)))
+                branches.append(Branch(path, own))
+                path, end = (*path, own), own.stop
+            in_row = np.concatenate([np.arange(span.start, span.stop) for span in path])
+            # An answer's first token is predicted by the prompt's last.
+            by_place[i] = in_row[len(group[i].prompt_ids) - 1 + group[i].counted_positions]
+        sources += [by_place[i] for i in range(len(group))]
     sequences = [sequence for group in groups for sequence in group]
+    source_N = np.concatenate(sources)
+    target_N = np.concatenate([each.completion_ids[each.counted_positions] for each in sequences]).astype(np.int64)
+    _, first_M, place_N = np.unique(source_N << 32 | target_N, return_index=True, return_inverse=True)
+    is_shared = len(first_M) < len(source_N)
     return Row(
         input_T=np.concatenate(inputs).astype(np.int64),
         position_T=np.concatenate(positions),
-        source_N=np.concatenate(sources),
-        target_N=np.concatenate([each.completion_ids[each.counted_positions] for each in sequences]).astype(np.int64),
+        source_M=source_N[first_M] if is_shared else source_N,
+        target_M=target_N[first_M] if is_shared else target_N,
+        place_N=place_N if is_shared else None,
         counts=[each.n_counted for each in sequences],
-        trunks=trunks,
         branches=branches,
     )
+
+
+def _cut(path: tuple[slice, ...], n: int) -> tuple[slice, ...]:
+    """The first `n` positions of a path."""
+    kept: list[slice] = []
+    for span in path:
+        if n > 0:
+            kept.append(slice(span.start, min(span.stop, span.start + n)))
+        n -= span.stop - span.start
+    return tuple(kept)
 
 
 def row_logps(
     model: Any, row: Row, *, eager: bool = False, squares: bool = False, router_hook: RouterHook | None = None
 ) -> Logps:
     """Log-prob of each counted token of each sequence of a row, by a model on which `use_segments` was called."""
-    segments = Segments(row.trunks, row.branches, eager)
-    on_device = copy_together(
-        {
-            "input_T": row.input_T,
-            "position_T": row.position_T,
-            "source_N": row.source_N,
-            "target_N": row.target_N,
-            "lengths_S": np.array(row.counts),
-            **segments.index_calls(),
-        },
-        next(model.parameters()).device,
-    )
+    segments = Segments(row.branches, eager)
+    arrays = {
+        "input_T": row.input_T,
+        "position_T": row.position_T,
+        "source_M": row.source_M,
+        "target_M": row.target_M,
+        "lengths_S": np.array(row.counts),
+        **({} if row.place_N is None else {"place_N": row.place_N}),
+        **segments.index_calls(),
+    }
+    on_device = copy_together(arrays, next(model.parameters()).device)
     out = model.get_decoder()(
         input_ids=on_device["input_T"].unsqueeze(0),
         position_ids=on_device["position_T"].unsqueeze(0),
@@ -88,6 +101,8 @@ def row_logps(
     )
     if router_hook:
         router_hook([logits.flatten(0, -2) for logits in out.router_logits])
-    hidden_ND = out.last_hidden_state[0, on_device["source_N"]]
-    scores = score_hidden(model, hidden_ND, on_device["target_N"], squares)
+    hidden_MD = out.last_hidden_state[0, on_device["source_M"]]
+    scores = score_hidden(model, hidden_MD, on_device["target_M"], squares)
+    if row.place_N is not None:
+        scores = tuple(values_M[on_device["place_N"]] for values_M in scores)
     return make_logps(scores, on_device["lengths_S"], row.counts)

@@ -1,9 +1,13 @@
 """Assign sequences to forward passes.
 
 Longest first everywhere, so that running out of memory shows in the first seconds. All functions return indices.
+
+Sequences of one prompt are a group. In a row they are a tree: what several of them begin with is there once (packed_row.py).
 """
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from prefcache.pipeline.schema import TokenSequence
 
@@ -48,8 +52,31 @@ def group_by_prompt(sequences: Sequence[TokenSequence]) -> list[list[int]]:
     return list(groups.values())
 
 
+def order_tree(group: Sequence[TokenSequence]) -> list[tuple[int, int]]:
+    """Order a group so that each sequence shares as much with the one before it as with any before it.
+
+    Returns the place in the group of each, and how many of its inputs it shares. The order is that of the ids, descending: a
+    sequence with which another one begins comes after that one, and adds nothing.
+    """
+    by_ids = sorted(range(len(group)), key=lambda i: group[i].completion_ids.astype(">u4").tobytes(), reverse=True)
+    order, before = [(by_ids[0], 0)], group[by_ids[0]]
+    for i in by_ids[1:]:
+        # The last token is never an input.
+        n_shared = min(_count_common(before.completion_ids, group[i].completion_ids), len(group[i].completion_ids) - 1)
+        order.append((i, len(before.prompt_ids) + n_shared))
+        before = group[i]
+    return order
+
+
+def _count_common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many ids both begin with."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
 def pack_rows(sequences: Sequence[TokenSequence], groups: Sequence[list[int]], budget: int) -> list[list[list[int]]]:
-    """Rows of groups, each row within `budget` tokens. A larger group is split, and its prompt repeated."""
+    """Rows of groups, each row within `budget` tokens. A larger group is split, and what its parts share is repeated."""
     parts = [part for group in groups for part in _split_group(sequences, group, budget)]
     sizes = [row_tokens(sequences, part) for part in parts]
     rows: list[list[list[int]]] = []
@@ -64,18 +91,20 @@ def pack_rows(sequences: Sequence[TokenSequence], groups: Sequence[list[int]], b
 
 
 def row_tokens(sequences: Sequence[TokenSequence], group: Sequence[int]) -> int:
-    """Tokens that a group takes in a row: its prompt once, and each answer without its last token, which is never an input."""
-    return len(sequences[group[0]].prompt_ids) + sum(len(sequences[i].completion_ids) - 1 for i in group)
+    """Tokens that a group takes in a row: the inputs that each sequence does not share with one before it."""
+    members = [sequences[i] for i in group]
+    return sum(members[i].n_tokens - 1 - n_shared for i, n_shared in order_tree(members))
 
 
 def _split_group(sequences: Sequence[TokenSequence], group: list[int], budget: int) -> list[list[int]]:
+    """Cut the group, in the order of its tree, where the budget ends."""
     parts: list[list[int]] = []
     room = 0
-    for i in sorted(group, key=lambda i: -len(sequences[i].completion_ids)):
-        n = len(sequences[i].completion_ids) - 1
-        if not parts or n > room:
+    for place, n_shared in order_tree([sequences[i] for i in group]):
+        n_inputs = sequences[group[place]].n_tokens - 1
+        if not parts or n_inputs - n_shared > room:
             parts.append([])
-            room = budget - len(sequences[i].prompt_ids)
-        parts[-1].append(i)
-        room -= n
+            room, n_shared = budget, 0
+        parts[-1].append(group[place])
+        room -= n_inputs - n_shared
     return parts

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from prefcache.pipeline.model.packed_row import lay_out
 from prefcache.pipeline.model.trainable import adapted_parameters
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training import gpus
@@ -36,18 +37,15 @@ class Work(NamedTuple):
 
 def count_work(groups: Sequence[Sequence[TokenSequence]], layout: str) -> Work:
     """Count a forward of these groups; forward.py explains the layouts."""
-    sequences = [sequence for group in groups for sequence in group]
     if layout == "padded":
+        sequences = [sequence for group in groups for sequence in group]
         longest = max(sequence.n_tokens for sequence in sequences) - 1
         # The head computes a position for all if it predicts a counted token of any.
         kept = np.unique(np.concatenate([len(each.prompt_ids) + each.counted_positions for each in sequences]))
         return Work(len(sequences) * longest, len(sequences) * len(kept), len(sequences) * longest**2)
-    positions = attended = 0
-    for group in groups:
-        n_prompt, (first, *others) = len(group[0].prompt_ids), [len(each.completion_ids) - 1 for each in group]
-        positions += n_prompt + first + sum(others)
-        attended += (n_prompt + first) ** 2 + sum(n * (n_prompt + n) for n in others)
-    return Work(positions, sum(sequence.n_counted for sequence in sequences), attended)
+    row = lay_out(groups)
+    attended = sum(branch.n_queries * branch.n_keys for branch in row.branches)
+    return Work(len(row.input_T), len(row.source_M), attended)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from prefcache.pipeline.model import attention, layer_kernels, trainable
 from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.logprobs import Logps
 from prefcache.pipeline.model.offload import OffloadedInputs
+from prefcache.pipeline.model.packed_row import lay_out
 from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_gpu
 from prefcache.pipeline.schema import PAIRS, TokenSequence
 from prefcache.pipeline.spans import whole_span
@@ -152,15 +153,15 @@ def _note_gradient(trace: Trace, parameter: torch.Tensor) -> None:
 
 
 def make_examples(pairs: Sequence[Lengths]) -> Examples:
-    """Examples of these lengths. Prompts differ, so that no two pairs share one."""
+    """Examples of these lengths. Prompts differ, and the answers of a pair from their first token on."""
     rows = []
     for i, lengths in enumerate(pairs):
         row: dict[str, Any] = dict.fromkeys(PAIRS.names)
         row |= {"example_id": str(i), "prompt": "", "n_prompt": lengths.prompt}
         row["prompt_ids"] = np.full(lengths.prompt, i, np.int32)
-        for name in ("chosen", "rejected"):
+        for token, name in enumerate(("rejected", "chosen")):
             n = getattr(lengths, name)
-            row |= {f"{name}_ids": np.zeros(n, np.int32), f"n_{name}": n}
+            row |= {f"{name}_ids": np.full(n, token, np.int32), f"n_{name}": n}
             row |= {f"{name}_spans": whole_span(n), f"n_{name}_counted": n}
         rows.append(row)
     columns = {f"ref_{name}_logp": np.zeros(len(pairs)) for name in ("chosen", "rejected")}
@@ -284,10 +285,6 @@ class TracedPolicy(Policy):
 
 
 def count_attended(groups: Sequence[Sequence[TokenSequence]]) -> int:
-    """Pairs of a query and a key that it may see: an answer's tokens see the prompt and what comes before them."""
-    pairs = 0
-    for group in groups:
-        n_prompt, (first, *others) = len(group[0].prompt_ids), [len(each.completion_ids) - 1 for each in group]
-        trunk = n_prompt + first
-        pairs += trunk * (trunk + 1) // 2 + sum(n * n_prompt + n * (n + 1) // 2 for n in others)
-    return pairs
+    """Pairs of a query and a key that it may see: those of its path, of its branch those up to itself."""
+    branches = lay_out(groups).branches
+    return sum(each.n_queries * each.n_keys - each.n_queries * (each.n_queries - 1) // 2 for each in branches)

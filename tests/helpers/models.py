@@ -164,6 +164,36 @@ def answers(n_prompt: int, *n_completions: int) -> list[TokenSequence]:
 PAIRS = [each for n_prompt, *n in [(20, 9, 14), (7, 1, 5), (1, 6, 1), (40, 2, 3)] for each in answers(n_prompt, *n)]
 
 
+def tree(n_prompt: int = 20) -> list[TokenSequence]:
+    """Answers to one prompt that share more than it: they nest, begin, repeat one another, or differ in their last token only."""
+    prompt = sequence(n_prompt, 1, seed=9).prompt_ids
+    first, second, third, other = (sequence(1, n, seed=seed).completion_ids for seed, n in enumerate((14, 8, 6, 4)))
+    # So that they differ where they are to part.
+    second[0], third[0], other[0] = (first[9] + 1) % 60, (second[3] + 1) % 60, (first[0] + 1) % 60
+    changed = first.copy()
+    changed[-1] = (first[-1] + 1) % 60
+    return [
+        TokenSequence(prompt, np.concatenate(parts))
+        for parts in (
+            [first],
+            [first[:9], second],
+            [first[:9], second[:3], third],
+            [first[:5]],
+            [first],
+            [changed],
+            [other],
+            [first[:1]],
+        )
+    ]
+
+
+# What the trees of `tree` take: the prompt, then of its answers first without its last token, what the second, the third and the
+# last but one have of their own without theirs.
+TREE_TOKENS = 20 + 13 + (8 - 1) + (6 - 1) + (4 - 1)
+# Tokens that are predicted: 14 of first and one that replaces its last, 8, 6 and 4.
+TREE_PREDICTIONS = 14 + 1 + 8 + 6 + 4
+
+
 def compute(forward: Forward, sequences: list[TokenSequence], *, squares: bool = False) -> list[list[torch.Tensor]]:
     """Log-probs and, if asked for, squares, in the order of the sequences."""
     groups = forward.group(sequences)

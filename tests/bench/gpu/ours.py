@@ -133,11 +133,13 @@ class Trainer:
         if "everywhere" not in self.words:
             return forward.logps(groups).logps
         row = lay_out(groups)
-        others = np.setdiff1d(np.arange(len(row.input_T)), row.source_N)
+        n, others = len(row.source_M), np.setdiff1d(np.arange(len(row.input_T)), row.source_M)
+        places = np.arange(n) if row.place_N is None else row.place_N
         full = dataclasses.replace(
             row,
-            source_N=np.concatenate([row.source_N, others]),
-            target_N=np.concatenate([row.target_N, row.input_T[others]]),
+            source_M=np.concatenate([row.source_M, others]),
+            target_M=np.concatenate([row.target_M, row.input_T[others]]),
+            place_N=np.concatenate([places, np.arange(n, n + len(others))]),
             counts=[*row.counts, len(others)],
         )
         *logps, unused = row_logps(forward.model, full).logps

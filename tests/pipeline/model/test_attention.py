@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from prefcache.pipeline.model import attention
 from prefcache.pipeline.model.logprobs import plain_logps
-from prefcache.pipeline.model.packed_row import lay_out, row_logps
+from prefcache.pipeline.model.packed_row import Row, lay_out, row_logps
 from prefcache.pipeline.schema import TokenSequence
-from tests.helpers.models import UNSHARABLE, answers, build
+from tests.helpers.models import UNSHARABLE, answers, build, tree
 
 torch.set_num_threads(1)
 
@@ -22,21 +22,49 @@ GROUPS = [answers(20, 9, 14), answers(7, 5), answers(12, 3, 1, 8, 2), answers(1,
 # -- the layout, by hand ---------------------------------------------------------------------------------------------
 
 
+def row_of(prompt: list[int], *answers: list[int]) -> Row:
+    ids = [np.array(each, dtype=np.int32) for each in (prompt, *answers)]
+    return lay_out([[TokenSequence(ids[0], answer) for answer in ids[1:]]])
+
+
 def test_a_row_by_hand():
-    prompt = np.array([7, 8], dtype=np.int32)
-    row = lay_out([[TokenSequence(prompt, np.array(answer, dtype=np.int32)) for answer in ([1, 2, 3], [4, 5])]])
-    # 7 8 | 1 2 | 4: an answer's last token is never an input, and both answers continue at position 2.
-    assert row.input_T.tolist() == [7, 8, 1, 2, 4]
-    assert row.position_T.tolist() == [0, 1, 2, 3, 2]
-    # 1 is predicted by 8, 2 by 1, 3 by 2; 4 by 8 again, 5 by 4.
-    assert row.target_N.tolist() == [1, 2, 3, 4, 5]
-    assert row.source_N.tolist() == [1, 2, 3, 1, 4]
-    assert (row.trunks, row.branches, row.counts) == ([slice(0, 4)], [(slice(0, 2), slice(4, 5))], [3, 2])
+    row = row_of([7, 8], [4, 5], [1, 2, 3])
+    # 7 8 4 | 1 2: an answer's last token is never an input, and both answers continue at position 2.
+    assert row.input_T.tolist() == [7, 8, 4, 1, 2]
+    assert row.position_T.tolist() == [0, 1, 2, 2, 3]
+    # 4 is predicted by 8, 5 by 4; 1 by 8 again, 2 by 1, 3 by 2.
+    assert row.target_M.tolist() == [4, 5, 1, 2, 3]
+    assert row.source_M.tolist() == [1, 2, 1, 3, 4]
+    assert row.branches == [((), slice(0, 3)), ((slice(0, 2),), slice(3, 5))]
+    assert (row.place_N, row.counts) == (None, [2, 3])
+
+
+def test_a_tree_by_hand():
+    row = row_of([7, 8], [1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 9, 9], [1, 2])
+    # By ids, descending: 1 2 5 9 9, then 1 2 5 6, whose inputs are all there, then 3 after 1 2, and 1 2 is there.
+    assert row.input_T.tolist() == [7, 8, 1, 2, 5, 9, 3]
+    assert row.position_T.tolist() == [0, 1, 2, 3, 4, 5, 4]
+    assert row.branches == [((), slice(0, 6)), ((slice(0, 4),), slice(6, 7))]
+    # 16 tokens are counted. Distinct are 1 and 2, predicted by 8 and 1; 3 and 5 by 2; 6 and 9 by 5; 9 by 9; 4 by 3.
+    predictions = [(1, 1), (2, 2), (3, 3), (3, 5), (4, 6), (4, 9), (5, 9), (6, 4)]
+    assert list(zip(row.source_M.tolist(), row.target_M.tolist(), strict=True)) == predictions
+    assert row.place_N.tolist() == [0, 1, 2, 7, 0, 1, 3, 4, 0, 1, 3, 5, 6, 0, 1] and row.counts == [4, 4, 5, 2]
+
+
+def test_a_branch_within_a_branch_sees_its_whole_path():
+    row = row_of([7], [3, 3], [2, 5, 1, 1], [2, 4, 1])
+    assert row.input_T.tolist() == [7, 3, 2, 5, 1, 4]
+    assert row.branches == [
+        ((), slice(0, 2)),
+        ((slice(0, 1),), slice(2, 5)),
+        ((slice(0, 1), slice(2, 3)), slice(5, 6)),
+    ]
+    assert attention.Segments(row.branches).index_calls()["keys"].tolist() == [0, 1, 0, 2, 3, 4, 0, 2, 5]
 
 
 def test_the_keys_of_one_call_over_the_row():
     row = lay_out([answers(2, 3, 3), answers(1, 2)])
-    segments = attention.Segments(row.trunks, row.branches)
+    segments = attention.Segments(row.branches)
     # p p a a | b b sees p p b b | q c: queries 4, 2, 2; keys 4, 4, 2.
     assert (segments.n_queries, segments.n_keys) == ([4, 2, 2], [4, 4, 2])
     assert {name: values.tolist() for name, values in segments.index_calls().items()} == {
@@ -130,7 +158,7 @@ def test_one_call_over_the_row_is_asked_as_this_pytorch_wants_it(window):
     row = lay_out([answers(2, 3, 3), answers(1, 2)])
     # Tensors without values: arguments and shapes are checked, and nothing is computed.
     states = [torch.empty(heads, 8, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
-    segments = attention.Segments(row.trunks, row.branches)
+    segments = attention.Segments(row.branches)
     indices = attention.CallIndices(*(torch.from_numpy(each).to("meta") for each in segments.index_calls().values()))
     segments = dataclasses.replace(segments, indices=indices)
     assert attention._varlen_attention(*states, segments, 0.25, window).shape == (8, 4, 16)
@@ -143,7 +171,7 @@ def test_one_call_over_the_row_is_the_same(name, kernel, monkeypatch):
         out = attention._varlen_attention(query[0], key[0], value[0], segments, scaling, sliding_window)
         return out.unsqueeze(0), None
 
-    model, row = build(name), lay_out(GROUPS)
+    model, row = build(name), lay_out([*GROUPS, tree()])
     attention.use_segments(model)
     with torch.no_grad():
         expected = row_logps(model, row).logps

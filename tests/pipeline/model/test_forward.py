@@ -16,6 +16,8 @@ from tests.helpers.models import (
     ARCHITECTURES,
     PAIRS,
     SIZES,
+    TREE_PREDICTIONS,
+    TREE_TOKENS,
     UNSHARABLE,
     answers,
     build,
@@ -25,6 +27,7 @@ from tests.helpers.models import (
     relative_error,
     sequence,
     start_forward,
+    tree,
 )
 
 torch.set_num_threads(1)
@@ -59,6 +62,78 @@ def test_values_and_gradients_are_those_of_the_plain_forward(name, sequences, lo
         assert relative_error(torch.cat(logps), torch.cat(expected)) < 1e-5, layout
         loss(logps).backward()
         assert relative_error(gradient(model), gradient(plain)) < 1e-5, layout
+
+
+# -- trees -----------------------------------------------------------------------------------------------------------
+
+TREES = [*tree(), *answers(7, 5, 8), *tree(3)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_answers_begin_with_has_the_values_and_gradients_of_the_plain_forward(name):
+    plain, model = build(name), build(name)
+    expected = [plain_logps(plain, each) for each in TREES]
+    kto_loss(expected).backward()
+    logps, _ = compute(start_forward(model, "shared", TREES), TREES)
+    for found, each in zip(logps, expected, strict=True):
+        assert relative_error(found, each) < 1e-5
+    kto_loss(logps).backward()
+    assert relative_error(gradient(model), gradient(plain)) < 1e-5
+
+
+def test_tokens_that_answers_share_are_computed_once_and_their_values_are_the_same():
+    model, inputs, heads = build("llama"), [], []
+    chosen = start_forward(model, "shared", PAIRS)
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, _, named: inputs.append(named["input_ids"]),
+        with_kwargs=True,
+    )
+    model.lm_head.register_forward_pre_hook(lambda _, given: heads.append(given[0].flatten(0, -2).shape[0]))
+    with torch.no_grad():
+        logps, squares = compute(chosen, tree(), squares=True)
+    # Where the head computes, the decoder is given none.
+    assert (sum(ids.numel() for ids in inputs if ids is not None), sum(heads)) == (TREE_TOKENS, TREE_PREDICTIONS)
+    for lists in (logps, squares):
+        first, second, third, beginning, again, changed, *_ = lists
+        assert torch.equal(first, again) and torch.equal(first[:-1], changed[:-1])
+        assert torch.equal(first[:9], second[:9]) and torch.equal(second[:12], third[:12])
+        assert torch.equal(first[:5], beginning)
+    assert not torch.equal(logps[0][-1], logps[5][-1])
+
+
+def test_answers_may_count_different_tokens_of_what_they_share():
+    model, plain = build("llama"), build("llama")
+    counted = [[0, 1, 13], [1, 9, 10], [0, 13], [], [5], [13], [0, 1, 2, 3], [0]]
+    sequences = [each._replace(counted=np.array(n, np.int64)) for each, n in zip(tree(), counted, strict=True)]
+    expected = [plain_logps(plain, each) for each in sequences]
+    kto_loss(expected).backward()
+    logps, _ = compute(start_forward(model, "shared", PAIRS), sequences)
+    assert relative_error(torch.cat(logps), torch.cat(expected)) < 1e-5
+    kto_loss(logps).backward()
+    assert relative_error(gradient(model), gradient(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["positions", "path"])
+def test_a_model_that_is_wrong_for_branches_within_an_answer_falls_back(monkeypatch, fault):
+    """Though it is right for answers that share their prompt only, as those do that training begins with."""
+    real = forward.lay_out
+
+    def lay_out(groups):
+        row = real(groups)
+        for i, (path, own) in enumerate(row.branches):
+            if fault == "path" and len(path) > 1:
+                row.branches[i] = attention.Branch(path[:1], own)
+            n_prompt = next((len(group[0].prompt_ids) for group in groups), 0)
+            if fault == "positions" and path and row.position_T[own.start] > n_prompt:
+                row.position_T[own] = row.position_T[own] - row.position_T[own.start] + n_prompt
+        return row
+
+    monkeypatch.setattr(forward, "lay_out", lay_out)
+    chosen = start_forward(build("llama"), "auto", [*answers(40, 30, 14), *answers(50, 9, 9)])
+    assert chosen.layout == "packed" and chosen.layout_reason.startswith("not shared: off by up to")
+
+
+# -- models that cannot share ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", UNSHARABLE)

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from prefcache.pipeline.model.packing import (
@@ -11,7 +12,8 @@ from prefcache.pipeline.model.packing import (
     row_tokens,
     token_budget_batches,
 )
-from tests.helpers.models import answers
+from prefcache.pipeline.schema import TokenSequence
+from tests.helpers.models import TREE_TOKENS, answers, tree
 
 
 @pytest.mark.parametrize(
@@ -56,9 +58,20 @@ def test_rows_by_hand():
     assert pack_rows(sequences, groups, 9) == [[[1, 0]], [[2, 3], [4]]]
 
 
-def test_a_group_above_the_budget_is_split_and_its_prompt_repeated():
-    # Prompt 4, answers of 5, 4, 3 take 4, 3, 2: with budget 9 the first is 4 + 4, and 4 + 3 + 2 are the others.
-    assert pack_rows(answers(4, 3, 5, 4), [[0, 1, 2]], 9) == [[[2, 0]], [[1]]]
+def test_a_group_above_the_budget_is_cut_where_its_tree_allows_and_what_its_parts_share_is_repeated():
+    prompt, ids = [7, 7, 7, 7], ([5, 6, 1, 1, 1], [5, 6, 2], [4, 1, 1], [5, 6, 1, 1])
+    sequences = [TokenSequence(np.array(prompt), np.array(answer)) for answer in ids]
+    # By ids, descending: 5 6 2 is 4 + 2; 5 6 1 1 1 adds 2 after 5 6, and 5 6 1 1 nothing; 4 1 1 adds 2.
+    assert row_tokens(sequences, [0, 1, 2, 3]) == 6 + 2 + 0 + 2
+    assert pack_rows(sequences, [[0, 1, 2, 3]], 10) == [[[1, 0, 3, 2]]]
+    assert pack_rows(sequences, [[0, 1, 2, 3]], 9) == [[[1, 0, 3]], [[2]]]
+    # 5 6 1 1 1 after 5 6 2 would be 8: in a part of its own it is 4 + 4.
+    assert pack_rows(sequences, [[0, 1, 2, 3]], 7) == [[[0]], [[3]], [[1]], [[2]]]
+
+
+def test_the_tokens_of_a_tree():
+    assert row_tokens(tree(), range(8)) == TREE_TOKENS
+    assert [row_tokens(tree(), [0, 4, 5]), row_tokens(tree(), [3, 0])] == [20 + 13, 20 + 13]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,6 +82,7 @@ def test_rows_hold_every_sequence_once_within_the_budget(seed):
         for n in range(rng.randint(1, 20))
         for each in answers(rng.randint(1, 30) + 31 * n, *(rng.randint(1, 20) for _ in range(rng.randint(1, 5))))
     ]
+    sequences += tree()
     budget = rng.randint(5, 200)
     rows = pack_rows(sequences, group_by_prompt(sequences), budget)
     assert sorted(i for row in rows for group in row for i in group) == list(range(len(sequences)))

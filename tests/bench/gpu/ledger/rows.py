@@ -202,7 +202,7 @@ def _make_frozen(config: Any, trace: Trace) -> Forward:
 def _score(forward: Forward, trace: Trace, pairs: Sequence[Lengths]) -> None:
     prompts = [np.full(pair.prompt, i, np.int32) for i, pair in enumerate(pairs)]
     groups = [
-        [TokenSequence(prompt, np.zeros(n, np.int32)) for n in (pair.chosen, pair.rejected)]
+        [TokenSequence(prompt, np.full(n, token, np.int32)) for token, n in ((1, pair.chosen), (0, pair.rejected))]
         for prompt, pair in zip(prompts, pairs, strict=True)
     ]
     trace.attended = count_attended(groups)
@@ -312,7 +312,7 @@ def count_needed_flops(model: str, lora: int | None) -> float:
             layers += p.numel() * config.num_experts_per_tok / len(p)
     n_tokens = sum(pair.prompt + pair.chosen + pair.rejected - 2 for pair in pairs)
     n_head = sum(pair.chosen + pair.rejected for pair in pairs)
-    groups = [[TokenSequence(np.zeros(p), np.zeros(n)) for n in (c, r)] for p, c, r in pairs]
+    groups = [[TokenSequence(np.zeros(p), np.full(n, token)) for token, n in ((1, c), (0, r))] for p, c, r in pairs]
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)  # fmt: skip
     linear = 2 * (n_tokens * layers + n_head * config.hidden_size * config.vocab_size)
     passes = 2 if lora else 3
