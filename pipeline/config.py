@@ -190,7 +190,7 @@ class Score(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel. Models without an SDPA implementation (BLOOM, GPT-J, Mamba, Gemma 2) use eager instead."""
     rows: Literal["auto", "shared", "packed", "padded"] = "auto"
-    """Layout of a forward pass. shared: no padding, each prompt computed once for all of its answers. packed: no padding. padded: ordinary padded batches. auto: the first of these that is exact for the model."""
+    """Layout of a forward pass. shared: no padding, and what the answers to a prompt begin with is computed once, together with the prompt. packed: no padding. padded: ordinary padded batches. auto: the first of these that is exact for the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     tokens_per_batch: Count | None = None

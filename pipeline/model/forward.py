@@ -119,7 +119,7 @@ class Forward:
     # -- the forward -------------------------------------------------------------------------------------------------
 
     def group(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
-        """Indices of sequences that are computed together: answers to one prompt if prompts are shared, else each alone."""
+        """Indices of sequences that are computed together: answers to one prompt if rows are shared, else each alone."""
         if self.layout == "shared":
             return packing.group_by_prompt(sequences)
         return [[i] for i in range(len(sequences))]

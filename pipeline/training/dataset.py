@@ -1,5 +1,6 @@
 """What a training step reads: examples with their reference log-probs, in the order of the steps."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,7 +8,13 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from prefcache.pipeline.model.packing import balanced_batches, split_evenly, token_budget_batches
+from prefcache.pipeline.model.packing import (
+    balanced_batches,
+    order_tree,
+    row_tokens,
+    split_evenly,
+    token_budget_batches,
+)
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.stored.counted_logps import CountedLogps
 from prefcache.pipeline.stored.prepared import CountedTokens, IdLists
@@ -99,11 +106,12 @@ class Examples:
         lengths = {name: n_prompt + counted.n_all.astype(np.int64) for name, counted in self._counted.items()}
         # Tokens of the forward that an example's answers share, by layout. The last token of an answer is not an input.
         answer_lengths = np.stack([lengths[name] for name in answers])
-        together = {
-            "padded": len(answers) * answer_lengths.max(0),
-            "packed": (answer_lengths - 1).sum(0),
-            "shared": (answer_lengths - 1).sum(0) - (len(answers) - 1) * n_prompt,
-        }
+        packed = (answer_lengths - 1).sum(0)
+        together = {"padded": len(answers) * answer_lengths.max(0), "packed": packed, "shared": packed}
+        if len(answers) > 1:
+            n_common = n_prompt + table["n_common"].fill_null(0).to_numpy()
+            together["shared"] = packed - np.minimum(n_common, answer_lengths.min(0) - 1)
+        self._together = answers
         alone = [lengths[name] for name in optional]
         self._sizes = {layout: np.maximum.reduce([sizes, *alone]) for layout, sizes in together.items()}
         self._n_tokens = np.sum([lengths[name] for name in data.learned or answers], axis=0)
@@ -153,22 +161,77 @@ class Examples:
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     def sizes(self, indices: np.ndarray, layout: str) -> np.ndarray:
-        """Tokens that each example takes in a forward."""
+        """Tokens that each example takes in a forward of its own."""
         sizes: np.ndarray = self._sizes[layout][self._rows[indices]]
         return sizes
+
+    def count_tokens(self, indices: np.ndarray, layout: str) -> int:
+        """Tokens of one forward of these examples."""
+        sizes = self.sizes(indices, layout)
+        if layout == "padded":
+            return len(sizes) * int(sizes.max(initial=0))
+        return sum(self._unit_tokens(indices[unit], layout) for unit in self._units(indices, layout))
 
     def micro_batches(
         self, indices: np.ndarray, budget: int, max_examples: int | None = None, layout: str = "padded"
     ) -> list[np.ndarray]:
         """Split `indices` so that no forward has more than `budget` tokens and no part more than `max_examples`."""
         parts = np.split(indices, range(max_examples, len(indices), max_examples)) if max_examples else [indices]
-        split = token_budget_batches if layout == "padded" else balanced_batches
-        return [part[batch] for part in parts for batch in split(self.sizes(part, layout).tolist(), budget)]
+        if layout == "padded":
+            batches = [token_budget_batches(self.sizes(part, layout).tolist(), budget) for part in parts]
+        else:
+            batches = [self._balance(part, layout, budget) for part in parts]
+        return [part[batch] for part, split in zip(parts, batches, strict=True) for batch in split]
+
+    def _balance(self, indices: np.ndarray, layout: str, budget: int) -> list[list[int]]:
+        units = self._units(indices, layout, budget)
+        sizes = [self._unit_tokens(indices[unit], layout) for unit in units]
+        return [[i for k in batch for i in units[k]] for batch in balanced_batches(sizes, budget)]
 
     def shares(self, indices: np.ndarray, n: int, layout: str) -> list[np.ndarray]:
         """Split `indices` among `n` processes into shares of about as many tokens, so that none waits long for the others."""
-        sizes = self.sizes(indices, layout).tolist()
-        return [indices[sorted(part)] if part else indices[:0] for part in split_evenly(sizes, n)]
+        if n == 1:
+            return [indices]
+        units = self._units(indices, layout, -(-self.count_tokens(indices, layout) // n))
+        sizes = [self._unit_tokens(indices[unit], layout) for unit in units]
+        shares = [sorted(i for k in part for i in units[k]) for part in split_evenly(sizes, n)]
+        return [indices[share] if share else indices[:0] for share in shares]
+
+    def _units(self, indices: np.ndarray, layout: str, budget: int = sys.maxsize) -> list[list[int]]:
+        """Positions in `indices` of examples that are best computed together: in shared rows those of a prompt."""
+        if layout != "shared":
+            return [[i] for i in range(len(indices))]
+        by_prompt: dict[bytes, list[int]] = {}
+        for i, row in enumerate(self._rows[indices].tolist()):
+            by_prompt.setdefault(self._prompt_ids[row].tobytes(), []).append(i)
+        return [part for unit in by_prompt.values() for part in self._split_unit(indices, unit, budget)]
+
+    def _split_unit(self, indices: np.ndarray, unit: list[int], budget: int) -> list[list[int]]:
+        """Cut a unit that is too large, so that examples whose first answers have most in common stay together."""
+        if len(unit) == 1 or self._unit_tokens(indices[unit]) <= budget:
+            return [unit]
+        first = [self._sequence(self._together[0], row) for row in self._rows[indices[unit]].tolist()]
+        parts: list[list[int]] = []
+        for place, _ in order_tree([each for each in first if each is not None]):
+            if not parts or self._unit_tokens(indices[[*parts[-1], unit[place]]]) > budget:
+                parts.append([])
+            parts[-1].append(unit[place])
+        return parts
+
+    def _unit_tokens(self, indices: np.ndarray, layout: str = "shared") -> int:
+        """Tokens of one forward of these examples, which are one, or have one prompt."""
+        if len(indices) == 1:
+            return int(self.sizes(indices, layout)[0])
+        forwards = [
+            [
+                each
+                for row in self._rows[indices].tolist()
+                for name in names
+                if (each := self._sequence(name, row)) is not None
+            ]
+            for names in (self._together, self._has)
+        ]
+        return max(row_tokens(sequences, range(len(sequences))) for sequences in forwards if sequences)
 
     @property
     def longest_sequence(self) -> int:

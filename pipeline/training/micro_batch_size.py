@@ -44,11 +44,11 @@ class Budget:
         self._say = say
 
     def retry_smaller(
-        self, compute: Callable[[], T], sizes: Callable[[], list[list[int]]], drop: Callable[[], None]
+        self, compute: Callable[[], T], forwards: Callable[[], list[tuple[int, int]]], drop: Callable[[], None]
     ) -> T:
         """Return the result of `compute`; when memory runs out, `drop` what it left and try half the tokens.
 
-        `sizes` are those of the examples of each of its forwards.
+        `forwards` gives the examples and the tokens of each forward.
         """
         while True:
             try:
@@ -59,9 +59,9 @@ class Budget:
             # Outside of the handler, which would keep alive what the failed pass had made.
             drop()
             _free_memory()
-            parts = sizes()
-            largest = max(map(sum, parts))
-            divisible = [sum(part) for part in parts if len(part) > 1]
+            tried = forwards()
+            largest = max(n_tokens for _, n_tokens in tried)
+            divisible = [n_tokens for n_examples, n_tokens in tried if n_examples > 1]
             if not self._may_shrink:
                 raise ResourceError(
                     f"Memory does not suffice for {largest:,} tokens in one forward and backward. Lower "

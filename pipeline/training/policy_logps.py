@@ -92,15 +92,16 @@ class PolicyLogps:
     def retry_smaller(self, compute: Callable[[], T], examples: Examples, indices: np.ndarray) -> T:
         """Return the result of `compute` for these examples, with smaller forwards after running out of memory."""
 
-        def sizes() -> list[list[int]]:
-            return [examples.sizes(turn.part, self.layout).tolist() for turn in self.turns(examples, indices)]
+        def forwards() -> list[tuple[int, int]]:
+            parts = [turn.part for turn in self.turns(examples, indices)]
+            return [(len(part), examples.count_tokens(part, self.layout)) for part in parts]
 
         def drop() -> None:
             self.module.zero_grad()
             if self.routers:
                 self.routers.take_counts()
 
-        return self.budget.retry_smaller(compute, sizes, drop)
+        return self.budget.retry_smaller(compute, forwards, drop)
 
     def turns(self, examples: Examples, indices: np.ndarray, *, at_once: bool = False) -> list[Turn]:
         """This process's share of examples, in parts that fit its budget or all in one."""

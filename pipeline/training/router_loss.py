@@ -8,7 +8,7 @@ Only the probabilities have gradients, and the loss is linear in them: given the
 add up to its own. So a step with several micro-batches counts the shares in a first pass without gradients. With train.scope micro
 each micro-batch has a loss of its own, weighted by its examples, as TRL averages it.
 
-A shared prompt is routed once, and an answer's last token, which is never an input, is not routed. Shapes: T tokens, E experts.
+What sequences of a row share is routed once, and an answer's last token, which is never an input, is not routed. Shapes: T tokens, E experts.
 """
 
 import contextlib

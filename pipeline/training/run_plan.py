@@ -100,28 +100,26 @@ def _plan_steps(train: Train, examples: Examples, layout: str, processes: int, b
     batches = dataset.steps(len(examples), train.batch_size, 1, train.seed, 0, examples.ranks, n_steps)
     tokens, counts, largest, largest_share = [], [], 0, 0
     for _, _, indices in itertools.islice(batches, 0, None, every):
-        tokens.append(int(examples.sizes(indices, layout).sum()))
+        in_step = 0
         for share in examples.shares(indices, processes, layout):
             parts = examples.micro_batches(share, budget, train.micro_batch_size, layout)
+            sizes = [examples.count_tokens(part, layout) for part in parts]
             counts.append(len(parts))
-            largest_share = max(largest_share, _count_tokens(examples, share, layout))
-            largest = max([largest, *(_count_tokens(examples, part, layout) for part in parts)])
+            largest_share = max(largest_share, examples.count_tokens(share, layout))
+            largest, in_step = max([largest, *sizes]), in_step + sum(sizes)
+        tokens.append(in_step)
     several = processes > 1 or max(counts) > 1
     return StepPlan(float(np.mean(tokens)), float(np.mean(counts)), largest, largest_share, several)
-
-
-def _count_tokens(examples: Examples, part: np.ndarray, layout: str) -> int:
-    sizes = examples.sizes(part, layout)
-    if not len(part):
-        return 0
-    return int(len(part) * sizes.max() if layout == "padded" else sizes.sum())
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 def _mean_work(examples: Examples, answers: Sequence[str], layout: str) -> Work:
-    """Count the forward of an example's answers, on average over the examples."""
+    """Count the forward of an example's answers, on average over the examples.
+
+    What examples of one prompt share when they meet in a step is not taken off.
+    """
     work, sampled = Work(0, 0, 0), _sample_answers(examples, answers)
     for sequences in filter(None, sampled):
         groups = [sequences] if layout == "shared" else [[sequence] for sequence in sequences]

@@ -226,3 +226,21 @@ def test_a_real_model_trains_from_the_cache_as_with_a_live_reference(tmp_path: P
     assert float32 < 1e-3 and all(1e-3 < each < 0.75 for each in bf16)
     before, after = found["change"]["rewards/margins"]
     assert abs(before) < 1e-3 < after
+
+
+def test_bench_sharing_counts_less_where_answers_begin_alike():
+    from tests.bench.sharing import ranking
+
+    printed = bench("tests.bench.sharing", "--steps", "1", "--rounds", "1")
+    tokens = {
+        (kind, way): float(n.replace(",", ""))
+        for kind, way, n in re.findall(
+            r"^(chat|trajectories|rankings of 4) +(packed|prompts|trees) +([\d,]+)", printed, re.M
+        )
+    }
+    for kind in ("chat", "trajectories", "rankings of 4"):
+        assert tokens[kind, "packed"] > tokens[kind, "prompts"] >= tokens[kind, "trees"] > 0
+    # Six pairs of a prompt of 124 and four answers, once.
+    answers = [len(each) - 1 for each in {pair.tobytes(): pair for one in ranking(0) for pair in one[1:]}.values()]
+    assert len(answers) == 4 and tokens["rankings of 4", "trees"] == round((124 + sum(answers)) / 6)
+    assert len(re.findall(r"seconds of a step by trees", printed)) == 3

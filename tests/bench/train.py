@@ -35,6 +35,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +370,10 @@ def _table(pairs: list[TokenPair]) -> Any:
 
     rows = []
     for i, pair in enumerate(pairs):
-        row: dict[str, Any] = {"example_id": f"e{i}", "prompt": f"{i}?"}
+        n_common = sum(
+            1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(pair.chosen, pair.rejected, strict=False))
+        )
+        row: dict[str, Any] = {"example_id": f"e{i}", "prompt": f"{i}?", "n_common": n_common}
         for part in TokenPair._fields:
             ids = getattr(pair, part)
             row |= {

@@ -1,6 +1,7 @@
 """Prepared folders of pairs and labels, caches that hold their answers, and objectives, all small enough to add up by hand."""
 
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def objective(**train: Any) -> Objective:
 
 
 def pair(i: int, prompt: list[int], chosen: list[int], rejected: list[int], **more: Any) -> dict[str, Any]:
-    return _row(i, prompt, {"chosen": chosen, "rejected": rejected}) | more
+    row = _row(i, prompt, {"chosen": chosen, "rejected": rejected})
+    n_common = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(chosen, rejected, strict=False)))
+    return row | {"n_common": n_common} | more
 
 
 def masked(row: dict[str, Any], **spans: list[int]) -> dict[str, Any]:

@@ -267,5 +267,52 @@ def test_processes_share_a_step_by_tokens(n):
     assert n > 1 or parts[0].tolist() == indices.tolist()
 
 
+# Three pairs of a ranking, and two pairs of prompts of their own.
+A, B, C = [5, 6, 7], [5, 6, 8, 8], [9, 9]
+RANKING = [(1, [1, 2], A, B), (2, [3], [4, 4], [4, 5, 5]), (3, [1, 2], A, C), (4, [1, 2, 2], A, C), (5, [1, 2], B, C)]
+
+
+def ranking() -> Examples:
+    rows = [pair(*row) for row in RANKING]
+    columns = {f"ref_{name}_logp": np.zeros(len(rows)) for name in ("chosen", "rejected")}
+    return Examples(SplitData(table(rows, "pairs"), columns, ("chosen", "rejected")))
+
+
+def test_what_answers_begin_with_is_counted_once():
+    found, everything = ranking(), np.arange(5)
+    # Inputs: the prompt's 2, A's 5 6, B's 5 6 8, C's 9. A and B share 5 6. The second pair: 3, then 4, then 4 5 that shares 4.
+    assert found.sizes(everything, "shared").tolist() == [2 + 3, 1 + 2, 2 + 2 + 1, 3 + 2 + 1, 2 + 3 + 1]
+    assert found.sizes(everything, "packed").tolist() == [9, 5, 7, 9, 8]
+    # The three pairs of one prompt together: 1 2 5 6 8, which holds A's inputs, and 9.
+    assert found.count_tokens(np.array([0, 2, 4]), "shared") == 6
+    assert found.count_tokens(everything, "shared") == 6 + 3 + 6
+    assert found.count_tokens(everything, "packed") == 9 + 5 + 7 + 9 + 8
+    assert found.count_tokens(everything, "padded") == 5 * 2 * 6
+    assert [found.count_tokens(everything[:0], layout) for layout in ("shared", "packed", "padded")] == [0, 0, 0]
+
+
+def test_examples_of_a_prompt_fall_into_one_micro_batch_if_it_has_room():
+    found, everything = ranking(), np.arange(5)
+
+    def split(budget: int, most: int | None = None) -> list[list[int]]:
+        return sorted(sorted(part.tolist()) for part in found.micro_batches(everything, budget, most, "shared"))
+
+    assert split(15) == [[0, 1, 2, 3, 4]]
+    assert split(9) == [[0, 1, 2, 4], [3]]
+    # Each of the three takes 5 or 6, and all of them 6.
+    assert split(6) == [[0, 2, 4], [1], [3]]
+    assert split(5) == [[0], [1], [2], [3], [4]]
+    assert split(100, 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_processes_share_the_examples_of_one_prompt_if_it_is_most_of_the_step():
+    found = ranking()
+    assert [part.tolist() for part in found.shares(np.arange(5), 1, "shared")] == [[0, 1, 2, 3, 4]]
+    assert sorted(part.tolist() for part in found.shares(np.arange(5), 2, "shared")) == [[0, 1, 2, 4], [3]]
+    # Of a prompt alone, no process would have anything to do but one.
+    parts = found.shares(np.array([0, 2, 4]), 2, "shared")
+    assert sorted(np.concatenate(parts)) == [0, 2, 4] and all(map(len, parts))
+
+
 def test_a_process_may_have_no_example():
     assert [len(part) for part in pairs(3).shares(np.array([1, 2]), 4, "shared")] == [1, 1, 0, 0]

@@ -124,8 +124,8 @@ def test_what_was_begun_is_dropped_before_each_further_try():
         tries.append(tight.tokens)
         return "done" if tight.tokens < 300 else too_much()
 
-    sizes = [[300, 300], [500]]
-    assert tight.retry_smaller(compute, lambda: sizes, lambda: dropped.append(len(tries))) == "done"
+    forwards = [(2, 600), (1, 500)]
+    assert tight.retry_smaller(compute, lambda: forwards, lambda: dropped.append(len(tries))) == "done"
     # Half of the largest forward that can be divided, not of the budget, which it does not fill: 600, not 1,000.
     assert tries == [1_000, 300, 150] and dropped == [1, 2]
     assert said[0].endswith("at 600 tokens in one forward and backward; again with at most 300")
@@ -133,7 +133,7 @@ def test_what_was_begun_is_dropped_before_each_further_try():
 
 def test_an_example_that_does_not_fit_alone_ends_the_run_with_what_to_try():
     with pytest.raises(ResourceError, match=r"single example of 500 tokens. Try train.gradient_checkpointing=true"):
-        budget([]).retry_smaller(too_much, lambda: [[500], [20]], list)
+        budget([]).retry_smaller(too_much, lambda: [(1, 500), (1, 20)], list)
 
 
 @pytest.mark.parametrize("settings", [{"n_processes": 2}, {"scope": "micro", "micro_batch_size": 4}])
@@ -141,7 +141,7 @@ def test_where_a_step_cannot_be_begun_anew_the_run_ends_with_what_to_lower(setti
     with pytest.raises(
         ResourceError, match=r"for 60 tokens in one .* Lower train.micro_batch_size or train.tokens_per"
     ):
-        budget([], **settings).retry_smaller(too_much, lambda: [[30, 30]], list)
+        budget([], **settings).retry_smaller(too_much, lambda: [(2, 60)], list)
 
 
 def test_an_update_is_never_taken_twice():
