@@ -243,4 +243,4 @@ def test_bench_sharing_counts_less_where_answers_begin_alike():
     # Six pairs of a prompt of 124 and four answers, once.
     answers = [len(each) - 1 for each in {pair.tobytes(): pair for one in ranking(0) for pair in one[1:]}.values()]
     assert len(answers) == 4 and tokens["rankings of 4", "trees"] == round((124 + sum(answers)) / 6)
-    assert len(re.findall(r"seconds of a step by trees", printed)) == 3
+    assert len(re.findall(r"seconds by trees", printed)) == 3
