@@ -48,6 +48,8 @@ class Source(Section):
     """Column names; they override prepare.columns."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Share of the examples to use, chosen by a hash. Above 1, training examples are repeated: 2.5 uses each twice and half of them a third time."""
+    max_records: Count | None = None
+    """Maximum number of records to read, the first ones. Default: prepare.max_records."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "Source":
@@ -101,6 +103,8 @@ class Prepare(Section):
     """What to do with ties and identical answers. keep: the first one counts as chosen."""
     held_out: Fraction = 0.05
     """Share of the prompts to hold out for evaluation, chosen by a hash of the prompt."""
+    max_records: Count | None = None
+    """Maximum number of records to read from each source, the first ones, for a quick trial. Default: all."""
     seed: int = 0
     """Seed for the choices of kl_pairs and of source weights."""
     max_quarantine: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -119,6 +123,7 @@ class Prepare(Section):
                     "format": entry.format or self.format,
                     "format_args": self.format_args | entry.format_args,
                     "columns": self.columns | entry.columns,
+                    "max_records": entry.max_records or self.max_records,
                 }
             )
             for entry in self.data

@@ -5,6 +5,7 @@ sources -> chunks of records -> parts, by all workers and ranks -> shards and ma
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -203,6 +204,8 @@ def _finalize(
     weights = [prepare.data[record.source].weight for record in parts.records]
     shards, row_counts = finalize.commit_shards(folder, parts, resolved.kind, _short_hash(inputs), prepare, weights)
     done = parts.sum_counts("done")
+    if n_limited := _count_limited(parts, config):
+        done["limited"] = n_limited
     if resolved.template is None:
         done.pop("ended", None)  # plain text has no end tokens, so adding them is not worth a message
     manifest = PreparedManifest.make(
@@ -221,6 +224,14 @@ def _finalize(
     )
     manifest.commit(folder / artifact.MANIFEST)
     _remove_old_files(folder, {shard["file"] for shard in shards})
+
+
+def _count_limited(parts: finalize.Parts, config: Config) -> int:
+    """Count the sources that gave as many records as they may."""
+    read: Counter[int] = Counter()
+    for record in parts.records:
+        read[record.source] += record.records
+    return sum(read[number] == entry.max_records for number, entry in enumerate(config.prepare.sources))
 
 
 def _remove_old_files(folder: Path, current: set[str]) -> None:

@@ -21,6 +21,7 @@ from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
 QUARANTINE_FILE = "quarantine.parquet"
 # What prepare did besides reading: names in the manifest, and words to follow a number.
 DONE = {
+    "limited": "of the sources gave as many records as prepare.max_records allows; what follows was not read",
     "duplicates": "have the tokens of an earlier example",
     "dropped": "of these were dropped",
     "left_out": "were left out by their source's weight",

@@ -512,6 +512,35 @@ def test_a_weight_is_a_share_or_repeats_training_rows(prepare, tmp_path, weight)
     assert {row["example_id"] for row in rows_of(tmp_path) if row["line"] <= 100} == before
 
 
+def test_the_first_records_of_each_source_are_read_counted_and_said(prepare, tmp_path):
+    write_pairs(tmp_path / "a.jsonl", 30)
+    write_lines(tmp_path / "b.jsonl", b"{", *(pair(i) for i in range(40, 45)))
+    write_lines(tmp_path / "c.jsonl", pair(50), pair(51))
+    data = data_is("a.jsonl", {"path": "b.jsonl", "max_records": 3}, "c.jsonl")
+    found = prepare(data, "prepare.max_records=10", "prepare.max_quarantine=1")
+    # Ten of a; of b a line that is no record and two pairs; all of c, which has fewer than it may.
+    assert (found["records"], found["train"] + found["held_out"], found["quarantined"]) == (
+        15,
+        14,
+        {"malformed JSON": 1},
+    )
+    assert sorted({row["prompt"] for row in rows_of(tmp_path)}) == sorted(
+        pair(i)["prompt"] for i in (*range(10), 40, 41, 50, 51)
+    )
+    assert found["done"]["limited"] == 2
+    manifest = json.loads((tmp_path / "runs/tiny/prepared/manifest.json").read_text())
+    assert manifest["done"]["limited"] == 2 and manifest["records"] == 15
+    # Another number is another preparation, and the same is none.
+    assert "nothing to do" in prepare(data, "prepare.max_records=10", "prepare.max_quarantine=1")["stderr"]
+    again = prepare(data, "prepare.max_records=11", "prepare.max_quarantine=1")
+    assert again["records"] == 16
+
+
+def test_reading_no_more_than_some_records_is_said(prefcache, config):
+    said = prefcache("prepare", config, "--set", "prepare.max_records=5").stdout
+    assert "1 of the sources gave as many records as prepare.max_records allows; what follows was not read" in said
+
+
 def test_sources_have_formats_columns_and_weights_of_their_own(prepare, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 20)
     answers = [{"answer": text, "rank": n} for n, text in enumerate(("first", "second", "third"), 1)]

@@ -8,7 +8,6 @@ import contextlib
 import glob
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from prefcache.pipeline.preparing.sources.chunk import (
     Limits,
     Line,
     group_by_size,
+    take_records,
 )
 from prefcache.pipeline.stored import artifact
 
@@ -73,6 +73,13 @@ class DataSource:
         ]
 
     def chunks(self, limits: Limits = DEFAULT) -> Iterator[Chunk]:
+        """Yield the records, up to as many as the entry allows."""
+        most = self.entry.max_records
+        if most is None:
+            return self._all_chunks(limits)
+        return take_records(self._all_chunks(limits._replace(records=min(limits.records, most))), most)
+
+    def _all_chunks(self, limits: Limits) -> Iterator[Chunk]:
         if self.dataset is not None:
             yield from arrow_tables.dataset_chunks(self.dataset, self.name, limits)
             return
@@ -133,7 +140,7 @@ def _open(entry: Source, spool: Path) -> DataSource:
     assert entry.path is not None
     path = Path(entry.path)
     if entry.path == STDIN:
-        return _open_files(STDIN, entry, [_spool_stdin(spool)])
+        return _open_files(STDIN, entry, [_spool_stdin(spool, entry.max_records)])
     if path.is_dir():
         return _open_folder(path, entry)
     if path.exists():
@@ -154,7 +161,7 @@ def _open(entry: Source, spool: Path) -> DataSource:
 
 
 def _open_hub(entry: Source, hub: str) -> DataSource:
-    dataset = arrow_tables.load_hub(hub, entry.name, entry.split, entry.revision)
+    dataset = arrow_tables.load_hub(hub, entry.name, entry.split, entry.revision, entry.max_records)
     if not dataset.num_rows:
         raise DataError(f"data set {hub}, split {entry.split}, is empty; expected records.")
     return DataSource(hub, entry, [], dataset)
@@ -195,14 +202,14 @@ def _open_folder(folder: Path, entry: Source) -> DataSource:
     return _open_files(str(folder), entry, files)
 
 
-def _spool_stdin(spool: Path) -> Path:
+def _spool_stdin(spool: Path, most: int | None) -> Path:
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         raise UsageError(
             "prepare.data names - (standard input), which is a terminal or closed. Pipe records in, "
             "as in `zcat pairs.jsonl.gz | prefcache prepare ...`, or name a file."
         )
     with artifact.commit_folder(spool / "stdin") as folder, open(folder / "records", "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        jsonl.copy_stream(sys.stdin.buffer, file, most)
         if not file.tell():
             raise DataError("Standard input is empty; expected records.")
     return spool / "stdin" / "records"

@@ -93,13 +93,15 @@ def load_folder(folder: Path, split: str) -> Any:
     return dataset[split]
 
 
-def load_hub(hub: str, name: str | None, split: str, revision: str | None) -> Any:
-    """Load a data set of the hub. Its own code is never run: the library can no longer do that."""
+def load_hub(hub: str, name: str | None, split: str, revision: str | None, most: int | None = None) -> Any:
+    """Load a data set of the hub, or its first `most` records. Its own code is never run: the library can no longer do that."""
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
+        if most is not None and (first := _stream_first(hub, name, split, revision, most)) is not None:
+            return first
         dataset = datasets.load_dataset(hub, name, split=split, revision=revision)
     except Exception as error:  # The library passes on whatever its parts raise.
         raise UsageError(f"data set {hub}: {_explain_hub_error(error)}") from None
@@ -110,6 +112,17 @@ def load_hub(hub: str, name: str | None, split: str, revision: str | None) -> An
             "Connect to the network, or ask for that revision."
         )
     return dataset
+
+
+def _stream_first(hub: str, name: str | None, split: str, revision: str | None, most: int) -> Any:
+    """Fetch the first records of a data set without the rest of it; None if the hub cannot be reached."""
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(hub, name, split=split, revision=revision, streaming=True)
+        return datasets.Dataset.from_list(list(stream.take(most)), features=stream.features)
+    except (ConnectionError, FileNotFoundError):
+        return None  # it may be in the local cache, as a whole
 
 
 def _explain_hub_error(error: Exception) -> str:

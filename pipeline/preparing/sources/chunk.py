@@ -7,7 +7,8 @@ line without a record is yielded too, with the reason.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 # Small enough that many cores share a small file, large enough that one part file per chunk costs little.
@@ -49,9 +50,21 @@ class Chunk:
     n_bytes: int
     payload: Any
     parse: Callable[["Chunk"], Iterator[Line]]
+    most: int | None = None  # records to read; None: all
 
     def lines(self) -> Iterator[Line]:
-        return self.parse(self)
+        return islice(self.parse(self), self.most)
+
+
+def take_records(chunks: Iterable[Chunk], n: int) -> Iterator[Chunk]:
+    """Yield the chunks of the first `n` records, and read nothing beyond them."""
+    for chunk in chunks:
+        # Parsed once more by a worker: which lines are blank, and where a quoted cell ends, only the parser knows.
+        n_found = sum(1 for _ in islice(chunk.lines(), n))
+        yield replace(chunk, most=n)
+        n -= n_found
+        if not n:
+            return
 
 
 def group_by_size(

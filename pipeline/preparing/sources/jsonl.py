@@ -6,6 +6,7 @@ They are only cut into chunks here, in memory that does not grow with the file; 
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -46,6 +47,21 @@ def _decompress(file: Path, compression: str) -> BinaryIO:
 
     # Unlike the standard library's gzip, it also reads zstd, and reports a cut file as an OSError.
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression=compression), BLOCK))
+
+
+def copy_stream(stream: BinaryIO, file: BinaryIO, most: int | None) -> None:
+    """Copy a stream; of JSON Lines, stop after the first `most` records."""
+    head = stream.read(64)
+    if most is None or not head.removeprefix(BOM).lstrip().startswith(b"{"):
+        file.write(head)
+        shutil.copyfileobj(stream, file, BLOCK)
+        return
+    head += stream.readline()
+    file.write(head)
+    n = sum(bool(line.strip()) for line in head.split(b"\n"))
+    while n < most and (line := stream.readline()):
+        file.write(line)
+        n += not line.isspace()
 
 
 # -- JSON Lines ------------------------------------------------------------------------------------------------------

@@ -123,6 +123,26 @@ CONTAINERS = {
 }
 
 
+@pytest.mark.parametrize("most", [1, 7, 49, 50, 99])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_gives_its_first_records_however_it_is_cut(tmp_path, name, most):
+    (tmp_path / name).write_bytes(CONTAINERS[name])
+    source = opened(tmp_path / name, max_records=most)
+    for limits in (None, Limits(3, 10_000), Limits(100, 400)):
+        assert [line.record for line in lines_of(source, limits)] == ROWS[:most]
+
+
+def test_first_records_are_counted_over_the_files_of_a_source_without_blank_lines(tmp_path):
+    for name, rows in (("a.jsonl", ROWS[:4]), ("b.jsonl", ROWS[4:])):
+        (tmp_path / name).write_bytes(b"\n \n" + as_lines(rows).replace(b"\n", b"\n\n"))
+    source = opened(tmp_path, max_records=6)
+    assert [line.record for line in lines_of(source)] == ROWS[:6]
+    assert [line.record for line in lines_of(source, Limits(2, 10_000))] == ROWS[:6]
+    # A line that is no record takes the place of one: it ends in quarantine.
+    (tmp_path / "a.jsonl").write_bytes(b"{\n" + as_lines(ROWS[:4]))
+    assert [line.record for line in lines_of(source)] == [None, *ROWS[:4], ROWS[4]]
+
+
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_gives_the_same_records_however_it_is_cut(tmp_path, name):
     (tmp_path / name).write_bytes(CONTAINERS[name])
@@ -620,6 +640,15 @@ def test_standard_input_is_kept_so_that_it_can_be_read_twice(tmp_path, monkeypat
     assert [file.read_bytes() for file in found.files] == [raw]
 
 
+@pytest.mark.parametrize("raw", [as_lines(ROWS), as_array(ROWS), gzip.compress(as_lines(ROWS)), as_csv(ROWS)])
+def test_of_standard_input_the_first_records_are_kept_and_of_lines_nothing_else_is_read(tmp_path, monkeypatch, raw):
+    pipe(monkeypatch, raw)
+    found = opened("-", tmp_path, max_records=3)
+    assert [line.record for line in lines_of(found)] == ROWS[:3]
+    if raw == as_lines(ROWS):
+        assert found.files[0].read_bytes() == as_lines(ROWS[:3]) and sys.stdin.buffer.read() == as_lines(ROWS[3:])
+
+
 def test_a_terminal_or_nothing_on_standard_input_is_reported(tmp_path, monkeypatch):
     pipe(monkeypatch, b"")
     with pytest.raises(DataError, match="Standard input is empty"):
@@ -700,6 +729,30 @@ def test_a_data_set_of_the_hub_is_loaded(hub):
     assert (identity["hub"], identity["split"], identity["revision"]) == (str(hub), "test", None)
     assert identity["fingerprint"] and found.identity() == from_hub(hub, split="test").identity()
     assert from_hub(hub).identity() != [identity]
+
+
+def test_the_first_records_of_a_hub_data_set_are_fetched_without_the_rest(hub):
+    # What follows cannot be read, and is not. (The library reads blocks of 10 MB, one ahead.)
+    (hub / "train.jsonl").write_bytes(as_lines(ROWS[:30]) * 15_000 + b"{" * (1 << 20))
+    first = from_hub(hub, max_records=7)
+    assert [line.record for line in lines_of(first)] == ROWS[:7]
+    assert first.identity() == from_hub(hub, max_records=7).identity() != from_hub(hub, max_records=6).identity()
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        from_hub(hub)
+
+
+def test_where_the_hub_cannot_be_reached_the_first_records_are_those_of_the_local_cache(hub, monkeypatch):
+    import datasets
+
+    load = datasets.load_dataset
+
+    def unreachable(*arguments, streaming=False, **named):
+        if streaming:
+            raise ConnectionError("offline")
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert [line.record for line in lines_of(from_hub(hub, max_records=7))] == ROWS[:7]
 
 
 def test_a_hub_data_set_that_cannot_be_loaded_says_why(hub):
