@@ -6,6 +6,7 @@ the JSON Schema show (config_settings.py). Reading files and overrides: config_f
 
 import datetime
 import difflib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -64,12 +65,33 @@ def _as_sources(value: Any) -> Any:
     return [{"path": str(entry)} if isinstance(entry, str | int | float) else entry for entry in entries]
 
 
+OWN_SET = "data"  # name of evaluation data that the config gives none
+
+
+def _as_evaluation_sets(value: Any) -> Any:
+    """Name a set of sources that has no name."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or "path" in value or "hub" in value:
+        value = {OWN_SET: value}
+    for name in value:
+        if not re.fullmatch("[a-z][a-z0-9_]{0,39}", str(name)) or name in ("train", "held_out"):
+            raise ValueError(
+                f"{str(name)!r} names a set of examples; expected lower-case letters, digits and _, beginning with a letter, "
+                "and neither train nor held_out"
+            )
+    return value
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+    Field(min_length=1),
+]
+
+
 class Prepare(Section):
-    data: Annotated[
-        tuple[Source, ...],
-        BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
-        Field(min_length=1),
-    ]
+    data: Sources
     """Where the records are: a path, or a list of paths and of mappings with `path` or `hub` and further keys."""
     format: str = "auto"
     """Name of the data format (see `prefcache formats`). auto: recognised from the columns."""
@@ -103,6 +125,14 @@ class Prepare(Section):
     """What to do with ties and identical answers. keep: the first one counts as chosen."""
     held_out: Fraction = 0.05
     """Share of the prompts to hold out for evaluation, chosen by a hash of the prompt."""
+    held_out_data: Annotated[
+        dict[str, Sources],
+        BeforeValidator(
+            _as_evaluation_sets,
+            json_schema_input_type=str | Source | list[str | Source] | dict[str, str | Source | list[str | Source]],
+        ),
+    ] = {}
+    """Evaluation data of your own, in addition to held_out: entries as in data, or {NAME: entries} for several sets. Metrics: eval_NAME_loss and so on; without a name, eval_data_loss. Never trained on."""
     max_records: Count | None = None
     """Maximum number of records to read from each source, the first ones, for a quick trial. Default: all."""
     seed: int = 0
@@ -116,7 +146,7 @@ class Prepare(Section):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The entries of `data`, with the stage's defaults filled in."""
+        """The entries of `data`, then those of `held_out_data`, with the stage's defaults filled in."""
         return tuple(
             entry.model_copy(
                 update={
@@ -126,8 +156,14 @@ class Prepare(Section):
                     "max_records": entry.max_records or self.max_records,
                 }
             )
-            for entry in self.data
+            for entry in itertools.chain(self.data, *self.held_out_data.values())
         )
+
+    @property
+    def source_splits(self) -> tuple[str | None, ...]:
+        """The set to which the examples of each source belong; None: a hash of the prompt decides."""
+        own = [name for name, entries in self.held_out_data.items() for _ in entries]
+        return (*(None for _ in self.data), *own)
 
 
 class Vllm(Section):
@@ -390,7 +426,7 @@ class Best(Section):
     """Choice of the best evaluation. A plain string is its `metric`."""
 
     metric: Annotated[str, BeforeValidator(_with_eval_prefix, json_schema_input_type=str)]
-    """Metric of the held-out evaluations, such as eval_loss or eval_rewards/accuracies. The prefix eval_ may be omitted."""
+    """Metric of the evaluations, such as eval_loss, eval_rewards/accuracies, or eval_NAME_loss of prepare.held_out_data. The prefix eval_ may be omitted."""
     greater_is_better: bool | None = None
     """Default: false for losses, true for all other metrics."""
     patience: Count | None = None
@@ -398,7 +434,7 @@ class Best(Section):
 
     @property
     def is_greater_better(self) -> bool:
-        is_loss = self.metric == "eval_loss" or self.metric.startswith("eval_loss/")
+        is_loss = re.fullmatch(r"eval_(\w+_)?loss(/.*)?", self.metric) is not None
         return not is_loss if self.greater_is_better is None else self.greater_is_better
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from prefcache.pipeline.config import Config, Prepare, Score, Section, Train
 
@@ -21,8 +21,13 @@ ALIASES = {
     "datasets": "prepare.data",
     "train_dataset": "prepare.data",
     "train_file": "prepare.data",
-    "eval_dataset": "prepare.held_out (a share of the prompts, chosen by a hash of the prompt)",
-    "val_dataset": "prepare.held_out (a share of the prompts, chosen by a hash of the prompt)",
+    "eval_dataset": "prepare.held_out_data (your own data) or prepare.held_out (a share of the prompts)",
+    "val_dataset": "prepare.held_out_data (your own data) or prepare.held_out (a share of the prompts)",
+    "eval_datasets": "prepare.held_out_data",
+    "test_datasets": "prepare.held_out_data",
+    "val_dataset_path": "prepare.held_out_data",
+    "max_samples": "prepare.max_records",
+    "max_train_samples": "prepare.max_records",
     "val_size": "prepare.held_out",
     "val_set_size": "prepare.held_out",
     "test_size": "prepare.held_out",
@@ -126,7 +131,8 @@ def describe_problem(problem: Any, on_command_line: bool = False) -> str:
         option = f" (or --set {name}=...)" if name else ""
         return f"{name} is missing; set it in the config{option}"
     if problem["type"] == "model_type":
-        section, path = section_at(keys), "a path or " if keys[:2] == ["prepare", "data"] else ""
+        is_data = keys[0] == "prepare" and keys[1:2] in (["data"], ["held_out_data"])
+        section, path = section_at(keys), "a path or " if is_data else ""
         known = f" of {', '.join(section.model_fields)}" if section else ""
         return f"{name}: found {problem['input']!r}, expected {path}a mapping{known}"
     if problem["type"] == "too_short":
@@ -149,20 +155,26 @@ def problem_origin(problem: Any, overridden: list[str]) -> str:
 
 
 def section_at(keys: list[str]) -> type[Section] | None:
-    """Return the section at a path of keys; the index of a list entry is skipped."""
+    """Return the section at a path of keys; the index of a list entry, and the name of a mapping's, are skipped."""
     section: type[Section] | None = Config
+    is_named = False  # whether a mapping of names to sections was entered
     for key in keys:
         if section is not None and not key.isdigit():
             field = section.model_fields.get(key)
+            if field is None and is_named:
+                is_named = False  # a name that the user gives to an entry
+                continue
             section = next(_sections_in(field.annotation), None) if field else None
+            is_named = field is not None and get_origin(field.annotation) is dict
     return section
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the section in `Section`, `Section | None` or `tuple[Section, ...]`."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield kind
+    """Yield the section in `Section`, `Section | None`, `tuple[Section, ...]` or a mapping to one of these."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for kind in get_args(annotation):
+        yield from _sections_in(kind)
 
 
 def suggest_alias(name: str) -> str | None:

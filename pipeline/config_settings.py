@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from prefcache.pipeline import config
 from prefcache.pipeline.config import Config, Section
@@ -30,7 +30,8 @@ def settings(section: type[Section] = Config, prefix: str = "") -> Iterator[Sett
     schema = section.model_json_schema()
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        inner = section_at(key.split("."))
+        # The keys of named entries are those of prepare.data, where they are listed.
+        inner = None if get_origin(field.annotation) is dict else section_at(key.split("."))
         default = None if field.is_required() else _as_yaml(field.get_default(call_default_factory=True), inner)
         spec = schema["properties"][name]
         yield Setting(key, _type_of(spec, schema.get("$defs", {})), default, meanings[name], inner is not None)

@@ -82,7 +82,7 @@ IDS = pa.list_(pa.int32())
 
 _EXAMPLE = [
     ("example_id", pa.string()),  # hash of its keys, so it outlives reordering and appending
-    ("split", pa.string()),  # train or held_out
+    ("split", pa.string()),  # train, held_out, or a set of prepare.held_out_data
     ("source", pa.string()),
     ("line", pa.int64()),
     ("prompt", pa.string()),  # as text, for SQL and people
@@ -237,11 +237,19 @@ BATCH_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+EVALUATION = "eval_"
+
+
+def metric_prefix(split: str) -> str:
+    """What follows eval_ in the names of a split's metrics: nothing for the held-out examples, NAME_ for other evaluation data."""
+    return "" if split == HELD_OUT else f"{split}_"
+
+
 METRICS = pa.schema(
     [("step", pa.int64()), ("epoch", pa.float64())]
     + [(name, pa.float64()) for name in (*BATCH_METRICS, "grad_norm", "learning_rate")]
     + [("num_tokens", pa.int64())]
-    + [(f"eval_{name}", pa.float64()) for name in BATCH_METRICS]
+    + [(f"{EVALUATION}{name}", pa.float64()) for name in BATCH_METRICS]
 )
 
 # What went wrong along a run, one row per alert (alerts.py).

@@ -57,6 +57,7 @@ class PrepareResult:
     records: int
     train: int
     held_out: int
+    evaluation: dict[str, int]  # by set of prepare.held_out_data
     further: int
     quarantined: dict[str, int]
     boundaries: dict[str, int]

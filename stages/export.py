@@ -26,7 +26,7 @@ from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.record_outcomes import Batch, Outcomes
 from prefcache.pipeline.preparing.sources import refuse_undecodable
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import CACHE, OK
+from prefcache.pipeline.schema import CACHE, HELD_OUT, OK, TRAIN
 from prefcache.pipeline.stored import artifact, claims, duckdb_connection, overwrite_guard, row_writers
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import find_counted_sums
@@ -35,6 +35,7 @@ from prefcache.pipeline.stored.records import ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference
 
 STATUS = "prefcache_status"
+SPLIT = "prefcache_split"
 _LEFT_OUT = "left out: a duplicate, or by the weight of its source"
 _SECONDS_UNUSED = 7 * 24 * 3600.0
 
@@ -257,6 +258,9 @@ class _AddedColumns:
             fields.append(("KL_completion_ids", pa.list_(pa.int32())))
         if per_token:
             fields += [(answer.token_logps, pa.list_(pa.float32())) for answer in self.answers]
+        # Records of several sets: whoever trains on the rows must be able to leave out those for evaluation.
+        self.has_sets = bool(set(prepared.manifest.splits) - {TRAIN, HELD_OUT})
+        fields += [(SPLIT, pa.string())] if self.has_sets else []
         fields += [(f"prefcache_{name}", self.examples.schema.field(name).type) for name in self.repeated]
         fields += [(_NUMBER[kind], pa.int32())] if self.is_numbered else []
         self.schema = pa.schema([*fields, (STATUS, pa.string())])
@@ -295,6 +299,7 @@ class _Values:
             arrays.append(_take_nearby(examples["kl_ids"], at))
         if self._token_lists:
             arrays += self._token_lists.take(rows)
+        arrays += [_take_nearby(examples["split"], at)] if self._columns.has_sets else []
         arrays += [_take_nearby(examples[name], at) for name in self._columns.repeated]
         arrays += [pa.array([row.number for row in rows], pa.int32())] if self._columns.is_numbered else []
         statuses = pa.array([row.status for row in rows], pa.string())

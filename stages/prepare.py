@@ -30,7 +30,7 @@ from prefcache.pipeline.stored.records import PartRecord, PreparedManifest
 REFUSED_FILE = "quarantine-refused.parquet"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # The names of our shards; any other file in the folder is kept.
-_SHARD = rf"({TRAIN}|{HELD_OUT})-[0-9a-f]{{8}}-\d{{5,}}\.arrow"
+_SHARD = r"[a-z][a-z0-9_]*-[0-9a-f]{8}-\d{5,}\.arrow"
 # Settings that apply after the parts are finished, so that parts stay valid when they change.
 _NOT_IN_PARTS = {"data", "workers", "max_quarantine", "rows_per_shard", "duplicates", "kl_pairs", "seed"}
 
@@ -111,7 +111,7 @@ def _refuse_bad_data(parts: finalize.Parts, config: Config) -> None:
     if n_good and n_bad <= config.prepare.max_quarantine * (n_bad + n_good):
         return
     if not n_bad:
-        names = ", ".join(entry.path or str(entry.hub) for entry in config.prepare.data)
+        names = ", ".join(entry.path or str(entry.hub) for entry in config.prepare.sources)
         raise DataError(f"{names}: no records, only blank lines.")
     # The quarantine of a finished preparation belongs to its manifest, and stays.
     is_prepared = (config.prepared / artifact.MANIFEST).exists()
@@ -201,8 +201,14 @@ def _finalize(
     quarantine = finalize.commit_quarantine(folder / prepared.QUARANTINE_FILE, parts)
     if len(parts.records) > 1:
         progress.say(f"prepare: {parts.n_rows:,} examples in {len(parts.records):,} parts, now put together")
-    weights = [prepare.data[record.source].weight for record in parts.records]
+    sources = prepare.sources
+    weights = [sources[record.source].weight for record in parts.records]
     shards, row_counts = finalize.commit_shards(folder, parts, resolved.kind, _short_hash(inputs), prepare, weights)
+    if n_leaked := row_counts.get("leaked"):
+        progress.warn(
+            f"{n_leaked:,} examples of prepare.held_out_data have a prompt that is also trained on: their evaluation does not show "
+            "what the policy does with other prompts. They are kept; take these prompts out of one of the two"
+        )
     done = parts.sum_counts("done")
     if n_limited := _count_limited(parts, config):
         done["limited"] = n_limited
@@ -245,12 +251,13 @@ def _remove_old_files(folder: Path, current: set[str]) -> None:
 
 def _summarize(config: Config, *, changed: bool) -> PrepareResult:
     manifest = prepared.Prepared(config.prepared).manifest
-    train, held_out = (
-        sum(shard.rows for shard in manifest.shards if shard.split == split) for split in (TRAIN, HELD_OUT)
-    )
+    rows = dict.fromkeys((TRAIN, HELD_OUT, *config.prepare.held_out_data), 0)
+    for shard in manifest.shards:
+        rows[shard.split] += shard.rows
+    train, held_out = rows.pop(TRAIN), rows.pop(HELD_OUT)
     done, n_in = manifest.done, manifest.records + manifest.further
     n_unused = sum(manifest.quarantined.values()) + done.get("left_out", 0) + done.get("dropped", 0)
-    n_out = train + held_out + n_unused - done.get("repeated", 0)
+    n_out = train + held_out + sum(rows.values()) + n_unused - done.get("repeated", 0)
     if n_in != n_out:
         raise IntegrityError(
             f"{config.prepared / artifact.MANIFEST} counts {n_in} records, but says what became of {n_out}. "
@@ -263,6 +270,7 @@ def _summarize(config: Config, *, changed: bool) -> PrepareResult:
         records=manifest.records,
         train=train,
         held_out=held_out,
+        evaluation=rows,
         further=manifest.further,
         quarantined=manifest.quarantined,
         boundaries=manifest.boundaries,

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from prefcache import command_results
 from prefcache.pipeline.config_settings import Setting
+from prefcache.pipeline.schema import HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.prepared import DONE
 from prefcache.pipeline.stored.records import RunManifest
 from prefcache.pipeline.visible_text import count, visible, visible_pieces
@@ -52,8 +53,10 @@ def _print_waiting(result: command_results.PrepareWaiting) -> None:
 
 @print_result.register
 def _print_prepare(result: command_results.PrepareResult) -> None:
+    counts = {"training": result.train, "held-out": result.held_out} | result.evaluation
+    *others, last = (f"{n:,} {name}" for name, n in counts.items())
     _say(
-        f"{result.prepared}: {result.train:,} training and {result.held_out:,} held-out {result.kind} "
+        f"{result.prepared}: {', '.join(others)} and {last} {result.kind} "
         f"of {result.records:,} records, {sum(result.quarantined.values()):,} in quarantine"
     )
     for reason, n in result.quarantined.items():
@@ -108,8 +111,8 @@ def _print_train(result: command_results.TrainResult) -> None:
     _say(
         f"{result.run}: {run.examples:,} {run.kind}, {count(run.steps, 'step')} with loss {run.loss}, {run.seconds:.0f} s"
     )
-    if run.before.evaluation:
-        console.print(_held_out_table(run))
+    for split, n in _evaluated(run).items():
+        console.print(_evaluation_table(run, split, n))
     if run.samples:
         lead = "Among them:" if run.changed_answers else "The answers are still:"
         console.print(f"{run.changed_answers:,} greedy answers changed. {lead}\n")
@@ -180,19 +183,30 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _held_out_table(run: RunManifest) -> Table:
-    table = _table(f"{run.held_out:,} held-out {run.kind}", ">before", ">after")
-    before, after = run.before, run.after
-    if before.kinds and after.kinds and (n := sum(before.kinds.values())):
+def _evaluated(run: RunManifest) -> dict[str, int]:
+    """The number of examples of each split that the run was evaluated on, held_out first, the others by name."""
+    return {split: n for split, n in {HELD_OUT: run.held_out, **dict(sorted(run.evaluated.items()))}.items() if n}
+
+
+def _evaluated_kind(run: RunManifest, split: str, n: int) -> str:
+    return f"{n:,} held-out {run.kind}" if split == HELD_OUT else f"{n:,} {run.kind} of {split}"
+
+
+def _evaluation_table(run: RunManifest, split: str, n_examples: int) -> Table:
+    table = _table(_evaluated_kind(run, split, n_examples), ">before", ">after")
+    before, after, prefix = run.before, run.after, metric_prefix(split)
+    # The answers are to prompts of the first split.
+    is_first = split == next(iter(_evaluated(run)))
+    if is_first and before.kinds and after.kinds and (n := sum(before.kinds.values())):
         for kind in before.kinds:
             label = f"greedy answers of {kind if kind == 'neither' else 'the ' + kind} kind (of {n:,})"
             table.add_row(label, f"{before.kinds[kind] / n:.1%}", f"{after.kinds[kind] / n:.1%}")
-    for label, name, form in _HELD_OUT:
-        if name in after.evaluation:
+    for label, metric, form in _HELD_OUT:
+        if (name := f"{prefix}{metric}") in after.evaluation:
             # Adding 0.0 after rounding spares the reader a "-0.000".
             old, new = (form.format(round(side.evaluation[name], 6) + 0.0) for side in (before, after))
             # Before the first step all rewards are 0, so their accuracy means nothing.
-            if name == "rewards/accuracies" and abs(before.evaluation["rewards/margins"]) < 1e-4:
+            if metric == "rewards/accuracies" and abs(before.evaluation[f"{prefix}rewards/margins"]) < 1e-4:
                 old = "-"
             table.add_row(label, old, new)
     return table
@@ -213,14 +227,14 @@ def _print_sweep(result: command_results.SweepResult) -> None:
     first = result.runs[0]
     held_out = [each.manifest.after.evaluation for each in result.runs]
     rows = [[Text(visible(each.run.name))] for each in result.runs]
-    for _, name, form, compares in _SWEEP:
+    (split, n), *_ = _evaluated(first.manifest).items() or [(HELD_OUT, 0)]
+    for _, metric, form, compares in _SWEEP:
+        name = f"{metric_prefix(split)}{metric}"
         best = max(values.get(name, -math.inf) for values in held_out) if compares else math.inf
         for row, values in zip(rows, held_out, strict=True):
             text = form.format(values[name]) if name in values else "-"
             row.append(Text(text, style="bold" if values.get(name) == best else ""))
-    table = _table(
-        f"{first.manifest.held_out:,} held-out {first.manifest.kind}", *(f">{label}" for label, *_ in _SWEEP)
-    )
+    table = _table(_evaluated_kind(first.manifest, split, n), *(f">{label}" for label, *_ in _SWEEP))
     for row in rows:
         table.add_row(*row)
     _console().print(table)

@@ -9,7 +9,7 @@ from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.preparing import prepared_inputs
 from prefcache.pipeline.process_pool import rank_and_world
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact, claims
 from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.prepared import Prepared
@@ -34,7 +34,8 @@ def check(config: Config) -> None:
     trackers.refuse_missing(config.train.report_to)
     if config.train.best:
         evaluation = metrics.example_evaluation(objective)
-        best_checkpoint.refuse_unknown(config.train, evaluation, len(prepared.table(HELD_OUT)))
+        evaluated = [split for split in prepared.manifest.splits if split != TRAIN and len(prepared.table(split))]
+        best_checkpoint.refuse_unknown(config.train, evaluation, evaluated)
 
 
 def estimate(config: Config, progress: Progress, gpu: str | None, processes: int) -> TrainPlan:

@@ -325,6 +325,17 @@ def twice(world: World) -> None:
     world.records += world.records[:3]
 
 
+def own_evaluation(world: World) -> None:
+    records = [conversation(i) for i in range(N_PAIRS, N_PAIRS + 3)]
+    (world.root / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    world.settings["prepare.held_out_data"] = "own.jsonl"
+
+
+def another_evaluated(world: World) -> None:
+    with open(world.root / "own.jsonl", "a") as file:
+        file.write(json.dumps(conversation(N_PAIRS + 3)) + "\n")
+
+
 def nothing_yet(world: World) -> None:
     pass
 
@@ -398,6 +409,13 @@ KNOBS = [
     Knob("name of the run", setting("train.run", "second"), "nothing"),
     Knob("row order", row_order, "nothing"),
     Knob("rows that occur twice", twice, "nothing"),
+    Knob("a record of the evaluation data", another_evaluated, "keys", own_evaluation, scored=2),
+    Knob(
+        "the name of the evaluation data",
+        settings(prepare__held_out_data={"other": "own.jsonl"}),
+        "nothing",
+        own_evaluation,
+    ),
     Knob("max_records", setting("prepare.max_records", 4), "fewer"),
     Knob("held-out share", setting("prepare.held_out", 0.5), "nothing"),
     Knob("max_length that cuts nothing", setting("prepare.max_length", 400), "nothing"),
@@ -445,7 +463,9 @@ def test_a_change_makes_neither_a_stale_hit_nor_a_needless_miss(world, knob):
         assert (second["tokens"], second["scored"], world.loads) == (0, 0, [])
         now = world.joined()
         assert {at: now[at] for at in now.keys() & old.keys()} == {at: old[at] for at in now.keys() & old.keys()}
-        assert world.keys() < old_keys if knob.effect == "fewer" else world.keys() == old_keys and old.keys() <= now.keys()
+        assert (
+            world.keys() < old_keys if knob.effect == "fewer" else world.keys() == old_keys and old.keys() <= now.keys()
+        )
         check_close(now, world.truth(), world, 1e-4)
         return
     assert (second["cache"] != first["cache"]) == (knob.effect == "reference")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prefcache.pipeline.config import Prepare
@@ -84,28 +85,34 @@ def commit_quarantine(path: Path, parts: Parts) -> dict[str, Any]:
 def commit_shards(
     folder: Path, parts: Parts, kind: str, generation: str, prepare: Prepare, weights: list[float]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Write the shards of both splits. Return their entries, and counts of what was done to the rows.
+    """Write the shards of all splits. Return their entries, and counts of what was done to the rows.
 
     `weights` has one number per part.
     """
+    names = (TRAIN, HELD_OUT, *prepare.held_out_data)
     ids = parts.read_column("example_id", lambda ids: np.frombuffer(bytes.fromhex("".join(ids.to_pylist())), ">u8"))
-    held_out = parts.read_column("split", lambda splits: splits.to_numpy(zero_copy_only=False) == HELD_OUT, bool)
+    splits = parts.read_column("split", lambda column: pc.index_in(column, pa.array(names)).to_numpy(), "i4")
     whole_ids = parts.read_column("whole_id")
     row_weights = np.repeat(np.asarray(weights), np.diff(parts.starts))
-    copies, done = _count_copies(ids, whole_ids, held_out, row_weights, prepare)
+    # Evaluation data of its own changes nothing about the other examples, and loses none to them.
+    groups = np.maximum(splits - 1, 0)
+    copies, done = _count_copies(ids, whole_ids, splits, groups, row_weights, prepare)
     if not copies.any():
         raise DataError(f"None of {len(copies):,} examples is left: the weights of their sources are too small.")
-    mismatched = _MismatchedAnswers(parts, ids, whole_ids, copies > 0, prepare) if kind == "labels" else None
+    if n_leaked := _count_leaked(parts, splits, copies > 0):
+        done["leaked"] = n_leaked
+    mismatched = _MismatchedAnswers(parts, ids, whole_ids, copies > 0, groups, prepare) if kind == "labels" else None
     earlier_copies = _sum_earlier(ids, copies)
     with contextlib.ExitStack() as stack:
         shards = {
             split: stack.enter_context(_ShardWriter(folder, split, generation, kind, prepare.rows_per_shard))
-            for split in (TRAIN, HELD_OUT)
+            for split in names
         }
         for number in range(len(parts.records)):
             begin, end = parts.starts[number], parts.starts[number + 1]
             with parts.open_table(number) as table:
-                for split, is_in_split in ((TRAIN, ~held_out[begin:end]), (HELD_OUT, held_out[begin:end])):
+                for number_of_split, split in enumerate(names):
+                    is_in_split = splits[begin:end] == number_of_split
                     rows = begin + np.repeat(np.arange(end - begin), copies[begin:end] * is_in_split)
                     copy_numbers = earlier_copies[rows] + _sum_earlier(rows, np.ones_like(rows))
                     for at in range(0, len(rows), _BLOCK_ROWS):
@@ -122,23 +129,41 @@ def commit_shards(
 
 
 def _count_copies(
-    ids: np.ndarray, whole_ids: np.ndarray, held_out: np.ndarray, weights: np.ndarray, prepare: Prepare
+    ids: np.ndarray,
+    whole_ids: np.ndarray,
+    splits: np.ndarray,
+    groups: np.ndarray,
+    weights: np.ndarray,
+    prepare: Prepare,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Count how often each row is used: its source's weight, whose fraction is the share of rows that get one more.
 
-    A held-out row is used once at most: the same pair twice says nothing more about a policy.
+    An evaluated row is used once at most: the same pair twice says nothing more about a policy. Duplicates are those of a row
+    of the same group.
     """
     whole = np.floor(weights).astype(np.int64)
     copies = whole + (_hash_with_seed(whole_ids, prepare.seed) / 2.0**64 < weights - whole)
-    copies = np.where(held_out, np.minimum(copies, 1), copies)
+    copies = np.where(splits > 0, np.minimum(copies, 1), copies)
     # A row is a duplicate of an earlier one that is used, not of one that a weight left out.
-    is_duplicate = (copies > 0) & (_sum_earlier(ids, (copies > 0).astype(np.int64)) > 0)
+    ids_in_group = ids if not groups.any() else ids ^ _hash_with_seed(groups.astype(np.uint64), 0)
+    is_duplicate = (copies > 0) & (_sum_earlier(ids_in_group, (copies > 0).astype(np.int64)) > 0)
     done = {"duplicates": int(is_duplicate.sum()), "left_out": int((copies == 0).sum())}
     if prepare.duplicates == "drop":
         done["dropped"] = int(is_duplicate.sum())
         copies[is_duplicate] = 0
     done["repeated"] = int(np.maximum(copies - 1, 0).sum())
     return copies, done
+
+
+def _count_leaked(parts: Parts, splits: np.ndarray, used: np.ndarray) -> int:
+    """Count the rows of evaluation data of its own whose prompt is also trained on."""
+    own = used & (splits > 1)
+    if not own.any():
+        return 0
+    prompts = parts.read_column(
+        "prompt", lambda column: np.array([part_worker.prompt_number(each) for each in column.to_pylist()], "u8")
+    )
+    return int(np.isin(prompts[own], prompts[used & (splits == 0)]).sum())
 
 
 def _sum_earlier(ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -178,19 +203,25 @@ def _hash_with_seed(ids: np.ndarray, seed: int) -> np.ndarray:
 class _MismatchedAnswers:
     """For each label, another example's answer: what KTO's estimate of the divergence is taken over.
 
-    All examples form a ring in the order of a hash of seed and id; each takes the answer of the next one that has
-    another prompt and another answer. So the choice depends on the data and the seed, not on shards or workers, nor on
+    All examples form a ring in the order of a hash of seed and id, each set of evaluation data one of its own; each takes the
+    answer of the next one that has another prompt and another answer. So the choice depends on the data and the seed, not on shards or workers, nor on
     where answers are cut.
     """
 
     def __init__(
-        self, parts: Parts, ids: np.ndarray, whole_ids: np.ndarray, used: np.ndarray, prepare: Prepare
+        self,
+        parts: Parts,
+        ids: np.ndarray,
+        whole_ids: np.ndarray,
+        used: np.ndarray,
+        groups: np.ndarray,
+        prepare: Prepare,
     ) -> None:
         self._parts, self._ids, self._max_length = parts, ids, prepare.max_length
         self.n_without = 0
         self._partners = np.full(len(ids), _NONE, np.int64)
-        if prepare.kl_pairs and used.any():
-            rows = np.flatnonzero(used)
+        for group in np.unique(groups[used]) if prepare.kl_pairs else ():
+            rows = np.flatnonzero(used & (groups == group))
             ring = rows[np.lexsort((rows, _hash_with_seed(whole_ids[rows], prepare.seed)))]
             hashes = {name: parts.read_column(name)[ring] for name in ("prompt_hash", "text_hash", "ids_hash")}
             self._partners[ring] = _next_in_ring(ring, **hashes)

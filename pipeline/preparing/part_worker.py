@@ -99,7 +99,9 @@ class PartWorker:
 
     def _prepare(self, source: int, chunk: Chunk, *, use_cache: bool) -> PreparedPart:
         self.renderer.reset(use_cache=use_cache)
-        quarantine, rows = Quarantine(), _RowColumns(self.resolved.kind, self.resolved.prepare.held_out)
+        prepare = self.resolved.prepare
+        quarantine = Quarantine()
+        rows = _RowColumns(self.resolved.kind, prepare.held_out, prepare.source_splits[source])
         lines = list(chunk.lines())
         n_examples = self._strikes = 0
         examples = ((line, example) for line in lines for example in self.read_examples(line, source, quarantine))
@@ -259,8 +261,8 @@ class Quarantine:
 class _RowColumns:
     """Rows on their way into Arrow. Ids become bytes at once: as Python numbers they would take ten times the memory."""
 
-    def __init__(self, kind: str, held_out: float) -> None:
-        self._schema, self._held_out = SCHEMAS[kind], held_out
+    def __init__(self, kind: str, held_out: float, split: str | None) -> None:
+        self._schema, self._held_out, self._split = SCHEMAS[kind], held_out, split
         self._answers = ANSWERS["pairs"] if kind == "pairs" else ANSWERS["labels"][:1]
         self._data_columns = data_columns(kind)
         self._values: dict[str, list[Any]] = {name: [] for name in self._schema.names}
@@ -272,7 +274,7 @@ class _RowColumns:
         prompt = plain_text(example.prompt)
         prompt_ids = array("i", tokens.prompt).tobytes()
         row: dict[str, Any] = {
-            "split": HELD_OUT if split_fraction(prompt) < self._held_out else TRAIN,
+            "split": self._split or (HELD_OUT if split_fraction(prompt) < self._held_out else TRAIN),
             "source": line.source,
             "line": line.number,
             "prompt": prompt,
@@ -338,8 +340,12 @@ def split_fraction(prompt: str) -> float:
 
     Spaces and composed characters do not count: prompts that differ only in them may be one to the model.
     """
-    text = " ".join(unicodedata.normalize("NFC", prompt).split())
-    return _hash_number(text.encode()) / 2**64
+    return prompt_number(prompt) / 2**64
+
+
+def prompt_number(prompt: str) -> int:
+    """Return a number for a prompt's text, equal for texts that differ in spaces and composed characters alone."""
+    return _hash_number(" ".join(unicodedata.normalize("NFC", prompt).split()).encode())
 
 
 def _hash(data: bytes) -> bytes:

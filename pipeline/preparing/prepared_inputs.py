@@ -1,12 +1,12 @@
 """What a preparation is made from: data, tokenizer, template and settings; and whether a stored one is up to date."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefcache.pipeline import identity
-from prefcache.pipeline.config import Config, Prepare
+from prefcache.pipeline.config import Config, Prepare, Source
 from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.preparing import record_outcomes
 from prefcache.pipeline.preparing.sources import DataSource
@@ -31,11 +31,17 @@ def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> dic
 
 def _find_settings(prepare: Prepare) -> dict[str, Any]:
     template = Path(prepare.chat_template) if prepare.chat_template else None
+    sets = {name: _dump_sources(entries) for name, entries in prepare.held_out_data.items()}
     return {
         "chat_template": artifact.checksum(template) if template and template.exists() else None,
-        "config": prepare.model_dump(mode="json", exclude={"workers"})
-        | {"data": [entry.model_dump(mode="json", exclude={"path"}) for entry in prepare.data]},
+        "config": prepare.model_dump(mode="json", exclude={"workers", "held_out_data"})
+        | {"data": _dump_sources(prepare.data)}
+        | ({"held_out_data": sets} if sets else {}),
     }
+
+
+def _dump_sources(entries: Sequence[Source]) -> list[dict[str, Any]]:
+    return [entry.model_dump(mode="json", exclude={"path"}) for entry in entries]
 
 
 def check_freshness(config: Config, model: Path, inputs: dict[str, Any], *, remember: bool = True) -> Freshness:

@@ -6,7 +6,6 @@ import duckdb
 import numpy as np
 
 from prefcache.pipeline.report.confidence_intervals import Estimate, share
-from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.prepared import DONE
 from prefcache.pipeline.stored.records import PreparedManifest
 
@@ -68,7 +67,7 @@ class Data:
 
 def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
     kind = manifest.kind
-    sources = _read_sources(con, LENGTHS[kind])
+    sources = _read_sources(con, manifest.splits, LENGTHS[kind])
     notes = [f"{n:,} {DONE[name]}" for name, n in manifest.done.items() if n and name in DONE]
     if split := manifest.boundaries.get("split"):
         notes.append(f"{split:,} where the tokenizer would merge prompt and answer; the text was cut there")
@@ -82,7 +81,7 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
         kind,
         list(dict.fromkeys(reading.format for reading in manifest.formats)),
         manifest.records + manifest.further,
-        {split: sum(each.n[split] for each in sources) for split in (TRAIN, HELD_OUT)},
+        {split: sum(each.n[split] for each in sources) for split in manifest.splits},
         sources[:_MOST_SOURCES],
         len(sources),
         {name: np.ma.compressed(values) for name, values in lengths.items()},
@@ -93,15 +92,15 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
     )
 
 
-def _read_sources(con: duckdb.DuckDBPyConnection, lengths: tuple[str, ...]) -> list[Source]:
+def _read_sources(con: duckdb.DuckDBPyConnection, splits: tuple[str, ...], lengths: tuple[str, ...]) -> list[Source]:
+    counts = ", ".join(f"count(*) filter (split = '{split}')" for split in splits)
     means = ", ".join(f"avg(n_{name})" for name in lengths)
     rows = con.execute(
-        f"select source, count(*) filter (split = '{TRAIN}'), count(*) filter (split = '{HELD_OUT}'), {means} from examples "
-        "group by source order by count(*) desc, source"
+        f"select source, {counts}, {means} from examples group by source order by count(*) desc, source"
     ).fetchall()
     return [
-        Source(name, {TRAIN: train, HELD_OUT: held_out}, dict(zip(lengths, tokens, strict=True)))
-        for name, train, held_out, *tokens in rows
+        Source(name, dict(zip(splits, numbers, strict=False)), dict(zip(lengths, numbers[len(splits) :], strict=True)))
+        for name, *numbers in rows
     ]
 
 

@@ -21,6 +21,7 @@ from prefcache.pipeline.report.data_section import Data
 from prefcache.pipeline.report.reference_section import Reference
 from prefcache.pipeline.report.runs_section import Measured, MovedExample, Run, Token
 from prefcache.pipeline.report.svg import RUNS
+from prefcache.pipeline.schema import HELD_OUT
 from prefcache.pipeline.stored.records import FileEntry, PreparedManifest, ScoredManifest
 from prefcache.pipeline.visible_text import visible, visible_pieces
 
@@ -89,7 +90,7 @@ def _build_context(facts: Facts) -> dict[str, Any]:
         "key_figures": list(prose.list_key_figures(data, reference, runs)),
         "sections": {key: name for key, name in sections.items() if name},
         "runs": runs,
-        "measures": list(_list_measures(runs)),
+        "evaluated": list(_list_evaluated(runs, data.kind)),
         "medians": [{name: float(np.median(values)) for name, (_, values) in run.series.items()} for run in runs],
         "colours": RUNS,
         "curves": list(plots.draw_runs(runs, alerts)),
@@ -101,6 +102,7 @@ def _build_context(facts: Facts) -> dict[str, Any]:
         "reference": reference,
         "reference_figures": list(plots.draw_reference(reference)) if reference else [],
         "data": data,
+        "data_counts": prose.count_by_split(data),
         "data_figures": list(plots.draw_data(data)),
         "provenance": list(_list_provenance(facts)),
     }
@@ -110,16 +112,31 @@ def _build_context(facts: Facts) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Evaluated:
+    """What the runs measured on one split."""
+
+    examples: str  # how many of what
+    rows: "list[_MeasureRow]"
+
+
+@dataclass(frozen=True)
 class _MeasureRow:
     run: str
     measured: Measured
     span: int  # rows of the measure, on the first of them; else 0
 
 
-def _list_measures(runs: Sequence[Run]) -> Iterator[_MeasureRow]:
-    """List each measure of each run."""
-    for name in dict.fromkeys(measured.name for run in runs for measured in run.measured):
-        found = [(run.name, measured) for run in runs if (measured := run.find_measure(name))]
+def _list_evaluated(runs: Sequence[Run], kind: str) -> Iterator[_Evaluated]:
+    numbers = {each.split: each.n for run in reversed(runs) for each in run.evaluations if each.n}
+    for split in sorted(numbers, key=lambda split: (split != HELD_OUT, split)):
+        yield _Evaluated(f"{numbers[split]:,} {prose.name_split(split, kind)}", list(_list_measures(runs, split)))
+
+
+def _list_measures(runs: Sequence[Run], split: str) -> Iterator[_MeasureRow]:
+    """List each measure of each run on a split."""
+    evaluations = [evaluation for run in runs if (evaluation := run.find_evaluation(split))]
+    for name in dict.fromkeys(measured.name for each in evaluations for measured in each.measured):
+        found = [(run.name, measured) for run in runs if (measured := run.find_measure(name, split))]
         for n, (run_name, measured) in enumerate(found):
             yield _MeasureRow(run_name, measured, 0 if n else len(found))
 

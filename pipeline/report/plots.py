@@ -10,6 +10,7 @@ from prefcache.pipeline.report.data_section import Data
 from prefcache.pipeline.report.reference_section import TOKEN_EDGES, Reference
 from prefcache.pipeline.report.runs_section import Alert, Run
 from prefcache.pipeline.report.svg import CHOSEN, REJECTED, RUNS, Bars, Figure, Line
+from prefcache.pipeline.schema import EVALUATION, metric_prefix
 
 _BINS = 40
 _ROLES = {
@@ -73,13 +74,14 @@ def _lines(panel: _Panel, run: Run, colour: str, is_alone: bool) -> Iterator[Lin
     """Yield the lines of steps and the dots of held-out evaluations. For a single run, colours tell chosen from rejected."""
     for metric in panel.metrics:
         name = metric.rpartition("/")[2] if panel.two else ""
-        for prefix, dots in (("", False), ("eval_", True)):
+        split = run.shown.split
+        for prefix, dots in (("", False), (f"{EVALUATION}{metric_prefix(split)}", True)):
             if f"{prefix}{metric}" in run.series:
                 steps, values = run.series[f"{prefix}{metric}"]
                 shown = steps >= (0 if panel.at_start else 1)
                 yield Line(
                     label=name if is_alone and not dots else "",
-                    description=", ".join(filter(None, (run.name, name, "held out" if dots else ""))),
+                    description=", ".join(filter(None, (run.name, name, split.replace("_", " ") if dots else ""))),
                     x=steps[shown],
                     y=values[shown],
                     colour=_ROLES[name] if panel.two and is_alone else colour,

@@ -16,6 +16,11 @@ NONE = "\N{EN DASH}"
 _SPLITS = {TRAIN: "training", HELD_OUT: "held-out"}
 
 
+def name_split(split: str, kind: str) -> str:
+    """Name a split's examples, as in `held-out pairs`."""
+    return f"{_SPLITS[split]} {kind}" if split in _SPLITS else f"{kind} of {split}"
+
+
 def figure(estimate: Estimate, unit: str) -> str:
     return _number(estimate.value, unit)
 
@@ -55,15 +60,20 @@ def summarize(data: Data, reference: Reference | None, runs: Sequence[Run]) -> I
     elif runs:
         yield from _compare_runs(runs, data.kind)
     quarantine = count(data.n_quarantined, "is", "are") if data.n_quarantined else "none is"
-    yield (
-        f"{count(data.records, 'record')} gave {data.n[TRAIN]:,} training and {data.n[HELD_OUT]:,} held-out {data.kind}; "
-        f"{quarantine} in quarantine."
-    )
+    yield (f"{count(data.records, 'record')} gave {count_by_split(data)}; {quarantine} in quarantine.")
     if reference and reference.agreements:
-        shares = [f"{figure(each.whole, '%')} of the {_SPLITS[each.split]} pairs" for each in reference.agreements]
+        shares = [
+            f"{figure(each.whole, '%')} of the {name_split(each.split, 'pairs')}" for each in reference.agreements
+        ]
         yield f"The reference itself prefers the chosen answer in {_join(shares)}."
     if not runs:
         yield "Nothing has been trained yet." if reference else "Nothing has been scored or trained yet."
+
+
+def count_by_split(data: Data) -> str:
+    """Count the examples of each split, as in `40 training and 8 held-out pairs`."""
+    counts = [f"{n:,} {_SPLITS.get(split, split)}" for split, n in data.n.items()]
+    return f"{_join(counts)} {data.kind}"
 
 
 def _describe_run(run: Run, kind: str) -> Iterator[str]:
@@ -77,12 +87,12 @@ def _describe_run(run: Run, kind: str) -> Iterator[str]:
     preferred, accuracy, margin = map(run.find_measure, (PREFERRED, "reward accuracy", "reward margin"))
     if preferred and preferred.before and preferred.after:
         yield (
-            f"The policy finds the chosen answer likelier in {figure(preferred.after, '%')} of {run.held_out:,} held-out {kind} "
+            f"The policy finds the chosen answer likelier in {figure(preferred.after, '%')} of {run.shown.n:,} {name_split(run.shown.split, kind)} "
             f"(95% interval {interval(preferred.after, '%')}); before training, in {figure(preferred.before, '%')}."
         )
     elif accuracy and accuracy.after:
         yield (
-            f"The reward accuracy on {run.held_out:,} held-out {kind} is {figure(accuracy.after, '%')} "
+            f"The reward accuracy on {run.shown.n:,} {name_split(run.shown.split, kind)} is {figure(accuracy.after, '%')} "
             f"(95% interval {interval(accuracy.after, '%')})."
         )
     if margin and margin.after:
@@ -115,7 +125,7 @@ def _compare_runs(runs: Sequence[Run], kind: str) -> Iterator[str]:
         near = [name for name, each in accuracies.items() if name not in best and each.high >= highest.low]
         overlap = f", which overlaps with that of {_join(near)}" if near else ""
         yield (
-            f"{_join(best)} {'has' if len(best) == 1 else 'have'} the highest reward accuracy on held-out {kind}: "
+            f"{_join(best)} {'has' if len(best) == 1 else 'have'} the highest reward accuracy on {name_split(runs[0].shown.split, kind)}: "
             f"{figure(highest, '%')} (95% interval {interval(highest, '%')}){overlap}."
         )
     by_alerts: dict[str, list[str]] = {}
@@ -159,7 +169,8 @@ def list_key_figures(data: Data, reference: Reference | None, runs: Sequence[Run
             speed = np.median(run.series["tokens_per_second"][1])
             yield KeyFigure("throughput", f"{speed:,.0f}", "tokens per second, median")
     elif not runs:
-        yield KeyFigure("training / held out", f"{data.n[TRAIN]:,} / {data.n[HELD_OUT]:,}", data.kind)
+        n_evaluated = sum(n for split, n in data.n.items() if split != TRAIN)
+        yield KeyFigure("training / held out", f"{data.n[TRAIN]:,} / {n_evaluated:,}", data.kind)
         yield KeyFigure("quarantine", f"{data.n_quarantined:,}", f"of {data.records:,} records")
         if reference and reference.agreements:
             best = reference.agreements[0]

@@ -52,7 +52,8 @@ def read(con: duckdb.DuckDBPyConnection, manifest: ScoredManifest, kind: str) ->
         "select split, margin, margin_per_token from pairs where used and margin is not null order by example_id"
     ).fetchnumpy()
     agreements = []
-    for split in (TRAIN, HELD_OUT):
+    known = [TRAIN, HELD_OUT]
+    for split in [*known, *sorted({*pairs["split"].tolist()} - {*known})]:
         in_split = pairs["split"] == split
         if in_split.any():
             whole, per_token = (share(pairs[name][in_split] > 0) for name in ("margin", "margin_per_token"))

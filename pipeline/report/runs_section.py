@@ -8,7 +8,7 @@ import duckdb
 import numpy as np
 
 from prefcache.pipeline.report.confidence_intervals import Estimate, bootstrap, how_often_higher, mean, share
-from prefcache.pipeline.schema import HELD_OUT
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.records import FileEntry, Provenance, RunManifest
 
 PREFERRED = "chosen answer more likely than rejected"
@@ -61,13 +61,23 @@ class Record:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure on the held-out examples, before the first step and at the last evaluation."""
+    """A measure on the evaluated examples of a split, before the first step and at the last evaluation."""
 
     name: str
     unit: str  # %: a share
     before: Estimate | None
     after: Estimate | None
     change: Estimate | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one split."""
+
+    split: str  # held_out, or a set of prepare.held_out_data
+    n: int  # examples
+    step: int | None  # the last at which they were evaluated
+    measured: list[Measured]
 
 
 @dataclass(frozen=True)
@@ -105,9 +115,7 @@ class Run:
     step: int  # the last one
     series: dict[str, tuple[np.ndarray, np.ndarray]]  # steps and values, by metric
     alerts: list[Alert]
-    held_out: int
-    evaluated: int | None  # the step of the last evaluation
-    measured: list[Measured]
+    evaluations: list[Evaluation]
     samples: list[Sample] = field(default_factory=list)
     moved: list[MovedExample] = field(default_factory=list)
 
@@ -123,16 +131,23 @@ class Run:
     def peak_memory(self) -> float | None:
         return float(self.series["peak_memory_bytes"][1].max()) if "peak_memory_bytes" in self.series else None
 
-    def find_measure(self, name: str) -> Measured | None:
-        return next((measured for measured in self.measured if measured.name == name), None)
+    @property
+    def shown(self) -> Evaluation:
+        """The evaluation that the summary is about: of the held-out examples if there are any."""
+        return self.evaluations[0]
+
+    def find_evaluation(self, split: str) -> Evaluation | None:
+        return next((each for each in self.evaluations if each.split == split), None)
+
+    def find_measure(self, name: str, split: str | None = None) -> Measured | None:
+        evaluation = self.find_evaluation(split) if split else self.shown
+        return next((each for each in (evaluation.measured if evaluation else ()) if each.name == name), None)
 
 
 def read(con: duckdb.DuckDBPyConnection, record: Record) -> Run:
     series = _read_series(con, record.name)
-    before, after, evaluated = _read_visits(con, record.name)
-    measured = _measure_kinds(record.samples)
-    if before:
-        measured += _measure_labels(before, after) if "label" in before else _measure_pairs(before, after)
+    evaluations = [_read_evaluation(con, record.name, split) for split in _evaluated_splits(con, record.name)]
+    evaluations[0].measured[:0] = _measure_kinds(record.samples)
     alerts = con.execute(
         'select run, step, kind, severity, metric, seen, why, "try" from alerts where run = $run', {"run": record.name}
     )
@@ -143,9 +158,7 @@ def read(con: duckdb.DuckDBPyConnection, record: Record) -> Run:
         int(max((steps[-1] for steps, _ in series.values() if len(steps)), default=0)),
         series,
         [Alert(*row) for row in alerts.fetchall()],
-        len(next(iter(before.values()), ())),
-        evaluated,
-        measured,
+        evaluations,
         samples[:_MOST_SAMPLES],
         _group_by_example(con, record.tokens),
     )
@@ -166,12 +179,27 @@ def _read_series(con: duckdb.DuckDBPyConnection, run: str) -> dict[str, tuple[np
     return series
 
 
-# -- measures on held-out examples -----------------------------------------------------------------------------------
+# -- measures on evaluated examples ----------------------------------------------------------------------------------
 
 
-def _read_visits(con: duckdb.DuckDBPyConnection, run: str) -> tuple[Columns, Columns, int | None]:
-    """Read the held-out examples before the first step and at the last evaluation, in the same order, and that step."""
-    bound = {"run": run, "split": HELD_OUT}
+def _evaluated_splits(con: duckdb.DuckDBPyConnection, run: str) -> list[str]:
+    """List the splits that the run evaluated, held_out first; held_out if it evaluated none."""
+    query = "select distinct split from steps where run = $run and split <> $train order by split <> $held_out, split"
+    rows = con.execute(query, {"run": run, "train": TRAIN, "held_out": HELD_OUT}).fetchall()
+    return [split for (split,) in rows] or [HELD_OUT]
+
+
+def _read_evaluation(con: duckdb.DuckDBPyConnection, run: str, split: str) -> Evaluation:
+    before, after, step = _read_visits(con, run, split)
+    measured = []
+    if before:
+        measured = _measure_labels(before, after) if "label" in before else _measure_pairs(before, after)
+    return Evaluation(split, len(next(iter(before.values()), ())), step, measured)
+
+
+def _read_visits(con: duckdb.DuckDBPyConnection, run: str, split: str) -> tuple[Columns, Columns, int | None]:
+    """Read a split's examples before the first step and at the last evaluation, in the same order, and that step."""
+    bound = {"run": run, "split": split}
     row = con.execute("select max(step) from steps where run = $run and split = $split", bound).fetchone()
     last = row[0] if row else None
 

@@ -48,7 +48,7 @@ class Inputs:
         files = [path, config.prepare.chat_template, *(each for each in models if each and Path(each).is_file())]
         return cls(
             files=tuple(Path(file) for file in files if file),
-            data=tuple(source.path for source in config.prepare.data if source.path is not None),
+            data=tuple(source.path for source in config.prepare.sources if source.path is not None),
             folders=tuple(Path(folder) for folder in models if folder and Path(folder).is_dir()),
             experiment=Path(config.out),
         )

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.schema import ANSWERS, HELD_OUT, PREPARED, TRAIN, TokenSequence
+from prefcache.pipeline.schema import ANSWERS, PREPARED, TokenSequence
 from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
@@ -26,6 +26,7 @@ DONE = {
     "dropped": "of these were dropped",
     "left_out": "were left out by their source's weight",
     "repeated": "are repetitions, by their source's weight",
+    "leaked": "of the evaluation data have a prompt that is also trained on",
     "unmatched": "have no mismatched answer: there is no other answer",
     "cut_prompts": "lost the oldest turns of their prompt (cut_prompt says how many tokens)",
     "cut_answers": "lost the end of an answer (cut_chosen, cut_rejected, cut_completion)",
@@ -71,8 +72,8 @@ class Prepared:
         return self.folder / entry.file
 
     def table(self, split: str | None = None) -> pa.Table:
-        """The examples of one split, or of both: first training, then held out."""
-        order = [s for name in (TRAIN, HELD_OUT) for s in self.manifest.shards if s.split == name]
+        """The examples of one split, or of all: first training, then held out, then other evaluation data."""
+        order = [s for name in self.manifest.splits for s in self.manifest.shards if s.split == name]
         tables = [self._rows(shard) for shard in order if split in (None, shard.split)]
         return pa.concat_tables(tables) if tables else PREPARED[self.kind].empty_table()
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from prefcache.pipeline import identity, stored_paths
 from prefcache.pipeline.errors import IntegrityError, first_complaint
-from prefcache.pipeline.schema import CACHE_VERSION
+from prefcache.pipeline.schema import CACHE_VERSION, HELD_OUT, TRAIN
 from prefcache.pipeline.stored import artifact
 
 _MOST = 1 << 60
@@ -226,7 +226,9 @@ class RemovalRecord(StoredRecord):
 class ShardEntry(TableEntry):
     """A shard of the prepared examples."""
 
-    split: Literal["train", "held_out"]
+    split: Annotated[
+        str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    ]  # train, held_out, or a name of prepare.held_out_data
 
 
 class ReadingEntry(Entry):
@@ -268,6 +270,11 @@ class PreparedManifest(Manifest):
     date: str | None = None
     shards: list[ShardEntry]
     quarantine: TableEntry
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of its examples: train and held_out, which may be empty, then the sets of prepare.held_out_data."""
+        return tuple(dict.fromkeys((TRAIN, HELD_OUT, *(shard.split for shard in self.shards))))
 
 
 class PartRecord(StoredRecord):
@@ -420,6 +427,7 @@ class RunManifest(Manifest):
     kind: Literal["pairs", "labels"] | None = None
     examples: Count
     held_out: Count
+    evaluated: dict[str, Count] = {}  # examples of each set of prepare.held_out_data
     loss: str
     seconds: float
     start: dict[str, float] = {}

@@ -4,27 +4,32 @@ The best entry is plain numbers, carried by every checkpoint, so a resumed run c
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefcache.pipeline.config import Best, Train
 from prefcache.pipeline.errors import UsageError, look_up
+from prefcache.pipeline.schema import EVALUATION as PREFIX
+from prefcache.pipeline.schema import HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.records import BestEntry
 from prefcache.pipeline.training.metrics import PREFERENCE
 
 Evaluation = Mapping[str, float]
-PREFIX = "eval_"
 
 
-def refuse_unknown(train: Train, evaluation: Evaluation, n_held_out: int) -> None:
-    """Check train.best before the run. `evaluation` has the metrics that an evaluation of this run logs."""
+def refuse_unknown(train: Train, evaluation: Evaluation, evaluated: Collection[str]) -> None:
+    """Check train.best before the run. `evaluation` has the metrics of an evaluation, `evaluated` names the splits with examples."""
     assert train.best is not None
-    names = {f"{PREFIX}{name}": name for name in evaluation}
+    splits = evaluated or (HELD_OUT,)
+    names = {f"{PREFIX}{metric_prefix(split)}{name}": name for split in splits for name in evaluation}
     look_up(names, train.best.metric, "train.best.metric", f"This run's evaluations log {', '.join(names)}.")
     if train.eval_every is None:
         raise UsageError("train.best chooses among evaluations, and only the last step has one. Set train.eval_every.")
-    if not n_held_out:
-        raise UsageError("train.best: no example is held out, so nothing is evaluated. Raise prepare.held_out.")
+    if not evaluated:
+        raise UsageError(
+            "train.best: no example is held out, so nothing is evaluated. Raise prepare.held_out, or set prepare.held_out_data."
+        )
 
 
 def refuse_unmeasured(best: Best | None, evaluation: Evaluation) -> None:
@@ -39,7 +44,7 @@ def refuse_unmeasured(best: Best | None, evaluation: Evaluation) -> None:
 def notes(train: Train) -> list[str]:
     if not (train.best and train.moving_reference):
         return []
-    if train.best.metric.startswith(f"{PREFIX}logps/") or train.best.metric == f"{PREFIX}{PREFERENCE}":
+    if re.fullmatch(rf"{PREFIX}(\w+_)?(logps/.*|{PREFERENCE})", train.best.metric):
         return []
     return [
         f"train.best: {train.best.metric} is measured against the reference of its step and falls back when the reference moves: the "

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from prefcache.pipeline.errors import DataError
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import CountedLogps, counted_sums, wrong_length
 from prefcache.pipeline.stored.prepared import CountedTokens, IdLists, Prepared
@@ -23,7 +23,7 @@ from prefcache.pipeline.training.selection import Selection
 
 
 def load_examples(setup: RunSetup, progress: Progress) -> dict[str, Examples]:
-    """Return the examples of both splits; report those that are left out, and refuse to train on none."""
+    """Return the examples of each split; report those that are left out, and refuse to train on none."""
     with retract_if_damaged(setup.config.scored) if setup.scored else nullcontext():
         examples = join_cache(
             setup.objective,
@@ -33,8 +33,8 @@ def load_examples(setup: RunSetup, progress: Progress) -> dict[str, Examples]:
             density_ratio=setup.config.train.density_ratio,
             selection=setup.selection,
         )
-    for split in (TRAIN, HELD_OUT):
-        for column, n in examples[split].left_out.items():
+    for split, each in examples.items():
+        for column, n in each.left_out.items():
             is_reference = column.startswith("ref_")
             reason = "the reference has no finite log-prob for them" if is_reference else f"they have no {column}"
             progress.warn(f"{n:,} {split} examples are left out: {reason}")
@@ -88,7 +88,7 @@ def join_cache(
 
     Without a cache, every answer counts as scored.
     """
-    tables = {split: prepared.table(split) for split in (TRAIN, HELD_OUT)}
+    tables = {split: prepared.table(split) for split in prepared.manifest.splits}
     columns = {split: _data_columns(objective, table) for split, table in tables.items()}
     if "density_ratio" in objective.columns:
         for split, ratios in _density_ratios(tables, density_ratio).items():
@@ -114,7 +114,7 @@ def join_cache(
             for name, values in logps.selection_columns.items()
         }
         choice = selection.choose(tables[TRAIN], seen, splits[TRAIN].complete_rows)
-    return {TRAIN: Examples(splits[TRAIN], choice), HELD_OUT: Examples(splits[HELD_OUT])}
+    return {split: Examples(data, choice if split == TRAIN else None) for split, data in splits.items()}
 
 
 def _data_columns(objective: Objective, table: pa.Table) -> dict[str, np.ndarray]:
@@ -134,12 +134,12 @@ def _density_ratios(tables: Mapping[str, pa.Table], is_wanted: bool) -> dict[str
     if not is_wanted:
         return {split: np.ones(len(table)) for split, table in tables.items()}
     prompts = []
-    for split in (TRAIN, HELD_OUT):
-        ids = IdLists(tables[split]["prompt_ids"])
-        prompts += [ids[row] for row in range(len(tables[split]))]
-    label = tables[TRAIN]["label"].to_numpy()
-    ratios = density_ratios(prompts, label)
-    return {TRAIN: ratios[: len(label)], HELD_OUT: ratios[len(label) :]}
+    for table in tables.values():  # first that of the training split
+        ids = IdLists(table["prompt_ids"])
+        prompts += [ids[row] for row in range(len(table))]
+    ratios = density_ratios(prompts, tables[TRAIN]["label"].to_numpy())
+    ends = np.cumsum([len(table) for table in tables.values()])
+    return dict(zip(tables, np.split(ratios, ends[:-1]), strict=True))
 
 
 def _read_reference(

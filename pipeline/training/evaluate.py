@@ -10,38 +10,41 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, PrefcacheError
-from prefcache.pipeline.schema import HELD_OUT
+from prefcache.pipeline.schema import EVALUATION, metric_prefix
 from prefcache.pipeline.stored.records import Before
-from prefcache.pipeline.training import best_checkpoint, metrics, sample_answers, token_gains
+from prefcache.pipeline.training import metrics, sample_answers, token_gains
 from prefcache.pipeline.training.objective import RunningStats
 from prefcache.pipeline.training.run_context import Session, Trained
 
 
 def evaluate(s: Session, step: int, epoch: float, running_stats: RunningStats, *, log: bool = True) -> dict[str, float]:
-    examples = s.examples[HELD_OUT]
-    if not len(examples):
-        return {}
-    indices = np.arange(len(examples))
-    visit, logged = s.policy.evaluate(examples, indices, s.objective, running_stats)
-    if log:
-        s.log.add_visit(step, epoch, HELD_OUT, examples.example_ids(indices), visit)
-    return {**metrics.evaluation_metrics(visit, s.objective), **logged}
+    """Return the metrics of the held-out examples, and under NAME_ those of each set of prepare.held_out_data."""
+    evaluation: dict[str, float] = {}
+    for split, examples in s.evaluated.items():
+        indices = np.arange(len(examples))
+        visit, logged = s.policy.evaluate(examples, indices, s.objective, running_stats)
+        if log:
+            s.log.add_visit(step, epoch, split, examples.example_ids(indices), visit)
+        prefix = metric_prefix(split)
+        found = {**metrics.evaluation_metrics(visit, s.objective), **logged}
+        evaluation |= {f"{prefix}{name}": value for name, value in found.items()}
+    return evaluation
 
 
 def eval_row(evaluation: dict[str, float]) -> dict[str, float]:
-    return {f"{best_checkpoint.PREFIX}{name}": value for name, value in evaluation.items()}
+    return {f"{EVALUATION}{name}": value for name, value in evaluation.items()}
 
 
 def generate_samples(s: Session) -> list[str]:
-    """Generate answers to the first held-out prompts."""
+    """Generate answers to the first evaluated prompts."""
     indices = _sample_indices(s)
     if not len(indices) or not (s.main or s.policy.sharded):
         return []
-    return s.policy.generate(s.examples[HELD_OUT].prompts(indices)[1])
+    return s.policy.generate(s.examples[s.shown].prompts(indices)[1])
 
 
 def sample_rows(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
-    examples, indices = s.examples[HELD_OUT], _sample_indices(s)
+    examples, indices = s.examples[s.shown], _sample_indices(s)
     if not len(indices):
         return []
     prompts, _ = examples.prompts(indices)
@@ -49,23 +52,23 @@ def sample_rows(s: Session, before: list[str], after: list[str]) -> list[dict[st
 
 
 def _sample_indices(s: Session) -> np.ndarray:
-    return np.arange(min(s.config.train.samples, len(s.examples[HELD_OUT])))
+    return np.arange(min(s.config.train.samples, len(s.examples[s.shown])))
 
 
 def refuse_other_examples(s: Session, before: Before, path: Path, remedy: str) -> None:
     """Refuse measurements from before the first step that were made on other held-out examples."""
-    n, expected, n_held_out = len(before.answers), len(_sample_indices(s)), len(s.examples[HELD_OUT])
+    n, expected, n_evaluated = len(before.answers), len(_sample_indices(s)), sum(map(len, s.evaluated.values()))
     if n != expected:
         raise IntegrityError(f"{path} has {n} answers, expected {expected}. {remedy}")
-    if bool(before.evaluation) != bool(n_held_out):
+    if bool(before.evaluation) != bool(n_evaluated):
         found = "an evaluation" if before.evaluation else "no evaluation"
-        raise IntegrityError(f"{path} has {found}, and {n_held_out} examples are held out. {remedy}")
+        raise IntegrityError(f"{path} has {found}, and {n_evaluated} examples are held out. {remedy}")
 
 
 def token_table(s: Session, trained: Trained) -> pa.Table | None:
     """Return the log-probs of the examples that the run moved most; None if nothing held out has moved."""
-    examples, last = s.examples[HELD_OUT], trained.best.step if trained.best else trained.steps
-    gains = s.policy.broadcast(token_gains.measure_gains(s.log, last) if s.main and len(examples) else {})
+    examples, last = s.examples[s.shown], trained.best.step if trained.best else trained.steps
+    gains = s.policy.broadcast(token_gains.measure_gains(s.log, last, s.shown) if s.main and len(examples) else {})
     if not gains:
         return None
     index_of = {example_id: i for i, example_id in enumerate(examples.example_ids(np.arange(len(examples))))}

@@ -42,9 +42,12 @@ def _commit(
     state: dict[str, Any],
 ) -> RunManifest:
     run, kinds = s.config.run, s.config.train.kinds
-    counts = {"examples": len(s.examples[TRAIN]), "held_out": len(s.examples[HELD_OUT]), "steps": trained.steps}
+    n_evaluated = {split: len(each) for split, each in s.evaluated.items()}
+    counts = {"examples": len(s.examples[TRAIN]), "steps": trained.steps}
     provenance = Provenance.read(run / PROVENANCE, f"Delete {run} and train again.")
-    card = model_card.render(provenance, s.objective.kind, trained.best, counts, before.evaluation, trained.evaluation)
+    card = model_card.render(
+        provenance, s.objective.kind, trained.best, counts, before.evaluation, trained.evaluation, n_evaluated
+    )
     with artifact.commit_folder(run / "model") as folder:
         s.policy.save_model(folder, state)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -56,7 +59,8 @@ def _commit(
         **best_checkpoint.summarize(trained.best),
         "kind": s.objective.kind,
         "examples": len(s.examples[TRAIN]),
-        "held_out": len(s.examples[HELD_OUT]),
+        "held_out": n_evaluated.pop(HELD_OUT, 0),
+        "evaluated": n_evaluated,
         "loss": s.objective.name,
         "seconds": round(trained.seconds, 3),
         "start": before.start,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from prefcache.pipeline.config import Tracker
+from prefcache.pipeline.config import OWN_SET, Tracker
 from prefcache.pipeline.config_file import validate
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.training.objective import Objective
@@ -127,7 +127,7 @@ _IGNORED = {
     "torch_dtype": "score.dtype is the reference's; what is trained is float32, or bfloat16 (train.weights)",
     "lora_dropout": "adapters train without dropout, so that the margin starts at 0",
     "lora_task_type": "always CAUSAL_LM",
-    "dataset_test_split": "prepare.held_out keeps a share of the prompts for evaluation",
+    "dataset_test_split": "nothing is evaluated (eval_strategy: no); here prepare.held_out keeps a share of the prompts for it",
     "bnb_4bit_quant_type": "nf4, always",
     "use_bnb_nested_quant": "not used",
 }
@@ -258,6 +258,10 @@ def _convert_data(given: Mapping[str, Any], converted: Converted) -> None:
         for key in ("dataset_config", "dataset_train_split"):
             if key in given:
                 converted.became[key] = "prepare.data"
+        if "dataset_test_split" in given and given.get("eval_strategy", "no") != "no":
+            test = _source(given["dataset_name"], given.get("dataset_config"), given["dataset_test_split"])
+            converted.put("dataset_test_split", "prepare.held_out_data", test)
+            converted.config["prepare"]["held_out"] = 0.0  # TRL trains on all of the other split
     for key, bits in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
         if given.get(key):
             converted.put(key, "score.quantization", bits)
@@ -331,7 +335,10 @@ def _convert_best(explicit: Mapping[str, Any], converted: Converted) -> None:
             "evaluations are some steps apart; set train.eval_every, and train.best"
         )
         return
-    best = {"metric": explicit.get("metric_for_best_model", "loss")}
+    metric = str(explicit.get("metric_for_best_model", "loss")).removeprefix("eval_")
+    # Of the data of its own; there is no other.
+    own = f"{OWN_SET}_" if "dataset_test_split" in converted.became else ""
+    best = {"metric": f"{own}{metric}"}
     if "greater_is_better" in explicit:
         best["greater_is_better"] = explicit["greater_is_better"]
     converted.put("load_best_model_at_end", "train.best", best)

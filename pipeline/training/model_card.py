@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from prefcache.pipeline.schema import HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.records import BestEntry, Provenance
 from prefcache.pipeline.visible_text import visible
 
@@ -27,8 +28,9 @@ def render(
     counts: Mapping[str, int],
     before: Mapping[str, float],
     after: Mapping[str, float],
+    n_evaluated: Mapping[str, int],
 ) -> str:
-    """`before` and `after` are the run's evaluations of the held-out examples; empty if none are held out."""
+    """`before` and `after` are the run's evaluations, `n_evaluated` the examples of each split that they are over."""
     model = facts.model or "a model"
     folder = Path(model) if Path(model).is_dir() else None
     head = {
@@ -67,10 +69,12 @@ def render(
             ],
         ),
     ]
-    if after:
-        rows = [(title, before.get(name), after[name]) for title, name in _MEASURED if name in after]
+    for split, n in n_evaluated.items():
+        names = [(title, f"{metric_prefix(split)}{name}") for title, name in _MEASURED]
+        rows = [(title, before.get(name), after[name]) for title, name in names if name in after]
         measured = [(title, "" if old is None else f"{old:.4f}", f"{new:.4f}") for title, old, new in rows]
-        lines += [f"## On {counts['held_out']:,} held-out {kind}", _table(("", "before", "after"), measured)]
+        which = f"held-out {kind}" if split == HELD_OUT else f"{kind} of the evaluation data {split}"
+        lines += [f"## On {n:,} {which}", _table(("", "before", "after"), measured)]
     return "\n\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model import trainable
 from prefcache.pipeline.model.stochastic_rounding import make_key, random_bits, round_stochastically
-from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.training import dataset
 from prefcache.pipeline.training.checkpoints import WEIGHTS
@@ -142,8 +142,9 @@ class MovingReference:
         scores = {TRAIN: self._score_parts(TRAIN, self._upcoming(done))}
         steps = range(done + 1, min(done + self._every, self._n_steps) + 1)
         is_evaluated = any(dataset.evaluates(step, self._n_steps, self._train.eval_every) for step in steps)
-        if (n := len(self._examples[HELD_OUT])) and is_evaluated:
-            scores[HELD_OUT] = self._score_parts(HELD_OUT, [np.arange(n)])
+        for split, examples in self._examples.items():
+            if split != TRAIN and len(examples) and is_evaluated:
+                scores[split] = self._score_parts(split, [np.arange(len(examples))])
         self._replace_scores(scores)
 
     def _upcoming(self, done: int) -> list[np.ndarray]:

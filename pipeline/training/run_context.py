@@ -6,7 +6,7 @@ from typing import Any
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import TRAIN
+from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.records import BestEntry
 from prefcache.pipeline.training import dataset
@@ -36,6 +36,16 @@ class Session:
     def main(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self.policy.accelerator.is_main_process)
+
+    @property
+    def evaluated(self) -> dict[str, Examples]:
+        """The examples that are evaluated, by split."""
+        return {split: each for split, each in self.examples.items() if split != TRAIN and len(each)}
+
+    @property
+    def shown(self) -> str:
+        """The split whose prompts are answered and whose examples are shown token by token: held_out, else the first by name."""
+        return min(self.evaluated, key=lambda split: (split != HELD_OUT, split), default=HELD_OUT)
 
     @property
     def n_steps(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from prefcache.pipeline.config import Config, Train
 from prefcache.pipeline.errors import DataError
-from prefcache.pipeline.schema import HELD_OUT, TRAIN, TokenSequence
+from prefcache.pipeline.schema import TRAIN, TokenSequence
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.training import dataset, loss_columns
 from prefcache.pipeline.training.cache_join import join_cache
@@ -58,8 +58,8 @@ def plan_run(config: Config, layout: str, processes: int, budget: int) -> RunPla
     objective = Objective(train)
     loss_columns.refuse_missing(objective, prepared)
     selection, notes = _select_without_scores(train, prepared.kind)
-    both = join_cache(objective, prepared, None, (), density_ratio=False, selection=selection)
-    examples = both[TRAIN]
+    splits = join_cache(objective, prepared, None, (), density_ratio=False, selection=selection)
+    examples = splits[TRAIN]
     if not len(examples):
         raise DataError(f"{prepared.folder} has no example to train on: lower prepare.held_out, or add data.")
     n_steps = dataset.n_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
@@ -76,7 +76,7 @@ def plan_run(config: Config, layout: str, processes: int, budget: int) -> RunPla
         mean=_mean_lengths(examples, objective.answers),
         step=step,
         trained=_mean_work(examples, objective.answers, layout).times(visits),
-        passes=_count_passes(train, objective, both, layout, n_steps, visits, is_one_forward=not step.several),
+        passes=_count_passes(train, objective, splits, layout, n_steps, visits, is_one_forward=not step.several),
         notes=notes,
     )
 
@@ -147,7 +147,7 @@ def _sample_answers(examples: Examples, answers: Sequence[str]) -> list[list[Tok
 def _count_passes(
     train: Train,
     objective: Objective,
-    both: dict[str, Examples],
+    splits: dict[str, Examples],
     layout: str,
     n_steps: int,
     visits: float,
@@ -155,7 +155,7 @@ def _count_passes(
     is_one_forward: bool,
 ) -> dict[str, Work]:
     """Count the forwards without gradients of the whole run; those that a run does not make are left out."""
-    examples, held_out, passes = both[TRAIN], both[HELD_OUT], {}
+    examples, passes = splits[TRAIN], dict[str, Work]()
     has_first_pass = (
         train.scope == "batch" and (objective.has_statistics or objective.over_batch) and not is_one_forward
     )
@@ -169,7 +169,8 @@ def _count_passes(
         scored = moves * min(len(examples), every * train.batch_size)
         passes["the moving reference"] = _mean_work(examples, objective.reference_answers, layout).times(scored)
     n_evaluations = 1 + sum(dataset.evaluates(step, n_steps, train.eval_every) for step in range(1, n_steps + 1))
-    if len(held_out):
-        evaluation = _mean_work(held_out, objective.visited, layout).times(n_evaluations * len(held_out))
-        passes["evaluations"] = evaluation
+    for split, evaluated in splits.items():
+        if split != TRAIN and len(evaluated):
+            work = _mean_work(evaluated, objective.visited, layout).times(n_evaluations * len(evaluated))
+            passes["evaluations"] = work.plus(passes.get("evaluations", Work(0, 0, 0)))
     return passes

@@ -1,4 +1,4 @@
-"""Which held-out examples a run moved most, in the right direction and in the wrong one, token by token.
+"""Which evaluated examples a run moved most, in the right direction and in the wrong one, token by token.
 
 An example's gain is how far its answers' summed log-probs moved as they should from before the first step to after the last: the
 chosen answer's up, the rejected one's down. The table depends on the run's visits, its last weights and the cache alone, so a
@@ -24,9 +24,9 @@ SHOWN = 4  # examples from each end
 Sequences = Mapping[str, list[TokenSequence]]  # by answer
 
 
-def measure_gains(log: RunLog, last: int) -> dict[str, float]:
-    """Return the gain of each held-out example, the largest first."""
-    before, after = (_scores(log.visits(step, HELD_OUT)) for step in (0, last))
+def measure_gains(log: RunLog, last: int, split: str = HELD_OUT) -> dict[str, float]:
+    """Return the gain of each example of an evaluated split, the largest first."""
+    before, after = (_scores(log.visits(step, split)) for step in (0, last))
     if before.keys() != after.keys():
         raise IntegrityError(
             f"The steps of {log.folder} hold other held-out examples at step {last} than at step 0. Delete it and train again."

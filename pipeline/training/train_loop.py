@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.training import alert_handler, alerts, best_checkpoint, checkpoints, dataset, evaluate, metrics
 from prefcache.pipeline.training.checkpoints import CheckpointState
 from prefcache.pipeline.training.gradient_step import NotFinite
@@ -36,7 +36,7 @@ def resume(s: Session) -> CheckpointState:
         checkpoints.discard_after(s.config.run, state.step)
         s.log.discard_after(state.step)
         # Read only at the end of the run; refuse it now rather than after the last step.
-        needed = [("metrics", 0), *([("steps", 0)] if len(s.examples[HELD_OUT]) else [])]
+        needed = [("metrics", 0), *([("steps", 0)] if s.evaluated else [])]
         needed += [("metrics", state.step), ("steps", state.step)] if folder else []
         needed += [("steps", state.best.step)] if state.best else []
         s.log.refuse_damaged(needed)

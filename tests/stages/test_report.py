@@ -274,7 +274,8 @@ def test_the_learning_rate_is_drawn_as_it_was():
     drawn = []
     axes = SimpleNamespace(plot=lambda x, y, **_: drawn.append(y))
     (panel,) = (each for each in plots._PANELS if each.key == "rate")
-    run = SimpleNamespace(name="r", series={"learning_rate": (np.arange(480), rate)})
+    held_out = SimpleNamespace(split="held_out")
+    run = SimpleNamespace(name="r", series={"learning_rate": (np.arange(480), rate)}, shown=held_out)
     for line in plots._lines(panel, run, svg.RUNS[0], is_alone=True):
         svg._draw_line(axes, line)
     assert [set(each) <= set(rate) for each in drawn] == [True]
@@ -357,7 +358,7 @@ def facts_of(texts: list[str]) -> page.Facts:
     """Gather the experiment's facts, with these texts in place of all that comes from data, a model or a name."""
     facts = report.gather_facts(Path("runs/tiny"), "config.yaml", ["hot"])
     run, some = facts.runs[0], iter(texts * 20)
-    assert run.alerts and run.held_out
+    assert run.alerts and run.shown.n
     samples = [Sample(text, text, text, text, None, None) for text in texts]
     moved = [
         MovedExample(text, 1.0, text, {"chosen": [Token(text, 0.7, -1.0)] * 2, "rejected": [Token(text, None, -1.0)]})

@@ -110,6 +110,18 @@ def test_a_warm_up_in_steps_overrules_the_ratio_as_in_trl():
     assert found.config["train"]["warmup_ratio"] == 0 and "warmup_steps" not in found.config["train"]
 
 
+def test_the_test_split_becomes_evaluation_data_where_trl_evaluates():
+    theirs = {"dataset_name": "org/pairs", "dataset_config": "easy", "dataset_test_split": "test"}
+    theirs |= {"eval_steps": 10, "load_best_model_at_end": True}
+    found = convert(theirs | {"eval_strategy": "steps"})
+    assert found.config["prepare"]["held_out_data"] == {"hub": "org/pairs", "name": "easy", "split": "test"}
+    assert found.config["prepare"]["held_out"] == 0 and found.config["train"]["best"] == {"metric": "data_loss"}
+    found.check()
+    found = convert(theirs)
+    assert "held_out_data" not in found.config["prepare"] and "dataset_test_split" in found.ignored
+    assert found.config["train"]["best"] == {"metric": "loss"}
+
+
 def test_a_number_of_steps_comes_along_unless_it_is_off():
     assert convert({"max_steps": 100}).config["train"]["max_steps"] == 100
     found = convert({"max_steps": -1})  # Transformers' value for no such number

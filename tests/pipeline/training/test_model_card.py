@@ -16,13 +16,13 @@ FACTS = {
     "versions": {"torch": "2.13.0"},
     "precision": "float32",
 }
-COUNTS = {"examples": 2656, "held_out": 296, "steps": 83}
+COUNTS = {"examples": 2656, "steps": 83}
 
 
 def test_a_card_says_what_the_run_was_made_from():
-    card = model_card.render(
-        Provenance.make(**FACTS), "pairs", None, COUNTS, {"loss": 0.6931}, {"loss": 0.5, "rewards/accuracies": 1.0}
-    )
+    before, after = {"loss": 0.6931, "test_loss": 0.7}, {"loss": 0.5, "rewards/accuracies": 1.0, "test_loss": 0.6}
+    n_evaluated = {"held_out": 296, "test": 40}
+    card = model_card.render(Provenance.make(**FACTS), "pairs", None, COUNTS, before, after, n_evaluated)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {
         "base_model": "org/tiny | <b>",
@@ -38,6 +38,8 @@ def test_a_card_says_what_the_run_was_made_from():
         "## On 296 held-out pairs",
         "| reward accuracy |  | 1.0000 |",
         "| loss | 0.6931 | 0.5000 |",
+        "## On 40 pairs of the evaluation data test",
+        "| loss | 0.7000 | 0.6000 |",
     ):
         assert line in card.splitlines(), line
     assert "# org/tiny \\| &lt;b>, trained on preferences" in card
@@ -47,7 +49,7 @@ def test_names_are_text_and_nothing_in_them_acts():
     acting = "a\x1b[31m\u202e|<b>\n# b"
     facts = FACTS | {"model": acting, "loss": acting, "loss_arguments": {acting: {acting: acting}}}
     best = BestEntry(step=1, metric=acting, evaluation={}, waited=0)
-    card = model_card.render(Provenance.make(**facts), "pairs", best, COUNTS, {}, {})
+    card = model_card.render(Provenance.make(**facts), "pairs", best, COUNTS, {}, {}, {})
     shown = "a\u241b[31m&lt;U+202E>\\|&lt;b> # b"
     assert card.count(shown) == 6 and visible(card) == card
     head = yaml.safe_load(card.split("---\n")[1])
@@ -56,7 +58,7 @@ def test_names_are_text_and_nothing_in_them_acts():
 
 def test_without_a_reference_and_held_out_examples_it_says_so():
     facts = FACTS | {"inputs": FACTS["inputs"] | {"reference": None, "numerics": None}}
-    card = model_card.render(Provenance.make(**facts), "pairs", None, COUNTS, {}, {})
+    card = model_card.render(Provenance.make(**facts), "pairs", None, COUNTS, {}, {}, {})
     assert "| reference | none was read |" in card and "held-out" not in card
 
 
