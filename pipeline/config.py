@@ -569,6 +569,8 @@ class Train(Section):
     """Where to send metrics in addition to the Parquet files: tensorboard (in the run's folder), wandb, trackio, or several of them."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Number of held-out prompts to answer before and after training."""
+    samples_from: str | None = None
+    """File of prompts of your own to answer as well: .txt with one a line, or .jsonl or .json with text, lists of messages, or records with a prompt. With samples: 0, only these."""
     sample_tokens: Count = 64
     """Maximum number of tokens per sample answer."""
     kinds: Kinds | None = None

@@ -280,9 +280,11 @@ THROUGHPUT = pa.schema(
     ]
 )
 
+# Answers to the same prompts before and after a run.
+OWN_PROMPT = "prompt-"  # how the names of the user's own prompts begin
 SAMPLES = pa.schema(
     [
-        ("example_id", pa.string()),
+        ("example_id", pa.string()),  # of a prompt of train.samples_from: prompt-HASH, of its ids
         ("prompt", pa.string()),
         ("before", pa.string()),
         ("after", pa.string()),

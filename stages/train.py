@@ -1,12 +1,14 @@
 """train: the policy alone, against the cached log-probs of its reference."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefcache.command_results import Duration, GpuFit, Saving, TrainPlan, TrainResult
+from prefcache.pipeline import model_files
 from prefcache.pipeline.config import Config
-from prefcache.pipeline.errors import PrefcacheError
-from prefcache.pipeline.preparing import prepared_inputs
+from prefcache.pipeline.errors import PrefcacheError, UsageError
+from prefcache.pipeline.preparing import prepared_inputs, sample_prompts
 from prefcache.pipeline.process_pool import rank_and_world
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import TRAIN
@@ -17,6 +19,7 @@ from prefcache.pipeline.stored.records import RunManifest
 from prefcache.pipeline.training import alerts, existing_run, loss_columns, run_inputs
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.run_log import RunLog
+from prefcache.pipeline.training.sample_answers import Prompt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +33,8 @@ def check(config: Config) -> None:
 
     objective, prepared = Objective(config.train), Prepared(config.prepared)
     loss_columns.refuse_missing(objective, prepared)
+    if config.train.samples_from is not None:
+        sample_prompts.read_prompts(Path(config.train.samples_from))
     optimizers.refuse_missing(config.train)
     trackers.refuse_missing(config.train.report_to)
     if config.train.best:
@@ -140,6 +145,7 @@ def _train(config: Config, devices: "Accelerator", progress: Progress) -> TrainR
     # Another process may have finished the run before this one had the claim.
     if (finished := RunManifest.find(config.run)) is not None:
         return _report_finished(config, finished, progress, is_main=devices.is_main_process)
+    own_prompts = _read_own_prompts(config, setup)
     examples = cache_join.load_examples(setup, progress)
     moving_reference.refuse_never(config.train, len(examples[TRAIN]))
     longest, template = examples[TRAIN].longest(TRIED), setup.prepared.manifest.template
@@ -148,7 +154,10 @@ def _train(config: Config, devices: "Accelerator", progress: Progress) -> TrainR
     if config.train.moving_reference:
         moving = moving_reference.MovingReference(config.train, objective, examples, policy, config.run)
     log = RunLog(config.run)
-    s = Session(config, setup.start, setup.inputs, examples, setup.cache, objective, policy, moving, log, progress)
+    s = Session(
+        *(config, setup.start, setup.inputs, examples, setup.cache, objective, policy, moving, log, progress),
+        own_prompts=own_prompts,
+    )
     start_check.write_provenance(s)
     before = start_check.measure_start(s, setup.scored if objective.reference_answers else None)
     state = train_loop.resume(s)
@@ -157,3 +166,20 @@ def _train(config: Config, devices: "Accelerator", progress: Progress) -> TrainR
         trained = train_loop.take_steps(s, state, report)
     manifest = finalize_run.finish(s, before, trained)
     return TrainResult(manifest=manifest, run=config.run, changed=True) if manifest else None
+
+
+def _read_own_prompts(config: Config, setup: run_inputs.RunSetup) -> list[Prompt]:
+    """Encode the prompts of train.samples_from as those of the data are. The stage does it: training knows no templates."""
+    if config.train.samples_from is None:
+        return []
+    encoded = sample_prompts.encode_prompts(
+        Path(config.train.samples_from), setup.start.tokenizer, setup.prepared.manifest
+    )
+    most = model_files.longest_sequence(setup.start.folder)
+    for number, (_, ids) in enumerate(encoded, start=1):
+        if len(ids) >= most:
+            raise UsageError(
+                f"train.samples_from: {config.train.samples_from}, prompt {number} has {len(ids):,} tokens, and the model takes "
+                f"{most:,} with the answer. Shorten it."
+            )
+    return [Prompt.make_own(text, ids) for text, ids in encoded]

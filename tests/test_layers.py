@@ -66,7 +66,7 @@ FLOORS = {
         "chat_template tokenizer_fingerprint formats",
         "template_cache rendered_text",
         "render_chat",
-        "truncation resolved_config record_outcomes",
+        "truncation resolved_config record_outcomes sample_prompts",
         "part_worker prepared_inputs",
         "finalize",
     ],

@@ -79,6 +79,16 @@ class ChatRenderer:
                 return text
         return self._render(prompt, turns, example)
 
+    def render_prompt(self, example: Example) -> ExampleText:
+        """Render the prompt alone, exactly as `render` does."""
+        if self.template is None:
+            return ExampleText(_as_text(example.prompt), (), plain=True)
+        self._check_tools(self.template, example)
+        prompt = self._prompt_turns(example)
+        if self.template.marks_generation(example.tools):
+            _refuse_marks(prompt)
+        return ExampleText(self._split(self._apply(prompt, example, add_generation_prompt=True), example)[0], ())
+
     def _check_tools(self, template: ChatTemplate, example: Example) -> None:
         """Refuse a call that the template does not print: it would be an empty turn. Count tools and thoughts that it skips."""
         if example.tools and not template.knows_tools:

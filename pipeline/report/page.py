@@ -97,6 +97,7 @@ def _build_context(facts: Facts) -> dict[str, Any]:
         "alerts": alerts,
         "watched": any(run.record.watched for run in runs),
         "samples": list(_list_samples(runs)),
+        "n_own": sum(sample.is_own for run in runs[:1] for sample in run.samples),
         "n_samples": max((len(run.record.samples) for run in runs), default=0),
         "moved": list(_list_moved(runs)),
         "reference": reference,
@@ -148,7 +149,7 @@ class _Answer:
     kind: str | None
 
 
-def _list_samples(runs: Sequence[Run]) -> Iterator[tuple[str, list[_Answer]]]:
+def _list_samples(runs: Sequence[Run]) -> Iterator[tuple[str, bool, list[_Answer]]]:
     """List the first run's samples, each with the answers of the other runs to the same prompt."""
     for sample in runs[0].samples if runs else ():
         answers = [_Answer("before", sample.before, sample.before_kind)]
@@ -157,7 +158,7 @@ def _list_samples(runs: Sequence[Run]) -> Iterator[tuple[str, list[_Answer]]]:
             if other:
                 when = "after" if len(runs) == 1 else f"after {run.name}"
                 answers.append(_Answer(when, other.after, other.after_kind))
-        yield sample.prompt, answers
+        yield sample.prompt, sample.is_own, answers
 
 
 @dataclass(frozen=True)

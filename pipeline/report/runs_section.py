@@ -8,7 +8,7 @@ import duckdb
 import numpy as np
 
 from prefcache.pipeline.report.confidence_intervals import Estimate, bootstrap, how_often_higher, mean, share
-from prefcache.pipeline.schema import HELD_OUT, TRAIN
+from prefcache.pipeline.schema import HELD_OUT, OWN_PROMPT, TRAIN
 from prefcache.pipeline.stored.records import FileEntry, Provenance, RunManifest
 
 PREFERRED = "chosen answer more likely than rejected"
@@ -19,7 +19,7 @@ Columns = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Sample:
-    """The greedy answers to a held-out prompt before and after the run. Kinds are those of train.kinds."""
+    """The greedy answers to a prompt before and after the run. Kinds are those of train.kinds."""
 
     example_id: str
     prompt: str
@@ -27,6 +27,11 @@ class Sample:
     after: str
     before_kind: str | None
     after_kind: str | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the prompt is of the user's own (train.samples_from)."""
+        return self.example_id.startswith(OWN_PROMPT)
 
 
 @dataclass(frozen=True)
@@ -151,15 +156,17 @@ def read(con: duckdb.DuckDBPyConnection, record: Record) -> Run:
     alerts = con.execute(
         'select run, step, kind, severity, metric, seen, why, "try" from alerts where run = $run', {"run": record.name}
     )
-    # Answers whose kind changed come first, then other changed answers.
+    # All answers to prompts of the user's own; of the others, those whose kind changed come first, then other changed ones.
     samples = sorted(record.samples, key=lambda each: (each.before_kind == each.after_kind, each.before == each.after))
+    own = [each for each in record.samples if each.is_own]
+    samples = [*own, *(each for each in samples if not each.is_own)][: max(len(own), _MOST_SAMPLES)]
     return Run(
         record,
         int(max((steps[-1] for steps, _ in series.values() if len(steps)), default=0)),
         series,
         [Alert(*row) for row in alerts.fetchall()],
         evaluations,
-        samples[:_MOST_SAMPLES],
+        samples,
         _group_by_example(con, record.tokens),
     )
 

@@ -406,7 +406,7 @@ class ChosenStep(Entry):
 
 
 class SampleEntry(Entry):
-    """The answer to a held-out prompt before and after a run."""
+    """The answer to a prompt before and after a run."""
 
     example_id: str
     prompt: str

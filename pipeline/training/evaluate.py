@@ -36,28 +36,31 @@ def eval_row(evaluation: dict[str, float]) -> dict[str, float]:
 
 
 def generate_samples(s: Session) -> list[str]:
-    """Generate answers to the first evaluated prompts."""
-    indices = _sample_indices(s)
-    if not len(indices) or not (s.main or s.policy.sharded):
+    """Generate answers to the prompts to be answered."""
+    prompts = _sample_prompts(s)
+    if not prompts or not (s.main or s.policy.sharded):
         return []
-    return s.policy.generate(s.examples[s.shown].prompts(indices)[1])
+    return s.policy.generate([prompt.ids for prompt in prompts])
 
 
 def sample_rows(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
-    examples, indices = s.examples[s.shown], _sample_indices(s)
+    return sample_answers.rows(_sample_prompts(s), before, after, s.config.train.kinds)
+
+
+def _sample_prompts(s: Session) -> list[sample_answers.Prompt]:
+    """The first evaluated prompts, then the user's own."""
+    examples = s.examples[s.shown]
+    indices = np.arange(min(s.config.train.samples, len(examples)))
     if not len(indices):
-        return []
-    prompts, _ = examples.prompts(indices)
-    return sample_answers.rows(examples.example_ids(indices), prompts, before, after, s.config.train.kinds)
-
-
-def _sample_indices(s: Session) -> np.ndarray:
-    return np.arange(min(s.config.train.samples, len(s.examples[s.shown])))
+        return list(s.own_prompts)
+    texts, ids = examples.prompts(indices)
+    found = zip(examples.example_ids(indices), texts, ids, strict=True)
+    return [*(sample_answers.Prompt(*each) for each in found), *s.own_prompts]
 
 
 def refuse_other_examples(s: Session, before: Before, path: Path, remedy: str) -> None:
     """Refuse measurements from before the first step that were made on other held-out examples."""
-    n, expected, n_evaluated = len(before.answers), len(_sample_indices(s)), sum(map(len, s.evaluated.values()))
+    n, expected, n_evaluated = len(before.answers), len(_sample_prompts(s)), sum(map(len, s.evaluated.values()))
     if n != expected:
         raise IntegrityError(f"{path} has {n} answers, expected {expected}. {remedy}")
     if bool(before.evaluation) != bool(n_evaluated):

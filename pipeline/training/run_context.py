@@ -1,5 +1,6 @@
 """The objects that every part of a run uses (`Session`), and the outcome of its steps (`Trained`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefcache.pipeline.training.moving_reference import MovingReference
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy
 from prefcache.pipeline.training.run_log import RunLog
+from prefcache.pipeline.training.sample_answers import Prompt
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Session:
     moving: MovingReference | None
     log: RunLog
     progress: Progress
+    own_prompts: Sequence[Prompt] = ()  # to answer in addition to evaluated ones
 
     @property
     def main(self) -> bool:

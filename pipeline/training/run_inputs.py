@@ -16,7 +16,7 @@ from prefcache.pipeline.stored.model_ids import identify, is_same_model
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Provenance, ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference, retract_if_damaged
-from prefcache.pipeline.training import existing_run, loss_columns
+from prefcache.pipeline.training import existing_run, loss_columns, sample_answers
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.run_log import PROVENANCE
 from prefcache.pipeline.training.selection import Selection
@@ -88,6 +88,8 @@ def _identify_run(
     *,
     remember: bool,
 ) -> dict[str, Any]:
+    own_prompts = config.train.samples_from
+    settings = config.train.model_dump(mode="json", exclude=_excluded_keys(config.train)) | selection.identity
     inputs = {
         "prepared": prepared.id,
         "reference": scored.reference.model_id if scored else None,
@@ -96,7 +98,8 @@ def _identify_run(
         # As computed: naming a default does not make another run.
         "loss": objective.loss_arguments,
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
-        "train": config.train.model_dump(mode="json", exclude=_excluded_keys(config.train)) | selection.identity,
+        # A file is identified by its content, not by its path.
+        "train": settings | ({"samples_from": sample_answers.file_id(own_prompts)} if own_prompts else {}),
     }
     _refuse_unmixable_start(config.train, inputs["policy"], inputs["reference"])
     return inputs | _recorded_older_ids(config, inputs, start, remember=remember)

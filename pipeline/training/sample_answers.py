@@ -1,35 +1,65 @@
 """Answers to the same prompts before and after training, and their kinds (train.kinds)."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prefcache.pipeline.config import Kinds
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.schema import OWN_PROMPT
+from prefcache.pipeline.stored import artifact
 
 FILE = "samples.parquet"
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer: of an example, or of the user's own (train.samples_from)."""
+
+    id: str
+    text: str
+    ids: np.ndarray
+
+    @classmethod
+    def make_own(cls, text: str, ids: np.ndarray) -> "Prompt":
+        """Name a prompt by its ids, so that the answers of several runs to it can be compared."""
+        return cls(f"{OWN_PROMPT}{hashlib.blake2b(ids.astype('<i4').tobytes(), digest_size=8).hexdigest()}", text, ids)
+
+
+def file_id(path: str) -> str:
+    """Return what identifies a file of prompts: its content."""
+    if not Path(path).is_file():
+        raise UsageError(f"train.samples_from: there is no file {path}. Name a file of prompts, or leave it out.")
+    return artifact.checksum(Path(path))
+
+
 def rows(
-    example_ids: Sequence[str], prompts: Sequence[str], before: Sequence[str], after: Sequence[str], kinds: Kinds | None
+    prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str], kinds: Kinds | None
 ) -> list[dict[str, Any]]:
     """Rows of the table schema.SAMPLES."""
     return [
         {
-            "example_id": example_id,
-            "prompt": prompt,
+            "example_id": prompt.id,
+            "prompt": prompt.text,
             "before": old,
             "after": new,
             "before_kind": _kind(old, kinds),
             "after_kind": _kind(new, kinds),
         }
-        for example_id, prompt, old, new in zip(example_ids, prompts, before, after, strict=True)
+        for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
 
 
-def how_unchanged(sample: dict[str, Any]) -> tuple[bool, bool]:
-    """A sort key: first the answers that changed their kind, then those that changed at all."""
-    return sample["before_kind"] == sample["after_kind"], sample["before"] == sample["after"]
+def how_unchanged(sample: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """A sort key: first answers to prompts of the user's own, then those that changed their kind, then those that changed at all."""
+    is_own = sample["example_id"].startswith(OWN_PROMPT)
+    return not is_own, sample["before_kind"] == sample["after_kind"], sample["before"] == sample["after"]
 
 
 def _kind(answer: str, kinds: Kinds | None) -> str | None:
