@@ -165,7 +165,9 @@ class ChatRenderer:
             texts = [turn.get("content") or ""]
             if n < len(answer) - 1 and turn["role"] == "assistant":
                 # What follows a text that the template looks for, such as a closing tag.
-                texts += [texts[0].rpartition(tag)[2] for tag in self.template.literals if tag in texts[0]]
+                kept = [texts[0].rpartition(tag)[2] for tag in self.template.literals if tag in texts[0]]
+                # Of a turn that says nothing else, the calls may be what is left.
+                texts += [text for text in kept if text.strip() or turn.get("tool_calls")]
             elif turn["role"] != "assistant":
                 texts.append(json.dumps(texts[0], ensure_ascii=False)[1:-1])
             if not any(_contains(whole, begin, text) for text in texts):
