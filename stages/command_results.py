@@ -209,12 +209,14 @@ class PreviewToken:
     text: str
     special: bool
     cut: bool
+    counts: bool  # in losses and statistics (prepare.train_on); none of a prompt does
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewPart:
     name: str
     n_tokens: int
+    n_counted: int
     n_cut: int
     tokens: Sequence[PreviewToken]
     cut_turns: str | None = _optional()  # of a prompt: the text of the turns that truncation removed

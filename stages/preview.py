@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from prefcache.command_results import PreviewExample, PreviewPart, PreviewResult, PreviewToken, PreviewUnusable
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
@@ -15,6 +17,7 @@ from prefcache.pipeline.preparing.resolved_config import resolve_config
 from prefcache.pipeline.preparing.sources import Line, open_source
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import ANSWERS
+from prefcache.pipeline.spans import counted_positions
 
 
 def run(config: Config, progress: Progress, n: int) -> PreviewResult:
@@ -50,11 +53,11 @@ def _preview_example(line: Line, worker: PartWorker, example: Example) -> Previe
     # keep_end leaves out whole turns. The text begins anew after them, so they are shown as text.
     n_cut = len(example.prompt) - len(truncated.example.prompt) if cut_prompt else 0
     cut_turns = [turn for turn in example.prompt if isinstance(turn, dict) and turn["role"] != "system"][:n_cut]
-    parts = [_preview_part("prompt", worker.encoder, kept.prompt, [], plain_text(cut_turns) if cut_turns else "")]
+    parts = [_preview_part("prompt", worker.encoder, kept.prompt, [], [], plain_text(cut_turns) if cut_turns else "")]
     names = ANSWERS[worker.resolved.kind][: len(kept.answers)]
-    for name, ids, whole in zip(names, kept.answers, full.answers, strict=True):
+    for name, ids, spans, whole in zip(names, kept.answers, kept.spans, full.answers, strict=True):
         # keep_end leaves the answers whole; after keep_start they have lost their end.
-        parts.append(_preview_part(name, worker.encoder, ids, whole[len(ids) :] if not cut_prompt else []))
+        parts.append(_preview_part(name, worker.encoder, ids, spans, whole[len(ids) :] if not cut_prompt else []))
     return PreviewExample(
         source=line.source,
         line=line.number,
@@ -67,11 +70,14 @@ def _preview_example(line: Line, worker: PartWorker, example: Example) -> Previe
 
 
 def _preview_part(
-    name: str, encoder: Encoder, ids: list[int], cut: list[int], cut_turns: str | None = None
+    name: str, encoder: Encoder, ids: list[int], spans: list[int], cut: list[int], cut_turns: str | None = None
 ) -> PreviewPart:
     texts = encoder.token_texts([*ids, *cut])
+    counted = set(counted_positions(np.asarray(spans, np.int32)).tolist())
     tokens = [
-        PreviewToken(number, text, special=number in encoder.specials, cut=n >= len(ids))
+        PreviewToken(number, text, special=number in encoder.specials, cut=n >= len(ids), counts=n in counted)
         for n, (number, text) in enumerate(zip([*ids, *cut], texts, strict=True))
     ]
-    return PreviewPart(name=name, n_tokens=len(ids), n_cut=len(cut), tokens=tokens, cut_turns=cut_turns)
+    return PreviewPart(
+        name=name, n_tokens=len(ids), n_counted=len(counted), n_cut=len(cut), tokens=tokens, cut_turns=cut_turns
+    )

@@ -264,7 +264,7 @@ _ANSWER_COLOURS = ("green", "bright_green")
 
 
 def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
-    """Print tokens in alternating colours, with special and cut ones in colours of their own."""
+    """Print tokens in alternating colours, with special and cut ones in colours of their own, and dim what does not count."""
     console = _console()
     for example in result.examples:
         console.print(Text(visible(f"{example.source}, line {example.line}"), style="bold"))
@@ -278,8 +278,14 @@ def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
         facts += [f"{example.cut_prompt:,} tokens of its oldest turns left out"] if example.cut_prompt else []
         console.print(Text("  " + ", ".join(facts), style="dim"))
         for part in example.parts:
-            cut = f", {part.n_cut:,} more cut" if part.n_cut else ""
-            console.print(Text(f"  {part.name} ({part.n_tokens:,} tokens{cut})", style="bold"))
+            facts = [f"{part.n_tokens:,} tokens"]
+            facts += (
+                [f"{part.n_counted:,} of them count"]
+                if part.name != "prompt" and part.n_counted < part.n_tokens
+                else []
+            )
+            facts += [f"{part.n_cut:,} more cut"] if part.n_cut else []
+            console.print(Text(f"  {part.name} ({', '.join(facts)})", style="bold"))
             if part.cut_turns:
                 console.print(Text(visible(part.cut_turns), style=_CUT_STYLE))
             console.print(_preview_text(part))
@@ -295,6 +301,7 @@ def _preview_text(part: command_results.PreviewPart) -> Text:
         if n == part.n_tokens:
             text.append("[cut here]", style="bold red")
         style = _CUT_STYLE if token.cut else "reverse magenta" if token.special else colours[n % 2]
+        style = style if token.counts or token.cut or part.name == "prompt" else f"dim {style}"
         text.append(piece, style=style)
     return text
 
