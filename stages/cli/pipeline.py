@@ -40,7 +40,7 @@ def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
         prefcache preview data/demo/config.yaml
         prefcache preview --set model=MODEL --set prepare.data=pairs.jsonl --ids
 
-    Prompt and answer tokens have different colours, special tokens are marked, and tokens that would be cut are struck through. Writes nothing.
+    Prompt and answer tokens have different colours, special tokens are marked, tokens that would be cut are struck through, and tokens of an answer that do not count are dim. Writes nothing.
     """
     # Nothing is written, so a place to write to need not be named.
     with open_config(config, ("out=.", *overrides), quiet) as (settings, progress):

@@ -8,6 +8,7 @@ import pytest
 
 from prefcache.pipeline.preparing.formats import FORMATS
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.conversations import assistant, user
 from tests.helpers.project import write_config
 
 
@@ -64,6 +65,21 @@ def test_plain_text_that_becomes_a_turn_is_said(preview):
     plain, example = preview(record, "prepare.template=none")
     assert not example["plain_text"] and "plain text" not in plain
     assert not preview(record | {"prompt": [{"role": "user", "content": "why?"}]})[1]["plain_text"]
+
+
+def test_tokens_that_do_not_count_are_told(preview):
+    turns = [assistant("four"), user("and 2 + 3?")]
+    record = {"prompt": [user("2 + 2?")], "chosen": [*turns, assistant("five")], "rejected": "no"}
+    plain, example = preview(record)
+    prompt, chosen, rejected = example["parts"]
+    assert "".join(token["text"] for token in chosen["tokens"] if token["counts"]) == "four<|im_end|>\nfive<|im_end|>\n"
+    assert rejected["n_counted"] == rejected["n_tokens"] and prompt["n_counted"] == 0
+    assert f"chosen ({chosen['n_tokens']} tokens, {chosen['n_counted']} of them count)" in plain
+    _, example = preview(record, "prepare.train_on=last_turn")
+    chosen = example["parts"][1]
+    assert "".join(token["text"] for token in chosen["tokens"] if token["counts"]) == "five<|im_end|>\n"
+    _, example = preview(record, "prepare.train_on=all")
+    assert all(token["counts"] for token in example["parts"][1]["tokens"])
 
 
 def test_what_keep_start_cuts_is_shown_as_cut(preview):
