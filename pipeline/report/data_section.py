@@ -1,5 +1,6 @@
 """Read what the report shows of the data, from the views and the manifest of its preparation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import duckdb
@@ -71,6 +72,7 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
     notes = [f"{n:,} {DONE[name]}" for name, n in manifest.done.items() if n and name in DONE]
     if split := manifest.boundaries.get("split"):
         notes.append(f"{split:,} where the tokenizer would merge prompt and answer; the text was cut there")
+    notes += _describe_counted(con, LENGTHS[kind][1:])
     columns = ", ".join(f"n_{name} as {name}" for name in LENGTHS[kind])
     lengths = con.execute(
         f"select {columns}, n_chosen_counted - n_rejected_counted as difference, label from examples"
@@ -90,6 +92,16 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
         _read_quarantine(con),
         notes,
     )
+
+
+def _describe_counted(con: duckdb.DuckDBPyConnection, answers: tuple[str, ...]) -> Iterator[str]:
+    """Say how much of the answers counts that do not count whole."""
+    for name in answers:
+        n, share_counted = con.execute(
+            f"select count(*), sum(n_{name}_counted) / sum(n_{name}) from examples where n_{name}_counted < n_{name}"
+        ).fetchall()[0]
+        if n:
+            yield f"{n:,} {name} answers count in part, {share_counted:.0%} of their tokens (prepare.train_on)"
 
 
 def _read_sources(con: duckdb.DuckDBPyConnection, splits: tuple[str, ...], lengths: tuple[str, ...]) -> list[Source]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, IDS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
@@ -213,7 +214,11 @@ def _store_caches(con: duckdb.DuckDBPyConnection, references: Sequence[Reference
 
 
 def _drop_ids(table: pa.Table) -> pa.Table:
-    return table.select([column.name for column in table.schema if column.type != IDS])
+    """Leave out ids and spans, but say how many spans there are: one for each turn that counts."""
+    kept = table.select([column.name for column in table.schema if column.type != IDS])
+    for name in (column.removesuffix("_spans") for column in table.column_names if column.endswith("_spans")):
+        kept = kept.append_column(f"n_{name}_turns", pc.divide(pc.list_value_length(table[f"{name}_spans"]), 2))
+    return kept
 
 
 def translate_error(error: Exception, files: Sequence[str]) -> BaseException:

@@ -1,4 +1,4 @@
--- Prepared pairs and labels: texts, source and line, lengths in tokens and how many of them count (prepare.train_on), what truncation removed, and the keys of their sequences.
+-- Prepared pairs and labels: texts, source and line, lengths in tokens and how many of them and of the assistant's turns count (prepare.train_on), what truncation removed, and the keys of their sequences.
 select
     example_id,
     split,
@@ -20,6 +20,9 @@ select
     n_rejected_counted,
     n_completion_counted,
     n_kl_counted,
+    n_chosen_turns,
+    n_rejected_turns,
+    n_completion_turns,
     n_common,
     boundary,
     cut_prompt,

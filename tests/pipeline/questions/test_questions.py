@@ -14,6 +14,7 @@ import pytest
 from prefcache.pipeline import views
 from prefcache.pipeline.questions import QUESTIONS
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.conversations import assistant, user
 from tests.helpers.project import invoke, pair
 
 LONG = " ".join(["red", "cat", "sings"] * 40)
@@ -226,6 +227,35 @@ def test_truncation(ask, pairs):
             found[source]["tokens_cut"] / (kept + found[source]["tokens_cut"])
         )
         assert found[source]["margin_per_token_of_whole"] == mean(whole)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_turns(tmp_path, model, kind):
+    question = [user("2 + 2?")]
+    several = [assistant("four"), user("and 2 + 3?")]
+    records = [
+        {"prompt": question, "chosen": [*several, assistant("five")], "rejected": [*several, assistant("six")]},
+        {"prompt": question, "chosen": "four", "rejected": "five and six"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    sets = ["--set", f"model={model}", "--set", "out=runs/t", "--set", "prepare.data=[a.jsonl]"]
+    sets += ["--set", "prepare.held_out=0", "--set", f"prepare.examples={kind}"]
+    invoke(tmp_path, "prepare", *sets)
+    (found,) = json.loads(invoke(tmp_path, "ask", "turns", "runs/t", "--json").stdout)
+    rows = Prepared(tmp_path / "runs/t/prepared").table().to_pylist()
+    names = ("chosen", "rejected") if kind == "pairs" else ("completion",)
+    n = [sum(row[f"n_{name}"] for name in names) for row in rows]
+    counted = [sum(row[f"n_{name}_counted"] for name in names) for row in rows]
+    is_several = [any(len(row[f"{name}_spans"]) == 4 for name in names) for row in rows]
+    assert sum(is_several) == {"pairs": 1, "labels": 2}[kind] == found["of_several_turns"]
+    assert (found["examples"], found["most_turns"], found["turns_of_these"]) == (len(rows), 2, 2)
+    assert found["share_counted"] == pytest.approx(sum(counted) / sum(n))
+    of_these = [(a, b) for a, b, several in zip(counted, n, is_several, strict=True) if several]
+    assert (
+        found["share_counted_of_these"] == pytest.approx(sum(a for a, _ in of_these) / sum(b for _, b in of_these)) < 1
+    )
+    shared = 2 * sum(row["n_common"] for row in rows) / sum(n) if kind == "pairs" else None
+    assert found["share_in_both"] == (shared and pytest.approx(shared))
 
 
 def test_cost(ask, pairs):
