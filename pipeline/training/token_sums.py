@@ -1,8 +1,9 @@
 """How the log-probs of an answer's tokens become the one number that a loss reads. By default their sum.
 
 Every way of weighing tokens is a modifier of any loss: it changes sums before the loss sees them. A run always stores the plain
-sums. Only tokens that count are seen here: the first of them is number 0, whatever stands before it. What weighs tokens is laid out on the host, flat and in the order of the forward, so that the device sums all answers in one
-operation. Shapes: N tokens of a forward, S its sequences, B examples, A their answers.
+sums. Only tokens that count are seen here: the first of them is number 0, whatever stands before it. What weighs tokens is laid
+out on the host, flat and in the order of the forward, so that the device sums all answers in one operation.
+Shapes: N tokens of a forward, S its sequences, B examples, A their answers.
 """
 
 from collections.abc import Mapping, Sequence
