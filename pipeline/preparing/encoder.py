@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,14 +193,25 @@ class Encoder:
 
     def _token_spans(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> list[int]:
         """Return the spans of an answer's tokens that count: those that have no character that does not."""
-        find = self._find_tokens if self._python is None else self._find_python_tokens
+        slow = self._find_tokens if self._python is None else self._find_python_tokens
         spans: list[int] = []
-        for first, last in find(before, answer, ids, counted):
+        for first, last in self._find_by_pieces(before, answer, ids, counted) or slow(before, answer, ids, counted):
             if spans[-1:] == [first]:  # no token between this part and the last
                 spans[-1] = last
             elif first < last:
                 spans += [first, last]
         return spans
+
+    def _find_by_pieces(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> list[Span] | None:
+        """Encode what lies between borders; None unless that gives the ids of the whole. It is faster than asking for offsets."""
+        borders = [at for span in counted for at in span]
+        texts = [answer[a:b] for a, b in pairwise([0, *borders, len(answer)])]
+        pieces = self.ids([before + texts[0], *texts[1:]])
+        n_before = sum(map(len, pieces)) - len(ids)
+        if n_before < 0 or list(chain.from_iterable(pieces))[n_before:] != ids:
+            return None
+        places = [n - n_before for n in accumulate(map(len, pieces))]
+        return list(zip(places[:-1:2], places[1::2], strict=True))
 
     def _find_tokens(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> Iterator[Span]:
         encoding = self._offsets.encode(before + answer, add_special_tokens=False)
