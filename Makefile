@@ -58,7 +58,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-sharing bench-bf16 bench-sql bench-gpu gpu-ledger real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-sql bench-gpu gpu-ledger real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -168,6 +168,8 @@ bench-sharing: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.sharing
 bench-bf16: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.bf16
+bench-turns: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.trajectories
 bench-gpu: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu
 # Exact on any machine, and committed: tests/bench/gpu/ledger.json. Some minutes.

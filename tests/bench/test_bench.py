@@ -29,6 +29,19 @@ def test_weights_in_bf16_learn_the_demo_as_float32_ones_do(tmp_path: Path):
     assert means["bfloat16, to the nearest"] < means["float32"] - 5 * spread
 
 
+@pytest.mark.slow
+def test_tool_text_takes_the_margin_unless_only_the_assistant_counts(tmp_path: Path):
+    options = "--seeds 1 --rates 3e-4 --pretraining-steps 60 --pairs 96 --held-out 8 --epochs 2 --json"
+    printed = bench("tests.bench.trajectories", *options.split(), str(tmp_path / "found.json"))
+    # Both ways train from one cache.
+    assert re.search(r"all, learning rate 0.0003: [\d,]{5,} tokens scored", printed)
+    assert "assistant, learning rate 0.0003: 0 tokens scored" in printed
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    everything, assistant = found["all, 0.0003"], found["assistant, 0.0003"]
+    assert everything["of the assistant"] < 0.5 < assistant["of the assistant"]
+    assert abs(everything["warnings"]) > 3 * abs(assistant["warnings"])
+
+
 def bench_code(code: str, *arguments: str) -> str:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
