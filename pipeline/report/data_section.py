@@ -60,6 +60,7 @@ class Data:
     desirable: Estimate | None  # of labels
     quarantined: list[Reason]
     notes: list[str]
+    leaked: int  # evaluation data whose prompt is also trained on
 
     @property
     def n_quarantined(self) -> int:
@@ -91,6 +92,7 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
         share(labels) if kind == "labels" and len(labels) else None,
         _read_quarantine(con),
         notes,
+        manifest.done.get("leaked", 0),
     )
 
 

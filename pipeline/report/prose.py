@@ -63,7 +63,7 @@ def summarize(data: Data, reference: Reference | None, runs: Sequence[Run]) -> I
     yield (f"{count(data.records, 'record')} gave {count_by_split(data)}; {quarantine} in quarantine.")
     if reference and reference.agreements:
         shares = [
-            f"{figure(each.whole, '%')} of the {name_split(each.split, 'pairs')}" for each in reference.agreements
+            f"{figure(each.summed, '%')} of the {name_split(each.split, 'pairs')}" for each in reference.agreements
         ]
         yield f"The reference itself prefers the chosen answer in {_join(shares)}."
     if not runs:
@@ -174,5 +174,5 @@ def list_key_figures(data: Data, reference: Reference | None, runs: Sequence[Run
         yield KeyFigure("quarantine", f"{data.n_quarantined:,}", f"of {data.records:,} records")
         if reference and reference.agreements:
             best = reference.agreements[0]
-            note = f"of {best.pairs:,} {_SPLITS[best.split]} pairs"
-            yield KeyFigure("reference agrees with the data", figure(best.whole, "%"), note)
+            note = f"of {best.pairs:,} {name_split(best.split, 'pairs')}"
+            yield KeyFigure("reference agrees with the data", figure(best.summed, "%"), note)

@@ -29,7 +29,7 @@ class Agreement:
 
     split: str
     pairs: int
-    whole: Estimate  # by the log-prob of the whole answer
+    summed: Estimate  # by the sum of the log-probs that count
     per_token: Estimate
 
 
@@ -56,8 +56,8 @@ def read(con: duckdb.DuckDBPyConnection, manifest: ScoredManifest, kind: str) ->
     for split in [*known, *sorted({*pairs["split"].tolist()} - {*known})]:
         in_split = pairs["split"] == split
         if in_split.any():
-            whole, per_token = (share(pairs[name][in_split] > 0) for name in ("margin", "margin_per_token"))
-            agreements.append(Agreement(split, int(in_split.sum()), whole, per_token))
+            summed, per_token = (share(pairs[name][in_split] > 0) for name in ("margin", "margin_per_token"))
+            agreements.append(Agreement(split, int(in_split.sum()), summed, per_token))
     return Reference(
         manifest.reference.name,
         manifest.reference.model_id,

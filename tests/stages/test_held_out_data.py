@@ -113,6 +113,29 @@ def test_the_report_has_a_table_for_each_set(prefcache, sets, tmp_path):
         assert title in html
 
 
+def test_the_report_says_how_many_prompts_are_also_trained_on(prefcache, sets, tmp_path):
+    write_pairs(tmp_path / "easy.jsonl", 5)  # the first of the data
+    run(prefcache, sets, "prepare.held_out=0", "prepare.held_out_data=easy.jsonl")
+    page = tmp_path / "report.html"
+    prefcache("report", "runs/tiny", "--output", page)
+    html = page.read_text()
+    assert "Measured on 5 pairs of data, 5 of which have a prompt that is also trained on, before" in html
+    assert "never sees" not in html
+
+
+def test_a_set_that_alone_has_margins_is_named_in_the_report(prefcache, sets, tmp_path):
+    # Sums alone are cached, so answers of which some tokens do not count have no margin: all but those of the set.
+    said = [{"role": role, "content": "one"} for role in ("assistant", "user", "assistant")]
+    pairs = [pair(i) | {"chosen": said} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    settings = options("prepare.held_out=0", "prepare.held_out_data={easy: easy.jsonl}", "score.logps=false")
+    for stage in ("prepare", "score"):
+        prefcache(stage, sets, *settings)
+    page = tmp_path / "report.html"
+    prefcache("report", "runs/tiny", "--output", page)
+    assert "of 5 pairs of easy" in page.read_text()
+
+
 def test_the_best_step_can_be_chosen_by_such_a_metric(prefcache, sets, tmp_path):
     result = run(prefcache, sets, SETS, "train.best=easy_loss", "train.learning_rate=1e-2")
     rows = [row for row in metrics(tmp_path / "runs/tiny/trained") if row["step"] and row["eval_easy_loss"] is not None]
