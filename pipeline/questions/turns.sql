@@ -1,4 +1,4 @@
--- Answers of several turns, by source: how many there are, how much of them counts (prepare.train_on), and how much of its answers a pair shares.
+-- Answers in which several turns count, by source: how many there are, how much of them counts, and how much of its answers a pair shares. Where prepare.train_on is last_turn or all, every answer counts as one turn.
 with answers as (
     select
         source,
