@@ -113,10 +113,13 @@ def _print_train(result: command_results.TrainResult) -> None:
     )
     for split, n in _evaluated(run).items():
         console.print(_evaluation_table(run, split, n))
-    if run.samples:
-        lead = "Among them:" if run.changed_answers else "The answers are still:"
-        console.print(f"{run.changed_answers:,} greedy answers changed. {lead}\n")
-    for sample in run.samples[:3]:
+    shown = run.samples[:3]
+    if shown:
+        # Prompts of the user's own come first, whether their answers changed or not.
+        some = "Among them:" if all(sample.before != sample.after for sample in shown) else "Some answers:"
+        lead = some if run.changed_answers else "The answers are still:"
+        console.print(f"{count(run.changed_answers, 'greedy answer')} changed. {lead}\n")
+    for sample in shown:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for label, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after), ("", "")):
             table.add_row(label, Text(visible(text) or ("(nothing)" if label else "")))
