@@ -10,7 +10,7 @@ from prefcache.pipeline.report.data_section import Data
 from prefcache.pipeline.report.reference_section import TOKEN_EDGES, Reference
 from prefcache.pipeline.report.runs_section import Alert, Run
 from prefcache.pipeline.report.svg import CHOSEN, REJECTED, RUNS, Bars, Figure, Line
-from prefcache.pipeline.schema import EVALUATION, metric_prefix
+from prefcache.pipeline.schema import EVALUATION, HELD_OUT, metric_prefix
 
 _BINS = 40
 _ROLES = {
@@ -81,7 +81,9 @@ def _lines(panel: _Panel, run: Run, colour: str, is_alone: bool) -> Iterator[Lin
                 shown = steps >= (0 if panel.at_start else 1)
                 yield Line(
                     label=name if is_alone and not dots else "",
-                    description=", ".join(filter(None, (run.name, name, split.replace("_", " ") if dots else ""))),
+                    description=", ".join(
+                        filter(None, (run.name, name, split.replace(HELD_OUT, "held out") if dots else ""))
+                    ),
                     x=steps[shown],
                     y=values[shown],
                     colour=_ROLES[name] if panel.two and is_alone else colour,

@@ -16,6 +16,7 @@ from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.records import Manifest, NewerError, PreparedManifest, ScoredManifest
 from prefcache.pipeline.stored.scoring_plan import Plan
+from prefcache.pipeline.visible_text import count
 
 _LONGEST_VALUE = 200
 M = TypeVar("M", bound=Manifest)
@@ -122,7 +123,7 @@ def check_scoring(scored: Path, inputs: Mapping[str, Any], cache: Cache) -> Fres
         damage = f"{n_gone:,} of the {len(manifest.shards):,} shards that it read are no longer in {cache.folder} (gc merges shards and loses no row)"
     elif n_new := len(accepted - set(manifest.shards)):
         # A later shard may contradict an earlier one, so all are looked at again.
-        damage = f"{n_new:,} shards came to {cache.folder} since"
+        damage = f"{count(n_new, 'shard')} came to {cache.folder} since"
     return Freshness("scoring", scored, differences=differences, damage=damage)
 
 

@@ -128,12 +128,15 @@ def test_a_set_that_alone_has_margins_is_named_in_the_report(prefcache, sets, tm
     said = [{"role": role, "content": "one"} for role in ("assistant", "user", "assistant")]
     pairs = [pair(i) | {"chosen": said} for i in range(3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    settings = options("prepare.held_out=0", "prepare.held_out_data={easy: easy.jsonl}", "score.logps=false")
+    settings = options("prepare.held_out=0", "prepare.held_out_data={easy_ones: easy.jsonl}", "score.logps=false")
     for stage in ("prepare", "score"):
         prefcache(stage, sets, *settings)
     page = tmp_path / "report.html"
     prefcache("report", "runs/tiny", "--output", page)
-    assert "of 5 pairs of easy" in page.read_text()
+    html = page.read_text()
+    assert "of 5 pairs of easy_ones" in html
+    # In the tables, too, under the name that its metrics have.
+    assert '<th scope="row">easy_ones</th>' in html and '<th scope="col" class="n">easy_ones</th>' in html
 
 
 def test_the_best_step_can_be_chosen_by_such_a_metric(prefcache, sets, tmp_path):
