@@ -367,7 +367,7 @@ def sorted_by_length(model: Any, budget: int) -> Contender:
         asked = _sequences(pairs)
         logps: dict[int, np.ndarray] = {}
         for batch in _sorted_by_length([sequence.n_tokens for sequence in asked], budget):
-            ids = [torch.from_numpy(np.concatenate(asked[i]).astype(np.int64)) for i in batch]
+            ids = [torch.from_numpy(asked[i].ids.astype(np.int64)) for i in batch]
             # On the right, where a causal model never looks: no mask.
             input_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
             hidden_BTD = model.model(input_ids=input_BT.to(model.device), use_cache=False).last_hidden_state
