@@ -32,7 +32,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class ChatRenderer:
-    """`counts` says how often something was changed or missed: merged_system, restored, unseen_tools, unseen_thoughts."""
+    """`counts` says how often something was changed or missed: merged_system, restored, dropped_thoughts, unseen_tools, unseen_thoughts."""
 
     def __init__(
         self, template: ChatTemplate | None, train_on: TrainOn = "all", end_tokens: Iterable[str] = ()
@@ -161,6 +161,7 @@ class ChatRenderer:
     def _contains_answer(self, whole: str, begin: int, answer: list[Message]) -> bool:
         """Return whether every turn of the answer is there. Turns before the last may have lost their reasoning."""
         assert self.template is not None
+        lost_thoughts = False
         for n, turn in enumerate(answer):
             texts = [turn.get("content") or ""]
             if n < len(answer) - 1 and turn["role"] == "assistant":
@@ -170,8 +171,12 @@ class ChatRenderer:
                 texts += [text for text in kept if text.strip() or turn.get("tool_calls")]
             elif turn["role"] != "assistant":
                 texts.append(json.dumps(texts[0], ensure_ascii=False)[1:-1])
-            if not any(_contains(whole, begin, text) for text in texts):
+            is_there = [_contains(whole, begin, text) for text in texts]
+            if not any(is_there):
                 return False
+            lost_thoughts |= turn["role"] == "assistant" and not is_there[0]
+        if lost_thoughts:
+            self.counts["dropped_thoughts"] += 1
         return True
 
     def _find_counted(

@@ -64,7 +64,7 @@ def find_counted_sums(
     sums: Sequence[np.ma.MaskedArray],
     accepted: Sequence[str],
 ) -> tuple[list[np.ma.MaskedArray], SumsOnlyError | None]:
-    """The same, masked where only the whole sum is cached; then also which file holds sums only."""
+    """Sum the tokens that count; mask sums of which only the whole is cached, and return which file is to blame."""
     partial = [
         np.flatnonzero(each.is_partial & ~np.ma.getmaskarray(values))
         for each, values in zip(counted, sums, strict=True)

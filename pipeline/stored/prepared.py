@@ -21,7 +21,7 @@ from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
 QUARANTINE_FILE = "quarantine.parquet"
 # What prepare did besides reading: names in the manifest, and words to follow a number.
 DONE = {
-    "limited": "of the sources gave as many records as prepare.max_records allows; what follows was not read",
+    "limited": "of the sources gave as many records as prepare.max_records allows; what may follow was not read",
     "duplicates": "have the tokens of an earlier example",
     "dropped": "of these were dropped",
     "left_out": "were left out by their source's weight",
@@ -33,6 +33,7 @@ DONE = {
     "ended": "got an end token, because the template writes none",
     "merged_system": "had a system message, for which the template has no place; it went before the first user turn",
     "unseen_tools": "have tools, which the template does not print",
+    "dropped_thoughts": "answers lost thoughts in earlier turns, where the template does not print them",
     "unseen_thoughts": "have thoughts in a column of their own, which the template does not print",
     "plain_text": "are plain text, each put into the chat template as one turn; TRL takes text as it is (prepare.template: none)",
     "restored": "answers would have been changed by the template and were put in as they are",

@@ -538,7 +538,7 @@ def test_the_first_records_of_each_source_are_read_counted_and_said(prepare, tmp
 
 def test_reading_no_more_than_some_records_is_said(prefcache, config):
     said = prefcache("prepare", config, "--set", "prepare.max_records=5").stdout
-    assert "1 of the sources gave as many records as prepare.max_records allows; what follows was not read" in said
+    assert "1 of the sources gave as many records as prepare.max_records allows; what may follow was not read" in said
 
 
 def test_sources_have_formats_columns_and_weights_of_their_own(prepare, tmp_path):

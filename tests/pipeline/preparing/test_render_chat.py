@@ -220,6 +220,12 @@ def test_thoughts_reach_a_template_that_prints_them_and_are_counted_where_they_d
     assert counted(QWEN3_CHAT, ([USER], assistant("blue", thinking="red, green"))) == {"unseen_thoughts": 1}
 
 
+def test_thoughts_that_the_template_drops_from_earlier_turns_are_counted():
+    again = [{"role": "user", "content": "sure?"}, *assistant("blue")]
+    assert counted(QWEN3_CHAT, ([USER], [*assistant(THOUGHTS), *again])) == {"dropped_thoughts": 1}
+    assert counted(QWEN3_CHAT, ([USER], [*assistant("blue"), *again])) == {}
+
+
 # -- templates that change an answer ---------------------------------------------------------------------------------
 
 STRIPS_THINKING = CHATML.replace(
