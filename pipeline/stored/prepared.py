@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.schema import ANSWERS, PREPARED, TokenSequence
+from prefcache.pipeline.schema import ANSWERS, IDS, PREPARED, TokenSequence
 from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
@@ -141,6 +141,14 @@ class CountedTokens:
     def positions(self, row: int) -> np.ndarray | None:
         """Return where in the answer they are; None if all tokens count."""
         return counted_positions(self._lists[row]) if self.is_partial[row] else None
+
+
+def drop_ids(examples: pa.Table) -> pa.Table:
+    """Leave out ids and spans, but say how many spans there are: one for each turn that counts."""
+    kept = examples.select([column.name for column in examples.schema if column.type != IDS])
+    for name in (column.removesuffix("_spans") for column in examples.column_names if column.endswith("_spans")):
+        kept = kept.append_column(f"n_{name}_turns", pc.divide(pc.list_value_length(examples[f"{name}_spans"]), 2))
+    return kept
 
 
 def answer_names(examples: pa.Table) -> tuple[str, str]:

@@ -22,8 +22,9 @@ import pyarrow as pa
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import DataError, ResourceError, UsageError
-from prefcache.pipeline.schema import IDS, KEY, PREPARED
+from prefcache.pipeline.schema import KEY, PREPARED
 from prefcache.pipeline.stored import duckdb_connection
+from prefcache.pipeline.stored.prepared import drop_ids
 from prefcache.pipeline.training.example_filter import ExampleFilter
 from prefcache.pipeline.views import MEMORY_LIMIT, query_worker
 
@@ -231,7 +232,7 @@ class _Expression:
         is_given[rows] = True
         con.register("given", columns.append_column("is_given", pa.array(is_given)))
         # As the view `examples` of `prefcache sql` has them.
-        fields = [field for field in PREPARED[self._kind] if field.type != IDS]
+        fields = drop_ids(PREPARED[self._kind].empty_table()).schema
         selected = [f"lower(hex({f.name})) as {f.name}" if f.type == KEY else f.name for f in fields]
         selected += [*_REFERENCE[self._kind], *(f"{sql} as {name}" for name, sql in _COMPUTED[self._kind].items())]
         selected += [f"{epoch}::bigint as {EPOCH}"] if self._is_order else []
@@ -320,13 +321,13 @@ class _Expression:
 
 def column_names(kind: str) -> list[str]:
     """The columns that an expression may read, for data of this kind."""
-    data = [field.name for field in PREPARED[kind] if field.type != IDS]
+    data = drop_ids(PREPARED[kind].empty_table()).column_names
     return [*data, *_REFERENCE[kind], *_COMPUTED[kind]]
 
 
 def _input_table(kind: str, table: pa.Table, reference: Mapping[str, np.ndarray]) -> pa.Table:
     """The table without its token ids, with the reference's log-probs (null where missing) and row numbers."""
-    columns = table.select([field.name for field in PREPARED[kind] if field.type != IDS])
+    columns = drop_ids(table)
     nothing = np.full(len(table), np.nan)
     for name in _REFERENCE[kind]:
         columns = columns.append_column(name, pa.array(reference.get(name, nothing), pa.float64(), from_pandas=True))

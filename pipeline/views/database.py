@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
-from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, IDS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
+from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
 from prefcache.pipeline.stored import duckdb_connection
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import find_counted_sums
-from prefcache.pipeline.stored.prepared import CountedTokens
+from prefcache.pipeline.stored.prepared import CountedTokens, drop_ids
 from prefcache.pipeline.views.view_files import VIEWS, sort_for_creation
 
 MEMORY_LIMIT = "3GB"
@@ -152,8 +151,8 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
 
 def _store_prepared(con: duckdb.DuckDBPyConnection, examples: pa.Table) -> None:
     """Store the examples with the columns of both pairs and labels, so that one view serves both."""
-    duckdb_connection.register(con, "examples", _drop_ids(examples))
-    columns = pa.unify_schemas([_drop_ids(schema.empty_table()).schema for schema in PREPARED.values()])
+    duckdb_connection.register(con, "examples", drop_ids(examples))
+    columns = pa.unify_schemas([drop_ids(schema.empty_table()).schema for schema in PREPARED.values()])
     duckdb_connection.register(con, "prepared_columns", columns.empty_table())
     con.execute("create view prepared as select * from prepared_columns union all by name select * from examples")
 
@@ -164,7 +163,7 @@ def _store_scored(con: duckdb.DuckDBPyConnection, sources: Sources) -> None:
     examples = sources.prepared if is_pairs else PREPARED["pairs"].empty_table()
     keys = [examples[f"{answer}_key"] for answer in ANSWERS["pairs"]]
     counted = [CountedTokens(examples, answer) for answer in ANSWERS["pairs"]]
-    pairs = _drop_ids(examples)
+    pairs = drop_ids(examples)
     columns = pa.schema(
         [
             *pairs.schema,
@@ -211,14 +210,6 @@ def _store_caches(con: duckdb.DuckDBPyConnection, references: Sequence[Reference
     ]
     duckdb_connection.register(con, "caches", pa.Table.from_pylist(caches, schema=_CACHES))
     duckdb_connection.register(con, "numerics", pa.Table.from_pylist(numerics, schema=_NUMERICS))
-
-
-def _drop_ids(table: pa.Table) -> pa.Table:
-    """Leave out ids and spans, but say how many spans there are: one for each turn that counts."""
-    kept = table.select([column.name for column in table.schema if column.type != IDS])
-    for name in (column.removesuffix("_spans") for column in table.column_names if column.endswith("_spans")):
-        kept = kept.append_column(f"n_{name}_turns", pc.divide(pc.list_value_length(table[f"{name}_spans"]), 2))
-    return kept
 
 
 def translate_error(error: Exception, files: Sequence[str]) -> BaseException:

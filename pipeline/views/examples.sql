@@ -23,6 +23,7 @@ select
     n_chosen_turns,
     n_rejected_turns,
     n_completion_turns,
+    n_kl_turns,
     n_common,
     boundary,
     cut_prompt,

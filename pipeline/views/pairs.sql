@@ -16,6 +16,8 @@ select
     n_rejected,
     n_chosen_counted,
     n_rejected_counted,
+    n_chosen_turns,
+    n_rejected_turns,
     n_common,
     boundary,
     cut_prompt,

@@ -79,7 +79,7 @@ def test_a_config_cannot_be_changed_after_it_is_loaded(tmp_path):
         ("base_model", "use model"),
         ("train.dpo", "use train.loss: sigmoid"),
         ("logging_steps", "it needs no setting: every step is recorded"),
-        ("eval_dataset", "use prepare.held_out (a share of the prompts, chosen by a hash of the prompt)"),
+        ("eval_dataset", "use prepare.held_out_data (your own data) or prepare.held_out (a share of the prompts)"),
         (
             "train.gradient-accumulation-steps",
             "use train.batch_size (of a whole step; it is accumulated within train.tokens_per_micro_batch)",

@@ -333,7 +333,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_its_batch_is_kept(prefcache,
     (file,) = (run / "not-finite").iterdir()
     batch = pq.read_table(file).to_pylist()
     assert str(file.relative_to(tmp_path)) in done.stderr and batch[0]["example_id"] in done.stderr
-    assert len(batch) == 8 and all(row["n_prompt"] > 0 and row["n_chosen"] > 0 for row in batch)
+    assert len(batch) == 8 and all(row["n_prompt"] > 0 and row["n_chosen_counted"] > 0 for row in batch)
     assert {"chosen_logp", "ref_chosen_logp", "rejected_logp", "loss"} <= set(batch[0])
     (event,) = [row for row in table(run, "events") if row["kind"] == "not_finite"]
     assert event["severity"] == ERROR and f"not-finite/{file.name}" in event["seen"]
