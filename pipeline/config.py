@@ -65,6 +65,7 @@ def _as_sources(value: Any) -> Any:
     return [{"path": str(entry)} if isinstance(entry, str | int | float) else entry for entry in entries]
 
 
+TrainOn = Literal["assistant", "last_turn", "all"]
 OWN_SET = "data"  # name of evaluation data that the config gives none
 
 
@@ -107,7 +108,7 @@ class Prepare(Section):
     """For labels: also prepare each prompt with another example's answer, from which KTO estimates the KL divergence."""
     template: Literal["chat", "none"] = "chat"
     """chat: use the tokenizer's chat template (a plain string is one turn). none: plain text, with the end token after answers."""
-    train_on: Literal["assistant", "last_turn", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
     """Which tokens of an answer count in losses and statistics. assistant: what the model wrote, not the user turns, tool results and headers between. last_turn: the last assistant turn only. all: everything after the prompt, as in TRL. Never changes what is scored."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""

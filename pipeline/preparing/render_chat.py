@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
+from prefcache.pipeline.config import TrainOn
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText, Span
 from prefcache.pipeline.preparing.example import Example, Label, Message, Turns, Unusable
@@ -25,7 +26,6 @@ from prefcache.pipeline.preparing.placeholder_text import MARK, OpaqueText, Slot
 from prefcache.pipeline.preparing.template_cache import TemplateCache
 from prefcache.pipeline.preparing.turn_borders import Conversation, TurnBorders
 
-TrainOn = Literal["assistant", "last_turn", "all"]
 _NO_TOOLS = Label(prompt="", completion="", label=True)
 # Where messages keep an assistant's thoughts, if not in their text.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")

@@ -33,7 +33,7 @@ class SumsOnlyError(UsageError):
 
 
 class TokenLogps:
-    """The log-probs of the answer tokens of each row of a column of keys; empty if there are none."""
+    """The log-probs of the answer tokens for each row of a column of keys; empty for a row without any."""
 
     def __init__(self, rank: np.ndarray, starts: np.ndarray, values: np.ndarray) -> None:
         self._rank, self._starts, self._values = rank, starts, values

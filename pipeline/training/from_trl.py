@@ -336,7 +336,7 @@ def _convert_best(explicit: Mapping[str, Any], converted: Converted) -> None:
         )
         return
     metric = str(explicit.get("metric_for_best_model", "loss")).removeprefix("eval_")
-    # Of the data of its own; there is no other.
+    # With a test split of its own, the converted run evaluates nothing else.
     own = f"{OWN_SET}_" if "dataset_test_split" in converted.became else ""
     best = {"metric": f"{own}{metric}"}
     if "greater_is_better" in explicit:

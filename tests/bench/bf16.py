@@ -13,14 +13,12 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from unittest import mock
 
-from tests.helpers.project import ROOT, invoke, options
+from tests.helpers.project import ROOT, invoke, open_folder, options
 from tests.helpers.runs import metrics
 
 BF16 = "train.weights=bfloat16"
@@ -40,7 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the runs here, and use those that are there")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    with _folder(arguments.folder) as folder:
+    with open_folder(arguments.folder) as folder:
         found = compare(folder, arguments.seeds, arguments.epochs)
     print(f"{'held out, after training':28}" + "".join(f"{name.removeprefix('eval_'):>28}" for name in FIGURES))
     for way, rows in found.items():
@@ -84,16 +82,6 @@ def _rounded_to_the_nearest() -> mock._patch:
     from prefcache.pipeline.training import bf16_adamw
 
     return mock.patch.object(bf16_adamw, "round_stochastically", lambda values_N, bits_N: values_N.bfloat16())
-
-
-@contextmanager
-def _folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 if __name__ == "__main__":

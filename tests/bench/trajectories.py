@@ -25,9 +25,7 @@ import argparse
 import json
 import random
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -38,7 +36,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from tests.helpers.project import invoke, options
+from tests.helpers.project import invoke, open_folder, options
 from tests.helpers.tokenizers import QWEN3_CHAT
 
 WAYS = ("all", "assistant")
@@ -125,7 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_progress_bar()
     scale = Scale(*(getattr(arguments, name) for name in Scale._fields))
-    with _folder(arguments.folder) as folder:
+    with open_folder(arguments.folder) as folder:
         found = [compare(folder / str(seed), scale, arguments.rates, seed) for seed in range(arguments.seeds)]
     print("\nmean (lowest to highest)" + "".join(f"{name:>24}" for name in found[0]))
     for name, form in FIGURES.items():
@@ -373,16 +371,6 @@ class Measure:
 
 def _range(values: list[float], form: str) -> str:
     return f"{form} ({form} to {form})".format(mean(values), min(values), max(values)) if values else ""
-
-
-@contextmanager
-def _folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,14 @@ class Clone:
             ["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900
         )
         return checked(Done(done.returncode, done.stdout, done.stderr), code)
+
+
+@contextlib.contextmanager
+def open_folder(kept: Path | None) -> Iterator[Path]:
+    """Open this folder, made if need be and kept, or a temporary one."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)

@@ -518,7 +518,7 @@ def test_the_first_records_of_each_source_are_read_counted_and_said(prepare, tmp
     write_lines(tmp_path / "c.jsonl", pair(50), pair(51))
     data = data_is("a.jsonl", {"path": "b.jsonl", "max_records": 3}, "c.jsonl")
     found = prepare(data, "prepare.max_records=10", "prepare.max_quarantine=1")
-    # Ten of a; of b a line that is no record and two pairs; all of c, which has fewer than it may.
+    # a gives ten records. b gives a line that is not a record, and two pairs. c has fewer than the limit, and gives all.
     assert (found["records"], found["train"] + found["held_out"], found["quarantined"]) == (
         15,
         14,

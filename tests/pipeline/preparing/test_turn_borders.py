@@ -1,4 +1,4 @@
-"""Of an answer with several turns, exactly what the model wrote counts: the expected text stands next to each conversation."""
+"""In an answer of several turns exactly what the model wrote counts. The expected text stands next to each conversation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Of an answer of which only some tokens count, the sum is of these; of any other, the very sum that is cached."""
+"""An answer that counts in part has the sum of the tokens that count; any other has the cached sum, bit for bit."""
 
 import numpy as np
 import pytest

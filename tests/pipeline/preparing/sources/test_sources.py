@@ -138,7 +138,7 @@ def test_first_records_are_counted_over_the_files_of_a_source_without_blank_line
     source = opened(tmp_path, max_records=6)
     assert [line.record for line in lines_of(source)] == ROWS[:6]
     assert [line.record for line in lines_of(source, Limits(2, 10_000))] == ROWS[:6]
-    # A line that is no record takes the place of one: it ends in quarantine.
+    # A line that is not a record counts as one: it goes to quarantine.
     (tmp_path / "a.jsonl").write_bytes(b"{\n" + as_lines(ROWS[:4]))
     assert [line.record for line in lines_of(source)] == [None, *ROWS[:4], ROWS[4]]
 
