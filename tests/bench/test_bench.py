@@ -61,19 +61,26 @@ def test_bench_prepare_measures_memory():
     )
 
 
+def count_scores(pair: corpus.TokenPair) -> int:
+    """Queries times keys of a pair: the answer of greater ids comes first in its tree, in one call with the prompt."""
+    first, second = map(len, sorted((pair.chosen.tolist(), pair.rejected.tolist()), reverse=True))
+    p = len(pair.prompt)
+    return (p + first - 1) ** 2 + (second - 1) * (p + second - 1)
+
+
 def test_bench_score_counts_what_is_computed(tmp_path: Path):
     options = "--small --pairs 8 --rounds 1 --threads 1 --only ours sorted-512 --json"
     printed = bench("tests.bench.score", *options.split(), str(tmp_path / "found.json"))
     assert re.search(r"times the best peer, sorted-512 +\d+\.\d\d", printed)
     found = json.loads((tmp_path / "found.json").read_text())["contenders"]
 
-    # Prompts once, with the longer answer behind; no padding, and no answer's last token. The head sees answers only.
+    # Prompts once, no padding, and no answer's last token. The head sees answers only.
     flops = positions = head_positions = 0
     hidden, intermediate, layers, vocabulary = 32, 64, 2, 500
     for pair in corpus.token_pairs(8, vocabulary):
         p, c, r = map(len, pair)
         n, n_head = p + (c - 1) + (r - 1), c + r
-        scores = (p + max(c, r) - 1) ** 2 + (min(c, r) - 1) * (p + min(c, r) - 1)  # queries times keys
+        scores = count_scores(pair)
         flops += 2 * n * layers * (4 * hidden**2 + 3 * hidden * intermediate)
         flops += 4 * layers * hidden * scores + 2 * n_head * hidden * vocabulary
         positions, head_positions = positions + n, head_positions + n_head
@@ -107,7 +114,7 @@ def test_bench_train_counts_what_a_step_computes(tmp_path: Path):
     for pair in corpus.token_pairs(8, vocabulary):
         p, c, r = map(len, pair)
         n, n_head = p + (c - 1) + (r - 1), c + r
-        scores = (p + c - 1) ** 2 + (r - 1) * (p + r - 1)  # queries times keys
+        scores = count_scores(pair)
         flops += 3 * 2 * n * layers * (4 * hidden**2 + 3 * hidden * intermediate) + 3 * 2 * n_head * hidden * vocabulary
         flops += (4 + 10) * layers * hidden * scores
     assert found["ours"]["flops_per_pair"] == found["ours-1"]["flops_per_pair"] == flops / 8
