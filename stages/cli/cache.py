@@ -32,7 +32,7 @@ def export(
     path = output_path(output, config)
     assert path is not None
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache import export
+        from prefcache.commands import export
 
         print_result(export.run(settings, path, per_token, progress, force, config), as_json)
 
@@ -61,7 +61,7 @@ def import_(
     Prepare the experiment first. The log-probs are columns of the config's data, each a sum over all tokens of an answer, whichever of them count (prepare.train_on); sums alone serve training only where all do. A sample is compared with the plain float32 forward (score.parity_sample=0 skips this). To use them, name them in score.accept_numerics; the command to do so is printed.
     """
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache import import_logps
+        from prefcache.commands import import_logps
 
         print_result(import_logps.run(settings, columns, dtype, progress), as_json)
 
@@ -85,7 +85,7 @@ def parity(config: str, a: str, b: str, overrides: tuple[str, ...], quiet: bool,
     A and B are `plain` (the one-by-one float32 forward) or ENGINE[:DTYPE][:ATTENTION][:ROWS], with transformers, vllm or server for ENGINE; parts that you leave out are taken from the config. Prepare the experiment first. The sample has the longest examples and random ones.
     """
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache import parity
+        from prefcache.commands import parity
 
         print_result(parity.run(settings, a, b, n, progress), as_json)
 
@@ -103,7 +103,7 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
 
     CACHE is the `cache` folder of a config (default: cache), or the folder of one reference in it. Exit code 4 if anything is damaged.
     """
-    from prefcache import verify
+    from prefcache.commands import verify
     from prefcache.pipeline.progress import Progress
 
     result = verify.run(caches or ["cache"], Progress(quiet))
@@ -132,7 +132,7 @@ def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, a
 
     Deletes files that no process can still need. No value is lost or changed. Safe to interrupt, and safe while others score or train.
     """
-    from prefcache import gc, verify
+    from prefcache.commands import gc, verify
     from prefcache.pipeline.progress import Progress
 
     result = gc.run(caches or ["cache"], Progress(quiet), target_mib, dry_run)

@@ -92,7 +92,7 @@ def doctor(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json:
 
     Lists packages, machine, GPU and disk. With a config, also its reference, the engines that can score it and why the others cannot, and whether data, scores and runs are complete and undamaged. Each problem comes with its remedy. Changes nothing. The exit code is 0 whatever is found; --json counts the problems.
     """
-    from prefcache import doctor
+    from prefcache.commands import doctor
 
     if config is None and not overrides and not why:
         print_result(doctor.run(None), as_json)

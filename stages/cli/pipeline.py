@@ -22,7 +22,7 @@ def prepare(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
     The format is recognised from the columns; `prefcache formats` lists the known ones. Unusable records go to OUT/prepared/quarantine.parquet with the reason; if there are too many (prepare.max_quarantine), the exit code is 3. Safe to interrupt: finished parts are kept. With RANK and WORLD_SIZE set, several machines share the work.
     """
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache import prepare
+        from prefcache.commands import prepare
 
         print_result(prepare.run(settings, progress), as_json)
 
@@ -44,7 +44,8 @@ def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
     """
     # Nothing is written, so a place to write to need not be named.
     with open_config(config, ("out=.", *overrides), quiet) as (settings, progress):
-        from prefcache import preview, terminal_output
+        from prefcache import terminal_output
+        from prefcache.commands import preview
 
         result = preview.run(settings, progress, n)
         if as_json:
@@ -89,7 +90,7 @@ def score(
             f"{config or 'CONFIG'} --output FILE`."
         )
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache import score
+        from prefcache.commands import score
 
         print_result(score.run(settings, progress, dry_run), as_json)
 
@@ -124,8 +125,8 @@ def _score_files(
     settings = ["out=.", "prepare.held_out=0", "prepare.kl_pairs=false", *overrides]
     settings += [f"{key}={json.dumps(value)}" for key, value in named.values() if value is not None]
     with open_config(None, tuple(settings), quiet) as (asked, progress):
-        from prefcache import export, prepare, score
         from prefcache.command_results import ScoreFilesResult
+        from prefcache.commands import export, prepare, score
 
         if output is not None:
             export.check_output(asked, Path(output), force)
@@ -174,8 +175,8 @@ def train(
 
     The trained model is in OUT/RUN/model. After an interruption, the same command continues from the last checkpoint. A sweep trains one run after another, each in a folder named after its settings, and compares them on the held-out examples. Exit code 4 if a loss or gradient is not finite, 5 if the scores belong to other data or another reference, 7 at the first alert if train.alerts is strict.
     """
-    from prefcache import train
     from prefcache.command_results import SweepResult
+    from prefcache.commands import train
     from prefcache.pipeline.training.sweep import combinations
 
     if dry_run:
@@ -223,7 +224,7 @@ def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json:
 
     RUN is the folder of a run with train.lora, or of any adapter that PEFT saved. The result is a whole model that needs no PEFT. Its log-probs are compared with those of the unmerged adapter; if they differ by more than rounding, nothing is written.
     """
-    from prefcache import merge
+    from prefcache.commands import merge
     from prefcache.pipeline.progress import Progress
 
     result = merge.run(Path(run), Path(output) if output else None, dtype, Progress(quiet))
@@ -245,7 +246,7 @@ def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
 
     Sends the files of RUN/model: weights, tokenizer and model card, whose text names the reference and the data. The repository is created if it does not exist, and private unless you pass --public. The token is that of `hf auth login`, or HF_TOKEN.
     """
-    from prefcache import push
+    from prefcache.commands import push
     from prefcache.pipeline.progress import Progress
 
     print_result(push.run(Path(run), name, public, Progress(quiet)), as_json)

@@ -13,7 +13,7 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.visible_text import count, visible
 
 if TYPE_CHECKING:
-    from prefcache.query import Experiment
+    from prefcache.commands.query import Experiment
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -73,8 +73,8 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
     Without QUERY it opens a prompt. --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is a config or its `out`; leave it out if runs/ has only one experiment. A query is one SELECT and reads the views only. CSV output holds texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
     from prefcache import terminal_output
+    from prefcache.commands.query import Experiment
     from prefcache.pipeline import views
-    from prefcache.query import Experiment
 
     if list_views:
         where = folder or query
@@ -113,7 +113,8 @@ def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql:
 
     FOLDER is a config or its `out`; leave it out if runs/ has only one experiment. A file of rows with an example_id selects training examples (train.only). CSV output holds texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
-    from prefcache import query, terminal_output
+    from prefcache import terminal_output
+    from prefcache.commands import query
     from prefcache.pipeline import questions
 
     if name is None:
@@ -187,7 +188,7 @@ def report(
 
     CONFIG is a config (its run) or its `out` (all runs in it). Unfinished runs, and data that is only prepared, get a page too: it names what is missing and the command that makes it. The page needs no other file, no network and no script. For several runs, or none, the default is OUT/report.html.
     """
-    from prefcache import report
+    from prefcache.commands import report
     from prefcache.pipeline.progress import Progress
 
     path = output_path(output, config)
@@ -217,6 +218,6 @@ def show(example: str, config: str | None, overrides: tuple[str, ...], quiet: bo
     EXAMPLE is an example_id (a column of the views examples, pairs, steps and rewards) or its first characters. The reference's log-probs come from the cache; the policy's are computed now with the model of the run (train.run). Colours show where the policy gained on its reference and where it lost.
     """
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache import show
+        from prefcache.commands import show
 
         print_result(show.run(settings, progress, example), as_json)

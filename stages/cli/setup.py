@@ -22,7 +22,7 @@ def init(output: str, model: str, data: tuple[str, ...], force: bool) -> None:
         prefcache init my.yaml --model Qwen/Qwen3-0.6B --data pairs.jsonl
         prefcache preview my.yaml
     """
-    from prefcache.config import write_starter
+    from prefcache.commands.config import write_starter
 
     write_starter(Path(output), model, data, force)
     click.echo(f"{output}: written. Look at the data with `prefcache preview {output}`.")
@@ -46,7 +46,7 @@ def config(key: str | None, schema: bool, as_json: bool) -> None:
         # yaml-language-server: $schema=prefcache.schema.json
     """
     from prefcache import terminal_output
-    from prefcache.config import describe
+    from prefcache.commands.config import describe
 
     if schema:
         from prefcache.pipeline.config_settings import json_schema

@@ -190,7 +190,7 @@ def plan(folder: Path, steps: dict[str, float]) -> None:
 
 
 def verify(folder: Path, steps: dict[str, float]) -> None:
-    from prefcache import verify
+    from prefcache.commands import verify
     from prefcache.pipeline.progress import Progress
 
     result = verify.run([str(folder / "cache")], Progress(quiet=True))
@@ -198,7 +198,7 @@ def verify(folder: Path, steps: dict[str, float]) -> None:
 
 
 def gc(folder: Path, steps: dict[str, float]) -> None:
-    from prefcache import gc
+    from prefcache.commands import gc
     from prefcache.pipeline.progress import Progress
     from prefcache.pipeline.stored.cache_maintenance import TARGET_MIB
 

@@ -103,7 +103,7 @@ def ours(folder: Path) -> dict[str, Any]:
     """From the file to the manifest. Importing and loading the tokenizer through Transformers is not counted, as nowhere."""
     import shutil
 
-    from prefcache import prepare
+    from prefcache.commands import prepare
     from prefcache.pipeline import config_file
     from prefcache.pipeline.preparing import resolved_config
     from prefcache.pipeline.preparing.encoder import load_facts

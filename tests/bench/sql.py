@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def measure(folder: Path) -> None:
+    from prefcache.commands.query import Experiment
     from prefcache.pipeline import views
     from prefcache.pipeline.questions import QUESTIONS
-    from prefcache.query import Experiment
 
     experiment = Experiment(str(folder / "out"))
     # Every view has to be opened for it, and none is read.

@@ -299,7 +299,7 @@ def serve(name: str, folder: Path, n_pairs: int, regime: str) -> None:
 
 
 def ours(name: str, folder: Path, pairs: list[TokenPair]) -> Steps:
-    """As stages/train.py does it, from a prepared table and the columns that the cache gives."""
+    """As stages/commands/train.py does it, from a prepared table and the columns that the cache gives."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -27,7 +27,7 @@ NOT_RUN = {
     "prefcache score data/demo/config.yaml --set score.engine=vllm": "it needs .venv-vllm; the tests of the vLLM engine do this",
     "prefcache score data/demo/config.yaml --set score.engine=server --set score.server.url=http://localhost:8000/v1": "it needs "
     "a server; the tests of the server engine start one",
-    "prefcache push runs/demo/trained me/kind": "it needs a hub account; tests/stages/test_push.py pushes to a hub of its own",
+    "prefcache push runs/demo/trained me/kind": "it needs a hub account; tests/stages/commands/test_push.py pushes to a hub of its own",
 }
 # What the README names on the hub, and what takes its place here.
 HERE = {

@@ -21,9 +21,9 @@ def start_process(folder: Path, *arguments: Any, most_bytes: int | None = None) 
     _PROCESSES.set_forkserver_preload(
         [
             "prefcache.cli",
-            "prefcache.prepare",
-            "prefcache.score",
-            "prefcache.train",
+            "prefcache.commands.prepare",
+            "prefcache.commands.score",
+            "prefcache.commands.train",
             "prefcache.pipeline.training.train_loop",
             __name__,
         ]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-import prefcache.score
+import prefcache.commands.score
 from prefcache.pipeline import model_files, older_ids
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing import prepared_inputs
@@ -83,7 +83,7 @@ def before():
     """Within it, ids are of the older kind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepared_inputs, "find_inputs", older_inputs)
-        for module in (scored, prefcache.score, run_inputs):
+        for module in (scored, prefcache.commands.score, run_inputs):
             patch.setattr(module, "identify", older_identify)
         for module in (scored, scorer, run_inputs):
             patch.setattr(module, "is_same_model", is_same_older_model)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefcache import parity
 from prefcache.command_results import Margins
+from prefcache.commands import parity
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.scoring.engines import EngineSpec
 from prefcache.pipeline.stored.prepared import Prepared, Sequences

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefcache import merge
+from prefcache.commands import merge
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.models import save_mixture
 from tests.helpers.project import write_config, write_pairs

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from prefcache import report
+from prefcache.commands import report
 from prefcache.pipeline import views
 from prefcache.pipeline.report import confidence_intervals, data_section, page, plots, prose, svg
 from prefcache.pipeline.report.confidence_intervals import Estimate

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefcache import train
+from prefcache.commands import train
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Before, CheckpointManifest

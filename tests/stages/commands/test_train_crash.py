@@ -43,7 +43,7 @@ def start(scored, tmp_path) -> Callable[[], ForkServerProcess]:
     """The command as a process of its own. One that is there once has done its imports, which take longer than training."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
-        ["prefcache.cli", "prefcache.train", "prefcache.pipeline.training.train_loop", __name__]
+        ["prefcache.cli", "prefcache.commands.train", "prefcache.pipeline.training.train_loop", __name__]
     )
 
     def run() -> ForkServerProcess:
