@@ -1,6 +1,8 @@
 """Read a configuration from a YAML file and from `--set key=value` overrides."""
 
-from collections.abc import Iterable
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,27 @@ _DATA_SUFFIXES = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # files of re
 _START = "Name a YAML file; `prefcache init my.yaml` writes one to start from."
 
 
+@contextlib.contextmanager
+def open_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Iterator[tuple[Config, Path | None]]:
+    """Load a configuration, and work in the folder that its paths are relative to, which is yielded unless it is the current one."""
+    base = base_of_run_config(path) if path is not None else None
+    absolute = path if path is None or base is None else Path(path).absolute()
+    with contextlib.chdir(base) if base is not None else contextlib.nullcontext():
+        yield load(absolute, overrides), base
+
+
 def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Load the configuration in `path` (None: empty) and apply `key=value` overrides."""
-    tree = read_yaml(Path(path)) if path else {}
-    overridden = []
+    return from_tree(read_yaml(Path(path)) if path else {}, overrides, f"{path}: " if path else "")
+
+
+def from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
+    """Build the configuration from a tree such as a YAML file's, and apply `key=value` overrides."""
+    overridden, changed = [], copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply(tree, override)
+        _apply(changed, override)
         overridden.append(override.partition("=")[0])
-    return validate(tree, f"{path}: " if path else "", overridden)
+    return validate(changed, source, overridden)
 
 
 def validate(tree: dict[str, Any], source: str = "", overridden: Iterable[str] = ()) -> Config:

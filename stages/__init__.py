@@ -1,1 +1,186 @@
-"""The programs. Each stage reads its inputs from disk, writes its outputs there, and knows no other stage."""
+"""Run the reference model once; train on its log-probs as often as you like.
+
+    import prefcache
+
+    prefcache.prepare("my.yaml")
+    prefcache.score("my.yaml")
+    run = prefcache.train("my.yaml", overrides={"train.beta": 0.2})
+    prefcache.sql("select avg(margin) from rewards", "runs/my").df()
+
+Each function does what the command of its name does, and returns the result that `--json` prints. `open_cache` looks log-probs up by
+token ids, and `prefcache.trl` puts them into TRL's trainers. Nothing heavy is imported before a function needs it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefcache.pipeline.errors import (
+    AlertError,
+    DataError,
+    IdentityError,
+    IntegrityError,
+    PrefcacheError,
+    ResourceError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from prefcache.command_results import (
+        PrepareResult,
+        PrepareWaiting,
+        ReportResult,
+        ScorePlan,
+        ScoreResult,
+        TrainResult,
+    )
+    from prefcache.pipeline.config import Config
+    from prefcache.pipeline.progress import Progress
+    from prefcache.reference_cache import ReferenceCache
+    from prefcache.sql_result import SqlResult
+
+__all__ = [
+    "AlertError",
+    "DataError",
+    "IdentityError",
+    "IntegrityError",
+    "PrefcacheError",
+    "ResourceError",
+    "UsageError",
+    "open_cache",
+    "prepare",
+    "report",
+    "score",
+    "sql",
+    "train",
+]
+
+
+def prepare(
+    config: "str | Path | Mapping[str, Any] | Config",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> "PrepareResult | PrepareWaiting":
+    """Turn preference data into exact token ids.
+
+    `config` is the path of a YAML file, the same as a nested dict, or a loaded config. `overrides` maps keys to values, as
+    `{"prepare.max_length": 1024}`.
+    """
+    from prefcache.commands import prepare as command
+
+    with _open_config(config, overrides) as loaded:
+        return command.run(loaded, _progress(quiet))
+
+
+def score(
+    config: "str | Path | Mapping[str, Any] | Config",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> "ScoreResult | ScorePlan":
+    """Score every prepared sequence that the cache lacks; with `dry_run`, only say what there is to score."""
+    from prefcache.commands import score as command
+
+    with _open_config(config, overrides) as loaded:
+        return command.run(loaded, _progress(quiet), dry_run)
+
+
+def train(
+    config: "str | Path | Mapping[str, Any] | Config",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> "TrainResult | None":
+    """Train the policy against the cached log-probs.
+
+    Started by torchrun or accelerate, every process calls it, and those that do not write the result return None.
+    """
+    from prefcache.commands import train as command
+
+    with _open_config(config, overrides) as loaded:
+        return command.run(loaded, _progress(quiet))
+
+
+def report(
+    experiment: "str | Path | Mapping[str, Any] | Config",
+    output: str | Path | None = None,
+    *,
+    runs: Sequence[str] = (),
+    force: bool = False,
+    quiet: bool = False,
+) -> "ReportResult":
+    """Write an experiment's HTML report. `experiment` is its config or its folder (`out`); `runs` names some of its runs."""
+    from prefcache.commands import report as command
+
+    path = Path(output) if output is not None else None
+    if isinstance(experiment, str | Path):
+        command.refuse_unprepared(Path(experiment))
+        if Path(experiment).is_dir():
+            return command.run_folder(Path(experiment), runs, path, _progress(quiet), force)
+    named = str(experiment) if isinstance(experiment, str | Path) else None
+    with _open_config(experiment, None) as loaded:
+        return command.run_config(loaded, named or "CONFIG", runs, path, _progress(quiet), force, named)
+
+
+def sql(
+    query: str,
+    experiment: str | Path | None = None,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+) -> "SqlResult":
+    """Answer one SELECT over an experiment's views, as `prefcache sql` does: without file or network access.
+
+    `experiment` is its folder or config; None means the only one in runs/.
+    """
+    from prefcache.commands.query import Experiment
+    from prefcache.sql_result import SqlResult
+
+    where = None if experiment is None else str(experiment)
+    with Experiment(where).ask(query, parameters, timeout) as answer:
+        return SqlResult.read(answer)
+
+
+def open_cache(
+    cache: str | Path = "cache",
+    *,
+    model: str,
+    adapter: str | None = None,
+    revision: str | None = None,
+    score: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> "ReferenceCache":
+    """Open the cached log-probs of a reference model, or create a cache for it.
+
+    `model` is a folder or a hub id, as in a config; `score` has settings of a config's section of that name, such as
+    `{"engine": "vllm", "dtype": "bfloat16"}`.
+    """
+    from prefcache.reference_cache import ReferenceCache
+
+    return ReferenceCache.open(cache, model, adapter, revision, score or {}, _progress(quiet))
+
+
+@contextmanager
+def _open_config(
+    config: "str | Path | Mapping[str, Any] | Config", overrides: Mapping[str, Any] | None
+) -> "Iterator[Config]":
+    """Load a config, and work in the folder that its paths are relative to."""
+    from prefcache.pipeline import config_file
+
+    settings = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+    if isinstance(config, str | Path):
+        with config_file.open_config(config, settings) as (loaded, _):
+            yield loaded
+    else:
+        tree = config.model_dump(mode="json") if not isinstance(config, Mapping) else config
+        yield config_file.from_tree(tree, settings)
+
+
+def _progress(quiet: bool) -> "Progress":
+    from prefcache.pipeline.progress import Progress
+
+    return Progress(quiet)

@@ -100,7 +100,8 @@ FLOORS = {
     "prefcache.pipeline.questions": [""],
     "prefcache": [
         "interrupts view_sources command_results guide",
-        "query_output sql_repl terminal_output commands",
+        "query_output reference_cache sql_repl sql_result terminal_output commands",
+        "trl",
         "cli",
         "__main__",
     ],

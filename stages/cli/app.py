@@ -134,12 +134,11 @@ def open_config(path: str | None, overrides: tuple[str, ...], quiet: bool) -> It
     if path is None and not overrides:
         raise UsageError("No config. Name one (`prefcache init my.yaml` writes one to start from), or --set its keys.")
     progress, began = Progress(quiet), time.monotonic()
-    base = config_file.base_of_run_config(path) if path is not None else None
-    if path is not None and base is not None:
-        path = str(Path(path).absolute())
-        progress.say(f"{path} is a run's own config: its paths are relative to {base}")
-    with contextlib.chdir(base) if base is not None else contextlib.nullcontext():
-        yield config_file.load(path, overrides), progress
+    absolute = path and Path(path).absolute()
+    with config_file.open_config(path, overrides) as (config, base):
+        if base is not None:
+            progress.say(f"{absolute} is a run's own config: its paths are relative to {base}")
+        yield config, progress
     progress.say(f"{click.get_current_context().info_name}: {time.monotonic() - began:.1f} s in total")
 
 
