@@ -1,14 +1,71 @@
-"""The log-probs of a reference, looked up by token ids."""
+"""A reference's log-probs, looked up by token ids, and scored where the cache lacks them.
+
+The key of a value is the hash of the very ids, so it does not matter where a sequence comes from or what order it is in.
+Shapes: N sequences.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prefcache.command_results import ScoreResult
+from prefcache.pipeline import config_file, identity, process_pool
+from prefcache.pipeline.config import Config
+from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.schema import IDS, KEY
+from prefcache.pipeline.scoring import refusals
+from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
+from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
+from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache, find_folder
+from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
+from prefcache.pipeline.stored.gguf_conversion import convert_models
+from prefcache.pipeline.stored.id_lists import read_sequences, sequence_keys
+from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
+from prefcache.pipeline.stored.model_ids import identify
+from prefcache.pipeline.stored.prepared import Sequences, sequence_table
+from prefcache.pipeline.stored.scoring_plan import plan_scoring
+from prefcache.pipeline.stored.token_logps import token_logps
+
+
+@dataclass(frozen=True)
+class Logps:
+    """What the cache holds for N sequences, in the order in which they were asked for."""
+
+    sums: np.ndarray  # [N] float64: the log-prob of each completion; nan where there is none
+    missing: np.ndarray  # [N] bool: the cache lacks the sequence; score it
+    failed: np.ndarray  # [N] bool: it was scored, and has no finite log-prob
+    tokens: pa.Array | None = (
+        None  # a list per sequence: the log-prob of each completion token; null where there is none
+    )
+
+    def __len__(self) -> int:
+        return len(self.sums)
 
 
 class ReferenceCache:
-    """The cached log-probs of one reference model."""
+    """The cached log-probs of one reference model.
+
+    In a `with` block, the model stays loaded between calls of `score`, until the block ends.
+    """
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        refuse_unused(config.score)
+        convert_models(config, progress)
+        self.config, self._progress = config, progress
+        self.reference = identity.find_reference(config)
+        root = Path(config.cache)
+        # The hashes of the weights are remembered only where a cache exists: a mere lookup creates nothing.
+        self._described = identify(self.reference, root, remember=root.is_dir())
+        self._cache = self._open()
+        self._numerics: dict[str, str] | None = None
+        self._scorer: Scorer | None = None
+        self._keeps_model = False
 
     @classmethod
     def open(
@@ -20,4 +77,168 @@ class ReferenceCache:
         score: Mapping[str, Any],
         progress: Progress,
     ) -> "ReferenceCache":
-        raise NotImplementedError
+        tree = {"model": model, "adapter": adapter, "revision": revision, "cache": str(cache), "score": dict(score)}
+        # Neither data nor a place for an experiment is needed here.
+        config = config_file.from_tree({**tree, "out": ".", "prepare": {"data": ["-"]}}, source="open_cache: ")
+        if config.score.ray is not None:
+            raise UsageError("open_cache: score.ray starts its own processes; score with `prefcache score CONFIG`.")
+        return cls(config, progress)
+
+    def __enter__(self) -> "ReferenceCache":
+        self._keeps_model = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model, if one is loaded. Lookups still work."""
+        self._keeps_model = False
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
+
+    @property
+    def model_id(self) -> str:
+        return str(self._described["model_id"])
+
+    @property
+    def folder(self) -> Path:
+        return self._cache.folder
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """How this engine computes what it scores."""
+        if self._numerics is None:
+            self._numerics = find_engine(self.config.score.engine).numerics(self.reference, self.config.score)
+        return self._numerics
+
+    def __len__(self) -> int:
+        """The number of rows in the cache."""
+        return sum(record.rows for record in self._cache.records)
+
+    def __repr__(self) -> str:
+        return f"<ReferenceCache {self.folder}: {len(self):,} sequences of {self.config.model}>"
+
+    # -- lookups -----------------------------------------------------------------------------------------------------
+
+    def logps(self, prompt_ids: Any, completion_ids: Any, *, per_token: bool = False) -> Logps:
+        """Look up the log-prob of each completion after its prompt.
+
+        Both are lists with one list (or array) of token ids per sequence, or Arrow columns of such lists. A missing sequence
+        is no error: `missing` says which.
+        """
+        return self._look_up(sequence_keys(read_sequences(prompt_ids, completion_ids)), per_token)
+
+    def logps_of_keys(self, keys: pa.Array | pa.ChunkedArray, *, per_token: bool = False) -> Logps:
+        """Look up by keys, as prepared data has them (chosen_key, rejected_key, completion_key)."""
+        column = pa.chunked_array([keys]) if isinstance(keys, pa.Array) else keys
+        if column.type != KEY:
+            raise UsageError(f"The keys have the type {column.type}; expected {KEY}, as in prepared data.")
+        return self._look_up(column, per_token)
+
+    def _look_up(self, keys: pa.ChunkedArray, per_token: bool) -> Logps:
+        self._cache, accepted = self._open(), self._accepted_for_lookups()
+        (sums,) = self._cache.logps([keys], accepted)
+        is_open_N = np.ma.getmaskarray(sums)
+        failed_N = np.zeros(len(sums), bool)
+        if is_open_N.any():
+            index = KeyIndex(read_keys([keys]))
+            has_row, _, _ = self._cache.find_rows(index, accepted)
+            failed_N = is_open_N & has_row[index.rank]
+        tokens = token_logps(self._cache, [keys], [sums], accepted)[0].to_arrow(is_open_N) if per_token else None
+        return Logps(np.ma.filled(sums, np.nan), is_open_N & ~failed_N, failed_N, tokens)
+
+    def _open(self) -> Cache:
+        """The cache as it is on disk now; an empty one if it does not exist yet."""
+        root = Path(self.config.cache)
+        folder = find_folder(root, self.config.model, self.model_id)
+        if (folder / REFERENCE_FILE).is_file():
+            return Cache(folder, self.model_id)
+        return Cache.preview(root, self.config.model, self._described)
+
+    def _accepted(self) -> list[str]:
+        return [identity.numerics_id(self.numerics), *self.config.score.accept_numerics]
+
+    def _accepted_for_lookups(self) -> list[str]:
+        """The numerics whose rows are served. Where all rows have the same, those: nothing can be mixed then."""
+        known = list(self._cache.numerics())
+        return known if len(known) == 1 else self._accepted()
+
+    # -- scoring -----------------------------------------------------------------------------------------------------
+
+    def score(self, prompt_ids: Any, completion_ids: Any) -> ScoreResult:
+        """Score the sequences that the cache lacks, by the engine and with the check of `prefcache score`.
+
+        Started by torchrun or accelerate, the processes share the work, and each returns when all of it is done.
+        """
+        sequences = read_sequences(prompt_ids, completion_ids)
+        examples = _as_examples(sequences)
+        table = sequence_table(examples)
+        self._cache = create_cache(Path(self.config.cache), self.config.model, self._described)
+        refusals.warn_about_damage(self._cache, self._progress)
+        CacheWriter(self._cache).discard_damaged()
+        plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
+        refusals.refuse_mixed_numerics(self._cache, plan, self.numerics, self.config.score)
+        before = plan
+        if plan.n_missing:
+            CacheWriter(self._cache).refuse_read_only()
+            refusals.refuse_unfit(self.reference.folder, table, examples)
+            scorer = self._load(Sequences(examples), plan)
+            try:
+                with self._progress.count("score", plan.n_tokens, "tokens") as counter:
+                    for n_tokens in scorer.run(plan, *process_pool.rank_and_world()):
+                        counter.add(n_tokens)
+            finally:
+                if not self._keeps_model:
+                    self.close()
+            self._cache = self._open()
+            plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
+            refusals.refuse_unscored(self._cache, plan)
+        parities = [record.parity for record in self._cache.records if record.parity]
+        return ScoreResult(
+            cache=str(self.folder),
+            sequences=plan.n_sequences,
+            cached_before=before.n_hits,
+            scored=before.n_missing,
+            tokens=before.n_tokens,
+            failed=plan.n_failed,
+            parity=max(parities, key=lambda parity: parity.max, default=None),
+            changed=bool(before.n_missing),
+        )
+
+    def _load(self, sequences: Sequences, plan: Any) -> Scorer:
+        """Load the engine and check it; a model that is kept loaded was checked before."""
+        if self._scorer is not None:
+            self._scorer.turn_to(self._cache, sequences)
+            return self._scorer
+        score = self.config.score
+        scorer = Scorer(score, self.reference, self.numerics, self._cache, sequences, self._progress)
+        try:
+            scorer.check(sample_slots(plan, sequences, score.parity_sample))
+        except BaseException:
+            scorer.close()
+            raise
+        self._scorer = scorer
+        return scorer
+
+
+def _as_examples(sequences: pa.Table) -> pa.Table:
+    """The sequences as examples with one answer each, which a scorer reads."""
+    n, none = len(sequences), pa.nulls(len(sequences), IDS)
+    return pa.table(
+        {
+            "prompt_ids": sequences["prompt_ids"],
+            "n_prompt": _lengths(sequences["prompt_ids"]),
+            "completion_ids": sequences["completion_ids"],
+            "n_completion": _lengths(sequences["completion_ids"]),
+            "completion_key": sequence_keys(sequences),
+            "kl_ids": none,
+            "n_kl": pa.nulls(n, pa.int32()),
+            "kl_key": pa.nulls(n, KEY),
+        }
+    )
+
+
+def _lengths(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.cast(pc.list_value_length(lists), pa.int32())

@@ -42,7 +42,7 @@ FLOORS = {
         "config_file config_settings",
     ],
     "prefcache.pipeline.stored": [
-        "artifact claims duckdb_connection key_index",
+        "artifact claims duckdb_connection id_lists key_index",
         "records",
         "memos overwrite_guard shards",
         "contradictions prepared row_writers verified_shards",
@@ -70,7 +70,7 @@ FLOORS = {
         "part_worker prepared_inputs",
         "finalize",
     ],
-    "prefcache.pipeline.scoring": ["baseline vllm_worker", "engines", "scored_inputs scorer", "actors"],
+    "prefcache.pipeline.scoring": ["baseline refusals vllm_worker", "engines", "scored_inputs scorer", "actors"],
     "prefcache.pipeline.training": [
         "losses",
         "distributed gpus",

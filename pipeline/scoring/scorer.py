@@ -48,6 +48,10 @@ class Scorer:
         self._stamps: list[str] | None = None  # of the model's files when they last matched the cache's model
         self._retries_in_float32 = True  # until a retry rescued nothing: then rounding is not the cause
 
+    def turn_to(self, cache: Cache, sequences: Sequences) -> None:
+        """Score other sequences from now on, with the engine as it is."""
+        self._cache, self._sequences, self._writer = cache, sequences, CacheWriter(cache)
+
     def check(self, sample: list[int]) -> None:
         """Load the engine and compare it with the plain float32 forward on a sample of slots."""
         from prefcache.pipeline.model.weights import check_tensors

@@ -48,6 +48,13 @@ class TokenLogps:
         lengths: np.ndarray = np.diff(self._starts)[self._rank]
         return lengths
 
+    def to_arrow(self, is_null: np.ndarray) -> pa.Array:
+        """One list for each row, null where `is_null` says so."""
+        lengths = np.where(is_null, 0, self.lengths)
+        values = self._values[ranges(self._starts[self._rank], lengths)]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values), mask=pa.array(is_null))
+
 
 def token_logps(
     cache: Cache, columns: Sequence[pa.ChunkedArray], sums: Sequence[np.ma.MaskedArray], accepted: Sequence[str]

@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from prefcache.command_results import ScorePlan, ScoreResult
-from prefcache.pipeline import identity, model_config, model_files, older_ids, process_pool
+from prefcache.pipeline import identity, older_ids, process_pool
 from prefcache.pipeline.config import Config
-from prefcache.pipeline.errors import IdentityError, IntegrityError, UsageError
+from prefcache.pipeline.errors import IdentityError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing import prepared_inputs
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.scoring import actors
+from prefcache.pipeline.scoring import actors, refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scored_inputs import find_inputs
 from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
@@ -94,7 +93,7 @@ def _estimate(task: _Task, cache: Cache, progress: Progress) -> ScorePlan:
     """Say what there is to score, and change nothing."""
     _refuse_other_tokenizer(task, remember=False)
     plan = task.plan(cache)
-    _warn_about_damage(cache, progress)
+    refusals.warn_about_damage(cache, progress)
     _warn_about_sums(task, cache, plan, progress)
     n_cut = sum(map(len, _cut_answers(task, cache, plan)))
     # Per row: the key, two counts, the sum, and four bytes per token's log-prob; before compression.
@@ -114,10 +113,10 @@ def _estimate(task: _Task, cache: Cache, progress: Progress) -> ScorePlan:
 def _score(task: _Task, cache: Cache, inputs: dict[str, Any], progress: Progress) -> ScoreResult:
     """Score what is missing, read it back, and only then vouch for it."""
     _refuse_other_tokenizer(task, remember=True)
-    _warn_about_damage(cache, progress)
+    refusals.warn_about_damage(cache, progress)
     CacheWriter(cache).discard_damaged()
     plan = task.plan(cache)
-    _warn_about_damage(cache, progress)  # damage that only reading revealed
+    refusals.warn_about_damage(cache, progress)  # damage that only reading revealed
     CacheWriter(cache).discard_damaged()
     _warn_about_sums(task, cache, plan, progress)
     n_cut = 0
@@ -127,9 +126,9 @@ def _score(task: _Task, cache: Cache, inputs: dict[str, Any], progress: Progress
             progress.say(f"score: {n_cut:,} cut answers are the beginning of scored ones and take their values")
             cache = cache.reopen()
             plan = task.plan(cache)
-    _refuse_mixed_numerics(task, cache, plan)
+    refusals.refuse_mixed_numerics(cache, plan, task.numerics, task.config.score)
     if plan.n_missing:
-        _refuse_unfit(task)
+        refusals.refuse_unfit(task.reference.folder, task.sequences, task.examples)
         _compute(task, cache, plan, progress)
     manifest = _commit_manifest(task, cache.reopen(), inputs)
     return _summarize(manifest, plan.n_missing, plan.n_tokens, changed=True, n_cut=n_cut)
@@ -169,12 +168,6 @@ def _refuse_other_tokenizer(task: _Task, *, remember: bool) -> None:
         )
 
 
-def _warn_about_damage(cache: Cache, progress: Progress) -> None:
-    cache.refuse_malformed()
-    for reason in cache.damaged.values():
-        progress.warn(f"{reason.rstrip('.')}. Its sequences are scored again.")
-
-
 def _warn_about_sums(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
     counted = [CountedTokens(task.examples, name) for name in answer_names(task.examples)]
     if not task.config.score.logps and (n := sum(int(each.is_partial.sum()) for each in counted)):
@@ -186,42 +179,6 @@ def _warn_about_sums(task: _Task, cache: Cache, plan: Plan, progress: Progress) 
         progress.warn(
             f"{cache.folder} keeps only the sums of {n:,} sequences (scored with score.logps=false, or imported), and they "
             "stay as they are. For every token's log-prob, score into another place (cache)."
-        )
-
-
-def _refuse_mixed_numerics(task: _Task, cache: Cache, plan: Plan) -> None:
-    if not plan.other_numerics or task.config.score.rescore:
-        return
-    known = cache.numerics()
-    others = "; ".join(
-        f"{n} under {other} ({identity.differences(task.numerics, known[other])})"
-        for other, n in sorted(plan.other_numerics.items())
-    )
-    raise IdentityError(
-        f"{cache.folder} has {others}, of {plan.n_missing} sequences that this engine has not scored. Use those rows "
-        f"(--set score.accept_numerics=[{','.join(sorted(plan.other_numerics))}]), or compute them again "
-        "(--set score.rescore=true)."
-    )
-
-
-def _refuse_unfit(task: _Task) -> None:
-    """Refuse sequences that are too long for the model, and ids outside its vocabulary."""
-    folder = task.reference.folder
-    longest, limit = pc.max(task.sequences["n"]).as_py(), model_files.longest_sequence(folder)
-    if longest > limit:
-        raise UsageError(
-            f"The longest sequence has {longest} tokens; {folder} takes {limit}. Set prepare.max_length={limit}."
-        )
-    vocabulary = model_config.read(folder).text_model.vocab_size
-    largest = max(
-        int(part.values.to_numpy().max())
-        for name in ("prompt_ids", *(f"{answer}_ids" for answer in answer_names(task.examples)))
-        for part in task.examples[name].chunks
-        if len(part.values)
-    )
-    if vocabulary and largest >= vocabulary:
-        raise IdentityError(
-            f"Token id {largest} is not in the vocabulary of {folder} ({vocabulary}). Its tokenizer is another model's."
         )
 
 
@@ -254,10 +211,7 @@ def _commit_cut_answers(task: _Task, cache: Cache) -> int:
 
 def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> ScoredManifest:
     config, plan = task.config, task.plan(cache)
-    if plan.n_missing:
-        raise IntegrityError(
-            f"{plan.n_missing} sequences are still missing in {cache.folder}. Run the same command again."
-        )
+    refusals.refuse_unscored(cache, plan)
     accepted = [record for record in cache.records if record.numerics_id in task.accepted]
     parities = [record.parity for record in accepted if record.parity]
     worst = max(parities, key=lambda parity: parity.max, default=None)
