@@ -52,6 +52,10 @@ class AlertError(PrefcacheError):
     exit_code = 7
 
 
+class CallbackError(PrefcacheError):
+    """A callback of a run raised an error. The run can be resumed."""
+
+
 def look_up(registry: Mapping[str, T], name: str, key: str, listing: str = "", what: str = "") -> T:
     """Look up what the config's `key` names; UsageError with the nearest name.
 

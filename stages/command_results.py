@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prefcache.pipeline.stored.cache_maintenance import CollectedCache, VerifiedCache
 from prefcache.pipeline.stored.freshness import Difference
-from prefcache.pipeline.stored.records import Entry, Parity, RunManifest
+from prefcache.pipeline.stored.records import Entry, Parity, RunManifest, StoppedEntry
 from prefcache.pipeline.visible_text import visible_json
 
 _OMIT_NONE, _FLATTEN = {"omit_none": True}, {"flatten": True}
@@ -108,6 +108,30 @@ class TrainResult:
     manifest: RunManifest = field(metadata=_FLATTEN)
     run: Path
     changed: bool
+
+    @property
+    def steps(self) -> int:
+        return self.manifest.steps
+
+    @property
+    def stopped(self) -> StoppedEntry | None:
+        """Where a callback stopped the run."""
+        return self.manifest.stopped
+
+    @property
+    def evaluation(self) -> dict[str, float]:
+        """The metrics of the held-out examples after training."""
+        return self.manifest.after.evaluation
+
+    @property
+    def model(self) -> Path:
+        return self.run / "model"
+
+    def __repr__(self) -> str:
+        # The manifest lists every file of the run.
+        metrics = ", ".join(f"{name!r}: {value:.4g}" for name, value in self.evaluation.items())
+        ended = f", stopped={self.stopped.describe()!r}" if self.stopped else ""
+        return f"TrainResult(run={str(self.run)!r}, changed={self.changed}, steps={self.steps}{ended}, evaluation={{{metrics}}})"
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,8 @@ def _print_train(result: command_results.TrainResult) -> None:
     _say(
         f"{result.run}: {run.examples:,} {run.kind}, {count(run.steps, 'step')} with loss {run.loss}, {run.seconds:.0f} s"
     )
+    if run.stopped:
+        _say(run.stopped.describe())
     for split, n in _evaluated(run).items():
         console.print(_evaluation_table(run, split, n))
     shown = run.samples[:3]

@@ -75,7 +75,7 @@ FLOORS = {
         "losses",
         "distributed gpus",
         "bf16_adamw offloaded_state",
-        "alerts router_loss checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
+        "alerts router_loss callbacks checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
         "objective micro_batch_size existing_run selection released_gradients",
         "from_trl dataset token_gains loss_columns",

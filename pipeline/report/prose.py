@@ -81,7 +81,8 @@ def _describe_run(run: Run, kind: str) -> Iterator[str]:
     loss = f"with loss {facts.loss}, beta {facts.beta:g}"
     if manifest:
         seconds = f"{manifest.seconds:,.0f} s" if manifest.seconds >= 10 else f"{manifest.seconds:.1f} s"
-        yield f"The run is finished: {count(manifest.steps, 'step')} in {seconds}, {loss}. {_describe_alerts(run)}"
+        state = manifest.stopped.describe() if manifest.stopped else "finished"
+        yield f"The run is {state}: {count(manifest.steps, 'step')} in {seconds}, {loss}. {_describe_alerts(run)}"
     else:
         yield f"The run is not finished: it has reached step {run.step:,}, {loss}. {_describe_alerts(run)}"
     preferred, accuracy, margin = map(run.find_measure, (PREFERRED, "reward accuracy", "reward margin"))

@@ -389,11 +389,26 @@ class BestEntry(Entry):
     waited: Count
 
 
+class StoppedEntry(Entry):
+    """Where a callback stopped a run, of how many steps, and why."""
+
+    step: Step
+    of: Step
+    callback: str
+    reason: str = ""
+
+    def describe(self) -> str:
+        """Return `stopped at step 5 of 60 by EarlyStop: its reason`."""
+        because = f": {self.reason}" if self.reason else ""
+        return f"stopped at step {self.step:,} of {self.of:,} by {self.callback}{because}"
+
+
 class CheckpointManifest(Manifest):
     step: Step
     num_tokens: Count
     memory: dict[str, dict[str, float]] = {}
     best: BestEntry | None = None
+    stopped: StoppedEntry | None = None
     files: list[FileEntry] = []
 
 
@@ -423,6 +438,7 @@ class Evaluated(Entry):
 
 class RunManifest(Manifest):
     steps: Step
+    stopped: StoppedEntry | None = None
     best: ChosenStep | None = None
     kind: Literal["pairs", "labels"] | None = None
     examples: Count

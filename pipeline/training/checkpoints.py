@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.model.trainable import read_tensors
 from prefcache.pipeline.stored import artifact
-from prefcache.pipeline.stored.records import BestEntry, CheckpointManifest, NewerError
+from prefcache.pipeline.stored.records import BestEntry, CheckpointManifest, NewerError, StoppedEntry
 
 WEIGHTS = "weights.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -34,15 +34,17 @@ class CheckpointState:
     num_tokens: int = 0
     running_stats: dict[str, dict[str, float]] = field(default_factory=dict)  # of losses, by term and statistic
     best: BestEntry | None = None
+    stopped: StoppedEntry | None = None  # by a callback: the run ends with this step
 
     @classmethod
     def from_manifest(cls, manifest: CheckpointManifest) -> "CheckpointState":
-        return cls(manifest.step, manifest.num_tokens, manifest.memory, manifest.best)
+        return cls(manifest.step, manifest.num_tokens, manifest.memory, manifest.best, manifest.stopped)
 
     def manifest(self, files: list[dict[str, object]]) -> CheckpointManifest:
         best = self.best.facts() if self.best else None
+        stopped = {"stopped": self.stopped.facts()} if self.stopped else {}
         return CheckpointManifest.make(
-            step=self.step, num_tokens=self.num_tokens, memory=self.running_stats, best=best, files=files
+            step=self.step, num_tokens=self.num_tokens, memory=self.running_stats, best=best, files=files, **stopped
         )
 
 

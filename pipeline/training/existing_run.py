@@ -30,6 +30,12 @@ def _find_differences(run: Path, inputs: dict[str, Any]) -> tuple[Difference, ..
     return find_differences(provenance.inputs.facts(), inputs)
 
 
+def reopen_stopped(run: Path) -> None:
+    """Reopen a finished run that a callback stopped before its last step."""
+    if (manifest := RunManifest.find(run)) is not None and manifest.stopped:
+        artifact.retract_manifest(run)
+
+
 def retract_damaged(run: Path, progress: Progress) -> None:
     """Reopen a finished run whose damaged files can be made again from its last checkpoint; refuse other damage."""
     if (manifest := RunManifest.find(run)) is None:

@@ -23,6 +23,8 @@ from prefcache.pipeline.training.run_log import PARTS, PROVENANCE
 
 def finish(s: Session, before: Before, trained: Trained) -> RunManifest | None:
     """Write the run's results; return its manifest on the main process."""
+    if trained.stopped:
+        s.progress.say(f"train: {trained.stopped.describe()}")
     if trained.best:
         s.policy.load_weights(checkpoints.path(s.config.run, trained.best.step))
         s.progress.say(f"train: the model is that of step {trained.best.step:,}, the best by {trained.best.metric}")
@@ -46,7 +48,8 @@ def _commit(
     counts = {"examples": len(s.examples[TRAIN]), "steps": trained.steps}
     provenance = Provenance.read(run / PROVENANCE, f"Delete {run} and train again.")
     card = model_card.render(
-        provenance, s.objective.kind, trained.best, counts, before.evaluation, trained.evaluation, n_evaluated
+        *(provenance, s.objective.kind, trained.best, counts, before.evaluation, trained.evaluation, n_evaluated),
+        stopped=trained.stopped,
     )
     with artifact.commit_folder(run / "model") as folder:
         s.policy.save_model(folder, state)
@@ -56,6 +59,7 @@ def _commit(
     n_by_kind = Counter(event["kind"] for event in s.log.rows("events"))
     summary = {
         "steps": trained.steps,
+        **({"stopped": trained.stopped.facts()} if trained.stopped else {}),
         **best_checkpoint.summarize(trained.best),
         "kind": s.objective.kind,
         "examples": len(s.examples[TRAIN]),

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from prefcache.pipeline.schema import HELD_OUT, metric_prefix
-from prefcache.pipeline.stored.records import BestEntry, Provenance
+from prefcache.pipeline.stored.records import BestEntry, Provenance, StoppedEntry
 from prefcache.pipeline.visible_text import visible
 
 _MEASURED = (
@@ -29,6 +29,7 @@ def render(
     before: Mapping[str, float],
     after: Mapping[str, float],
     n_evaluated: Mapping[str, int],
+    stopped: StoppedEntry | None = None,
 ) -> str:
     """`before` and `after` are the run's evaluations, `n_evaluated` the examples of each split that they are over."""
     model = facts.model or "a model"
@@ -44,7 +45,8 @@ def render(
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=False)}---",
         f"# {_cell(folder.name if folder else model)}, trained on preferences",
         f"Trained by prefcache with the loss {_cell(facts.loss)}, on {counts['examples']:,} {kind}, {counts['steps']:,} steps. "
-        "The whole configuration is config.yaml in the folder above this one; `prefcache train` with it makes the run again."
+        + (f"It was {_cell(stopped.describe())}. " if stopped else "")
+        + "The whole configuration is config.yaml in the folder above this one; `prefcache train` with it makes the run again."
         + (
             f" The weights are those of step {best.step:,}, the best of its evaluations by {_cell(best.metric)}."
             if best

@@ -9,8 +9,9 @@ from prefcache.pipeline.config import Config
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.cache import Cache
-from prefcache.pipeline.stored.records import BestEntry
+from prefcache.pipeline.stored.records import BestEntry, StoppedEntry
 from prefcache.pipeline.training import dataset
+from prefcache.pipeline.training.callbacks import Callbacks
 from prefcache.pipeline.training.dataset import Examples
 from prefcache.pipeline.training.moving_reference import MovingReference
 from prefcache.pipeline.training.objective import Objective
@@ -33,6 +34,7 @@ class Session:
     moving: MovingReference | None
     log: RunLog
     progress: Progress
+    callbacks: Callbacks
     own_prompts: Sequence[Prompt] = ()  # to answer in addition to evaluated ones
 
     @property
@@ -64,3 +66,4 @@ class Trained:
     seconds: float
     best: BestEntry | None  # None: the last step's weights are the ones that count
     evaluation: dict[str, float]  # of the weights that count
+    stopped: StoppedEntry | None = None  # by a callback, before the last step

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.schema import TRAIN
+from prefcache.pipeline.schema import EVALUATION, TRAIN
 from prefcache.pipeline.training import alert_handler, alerts, best_checkpoint, checkpoints, dataset, evaluate, metrics
+from prefcache.pipeline.training.callbacks import TrainCheckpoint, TrainEvaluation, TrainStep
 from prefcache.pipeline.training.checkpoints import CheckpointState
 from prefcache.pipeline.training.gradient_step import NotFinite
 from prefcache.pipeline.training.objective import RunningStats
@@ -23,8 +24,11 @@ from prefcache.pipeline.training.run_context import Session, Trained
 Report = Callable[[dict[str, Any]], None]
 
 
-def resume(s: Session) -> CheckpointState:
-    """Restore the newest whole checkpoint and discard what came after it; without one, start at step 0."""
+def resume(s: Session, *, continue_stopped: bool = False) -> CheckpointState:
+    """Restore the newest whole checkpoint and discard what came after it; without one, start at step 0.
+
+    A run that a callback stopped is over at its last checkpoint, unless it is to be continued.
+    """
     more_files = s.moving.checkpoint_files if s.moving else lambda step: set[str]()
     newest = checkpoints.find_newest(s.config.run, s.progress.warn, more_files)
     folder, state = newest or (None, CheckpointState())
@@ -46,7 +50,7 @@ def resume(s: Session) -> CheckpointState:
         s.progress.say(f"train: resuming from step {state.step}")
     if s.moving:
         s.moving.restore(folder)
-    return state
+    return replace(state, stopped=None) if continue_stopped else state
 
 
 def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
@@ -54,7 +58,7 @@ def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
     train, examples = s.config.train, s.examples[TRAIN]
     began, evaluation = time.monotonic(), None
     watch = alert_handler.start_watch(s)
-    is_over = best_checkpoint.is_patience_exhausted(train.best, state.best)
+    is_over = state.stopped is not None or best_checkpoint.is_patience_exhausted(train.best, state.best)
     remaining = dataset.steps(
         len(examples), train.batch_size, train.epochs, train.seed, state.step, examples.ranks, train.max_steps
     )
@@ -68,20 +72,26 @@ def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
             num_tokens = state.num_tokens + examples.n_tokens(indices)
             state = replace(state, step=step, num_tokens=num_tokens, running_stats=running_stats)
             row = {"step": step, "epoch": epoch, **metrics.visit_metrics(visit, s.objective), **logged}
-            row["learning_rate"] = rate
-            if dataset.evaluates(step, s.n_steps, train.eval_every):
+            row |= {"learning_rate": rate, "num_tokens": num_tokens}
+            _call_after_step(s, row)
+            # A run that a callback stops ends with an evaluation, as every run does.
+            if dataset.evaluates(step, s.n_steps, train.eval_every) or s.callbacks.stop:
                 evaluation = evaluate.evaluate(s, step, epoch, running_stats)
                 row |= evaluate.eval_row(evaluation)
                 state = replace(state, best=best_checkpoint.update(train.best, state.best, step, evaluation))
-            row["num_tokens"] = num_tokens
+                _call_after_evaluation(s, row)
             s.log.add_metrics(row)
             report(row)
             s.log.add_visit(step, epoch, TRAIN, examples.example_ids(indices), visit)
             stops = alert_handler.report(s, watch, row)
+            if step < s.n_steps:
+                state = replace(state, stopped=s.callbacks.stop)
             is_over = step == s.n_steps or best_checkpoint.is_patience_exhausted(train.best, state.best)
+            is_over = is_over or s.callbacks.ends_run
             is_best = state.best is not None and state.best.step == step
             if is_over or stops or is_best or step % train.checkpoint_every == 0:
                 _save_checkpoint(s, state)
+            s.callbacks.raise_failure(f"Train again to resume from step {step}, at which there is a checkpoint.")
             alerts.stop_if_strict(s.config, stops)
             accuracy = f"  accuracy {row['rewards/accuracies']:.2f}" if "rewards/accuracies" in row else ""
             counter.add(1, f"loss {row['loss']:.4f}{accuracy}")
@@ -90,7 +100,7 @@ def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
         evaluation = state.best.evaluation
     elif evaluation is None:  # resumed after the last step
         evaluation = evaluate.evaluate(s, state.step, train.epochs, state.running_stats, log=False)
-    return Trained(state.step, seconds, state.best, evaluation)
+    return Trained(state.step, seconds, state.best, evaluation, state.stopped)
 
 
 def _update(
@@ -117,6 +127,23 @@ def _update(
     return result
 
 
+def _call_after_step(s: Session, row: dict[str, Any]) -> None:
+    place, metrics = _split_row(s, row)
+    s.callbacks.call("on_step", TrainStep(**place, epoch=row["epoch"], metrics=metrics))
+
+
+def _call_after_evaluation(s: Session, row: dict[str, Any]) -> None:
+    place, metrics = _split_row(s, row)
+    evaluated = {name: value for name, value in metrics.items() if name.startswith(EVALUATION)}
+    s.callbacks.call("on_evaluation", TrainEvaluation(**place, epoch=row["epoch"], metrics=evaluated))
+
+
+def _split_row(s: Session, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return where the run is, and the metrics of this row."""
+    place = {"run": s.config.run.absolute(), "step": row["step"], "n_steps": s.n_steps}
+    return place, {name: value for name, value in row.items() if name not in ("step", "epoch")}
+
+
 def _save_checkpoint(s: Session, state: CheckpointState) -> None:
     weights, optimizer = s.policy.weights(), s.policy.optimizer_state()  # gathered by all processes
 
@@ -129,3 +156,6 @@ def _save_checkpoint(s: Session, state: CheckpointState) -> None:
         s.log.flush(state.step)
         checkpoints.save(s.config.run, save, optimizer, state, s.config.train.keep_checkpoints)
     s.policy.accelerator.wait_for_everyone()
+    run = s.config.run.absolute()
+    folder = checkpoints.path(run, state.step)
+    s.callbacks.call("on_checkpoint", TrainCheckpoint(run=run, step=state.step, n_steps=s.n_steps, folder=folder))

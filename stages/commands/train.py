@@ -1,5 +1,6 @@
 """train: the policy alone, against the cached log-probs of its reference."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,18 +12,22 @@ from prefcache.pipeline.errors import PrefcacheError, UsageError
 from prefcache.pipeline.preparing import prepared_inputs, sample_prompts
 from prefcache.pipeline.process_pool import rank_and_world
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import TRAIN
+from prefcache.pipeline.schema import EVALUATION, TRAIN
 from prefcache.pipeline.stored import artifact, claims
 from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.prepared import Prepared
-from prefcache.pipeline.stored.records import RunManifest
+from prefcache.pipeline.stored.records import Before, RunManifest
 from prefcache.pipeline.training import alerts, existing_run, loss_columns, run_inputs
+from prefcache.pipeline.training.callbacks import Callbacks, TrainCallback, TrainEnd, TrainStart, refuse_others
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.run_log import RunLog
 from prefcache.pipeline.training.sample_answers import Prompt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from prefcache.pipeline.training.checkpoints import CheckpointState
+    from prefcache.pipeline.training.run_context import Session, Trained
 
 TRIED = 12  # examples on which the ways to share a forward are tried
 
@@ -83,24 +88,35 @@ def estimate(config: Config, progress: Progress, gpu: str | None, processes: int
     )
 
 
-def run(config: Config, progress: Progress) -> TrainResult | None:
-    """Return the result on the process that wrote it, None on the others."""
+def run(
+    config: Config,
+    progress: Progress,
+    callbacks: Sequence[TrainCallback] = (),
+    *,
+    continue_stopped: bool = False,
+) -> TrainResult | None:
+    """Return the result on the process that wrote it, None on the others.
+
+    `continue_stopped` takes the remaining steps of a run that a callback stopped.
+    """
+    refuse_others(callbacks)
     is_main = rank_and_world()[0] == 0
     if is_main and (reason := prepared_inputs.explain_if_stale(config)):
         progress.warn(reason)
     convert_models(config, progress)
-    if (finished := _find_finished(config)) is not None:
+    finished = _find_finished(config)
+    if finished is not None and not (continue_stopped and finished.stopped):
         return _report_finished(config, finished, progress, is_main=is_main)
     # Imported only now: a finished run is recognized without accelerate and transformers, which take seconds.
     from prefcache.pipeline.training.distributed import make_accelerator
 
     devices = make_accelerator(config.train)
     if not devices.is_main_process:
-        return _train(config, devices, Progress(quiet=True))
+        return _train(config, devices, Progress(quiet=True), callbacks, continue_stopped)
     # The main process outlasts the others' work and claims the run for all of them.
     remedy = "name another run (--set train.run=NAME)"
     with claims.claim_stage(config.run.parent, f"train-{config.run.name}", remedy):
-        return _train(config, devices, progress)
+        return _train(config, devices, progress, callbacks, continue_stopped)
 
 
 def _find_finished(config: Config) -> RunManifest | None:
@@ -120,10 +136,19 @@ def _report_finished(config: Config, finished: RunManifest, progress: Progress, 
     if not is_main:
         return None
     progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
+    if finished.stopped:
+        remedy = "Take the remaining steps with prefcache.train(..., continue_stopped=True)."
+        progress.say(f"train: it was {finished.stopped.describe()}. {remedy}")
     return TrainResult(manifest=finished, run=config.run, changed=False)
 
 
-def _train(config: Config, devices: "Accelerator", progress: Progress) -> TrainResult | None:
+def _train(
+    config: Config,
+    devices: "Accelerator",
+    progress: Progress,
+    callbacks: Sequence[TrainCallback],
+    continue_stopped: bool,
+) -> TrainResult | None:
     from prefcache.pipeline.training import (
         cache_join,
         finalize_run,
@@ -140,6 +165,8 @@ def _train(config: Config, devices: "Accelerator", progress: Progress) -> TrainR
     objective = setup.objective
     if devices.is_main_process:
         existing_run.make_room(config.run, setup.inputs, progress)
+        if continue_stopped:
+            existing_run.reopen_stopped(config.run)
     devices.wait_for_everyone()
     existing_run.retract_damaged(config.run, progress)
     # Another process may have finished the run before this one had the claim.
@@ -156,16 +183,39 @@ def _train(config: Config, devices: "Accelerator", progress: Progress) -> TrainR
     log = RunLog(config.run)
     s = Session(
         *(config, setup.start, setup.inputs, examples, setup.cache, objective, policy, moving, log, progress),
+        callbacks=Callbacks(callbacks, devices.is_main_process, policy.broadcast),
         own_prompts=own_prompts,
     )
     start_check.write_provenance(s)
     before = start_check.measure_start(s, setup.scored if objective.reference_answers else None)
-    state = train_loop.resume(s)
+    state = train_loop.resume(s, continue_stopped=continue_stopped)
+    _call_at_start(s, state, before)
     tracking = trackers.reporting(config, log.rows("metrics"), state.step) if s.main else nullcontext(lambda row: None)
     with tracking as report:
         trained = train_loop.take_steps(s, state, report)
     manifest = finalize_run.finish(s, before, trained)
+    _call_at_end(s, trained)
     return TrainResult(manifest=manifest, run=config.run, changed=True) if manifest else None
+
+
+def _call_at_start(s: "Session", state: "CheckpointState", before: Before) -> None:
+    metrics = {f"{EVALUATION}{name}": value for name, value in before.evaluation.items()}
+    event = TrainStart(run=s.config.run.absolute(), step=state.step, n_steps=s.n_steps, metrics=metrics)
+    s.callbacks.call("on_start", event)
+    s.callbacks.raise_failure("No step was taken. Train again to start from there.")
+
+
+def _call_at_end(s: "Session", trained: "Trained") -> None:
+    event = TrainEnd(
+        run=s.config.run.absolute(),
+        step=trained.steps,
+        n_steps=s.n_steps,
+        metrics={f"{EVALUATION}{name}": value for name, value in trained.evaluation.items()},
+        model=s.config.run.absolute() / "model",
+        stopped=trained.stopped is not None,
+    )
+    s.callbacks.call("on_end", event)
+    s.callbacks.raise_failure(f"The run is finished, and its model is in {event.model}.")
 
 
 def _read_own_prompts(config: Config, setup: run_inputs.RunSetup) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 import yaml
 
-from prefcache.pipeline.stored.records import BestEntry, Provenance
+from prefcache.pipeline.stored.records import BestEntry, Provenance, StoppedEntry
 from prefcache.pipeline.training import model_card
 from prefcache.pipeline.visible_text import visible
 
@@ -49,9 +49,10 @@ def test_names_are_text_and_nothing_in_them_acts():
     acting = "a\x1b[31m\u202e|<b>\n# b"
     facts = FACTS | {"model": acting, "loss": acting, "loss_arguments": {acting: {acting: acting}}}
     best = BestEntry(step=1, metric=acting, evaluation={}, waited=0)
-    card = model_card.render(Provenance.make(**facts), "pairs", best, COUNTS, {}, {}, {})
+    stopped = StoppedEntry(step=1, of=2, callback=acting, reason=acting)
+    card = model_card.render(Provenance.make(**facts), "pairs", best, COUNTS, {}, {}, {}, stopped)
     shown = "a\u241b[31m&lt;U+202E>\\|&lt;b> # b"
-    assert card.count(shown) == 6 and visible(card) == card
+    assert card.count(shown) == 8 and visible(card) == card
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == acting and head["tags"] == ["prefcache", acting]
 
