@@ -19,8 +19,12 @@ _DATA_SUFFIXES = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # files of re
 _START = "Name a YAML file; `prefcache init my.yaml` writes one to start from."
 
 
+# As `key=value` with a value in YAML, from the command line; or from Python, by key.
+Overrides = Iterable[str] | Mapping[str, Any]
+
+
 @contextlib.contextmanager
-def open_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Iterator[tuple[Config, Path | None]]:
+def open_config(path: str | Path | None, overrides: Overrides = ()) -> Iterator[tuple[Config, Path | None]]:
     """Load a configuration, and work in the folder that its paths are relative to, which is yielded unless it is the current one."""
     base = base_of_run_config(path) if path is not None else None
     absolute = path if path is None or base is None else Path(path).absolute()
@@ -28,22 +32,35 @@ def open_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Itera
         yield load(absolute, overrides), base
 
 
-def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Load the configuration in `path` (None: empty) and apply `key=value` overrides."""
+def load(path: str | Path | None, overrides: Overrides = ()) -> Config:
+    """Load the configuration in `path` (None: empty) and apply overrides."""
     return from_tree(read_yaml(Path(path)) if path else {}, overrides, f"{path}: " if path else "")
 
 
-def from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
-    """Build the configuration from a tree such as a YAML file's, and apply `key=value` overrides."""
-    overridden, changed = [], copy.deepcopy(dict(tree))
+def from_tree(tree: Mapping[str, Any], overrides: Overrides = (), source: str = "") -> Config:
+    """Build the configuration from a tree such as a YAML file's, and apply overrides."""
+    changed = copy.deepcopy(dict(tree))
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            if isinstance(value, Mapping) and key in ("prepare", "score", "train"):
+                named = f"{key}.{next(iter(value), 'KEY')}"
+                raise UsageError(
+                    f"overrides: {key} would replace the whole section. Name single keys, as in {named!r}."
+                )
+            _put(changed, key, to_plain(value), "overrides: ")
+        return validate(changed, source, overrides, "overrides: ")
+    overridden = []
     for override in overrides:
-        _apply(changed, override)
-        overridden.append(override.partition("=")[0])
+        key, value = _parse(override)
+        _put(changed, key, value, f"--set {override}: ")
+        overridden.append(key)
     return validate(changed, source, overridden)
 
 
-def validate(tree: dict[str, Any], source: str = "", overridden: Iterable[str] = ()) -> Config:
-    """Build the configuration. The error begins with `source`, except for keys that the command line has overridden."""
+def validate(
+    tree: dict[str, Any], source: str = "", overridden: Iterable[str] = (), override_source: str = "--set "
+) -> Config:
+    """Build the configuration. The error begins with `source`, or for keys that were overridden with `override_source`."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -57,7 +74,7 @@ def validate(tree: dict[str, Any], source: str = "", overridden: Iterable[str] =
             for prefix, problems in ((source, by_origin["file"]), ("", by_origin["either"]))
             if problems
         ]
-        parts += [f"--set {problem}" for problem in by_origin["override"]]
+        parts += [f"{override_source}{problem}" for problem in by_origin["override"]]
         raise UsageError("; ".join([*_foreign(source, tree), *parts])) from None
 
 
@@ -121,19 +138,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parse(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {override}: expected KEY=VALUE, as in --set train.beta=0.2.")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}.") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            raise UsageError(f"--set {override}: {section} is a value, not a section.")
+            raise UsageError(f"{source}{section} is a value, not a section.")
     tree[last] = value
+
+
+def to_plain(value: Any) -> Any:
+    """Copy a value as YAML would give it: a path from Python becomes text, and a number of NumPy one of Python."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -53,7 +54,7 @@ def run(
 def _processes(start: Callable[[], Callable[..., Any]], n_workers: int) -> Iterator[Callable[..., Any]]:
     before = set(multiprocessing.active_children())
     started: set[Any] = set()
-    with uninterrupted():  # starts the process that tracks shared resources
+    with uninterrupted(), _hidden_script():  # starts the process that tracks shared resources
         # Not fork, since this process has threads.
         executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin, (start,))
     try:
@@ -78,10 +79,35 @@ def _processes(start: Callable[[], Callable[..., Any]], n_workers: int) -> Itera
 
 
 def _submit(executor: ProcessPoolExecutor, started: set[Any], function: Callable[..., T], *task: Any) -> Future[T]:
-    with uninterrupted():  # may start a worker
+    with uninterrupted(), _hidden_script():  # may start a worker
         future = executor.submit(function, *task)
     started.update(multiprocessing.active_children())
     return future
+
+
+_hiding = threading.Lock()
+
+
+@contextlib.contextmanager
+def _hidden_script() -> Iterator[None]:
+    """Hide from workers which script or module is running.
+
+    A spawned process first imports that script again, under another name, for functions that it may be sent from there. Workers are
+    sent the package's own functions only; and a script that calls prefcache.prepare at its top level, without
+    `if __name__ == "__main__"`, would start over in every worker.
+    """
+    main = sys.modules["__main__"]
+    with _hiding:
+        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        for name in hidden:
+            delattr(main, name)
+        # multiprocessing reads it without asking whether it is there.
+        main.__spec__ = None
+        try:
+            yield
+        finally:
+            del main.__spec__
+            vars(main).update(hidden)
 
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -11,7 +11,6 @@ Each function does what the command of its name does, and returns the result tha
 token ids, and `prefcache.trl` puts them into TRL's trainers. Nothing heavy is imported before a function needs it.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 from prefcache.pipeline.errors import (
     AlertError,
+    CallbackError,
     DataError,
     IdentityError,
     IntegrityError,
     PrefcacheError,
     ResourceError,
     UsageError,
+)
+from prefcache.pipeline.training.callbacks import (
+    Stop,
+    TrainCallback,
+    TrainCheckpoint,
+    TrainEnd,
+    TrainEvaluation,
+    TrainStart,
+    TrainStep,
 )
 
 if TYPE_CHECKING:
@@ -41,14 +50,25 @@ if TYPE_CHECKING:
     from prefcache.reference_cache import ReferenceCache
     from prefcache.sql_result import SqlResult
 
+    __version__: str
+
 __all__ = [
     "AlertError",
+    "CallbackError",
     "DataError",
     "IdentityError",
     "IntegrityError",
     "PrefcacheError",
     "ResourceError",
+    "Stop",
+    "TrainCallback",
+    "TrainCheckpoint",
+    "TrainEnd",
+    "TrainEvaluation",
+    "TrainStart",
+    "TrainStep",
     "UsageError",
+    "__version__",
     "open_cache",
     "prepare",
     "report",
@@ -93,16 +113,22 @@ def train(
     config: "str | Path | Mapping[str, Any] | Config",
     *,
     overrides: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainCallback] = (),
+    continue_stopped: bool = False,
     quiet: bool = False,
 ) -> "TrainResult | None":
     """Train the policy against the cached log-probs.
 
-    Started by torchrun or accelerate, every process calls it, and those that do not write the result return None.
+    Each of `callbacks` sees the steps, evaluations and checkpoints, and may stop the run; `continue_stopped` takes the remaining steps
+    of a run that one has stopped. A run that is already finished trains nothing and calls none of them.
+
+    Started by torchrun or accelerate, every process calls `train`. Callbacks are called in the main process, which returns the result;
+    the others return None.
     """
     from prefcache.commands import train as command
 
     with _open_config(config, overrides) as loaded:
-        return command.run(loaded, _progress(quiet))
+        return command.run(loaded, _progress(quiet), callbacks, continue_stopped=continue_stopped)
 
 
 def report(
@@ -171,13 +197,23 @@ def _open_config(
     """Load a config, and work in the folder that its paths are relative to."""
     from prefcache.pipeline import config_file
 
-    settings = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
     if isinstance(config, str | Path):
-        with config_file.open_config(config, settings) as (loaded, _):
+        with config_file.open_config(config, overrides or {}) as (loaded, _):
             yield loaded
+    elif isinstance(config, Mapping):
+        yield config_file.from_tree(config_file.to_plain(config), overrides or {}, "config: ")
     else:
-        tree = config.model_dump(mode="json") if not isinstance(config, Mapping) else config
-        yield config_file.from_tree(tree, settings)
+        yield config_file.from_tree(config.model_dump(mode="json"), overrides) if overrides else config
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for an attribute
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("prefcache")
+        raise AttributeError(f"module 'prefcache' has no attribute {name!r}")
 
 
 def _progress(quiet: bool) -> "Progress":
