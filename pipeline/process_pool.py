@@ -98,7 +98,7 @@ def _hidden_script() -> Iterator[None]:
     """
     main = sys.modules["__main__"]
     with _hiding:
-        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        hidden: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
         for name in hidden:
             delattr(main, name)
         # multiprocessing reads it without asking whether it is there.
