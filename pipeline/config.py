@@ -106,6 +106,8 @@ class Prepare(Section):
     """Which pairs to make from a ranking of several answers."""
     kl_pairs: bool = True
     """For labels: also prepare each prompt with another example's answer, from which KTO estimates the KL divergence."""
+    kl_batch_size: Annotated[int, Field(ge=2)] | None = None
+    """For labels: choose these answers within batches of this many, as TRL's KTOTrainer does with its per_device_train_batch_size. Default: among all examples."""
     template: Literal["chat", "none"] = "chat"
     """chat: use the tokenizer's chat template (a plain string is one turn). none: plain text, with the end token after answers."""
     train_on: TrainOn = "assistant"

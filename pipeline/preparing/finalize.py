@@ -101,7 +101,8 @@ def commit_shards(
         raise DataError(f"None of {len(copies):,} examples is left: the weights of their sources are too small.")
     if n_leaked := _count_leaked(parts, splits, copies > 0):
         done["leaked"] = n_leaked
-    mismatched = _MismatchedAnswers(parts, ids, whole_ids, copies > 0, groups, prepare) if kind == "labels" else None
+    rings = splits if prepare.kl_batch_size else groups  # a batch of TRL's has rows of one split
+    mismatched = _MismatchedAnswers(parts, ids, whole_ids, copies > 0, rings, prepare) if kind == "labels" else None
     earlier_copies = _sum_earlier(ids, copies)
     with contextlib.ExitStack() as stack:
         shards = {
@@ -204,8 +205,9 @@ class _MismatchedAnswers:
     """For each label, another example's answer: what KTO's estimate of the divergence is taken over.
 
     All examples form a ring in the order of a hash of seed and id, each set of evaluation data one of its own; each takes the
-    answer of the next one that has another prompt and another answer. So the choice depends on the data and the seed, not on shards or workers, nor on
-    where answers are cut.
+    answer of the next one that has another prompt and another answer. With prepare.kl_batch_size, each split is a ring that is
+    cut into batches, where the first row takes the answer of the last and each other one that of the row before. So the choice
+    depends on the data and the seed, not on shards or workers, nor on where answers are cut.
     """
 
     def __init__(
@@ -218,11 +220,15 @@ class _MismatchedAnswers:
         prepare: Prepare,
     ) -> None:
         self._parts, self._ids, self._max_length = parts, ids, prepare.max_length
+        self._by_batch = prepare.kl_batch_size is not None
         self.n_without = 0
         self._partners = np.full(len(ids), _NONE, np.int64)
         for group in np.unique(groups[used]) if prepare.kl_pairs else ():
             rows = np.flatnonzero(used & (groups == group))
             ring = rows[np.lexsort((rows, _hash_with_seed(whole_ids[rows], prepare.seed)))]
+            if prepare.kl_batch_size:
+                self._partners[ring] = _previous_in_batch(ring, prepare.kl_batch_size)
+                continue
             hashes = {name: parts.read_column(name)[ring] for name in ("prompt_hash", "text_hash", "ids_hash")}
             self._partners[ring] = _next_in_ring(ring, **hashes)
 
@@ -234,10 +240,15 @@ class _MismatchedAnswers:
         for partner, prompt, own, (whole, n_kept, spans) in zip(
             partners, prompts, completions, self._read_answers(partners), strict=True
         ):
-            answer = whole[: min(n_kept, self._max_length - len(prompt))]
+            room = self._max_length - len(prompt)
+            # TRL cuts the whole anew, and takes an answer that is the row's own too.
+            answer = whole[: room if self._by_batch else min(n_kept, room)]
+            if spans[-1:] == [n_kept]:  # what was cut off it counts as its last token does
+                spans = [*spans[:-1], len(whole)]
             kept_spans = clip_spans(spans, len(answer))
             # Cut to the length that is left, it may have become the row's own.
-            if partner == _NONE or not kept_spans or answer.tolist() == own:
+            is_own = not self._by_batch and answer.tolist() == own
+            if partner == _NONE or not kept_spans or is_own:
                 self.n_without += 1
                 kl_rows.append({})
                 continue
@@ -267,6 +278,14 @@ class _MismatchedAnswers:
                 for i, kept, cut, spans in zip(at, *(column.to_pylist() for column in columns), strict=True):
                     answers[i] = np.asarray(kept + cut, "<i4"), len(kept), spans
         return answers
+
+
+def _previous_in_batch(ring: np.ndarray, size: int) -> np.ndarray:
+    """Return for each row the one before it in its batch; for the first one the last. One that is alone has none."""
+    batches = np.split(ring, range(size, len(ring), size))
+    partners = np.concatenate([np.roll(batch, 1) for batch in batches])
+    partners[partners == ring] = _NONE
+    return partners
 
 
 def _next_in_ring(ring: np.ndarray, prompt_hash: np.ndarray, text_hash: np.ndarray, ids_hash: np.ndarray) -> np.ndarray:

@@ -32,7 +32,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # The names of our shards; any other file in the folder is kept.
 _SHARD = r"[a-z][a-z0-9_]*-[0-9a-f]{8}-\d{5,}\.arrow"
 # Settings that apply after the parts are finished, so that parts stay valid when they change.
-_NOT_IN_PARTS = {"data", "workers", "max_quarantine", "rows_per_shard", "duplicates", "kl_pairs", "seed"}
+_NOT_IN_PARTS = {
+    "data",
+    "workers",
+    "max_quarantine",
+    "rows_per_shard",
+    "duplicates",
+    "kl_pairs",
+    "kl_batch_size",
+    "seed",
+}
 
 
 def run(config: Config, progress: Progress) -> PrepareResult | PrepareWaiting:

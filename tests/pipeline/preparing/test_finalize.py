@@ -269,6 +269,33 @@ def test_where_all_answers_are_one_there_is_none_that_does_not_belong(tmp_path, 
         assert [row[name] for name in ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl")] == [None] * 5
 
 
+def test_within_batches_each_row_takes_the_answer_of_the_one_before_and_the_first_that_of_the_last(tmp_path):
+    found, done = assembled(tmp_path, LABELS, kind="labels", kl_batch_size=8)
+    for split, rows in found.items():
+        by_name, left = {row["example_id"]: row for row in rows}, {row["example_id"] for row in rows}
+        sizes = []
+        while left:
+            ring = [left.pop()]
+            while (name := by_name[ring[-1]]["kl_of"]) in left:
+                left.remove(name)
+                ring.append(name)
+            assert name == ring[0], split
+            sizes.append(len(ring))
+        assert sorted(sizes) == [len(rows) % 8, *[8] * (len(rows) // 8)]
+        # Even an answer that is the row's own.
+        assert all(row["kl_ids"] == by_name[row["kl_of"]]["completion_ids"] for row in rows)
+    assert done["unmatched"] == 0
+
+
+def test_within_batches_a_mismatched_answer_is_the_whole_one_cut_anew(tmp_path):
+    own = APART[0] | {"prompt_ids": [1], "completion_ids": [7, 7], "completion_spans": [0, 2]}
+    other = APART[1] | {"prompt_ids": [2, 2, 2, 2], "completion_ids": [8], "completion_spans": [0, 1]}
+    other |= {"completion_cut_ids": [9, 9, 9]}
+    found, _ = assembled(tmp_path, [own, other], kind="labels", max_length=5, kl_batch_size=2)
+    assert [row["kl_ids"] for row in all_rows(found)] == [[8, 9, 9, 9], [7]]
+    assert [row["kl_spans"] for row in all_rows(found)] == [[0, 4], [0, 1]]
+
+
 def test_without_kl_pairs_their_columns_are_null(tmp_path):
     found, done = assembled(tmp_path, LABELS, kind="labels", kl_pairs=False)
     assert "unmatched" not in done and len(all_rows(found)) == 60
