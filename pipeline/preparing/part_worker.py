@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +104,31 @@ class PartWorker:
         quarantine = Quarantine()
         rows = _RowColumns(self.resolved.kind, prepare.held_out, prepare.source_splits[source])
         lines = list(chunk.lines())
-        n_examples = self._strikes = 0
-        examples = ((line, example) for line in lines for example in self.read_examples(line, source, quarantine))
-        # As many examples as the tokenizer takes well at once, and no more text than memory does.
-        for _, batch in group_by_size(examples, Limits(BATCH, _BATCH_BYTES), lambda item: len(item[0].raw)):
-            n_examples += len(batch)
-            for line, truncated in self.tokenize(batch, quarantine):
+        for batch in self._tokenize_batches(lines, source, quarantine):
+            for line, truncated in batch:
                 rows.add(line, truncated)
                 rows.done["plain_text"] += self.puts_text_into_template(truncated.example)
             rows.pack()
+        table = rows.table()
         return PreparedPart(
-            rows.table(),
+            table,
             quarantine.table(),
             records=len(lines),
-            further=n_examples + quarantine.n_unread - len(lines),
+            further=len(table) + len(quarantine.rows) - len(lines),
             quarantined=dict(sorted(quarantine.reasons.items())),
             first=quarantine.first,
             done=dict(sorted((rows.done + self.renderer.counts).items())),
         )
+
+    def repeat(self, source: int, chunk: Chunk) -> list[tuple[Line, TruncatedExample]]:
+        """Return the examples of a chunk that was prepared before, with the messages that its rows do not have."""
+        with _without_garbage_collection():
+            lines = list(chunk.lines())
+            for use_cache in (True, False):
+                self.renderer.reset(use_cache=use_cache)
+                with contextlib.suppress(TemplateCacheMismatch):
+                    return [*chain.from_iterable(self._tokenize_batches(lines, source, Quarantine()))]
+        raise AssertionError("without the cache nothing can differ from it")
 
     # -- record -> examples -> text -> ids ---------------------------------------------------------------------------
 
@@ -140,6 +148,15 @@ class PartWorker:
             quarantine.n_unread += 1
             quarantine.add(line, unusable)
             return []
+
+    def _tokenize_batches(
+        self, lines: list[Line], source: int, quarantine: "Quarantine"
+    ) -> Iterator[Iterator[tuple[Line, TruncatedExample]]]:
+        """Yield as many examples at a time as the tokenizer takes well at once, and no more text than memory does."""
+        self._strikes = 0
+        examples = ((line, example) for line in lines for example in self.read_examples(line, source, quarantine))
+        for _, batch in group_by_size(examples, Limits(BATCH, _BATCH_BYTES), lambda item: len(item[0].raw)):
+            yield self.tokenize(batch, quarantine)
 
     def tokenize(
         self, examples: Iterable[tuple[Line, Example]], quarantine: "Quarantine"

@@ -165,9 +165,11 @@ class Outcome(NamedTuple):
 
 
 class Outcomes:
-    """For every record of a preparation its examples, and what went to quarantine. Copies of an example count once."""
+    """For every record of a preparation its examples, and what went to quarantine."""
 
-    def __init__(self, prepared: Prepared, examples: pa.Table) -> None:
+    def __init__(self, prepared: Prepared, examples: pa.Table, *, copies: bool = False) -> None:
+        """`copies`: name an example as often as the weight of its source repeats it, instead of once."""
+        self._copies = copies
         self._quarantine = pq.read_table(prepared.quarantine(), columns=["source", "line", "reason", "detail"])
         self._ids = examples["example_id"]
         self._find_examples, self._find_quarantined = _line_index(examples), _line_index(self._quarantine)
@@ -184,7 +186,7 @@ class Outcomes:
         return outcomes
 
     def _drop_copies(self, rows: list[int]) -> list[int]:
-        if len(rows) < 2:
+        if len(rows) < 2 or self._copies:
             return rows
         # Copies have ids of their own: the second of ID is ID-2.
         first: dict[str, int] = {}

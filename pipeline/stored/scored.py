@@ -7,10 +7,11 @@ from pathlib import Path
 
 from prefcache.pipeline import identity, stored_paths
 from prefcache.pipeline.config import Config
-from prefcache.pipeline.errors import IdentityError, IntegrityError
+from prefcache.pipeline.errors import IdentityError, IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
 from prefcache.pipeline.stored.model_ids import identify, is_same_model
+from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import MalformedError, ReferenceRecord, ScoredManifest
 from prefcache.pipeline.stored.verified_shards import Remember
 
@@ -32,6 +33,21 @@ def open_scored(
     cache = Cache(folder, manifest.reference.model_id, every_byte=every_byte, remember=remember)
     cache.refuse_damage()
     return manifest, cache
+
+
+def require_scored(config: Config, prepared: Prepared, *, every_byte: bool) -> tuple[ScoredManifest, Cache]:
+    """Open the scoring of these examples by the config's model; raise if there is none."""
+    scored = open_scored(config.scored, every_byte=every_byte)
+    if scored is None:
+        raise UsageError(
+            f"{config.prepared} has not been scored: there is no {config.scored}. Score first (prefcache score CONFIG)."
+        )
+    if scored[0].inputs.prepared != prepared.id:
+        raise IdentityError(
+            f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (prefcache score CONFIG)."
+        )
+    refuse_other_reference(config, scored[0])
+    return scored
 
 
 @contextlib.contextmanager

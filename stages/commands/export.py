@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from prefcache.command_results import ExportResult
 from prefcache.pipeline import process_pool
 from prefcache.pipeline.config import Config
-from prefcache.pipeline.errors import DataError, IdentityError, UsageError
+from prefcache.pipeline.errors import DataError, UsageError
 from prefcache.pipeline.preparing import record_outcomes
 from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.record_outcomes import Batch, Outcomes
@@ -31,8 +31,7 @@ from prefcache.pipeline.stored import artifact, claims, duckdb_connection, overw
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import find_counted_sums
 from prefcache.pipeline.stored.prepared import CountedTokens, Prepared
-from prefcache.pipeline.stored.records import ScoredManifest
-from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference
+from prefcache.pipeline.stored.scored import require_scored
 
 STATUS = "prefcache_status"
 SPLIT = "prefcache_split"
@@ -48,14 +47,16 @@ def run(
     check_output(config, output, force, path)
     prepared = Prepared(config.prepared)
     sources = record_outcomes.reopen_sources(config, prepared)
-    scored, cache = _open_scored(config, prepared, per_token)
+    # Token lists are read by DuckDB, which checks no checksums.
+    scored, cache = require_scored(config, prepared, every_byte=per_token)
     columns = _AddedColumns(prepared, per_token)
     values = _Values(columns, cache, scored.accepted_numerics)
     if columns.n_partial:
         progress.say(
-            f"export: {columns.n_partial:,} answers have tokens that do not count (prepare.train_on). The columns under TRL's names "
-            f"are of whole answers, as TRL adds them up; {', '.join(answer.counted_sum for answer in columns.answers)} are of the "
-            "tokens that count, and empty where the cache keeps sums only"
+            f"export: {columns.n_partial:,} answers have tokens that do not count (prepare.train_on). "
+            f"{', '.join(answer.sum for answer in columns.answers)} are of whole answers, as TRL adds them up; "
+            f"{', '.join(answer.counted_sum for answer in columns.answers)} are of the tokens that count, and empty where the cache "
+            "keeps sums only"
         )
     expander = _Expander(Outcomes(prepared, columns.examples), values)
     # JSON Lines alone needs no columns that are the same in every row.
@@ -108,21 +109,6 @@ def check_data(config: Config, per_token: bool) -> None:
 def _refuse_taken(names: Container[str], schema: pa.Schema) -> None:
     if taken := [column for column in schema.names if column in names]:
         raise UsageError(f"The data already has columns of these names: {', '.join(taken)}. Drop or rename them first.")
-
-
-def _open_scored(config: Config, prepared: Prepared, per_token: bool) -> tuple[ScoredManifest, Cache]:
-    # Token lists are read by DuckDB, which checks no checksums.
-    scored = open_scored(config.scored, every_byte=per_token)
-    if scored is None:
-        raise UsageError(
-            f"{config.prepared} has not been scored: there is no {config.scored}. Score first (prefcache score CONFIG)."
-        )
-    if scored[0].inputs.prepared != prepared.id:
-        raise IdentityError(
-            f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (prefcache score CONFIG)."
-        )
-    refuse_other_reference(config, scored[0])
-    return scored
 
 
 # -- without a config ------------------------------------------------------------------------------------------------
@@ -198,10 +184,10 @@ def _remove_unused(root: Path) -> None:
 
 
 class _Answer(NamedTuple):
-    """An answer of an example, and the columns of its values. The names are TRL's, whose collators read them.
+    """An answer of an example, and the columns of its values.
 
-    TRL adds up every token after the prompt, so the columns under its names are of whole answers. Where some tokens do not count,
-    two more columns have the sum and the number of those that do.
+    The sums have the names of TRL's own, and like those they are of whole answers. TRL 1.16 does not read them from a data set: see
+    export_trl.py. Where some tokens do not count, two more columns have the sum and the number of those that do.
     """
 
     name: str

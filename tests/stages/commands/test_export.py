@@ -98,7 +98,7 @@ def test_a_second_call_scores_nothing_and_changes_no_value(exported):
         assert (again["scored"]["scored"], again["scored"]["tokens"], again["prepared"]["changed"]) == (0, 0, False)
 
 
-def test_under_a_mask_whole_sums_keep_trls_names_and_counted_ones_stand_next_to_them(
+def test_under_a_mask_whole_sums_keep_their_names_and_counted_ones_stand_next_to_them(
     prefcache, config, model, tmp_path
 ):
     prefcache("prepare", config)
@@ -112,7 +112,8 @@ def test_under_a_mask_whole_sums_keep_trls_names_and_counted_ones_stand_next_to_
     assert json.loads(prefcache("score", config, "--json").stdout)["tokens"] == 0
     said = prefcache("export", config, "--output", "masked.jsonl", "--per-token").stderr
     assert (
-        "have tokens that do not count (prepare.train_on). The columns under TRL's names are of whole answers" in said
+        "have tokens that do not count (prepare.train_on). ref_chosen_logps, ref_rejected_logps are of whole answers"
+        in said
     )
     whole, rows = (rows_of(tmp_path / f"{name}.jsonl") for name in ("whole", "masked"))
     assert [{name: row[name] for name in whole[0]} for row in rows] == whole
