@@ -331,6 +331,20 @@ class ExportResult:
     columns: Sequence[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrlExportResult:
+    output: Path
+    cache: Path
+    rows: int
+    left_out: dict[str, int]  # reason -> examples of which TRL would make other ids
+    first: dict[str, str]  # reason -> the first of them
+    quarantined: dict[str, int]
+    columns: Sequence[str]
+    settings: dict[str, Any]  # of TRL's config, under which it makes the ids that were scored
+    chat_template: str | None  # the file that TRL's tokenizer needs as its template; None: it has its own
+    kl_scored: int | None  # rows whose mismatched answer, as KTOTrainer makes it, is scored; None: none was prepared
+
+
 @dataclass(frozen=True)
 class ScoreFilesResult:
     """The three steps of `score --input`."""

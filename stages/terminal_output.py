@@ -386,6 +386,21 @@ def _print_export(result: command_results.ExportResult) -> None:
 
 
 @print_result.register
+def _print_trl_export(result: command_results.TrlExportResult) -> None:
+    _say(f"{result.output}: {count(result.rows, 'row')}, of which TRL makes the ids that were scored")
+    for reason, n in result.left_out.items():
+        first = f" (the first: {result.first[reason]})" if reason in result.first else ""
+        _say(f"  {n:,} left out: {reason}{first}")
+    for reason, n in result.quarantined.items():
+        _say(f"  {n:,} in quarantine: {reason}")
+    if result.kl_scored is not None:
+        _say(f"  {result.kl_scored:,} have a mismatched answer that is scored, as KTOTrainer makes it")
+    _say(f"TRL's settings: {', '.join(f'{name}={value!r}' for name, value in result.settings.items())}")
+    if result.chat_template:
+        _say(f"TRL's tokenizer needs this chat template: {result.chat_template}")
+
+
+@print_result.register
 def _print_import(result: command_results.ImportResult) -> None:
     per_token = f", {result.with_tokens:,} of them per token" if result.with_tokens else ""
     _say(f"{result.cache}: {count(result.imported, 'sequence')} imported as {result.numerics_id}{per_token}")

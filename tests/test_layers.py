@@ -67,7 +67,7 @@ FLOORS = {
         "template_cache rendered_text",
         "render_chat",
         "truncation resolved_config record_outcomes sample_prompts",
-        "part_worker prepared_inputs",
+        "part_worker prepared_inputs trl_rows",
         "finalize",
     ],
     "prefcache.pipeline.scoring": ["baseline refusals vllm_worker", "engines", "scored_inputs scorer", "actors"],
@@ -106,7 +106,7 @@ FLOORS = {
         "__main__",
     ],
     "prefcache.commands": [
-        "config doctor export gc import_logps merge parity prepare preview push query report score show train verify",
+        "config doctor export export_trl gc import_logps merge parity prepare preview push query report score show train verify",
     ],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.

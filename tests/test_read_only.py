@@ -91,6 +91,7 @@ HEAVY = [
     "preview|{c}",
     "parity|{c}|plain|transformers|-n|4",
     "export|{c}|--output|{o}/b.parquet|--per-token",
+    "export|{c}|--for|trl|--output|{o}/c.parquet",
     "score|--input|{p}/pairs.jsonl|--model|{model}|--cache|{p}/cache|--dry-run",
     "from-trl|{o}/dpo.yaml",
     "losses",
@@ -244,6 +245,7 @@ WRITERS = {
     "ask": ("ask|length-bias|config.yaml|--out", ".jsonl"),
     "report": ("report|config.yaml|--output", ".html"),
     "export": ("export|config.yaml|--output", ".parquet"),
+    "export --for trl": ("export|config.yaml|--for|trl|--output", ".parquet"),
     "score": ("score|--input|more.jsonl|--model|{model}|--output", ".jsonl"),
     "from-trl": ("from-trl|dpo.yaml|--output", ".yaml"),
 }

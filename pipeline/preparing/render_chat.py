@@ -89,6 +89,15 @@ class ChatRenderer:
             _refuse_marks(prompt)
         return ExampleText(self._split(self._apply(prompt, example, add_generation_prompt=True), example)[0], ())
 
+    def messages(self, example: Example) -> tuple[list[Message], list[list[Message]]]:
+        """Return the prompt and the answers as the template gets them."""
+        with self.uncounted():
+            prompt = self._prompt_turns(example)
+        turns = [prompt, *(_as_messages(answer, "assistant") for answer in example.answers)]
+        if self._writes_arguments:
+            turns = [list(map(_write_arguments, each)) for each in turns]
+        return turns[0], turns[1:]
+
     def _check_tools(self, template: ChatTemplate, example: Example) -> None:
         """Refuse a call that the template does not print: it would be an empty turn. Count tools and thoughts that it skips."""
         if example.tools and not template.knows_tools:

@@ -3,6 +3,7 @@
 import click
 
 from prefcache.cli.app import force, main, open_config, output_path, print_result, stage
+from prefcache.pipeline.errors import UsageError
 
 
 @main.command()
@@ -10,6 +11,9 @@ from prefcache.cli.app import force, main, open_config, output_path, print_resul
     "--output", "--out", required=True, metavar="FILE", help="File for the rows: .parquet, .arrow, .jsonl or .csv."
 )
 @click.option("--per-token", is_flag=True, help="Also write the log-prob of every token.")
+@click.option(
+    "--for", "target", type=click.Choice(["trl"]), help="Write the rows that TRL's trainers take as they are."
+)
 @force
 @stage
 def export(
@@ -19,6 +23,7 @@ def export(
     as_json: bool,
     output: str,
     per_token: bool,
+    target: str | None,
     force: bool,
 ) -> None:
     """Write the data's rows with the reference's log-probs.
@@ -26,14 +31,24 @@ def export(
     \b
         prefcache export data/demo/config.yaml --output runs/demo.parquet
         prefcache export my.yaml --output scored.jsonl.gz --per-token
+        prefcache export my.yaml --for trl --output rows.parquet
 
     Writes the rows of the config's data in their order, with all their columns and the reference's log-probs of their answers. The sums are of whole answers, as TRL adds them up. Where some tokens do not count (prepare.train_on), ref_chosen_counted_logps and ref_rejected_counted_logps (labels: ref_counted_logps) have the sums of those that do. Prepare and score the experiment first. CSV files hold texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
+
+    --for trl writes rows that DPOTrainer and KTOTrainer of TRL 1.16 take as they are: prompts and answers as messages, or as text with prepare.template: none. Each is checked to give the ids that were scored under the settings that are printed; others are left out, with their reason. Log-probs are not written, because TRL ignores such columns or refuses them (precompute_ref_log_probs): prefcache.trl looks them up.
     """
     path = output_path(output, config)
     assert path is not None
     with open_config(config, overrides, quiet) as (settings, progress):
-        from prefcache.commands import export
+        from prefcache.commands import export, export_trl
 
+        if target == "trl":
+            if per_token:
+                raise UsageError(
+                    "--for trl writes no log-probs: TRL ignores or refuses such columns. Leave --per-token out."
+                )
+            print_result(export_trl.run(settings, path, progress, force, config), as_json)
+            return
         print_result(export.run(settings, path, per_token, progress, force, config), as_json)
 
 
