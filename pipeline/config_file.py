@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.config_errors import describe_problem, problem_origin
 from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.foreign_programs import refuse_foreign
 
 _MAX_NESTING = 100  # of brackets in a file
 _DATA_SUFFIXES = (".jsonl", ".parquet", ".arrow", ".csv", ".tsv")  # files of records; .json may be a config
@@ -34,7 +35,9 @@ def open_config(path: str | Path | None, overrides: Overrides = ()) -> Iterator[
 
 def load(path: str | Path | None, overrides: Overrides = ()) -> Config:
     """Load the configuration in `path` (None: empty) and apply overrides."""
-    return from_tree(read_yaml(Path(path)) if path else {}, overrides, f"{path}: " if path else "")
+    tree = read_yaml(Path(path)) if path else {}
+    refuse_foreign(tree, path)
+    return from_tree(tree, overrides, f"{path}: " if path else "")
 
 
 def from_tree(tree: Mapping[str, Any], overrides: Overrides = (), source: str = "") -> Config:
@@ -75,14 +78,7 @@ def validate(
             if problems
         ]
         parts += [f"{override_source}{problem}" for problem in by_origin["override"]]
-        raise UsageError("; ".join([*_foreign(source, tree), *parts])) from None
-
-
-def _foreign(source: str, tree: dict[str, Any]) -> list[str]:
-    """Say where settings of TRL belong, before each of them is refused."""
-    if "prepare" in tree or not {"model_name_or_path", "dataset_name"} & tree.keys():
-        return []
-    return [f"{source}these are TRL's settings; `prefcache from-trl FILE --output my.yaml` converts them"]
+        raise UsageError("; ".join(parts)) from None
 
 
 def base_of_run_config(path: str | Path) -> Path | None:

@@ -427,6 +427,22 @@ class GcResult:
     dry_run: bool
 
 
+@dataclass(frozen=True)
+class ConvertResult:
+    """A config made from another program's settings; each key of these is in one of the other three."""
+
+    config: Mapping[str, Any]
+    became: Mapping[str, str]
+    ignored: Mapping[str, str]
+    differs: Mapping[str, str]
+    output: Path | None = None  # the file that the config was written to
+
+    def config_text(self) -> str:
+        import yaml
+
+        return str(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+
+
 # -- the machine -----------------------------------------------------------------------------------------------------
 
 

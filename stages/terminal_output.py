@@ -40,6 +40,20 @@ def print_result(result: Any) -> None:
     raise TypeError(f"no table for a {type(result).__name__}")
 
 
+# -- before the stages -----------------------------------------------------------------------------------------------
+
+
+@print_result.register
+def _print_converted(result: command_results.ConvertResult) -> None:
+    """Print the config on stdout unless it went to a file, and what became of each key on stderr."""
+    titles = {"": result.became, "has no meaning here: ": result.ignored, "DIFFERS: ": result.differs}
+    for title, entries in titles.items():
+        for theirs, ours in entries.items():
+            print(visible(f"{theirs}: {title}{ours}"), file=sys.stderr)
+    if result.output is None:
+        print(result.config_text(), end="")
+
+
 # -- from data to a model --------------------------------------------------------------------------------------------
 
 

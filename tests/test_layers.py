@@ -34,7 +34,7 @@ ROOMS = {
 FLOORS = {
     "prefcache.pipeline": [
         "errors stored_paths token_text schema spans visible_text",
-        "model_config process_pool progress safetensors_files tokenizer",
+        "foreign_programs model_config process_pool progress safetensors_files tokenizer",
         "gguf_files model_files",
         "config identity",
         "older_ids",
@@ -78,7 +78,7 @@ FLOORS = {
         "alerts router_loss callbacks checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
         "sweep token_sums trackers",
         "objective micro_batch_size existing_run selection released_gradients",
-        "from_trl dataset token_gains loss_columns",
+        "foreign_configs dataset token_gains loss_columns",
         "run_inputs policy_logps",
         "cache_join gradient_step metrics",
         "policy",
@@ -106,7 +106,7 @@ FLOORS = {
         "__main__",
     ],
     "prefcache.commands": [
-        "config doctor export export_trl gc import_logps merge parity prepare preview push query report score show train verify",
+        "config convert doctor export export_trl gc import_logps merge parity prepare preview push query report score show train verify",
     ],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.

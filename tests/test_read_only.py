@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from prefcache.pipeline.stored import artifact, verified_shards
 from prefcache.pipeline.stored.memos import VerifiedMemo
+from tests.helpers import foreign_files
 from tests.helpers.caches import flip
 from tests.helpers.project import write_config, write_pairs
 
@@ -94,6 +95,8 @@ HEAVY = [
     "export|{c}|--for|trl|--output|{o}/c.parquet",
     "score|--input|{p}/pairs.jsonl|--model|{model}|--cache|{p}/cache|--dry-run",
     "from-trl|{o}/dpo.yaml",
+    "from-axolotl|{o}/axolotl.yaml",
+    "from-llamafactory|{o}/llamafactory.yaml",
     "losses",
     "formats",
 ]
@@ -105,6 +108,8 @@ def test_commands_that_read_change_nothing_from_wherever_they_are_run(
 ):
     x, o = sealed_off / "runs/tiny", tmp_path_factory.mktemp("answers")
     (o / "dpo.yaml").write_text(json.dumps({"model_name_or_path": "org/name", "dataset_name": "org/data"}))
+    (o / "axolotl.yaml").write_text(foreign_files.AXOLOTL)
+    (o / "llamafactory.yaml").write_text(foreign_files.LLAMAFACTORY)
     (example,) = pq.read_table(next((x / "trained/steps").glob("*.parquet")))["example_id"].slice(0, 1).to_pylist()
     monkeypatch.chdir({"project": sealed_off, "/": "/", "experiment": x}[where])
     # Shards are old enough for a memo of what was hashed to be worth its while.
@@ -248,6 +253,8 @@ WRITERS = {
     "export --for trl": ("export|config.yaml|--for|trl|--output", ".parquet"),
     "score": ("score|--input|more.jsonl|--model|{model}|--output", ".jsonl"),
     "from-trl": ("from-trl|dpo.yaml|--output", ".yaml"),
+    "from-axolotl": ("from-axolotl|axolotl.yaml|--output", ".yaml"),
+    "from-llamafactory": ("from-llamafactory|llamafactory.yaml|--output", ".yaml"),
 }
 
 
@@ -256,6 +263,8 @@ def test_every_command_that_writes_asks_the_same_of_its_output(prefcache, folder
     said, ending = WRITERS[command]
     line = said.format(model=model).split("|")
     write_pairs(tmp_path / "more.jsonl", 3)
+    (tmp_path / "axolotl.yaml").write_text(foreign_files.AXOLOTL)
+    (tmp_path / "llamafactory.yaml").write_text(foreign_files.LLAMAFACTORY)
     (tmp_path / "dpo.yaml").write_text(
         json.dumps({"model_name_or_path": "org/name", "dataset_name": str(tmp_path / "pairs.jsonl")})
     )

@@ -33,7 +33,7 @@ _SECTIONS = {
     "Pipeline": ("prepare", "score", "train", "merge", "push"),
     "Query": ("preview", "show", "sql", "ask", "report"),
     "Cache": ("export", "import", "parity", "verify", "gc"),
-    "Setup": ("init", "config", "from-trl", "completion"),
+    "Setup": ("init", "config", "from-trl", "from-axolotl", "from-llamafactory", "completion"),
     "Info": ("guide", "losses", "formats", "architectures", "doctor"),
 }
 

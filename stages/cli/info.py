@@ -79,7 +79,7 @@ def architectures(name: str | None, as_json: bool) -> None:
         terminal_output.print_architectures(table)
 
 
-@main.command()
+@main.command(short_help="Check the installation, and a config's files.")
 @stage
 @click.option("--why", is_flag=True, help="Report what each stage would find out of date, and which input has changed.")
 def doctor(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, why: bool) -> None:

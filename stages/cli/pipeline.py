@@ -1,4 +1,4 @@
-"""The three stages, preview before them, and merge, push and from-trl."""
+"""The three stages, preview before them, and merge and push."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from prefcache.cli.app import force, force_with_input, main, open_config, print_result, stage
+from prefcache.cli.app import force_with_input, main, open_config, print_result, stage
 from prefcache.pipeline.errors import UsageError
 
 
@@ -250,43 +250,3 @@ def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
     from prefcache.pipeline.progress import Progress
 
     print_result(push.run(Path(run), name, public, Progress(quiet)), as_json)
-
-
-@main.command("from-trl", short_help="Convert TRL's DPO or KTO settings.")
-@click.argument("file", metavar="FILE")
-@click.option("--output", "--out", metavar="CONFIG", help="File for the config.  [default: stdout]")
-@force
-def from_trl(file: str, output: str | None, force: bool) -> None:
-    """Convert a YAML file of TRL's DPO or KTO settings into a config.
-
-    \b
-        prefcache from-trl dpo.yaml --output my.yaml
-        prefcache prepare my.yaml
-
-    Reports on stderr what each key became, and which keys have no meaning here and why. TRL's defaults are written out where they differ. Data of text, and not messages, gets no chat template, as in TRL: if the data is a file or folder here, its first record tells. The config serves all stages: prepare, score and train.
-    """
-    import tempfile
-
-    import yaml
-
-    from prefcache.pipeline import config_file
-    from prefcache.pipeline.preparing.sources import holds_text
-    from prefcache.pipeline.stored import overwrite_guard
-    from prefcache.pipeline.training import from_trl
-    from prefcache.pipeline.visible_text import visible
-
-    found = from_trl.convert(config_file.read_yaml(Path(file)), file)
-    with tempfile.TemporaryDirectory() as spool:
-        found.put_template(holds_text(found.data_paths, Path(spool)))
-    found.check()
-    if output is not None:
-        inputs = overwrite_guard.Inputs(data=found.data_paths).with_files(file)
-        overwrite_guard.refuse_overwrite(Path(output), inputs, force=force)
-    for title, entries in (("", found.became), ("has no meaning here: ", found.ignored), ("DIFFERS: ", found.cannot)):
-        for theirs, ours in entries.items():
-            click.echo(visible(f"{theirs}: {title}{ours}"), err=True)
-    text = yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        overwrite_guard.write_bytes(Path(output), text.encode())

@@ -1,11 +1,16 @@
-"""Setting up: a first config, the meaning of each setting, and shell completion."""
+"""Setting up: a first config, those of other programs, the meaning of each setting, and shell completion."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from prefcache.cli.app import force, main
+from prefcache.cli.app import force, main, print_result
+
+if TYPE_CHECKING:
+    from prefcache.pipeline.foreign_programs import Program
 
 
 @main.command()
@@ -58,6 +63,69 @@ def config(key: str | None, schema: bool, as_json: bool) -> None:
         click.echo(json.dumps([vars(setting) for setting in settings], indent=1, ensure_ascii=False))
     else:
         terminal_output.settings(settings)
+
+
+def converter(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the arguments of a command that converts another program's file."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print config and report as JSON.")(function)
+    function = click.option("--output", "--out", metavar="CONFIG", help="File for the config.  [default: stdout]")(
+        force(function)
+    )
+    return click.argument("file", metavar="FILE")(function)
+
+
+def _convert(program: "Program", file: str, output: str | None, force: bool, as_json: bool) -> None:
+    from prefcache.commands import convert
+
+    print_result(convert.run(program, file, Path(output) if output else None, force), as_json)
+
+
+@main.command("from-trl", short_help="Convert TRL's DPO or KTO settings.")
+@converter
+def from_trl(file: str, output: str | None, force: bool, as_json: bool) -> None:
+    """Convert a YAML file of TRL's DPO or KTO settings into a config.
+
+    \b
+        prefcache from-trl dpo.yaml --output my.yaml
+        prefcache prepare my.yaml
+
+    Reports on stderr what each key became, which keys have no meaning here and why, and what differs. TRL's defaults are written out where they differ. Data of text, and not messages, gets no chat template, as in TRL: if the data is a file or folder here, its first record tells. The config serves all stages: prepare, score and train.
+    """
+    from prefcache.pipeline.foreign_programs import TRL
+
+    _convert(TRL, file, output, force, as_json)
+
+
+@main.command("from-axolotl", short_help="Convert Axolotl's preference settings.")
+@converter
+def from_axolotl(file: str, output: str | None, force: bool, as_json: bool) -> None:
+    """Convert a YAML file of Axolotl's preference settings (rl: dpo, ipo, kto, orpo, simpo) into a config.
+
+    \b
+        prefcache from-axolotl dpo.yaml --output my.yaml
+        prefcache prepare my.yaml
+
+    The `type` of a data set becomes a format that produces the same text. Reports on stderr what each key became, which keys have no meaning here and why, and what differs. Axolotl's defaults are written out where they differ.
+    """
+    from prefcache.pipeline.foreign_programs import AXOLOTL
+
+    _convert(AXOLOTL, file, output, force, as_json)
+
+
+@main.command("from-llamafactory", short_help="Convert LLaMA-Factory's preference settings.")
+@converter
+def from_llamafactory(file: str, output: str | None, force: bool, as_json: bool) -> None:
+    """Convert a YAML file of LLaMA-Factory's preference settings (stage: dpo, kto) into a config.
+
+    \b
+        prefcache from-llamafactory dpo.yaml --output my.yaml
+        prefcache prepare my.yaml
+
+    The names in `dataset` are looked up in DATASET_DIR/dataset_info.json, in the working folder or next to FILE, and become sources with their formats and columns. Reports on stderr what each key became, which keys have no meaning here and why, and what differs. LLaMA-Factory's defaults are written out where they differ.
+    """
+    from prefcache.pipeline.foreign_programs import LLAMAFACTORY
+
+    _convert(LLAMAFACTORY, file, output, force, as_json)
 
 
 @main.command()

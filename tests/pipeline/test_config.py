@@ -402,9 +402,25 @@ def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, found):
     assert "config.yaml" in message and found in message
 
 
-def test_a_file_of_trl_leads_to_the_command_that_converts_it(tmp_path):
-    message = refusal(tmp_path, "model_name_or_path: m\ndataset_name: d\nlearning_rate: 1e-6\n")
-    assert "config.yaml: these are TRL's settings; `prefcache from-trl FILE --output my.yaml` converts them" in message
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("model_name_or_path: m\ndataset_name: d\nlearning_rate: 1e-6\n", "from-trl"),
+        ("base_model: m\nrl: dpo\nlearning_rate: 1e-6\ndatasets: [{path: d, type: chatml.intel}]\n", "from-axolotl"),
+        ("model_name_or_path: m\nstage: dpo\ndataset: d\ntemplate: qwen\n", "from-llamafactory"),
+    ],
+)
+def test_another_programs_file_leads_to_the_command_that_converts_it(tmp_path, text, command):
+    """And to nothing else: a list of its keys would say the same of each of them."""
+    message = refusal(tmp_path, text)
+    file = tmp_path / "config.yaml"
+    assert message.endswith(f"Convert them with `prefcache {command} {file} --output my.yaml`, and use my.yaml.")
+    assert "not a key" not in message
+
+
+def test_a_config_of_ours_with_another_programs_key_is_still_ours(tmp_path):
+    message = refusal(tmp_path, "model: m\nout: o\nprepare: {data: d}\nmicro_batch_size: 2\n")
+    assert message.startswith(f"{tmp_path / 'config.yaml'}: micro_batch_size is not a key of the configuration")
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):

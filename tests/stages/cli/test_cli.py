@@ -29,7 +29,7 @@ def test_the_help_lists_every_command_once_whole_and_names_the_exit_codes(prefca
 
 
 def test_an_output_has_two_names_and_options_are_explained(prefcache):
-    for command in ("sql", "ask", "report", "export", "score", "from-trl"):
+    for command in ("sql", "ask", "report", "export", "score", "from-trl", "from-axolotl", "from-llamafactory"):
         (option,) = (each for each in main.commands[command].params if "--output" in each.opts)
         assert sorted(option.opts) == ["--out", "--output"]
     text = " ".join(prefcache("score", "--help").stdout.split())

@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.training.from_trl import convert
+from prefcache.pipeline.foreign_programs import TRL
+from prefcache.pipeline.training.foreign_configs import convert as convert_file
+
+
+def convert(settings):
+    return convert_file(TRL, settings, Path("dpo.yaml"))
+
 
 DPO = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -26,6 +33,7 @@ DPO = {
     "lora_r": 32,
     "lora_alpha": 16,
     "lora_dropout": 0.05,
+    "eval_strategy": "steps",
     "eval_steps": 50,
     "logging_steps": 25,
     "dataloader_num_workers": 4,
@@ -49,6 +57,8 @@ def test_every_key_of_a_file_is_accounted_for():
         "prepare": {
             "train_on": "all",  # TRL counts all tokens after the prompt
             "data": [{"path": "trl-lib/ultrafeedback_binarized"}],
+            "held_out_data": {"hub": "trl-lib/ultrafeedback_binarized", "split": "test"},  # TRL's own split
+            "held_out": 0.0,
             "max_length": 2048,
             "too_long": "keep_start",
         },
@@ -69,9 +79,13 @@ def test_every_key_of_a_file_is_accounted_for():
         "model": "Qwen/Qwen2.5-0.5B-Instruct",
         "out": "runs/dpo",
     }
-    assert set(found.ignored) == {"lora_dropout", "logging_steps", "dataloader_num_workers", "precompute_ref_log_probs"}
-    assert found.cannot == {"no_such_key": "not known here"}
-    assert set(DPO) <= set(found.became) | set(found.ignored) | set(found.cannot)
+    assert set(found.ignored) == {
+        *("eval_strategy", "logging_steps", "dataloader_num_workers", "precompute_ref_log_probs")
+    }
+    assert found.differs["no_such_key"] == "not known here"
+    # The default of target modules is PEFT's, by architecture.
+    assert set(found.differs) == {"no_such_key", "lora_dropout", "lora_target_modules (default)"}
+    assert set(DPO) <= set(found.became) | set(found.ignored) | set(found.differs)
     found.check()
 
 
@@ -84,10 +98,10 @@ def test_what_trl_would_do_without_being_told_is_written_down():
 def test_our_table_of_defaults_is_trls():
     from trl import DPOConfig
 
-    from prefcache.pipeline.training.from_trl import _DEFAULTS
+    from prefcache.pipeline.training.foreign_configs.trl import DEFAULTS
 
     theirs = {f.name: f for f in dataclasses.fields(DPOConfig)}
-    for name, ours in _DEFAULTS.items():
+    for name, ours in DEFAULTS.items():
         # Newer versions of Transformers say a ratio as warmup_steps below 1.
         default = theirs["warmup_steps" if name == "warmup_ratio" and name not in theirs else name]
         value = default.default_factory() if default.default is dataclasses.MISSING else default.default
@@ -103,7 +117,7 @@ def test_a_warm_up_below_one_is_a_share(steps):
 def test_a_warm_up_in_steps_overrules_the_ratio_as_in_trl():
     found = convert({"warmup_steps": 100, "warmup_ratio": 0.3})
     assert found.config["train"]["warmup_steps"] == 100 and "warmup_ratio" not in found.config["train"]
-    assert found.became["warmup_ratio"] == "train.warmup_steps, which overrules it" and not found.cannot
+    assert found.became["warmup_ratio"] == "train.warmup_steps, which overrules it" and not found.differs
     found.check()
     # A schedule that TRL calls constant has no warm-up.
     found = convert({"warmup_steps": 100, "lr_scheduler_type": "constant"})
@@ -118,8 +132,10 @@ def test_the_test_split_becomes_evaluation_data_where_trl_evaluates():
     assert found.config["prepare"]["held_out"] == 0 and found.config["train"]["best"] == {"metric": "data_loss"}
     found.check()
     found = convert(theirs)
-    assert "held_out_data" not in found.config["prepare"] and "dataset_test_split" in found.ignored
-    assert found.config["train"]["best"] == {"metric": "loss"}
+    # TRL evaluates nothing, and trains on every example.
+    assert found.config["prepare"]["held_out"] == 0 and "held_out_data" not in found.config["prepare"]
+    assert {"dataset_test_split", "eval_steps"} <= set(found.ignored) and "best" not in found.config["train"]
+    assert "no example is held out" in found.differs["load_best_model_at_end"]
 
 
 def test_a_number_of_steps_comes_along_unless_it_is_off():
@@ -143,8 +159,8 @@ def test_the_schedule_and_the_optimizer_come_along():
     assert train["betas"] == [0.9, 0.95]
     found.check()
     found = convert({"lr_scheduler_type": "polynomial", "optim": "lomo"})
-    assert found.cannot["lr_scheduler_type"] == "train.scheduler is one of linear, cosine, constant"
-    assert found.cannot["optim"] == "train.optimizer is one of adamw, adamw_8bit, adamw_4bit"
+    assert found.differs["lr_scheduler_type"] == "train.scheduler is one of linear, cosine, constant"
+    assert found.differs["optim"] == "train.optimizer is one of adamw, adamw_8bit, adamw_4bit"
     assert not {"scheduler", "optimizer"} & set(found.config["train"])
 
 
@@ -154,7 +170,8 @@ def test_weights_in_bf16_are_trained_in_bf16_and_an_adapter_on_them_is_not(key):
     assert found.config["train"]["weights"] == "bfloat16" and found.became[key] == "train.weights: bfloat16"
     found.check()
     found = convert({key: "bfloat16", "use_peft": True})
-    assert found.config["train"]["lora"] == {"base_dtype": "bfloat16"} and "weights" not in found.config["train"]
+    assert found.config["train"]["lora"] == {"r": 16, "alpha": 32, "base_dtype": "bfloat16"}
+    assert "weights" not in found.config["train"]
     found.check()
     found = convert({key: "float32"})
     assert key in found.ignored and "weights" not in found.config["train"]
@@ -251,7 +268,7 @@ def test_text_gets_no_template_as_in_trl_and_messages_get_theirs(prefcache, mode
 def test_trackers_come_along(named, ours):
     found = convert({"report_to": named})
     assert found.config["train"].get("report_to") == ours
-    assert found.cannot.get("report_to", "").partition(":")[0] == {"all": "all"}.get(
+    assert found.differs.get("report_to", "").partition(":")[0] == {"all": "all"}.get(
         str(named), "mlflow" if "mlflow" in named else ""
     )
     assert ("report_to" in found.ignored) == (named == "none")
@@ -259,11 +276,55 @@ def test_trackers_come_along(named, ours):
 
 
 def test_the_best_model_at_the_end_is_ours():
-    found = convert({"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "eval_steps": 20})
-    assert found.config["train"]["best"] == {"metric": "rewards/margins"} and not found.cannot
+    steps = {"eval_strategy": "steps"}
+    found = convert(
+        {"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "eval_steps": 20} | steps
+    )
+    assert found.config["train"]["best"] == {"metric": "rewards/margins"} and not found.differs
     found.check()
     # Unless said, Transformers takes the loss.
-    found = convert({"load_best_model_at_end": True, "greater_is_better": False, "eval_steps": 20})
+    found = convert({"load_best_model_at_end": True, "greater_is_better": False, "eval_steps": 20} | steps)
     assert found.config["train"]["best"] == {"metric": "loss", "greater_is_better": False}
-    assert "set train.eval_every" in convert({"load_best_model_at_end": True}).cannot["load_best_model_at_end"]
-    assert "best" not in convert({"metric_for_best_model": "loss", "eval_steps": 20}).config["train"]
+    assert "set train.eval_every" in convert({"load_best_model_at_end": True} | steps).differs["load_best_model_at_end"]
+    assert "best" not in convert({"metric_for_best_model": "loss", "eval_steps": 20} | steps).config["train"]
+
+
+def test_every_setting_of_trls_commands_is_known():
+    from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments
+
+    parts = (DPOConfig, KTOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+    names = {each.name for part in parts for each in dataclasses.fields(part)}
+    values = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "loss_type": ["kto"],
+        "loss_weights": [1],
+    }
+    values |= {"datasets": [{"path": "d"}], "report_to": "none", "max_grad_norm": 1.0}
+    found = convert(dict.fromkeys(names, "1") | values)
+    assert not found.unknown_keys and len(names) > 150
+
+
+def test_a_file_of_kto_that_names_no_loss_is_one_of_kto():
+    found = convert({"dataset_name": "d", "undesirable_weight": 0.5})
+    assert found.config["train"]["loss"] == "kto" and found.config["prepare"]["examples"] == "labels"
+    # One without its weights looks like DPO's.
+    assert "add loss_type: kto" in convert({"dataset_name": "d"}).became["loss_type (default)"]
+
+
+def test_a_local_model_has_no_revision(model):
+    found = convert({"model_name_or_path": str(model), "model_revision": "main"})
+    assert "revision" not in found.config and "model_revision" in found.ignored
+    assert convert({"model_name_or_path": "org/m", "model_revision": "v1"}).config["revision"] == "v1"
+
+
+def test_a_run_gets_its_name_unless_no_folder_can_have_it():
+    assert convert({"run_name": "dpo-1"}).config["train"]["run"] == "dpo-1"
+    for name in ("my run", "a/b", "scored"):
+        found = convert({"run_name": name})
+        assert "run" not in found.config["train"] and "run_name" in found.ignored
+
+
+def test_what_belongs_to_other_commands_of_trl_differs():
+    found = convert({"dataset_name": "d", "assistant_only_loss": True, "eval_dataset": "e"})
+    assert "it is SFT's" in found.differs["assistant_only_loss"] and "held_out_data" in found.differs["eval_dataset"]

@@ -1,0 +1,154 @@
+"""The account of a conversion: the config, and for every key of the file what it became, why it is ignored, or what differs."""
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefcache.pipeline.config_file import validate
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.foreign_programs import Program
+from prefcache.pipeline.training.objective import Objective
+
+UNKNOWN = "not known here"
+_OFF: tuple[Any, ...] = (False, 0, None, "", [], {})  # values that ask for nothing
+
+
+@dataclass
+class Converted:
+    program: Program
+    given: Mapping[str, Any]  # what the file says, without nulls
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # the program's, where a result depends on them
+    config: dict[str, Any] = field(default_factory=dict)  # a tree, as in its YAML
+    became: dict[str, str] = field(default_factory=dict)  # theirs -> our key and value
+    ignored: dict[str, str] = field(default_factory=dict)  # theirs -> why it has no meaning here
+    differs: dict[str, str] = field(default_factory=dict)  # theirs -> what will differ
+
+    def get(self, theirs: str, default: Any = None) -> Any:
+        """Return what the file says, or else the program's default."""
+        return self.given.get(theirs, self.defaults.get(theirs, default))
+
+    def __contains__(self, theirs: str) -> bool:
+        return theirs in self.given or theirs in self.defaults
+
+    def put(self, theirs: str, ours: str, value: Any) -> None:
+        tree = self.config
+        *sections, last = ours.split(".")
+        for section in sections:
+            tree = tree.setdefault(section, {})
+        tree[last] = value
+        is_default = theirs not in self.given and theirs in self.defaults
+        self.became[f"{theirs} (default)" if is_default else theirs] = f"{ours}: {value}"
+
+    def put_same(self, names: Mapping[str, str]) -> None:
+        """Take values over as they are: {theirs: ours}."""
+        for theirs, ours in names.items():
+            if theirs in self and not self.is_explained(theirs):
+                self.put(theirs, ours, self.get(theirs))
+
+    def note(self, theirs: Iterable[str], became: str) -> None:
+        """Record what keys of the file became together with others."""
+        self.became |= {key: became for key in theirs if key in self.given}
+
+    def is_explained(self, theirs: str) -> bool:
+        return theirs in self.became or theirs in self.ignored or theirs in self.differs
+
+    def explain_rest(
+        self,
+        ignored: Mapping[str, str],
+        prefixes: Mapping[str, str],
+        differs: Mapping[str, str],
+        others: Iterable[str] = (),
+    ) -> None:
+        """Account for the keys that are left. `others`: keys that are read elsewhere, and had nothing to say here."""
+        others = set(others)
+        for key, value in self.given.items():
+            if self.is_explained(key):
+                continue
+            prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+            if key in differs:
+                (self.ignored if value in _OFF else self.differs)[key] = "off" if value in _OFF else differs[key]
+            elif key in ignored:
+                self.ignored[key] = ignored[key]
+            elif key in others:
+                self.ignored[key] = "it is the default, or not read by this loss"
+            elif prefix is not None:
+                self.ignored[key] = prefixes[prefix]
+            else:
+                self.differs[key] = UNKNOWN
+
+    @property
+    def unknown_keys(self) -> list[str]:
+        return [key for key, why in self.differs.items() if why == UNKNOWN]
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The sources of the config, of training and of evaluation data."""
+        prepare = self.config.get("prepare", {})
+        held_out = prepare.get("held_out_data", [])
+        return [*prepare.get("data", []), *(held_out if isinstance(held_out, list) else [held_out])]
+
+    @property
+    def data_paths(self) -> tuple[str, ...]:
+        """The files or folders of data that the file names."""
+        return tuple(str(each["path"]) for each in self.sources if "path" in each)
+
+    def drop_unknown_formats(self, known: Container[str]) -> None:
+        """Leave a source to be recognised by its columns where we have no format of its name."""
+        for each in self.sources:
+            if each.get("format", "auto") not in known and "format" in each:
+                name = each.pop("format")
+                each.pop("format_args", None)
+                self.differs[f"type: {name}"] = (
+                    "there is no such format here, so the columns tell it; set prepare.format (`prefcache formats`)"
+                )
+
+    def put_template(self, is_text: bool | None) -> None:
+        """Say whether the data gets the chat template: TRL takes text as it is. None: the data is not here to be looked at."""
+        if any("format" in each for each in self.sources) or "template" in self.config["prepare"]:
+            return
+        if is_text:
+            self.put("(the data is text)", "prepare.template", "none")
+        elif is_text is None and "data" in self.config["prepare"]:
+            self.differs["(the data)"] = (
+                "where it is text and not messages, TRL applies no template; set prepare.template: none"
+            )
+
+    def check(self) -> None:
+        """Check that this is a config that trains, apart from what the file cannot say."""
+        tree = {"model": "model", "out": "out", **self.config}
+        tree["prepare"] = {"data": ["data"], **tree.get("prepare", {})}
+        Objective(validate(tree, "As a config of ours: ").train)
+
+
+def put_model(converted: Converted, name: str, revision: str) -> None:
+    """Put the model, and its revision unless it is a local folder, which has none."""
+    converted.put_same({name: "model"})
+    if revision in converted.given:
+        if Path(str(converted.get(name))).exists():
+            converted.ignored[revision] = "the model is a local folder"
+        else:
+            converted.put(revision, "revision", converted.given[revision])
+
+
+def put_losses(converted: Converted, names: list[str], key: str, weights_key: str) -> None:
+    """Put one loss, or several with their weights."""
+    weights = converted.given.get(weights_key) or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UsageError(f"{weights_key} has {len(weights)} values for {len(names)} losses. Give one for each.")
+    loss = names[0] if len(names) == 1 else dict(zip(names, map(float, weights), strict=True))
+    converted.put(key, "train.loss", loss)
+    converted.note([weights_key], "train.loss")
+
+
+def source(name: Any, subset: Any = None, split: Any = None, revision: Any = None) -> dict[str, Any]:
+    """Name a source: a file or folder if it exists, else a data set on the hub.
+
+    A name alone may be either here, as in the other programs; with a subset, a split or a revision it is on the hub.
+    """
+    split = None if split == "train" else split
+    if Path(str(name)).exists():
+        return {"path": name, **({"split": split} if split and Path(str(name)).is_dir() else {})}
+    more = {"name": subset, "split": split, "revision": revision}
+    given = {key: value for key, value in more.items() if value is not None}
+    return {"hub": name, **given} if given else {"path": name}
