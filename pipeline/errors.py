@@ -14,42 +14,49 @@ class PrefcacheError(Exception):
     """An error that the user can act on: one clear message and an exit code, never a traceback."""
 
     exit_code = 1
+    kind = "other"
 
 
 class UsageError(PrefcacheError):
     """A wrong argument, config key, path or model."""
 
     exit_code = 2
+    kind = "usage"
 
 
 class DataError(PrefcacheError):
     """More unusable records than the threshold allows, or none that is usable."""
 
     exit_code = 3
+    kind = "data"
 
 
 class IntegrityError(PrefcacheError):
     """A stored file is damaged or missing, or a value is not what it must be."""
 
     exit_code = 4
+    kind = "integrity"
 
 
 class IdentityError(PrefcacheError):
     """Two things that must come from the same model, data or numerics do not."""
 
     exit_code = 5
+    kind = "identity"
 
 
 class ResourceError(PrefcacheError):
     """Disk or memory ran out."""
 
     exit_code = 6
+    kind = "resource"
 
 
 class AlertError(PrefcacheError):
     """A run raised an alert, and train.alerts is strict."""
 
     exit_code = 7
+    kind = "alert"
 
 
 class CallbackError(PrefcacheError):

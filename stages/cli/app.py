@@ -2,19 +2,20 @@
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from prefcache import interrupts
 from prefcache.pipeline.errors import PrefcacheError, ResourceError, UsageError
 from prefcache.pipeline.model.oom import is_out_of_memory
-from prefcache.pipeline.visible_text import visible
+from prefcache.pipeline.visible_text import visible, visible_json
 
 if TYPE_CHECKING:
     from prefcache.pipeline.config import Config
@@ -38,14 +39,43 @@ _SECTIONS = {
 }
 
 
+class Failure(click.ClickException):
+    """An error as the command line shows it: one line on stderr, and the exit code of its kind."""
+
+    def __init__(self, message: str, kind: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {visible(self.message)}", file=file, err=file is None)
+
+
 class Commands(click.Group):
-    """Translate errors in one place: one line on stderr, and an exit code for its kind."""
+    """Translate errors in one place."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = formatter.width - 6 - max(map(len, self.commands))
         for title, names in _SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """Run a command; with --json among its arguments, an error is JSON as well."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        if "--json" not in arguments:
+            return super().main(arguments, *more, **options)
+        try:
+            code = super().main(arguments, *more, **options | {"standalone_mode": False})
+        except click.ClickException as error:
+            content = {
+                "kind": error.kind if isinstance(error, Failure) else UsageError.kind,
+                "message": error.format_message(),
+                "exit_code": error.exit_code,
+            }
+            click.echo(visible_json(json.dumps({"error": content}, ensure_ascii=False)), err=True)
+            sys.exit(error.exit_code)
+        sys.exit(code or 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -55,30 +85,29 @@ class Commands(click.Group):
             # It quotes arguments, which may be anything.
             raise click.UsageError(visible(error.format_message()), error.ctx) from None
         except PrefcacheError as error:
-            _fail(str(error), error.exit_code)
+            raise _failure(error) from None
         except (KeyboardInterrupt, click.Abort):
-            _fail(interrupts.SENTENCE, interrupts.EXIT_CODE)
+            raise Failure(interrupts.SENTENCE, "interrupted", interrupts.EXIT_CODE) from None
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                _fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}).", ResourceError.exit_code)
+                message = f"{error.filename or 'a file'}: cannot be written ({error.strerror})."
+                raise _failure(ResourceError(message)) from None
             if error.filename is None:
                 raise
-            _fail(
-                f"{error.filename}: {error.strerror}. Name a path that exists and that you may use.",
-                UsageError.exit_code,
-            )
+            message = f"{error.filename}: {error.strerror}. Name a path that exists and that you may use."
+            raise _failure(UsageError(message)) from None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            _fail(f"{_OUT_OF_MEMORY} ({error})" if str(error) else _OUT_OF_MEMORY, ResourceError.exit_code)
+            message = f"{_OUT_OF_MEMORY} ({error})" if str(error) else _OUT_OF_MEMORY
+            raise _failure(ResourceError(message)) from None
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {visible(message)}", err=True)
-    sys.exit(code)
+def _failure(error: PrefcacheError) -> Failure:
+    return Failure(str(error), error.kind, error.exit_code)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -111,7 +140,7 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
         "--json",
         "as_json",
         is_flag=True,
-        help="Print the result as JSON, with invisible characters escaped.",
+        help="Print the result as JSON, with invisible characters escaped; an error too, on stderr.",
     )(function)
     function = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")(function)
     function = click.option(
