@@ -14,7 +14,7 @@ class PrefcacheError(Exception):
     """An error that the user can act on: one clear message and an exit code, never a traceback."""
 
     exit_code = 1
-    kind = "other"
+    kind: str  # of each error below, as in the JSON of --json
 
 
 class UsageError(PrefcacheError):
@@ -61,6 +61,8 @@ class AlertError(PrefcacheError):
 
 class CallbackError(PrefcacheError):
     """A callback of a run raised an error. The run can be resumed."""
+
+    kind = "callback"
 
 
 def look_up(registry: Mapping[str, T], name: str, key: str, listing: str = "", what: str = "") -> T:

@@ -7,7 +7,7 @@ from typing import Any
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.foreign_programs import AXOLOTL
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_losses, put_model, source
+from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, source
 
 # What it calls the Trainer's settings.
 _NAMES = {
@@ -331,7 +331,7 @@ def _convert_data(converted: Converted, rl: str) -> None:
     converted.config["prepare"] = {"train_on": "all"}  # TRL's trainers count every token after the prompt
     converted.put("datasets", "prepare.data", _sources(converted, "datasets", rl))
     if rl == "kto":
-        converted.config["prepare"]["examples"] = "labels"
+        put_kto(converted, "micro_batch_size")
     match converted.get("excess_length_strategy"):
         case "truncate":
             converted.put("excess_length_strategy", "prepare.too_long", "keep_start")

@@ -141,6 +141,13 @@ def put_losses(converted: Converted, names: list[str], key: str, weights_key: st
     converted.note([weights_key], "train.loss")
 
 
+def put_kto(converted: Converted, batch_key: str) -> None:
+    """Prepare labels, with mismatched answers chosen as TRL's KTOTrainer does: within the batches of one device."""
+    converted.config["prepare"]["examples"] = "labels"
+    if (size := int(converted.get(batch_key))) > 1:
+        converted.config["prepare"]["kl_batch_size"] = size
+
+
 def source(name: Any, subset: Any = None, split: Any = None, revision: Any = None) -> dict[str, Any]:
     """Name a source: a file or folder if it exists, else a data set on the hub.
 

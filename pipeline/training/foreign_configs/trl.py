@@ -6,7 +6,7 @@ from typing import Any
 
 from prefcache.pipeline.foreign_programs import TRL
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_losses, put_model, source
+from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, source
 
 # theirs -> ours, with the same value.
 _SAME = {
@@ -164,7 +164,9 @@ def _convert_losses(converted: Converted) -> list[str]:
         converted.became["loss_type (default)"] += " (of DPO; for `trl kto`, add loss_type: kto to the file)"
     if given.get("use_weighting"):
         converted.put("use_weighting", "train.weighting", "wpo")
-    if "kto" in names or "apo_zero_unpaired" in names:
+    if "kto" in names:
+        put_kto(converted, "per_device_train_batch_size")
+    elif "apo_zero_unpaired" in names:
         converted.config["prepare"]["examples"] = "labels"
     return names
 

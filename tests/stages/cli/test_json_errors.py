@@ -76,7 +76,7 @@ def test_every_error_has_a_kind_of_its_own():
     from prefcache.pipeline import errors
 
     kinds = {each.kind: each.exit_code for each in errors.PrefcacheError.__subclasses__()}
-    assert kinds == {"usage": 2, "data": 3, "integrity": 4, "identity": 5, "resource": 6, "alert": 7}
+    assert kinds == {"callback": 1, "usage": 2, "data": 3, "integrity": 4, "identity": 5, "resource": 6, "alert": 7}
 
 
 def test_text_that_nobody_would_see_is_escaped(prefcache):

@@ -190,6 +190,7 @@ def test_a_mixtures_balance_comes_along():
 def test_kto_is_trained_on_labels_with_its_weights():
     found = convert({"loss_type": "kto", "desirable_weight": 1.5, "label_smoothing": 0.1})
     assert found.config["prepare"]["examples"] == "labels"
+    assert found.config["prepare"]["kl_batch_size"] == 8  # KTOTrainer's mismatched answers are of the same batch
     assert found.config["train"]["loss_args"] == {"desirable_weight": 1.5}
     assert "label_smoothing" in found.ignored  # kto does not read it, in TRL either
     found.check()
