@@ -1,14 +1,20 @@
-"""Progress of a stage on stderr: bars with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of a stage: bars with rate and time left on a terminal and in a notebook, plain lines elsewhere.
 
+It goes to stderr, so that stdout has results only. A notebook shows stderr as if something were wrong, so there all but warnings goes
+to the cell's output.
+"""
+
+import html
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from prefcache.pipeline.visible_text import visible
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_UPDATES = 0.2  # of a bar in a notebook, each of which is sent to the browser
 
 
 class Progress:
@@ -17,25 +23,33 @@ class Progress:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bar: Any = None
+        self._in_notebook = _is_notebook()
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            self._print(line)
+            self._print(line, sys.stdout if self._in_notebook else sys.stderr)
 
     def warn(self, line: str) -> None:
-        self._print(f"warning: {line}")
+        self._print(f"warning: {line}", sys.stderr)
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, file: Any) -> None:
         if self._bar is not None:
             self._bar.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(visible(line), file=sys.stderr, flush=True)
+            print(visible(line), file=file, flush=True)
 
     @contextmanager
     def count(self, what: str, total: int | None, unit: str) -> Iterator["Counter"]:
         """Show progress up to `total` units of work."""
         if self.quiet:
             yield Counter(total)
+        elif self._in_notebook:
+            display = _NotebookDisplay()
+            counter = _TextCounter(total, what, unit, display.show, _SECONDS_BETWEEN_UPDATES)
+            if total:
+                counter.show()
+            yield counter
+            counter.finish()
         elif sys.stderr.isatty():
             with self._rich_bar() as self._bar:
                 try:
@@ -45,9 +59,9 @@ class Progress:
                     bar, self._bar = self._bar, None
                     bar.refresh()
         else:
-            counter = _LineCounter(total, what, unit, self)
+            counter = _TextCounter(total, what, unit, lambda line, _: self.say(line), _SECONDS_BETWEEN_LINES)
             yield counter
-            counter.last_line()
+            counter.finish()
 
     @staticmethod
     def _rich_bar() -> Any:
@@ -64,6 +78,8 @@ class Progress:
             TextColumn("left"),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
+            # What a callback prints goes through the bar's console, but not into it if it is redirected to a file.
+            redirect_stdout=sys.stdout.isatty(),
         )
 
 
@@ -87,31 +103,61 @@ class _BarCounter(Counter):
         self._bar.update(self._task, advance=n, note=note)
 
 
-class _LineCounter(Counter):
-    def __init__(self, total: int | None, what: str, unit: str, progress: Progress) -> None:
+class _TextCounter(Counter):
+    """Describes the work in a line every few seconds, and at its end. `show` gets the line and the share that is done, if known."""
+
+    def __init__(
+        self, total: int | None, what: str, unit: str, show: Callable[[str, float | None], None], seconds: float
+    ) -> None:
         super().__init__(total)
-        self._what, self._unit, self._progress, self._note = what, unit, progress, ""
-        self._start = self._printed_at = time.monotonic()
-        self._printed_done = 0
+        self._what, self._unit, self._show, self._seconds, self._note = what, unit, show, seconds, ""
+        self._start = self._shown_at = time.monotonic()
+        self._shown_done = 0
 
     def add(self, n: int, note: str = "") -> None:
         super().add(n)
         self._note = note
-        if time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
-            self._line()
+        if time.monotonic() - self._shown_at >= self._seconds:
+            self.show()
 
-    def last_line(self) -> None:
-        if self.done != self._printed_done:
-            self._line()
+    def finish(self) -> None:
+        if self.done != self._shown_done:
+            self.show()
 
-    def _line(self) -> None:
-        self._printed_at, self._printed_done = time.monotonic(), self.done
-        seconds = max(self._printed_at - self._start, 1e-9)
+    def show(self) -> None:
+        self._shown_at, self._shown_done = time.monotonic(), self.done
+        seconds = max(self._shown_at - self._start, 1e-9)
         rate = self.done / seconds
         of = f"/{self.total:,}" if self.total else ""
-        left = f", {_clock((self.total - self.done) / rate)} left" if self.total and self.done < self.total else ""
+        speed = f", {_number(rate)}/s" if self.done else ""
+        left = f", {_clock((self.total - self.done) / rate)} left" if self.total and 0 < self.done < self.total else ""
         note = f"  {self._note}" if self._note else ""
-        self._progress.say(f"{self._what}: {self.done:,}{of} {self._unit}, {_number(rate)}/s{left}{note}")
+        share = self.done / self.total if self.total else None
+        self._show(f"{self._what}: {self.done:,}{of} {self._unit}{speed}{left}{note}", share)
+
+
+class _NotebookDisplay:
+    """An output of a cell that is replaced by the next one. It needs no widgets, only what every kernel has."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, line: str, share: float | None) -> None:
+        from IPython.display import display
+
+        shown = visible(line)
+        bar = "" if share is None else f"<progress value='{share:.4f}' max='1'></progress> "
+        bundle = {"text/html": f"{bar}{html.escape(shown)}", "text/plain": shown}
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+
+def _is_notebook() -> bool:
+    """Whether this process is a Jupyter kernel. A shell of IPython in a terminal is none."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return getattr(get_shell(), "kernel", None) is not None
 
 
 def _rate_column() -> Any:

@@ -1,16 +1,24 @@
-"""The answer to a query in Python: an Arrow table, and what other libraries make of it."""
+"""The answer to a query in Python: an Arrow table, and what other libraries and a notebook make of it."""
 
+import html
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.views.query_worker import Answer
+from prefcache.pipeline.visible_text import count
+
+_SHOWN_ROWS = 20
+_SHOWN_CHARACTERS = 300  # of a value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SqlResult:
-    """All rows of an answer. Methods are named as DuckDB's."""
+    """All rows of an answer. Methods are named as DuckDB's; polars, pandas and DuckDB also take the result itself."""
 
     table: pa.Table
 
@@ -28,12 +36,14 @@ class SqlResult:
 
     def pl(self) -> Any:
         """As a polars DataFrame. Needs polars."""
-        import polars
-
+        try:
+            import polars
+        except ModuleNotFoundError:
+            raise UsageError("pl() needs polars, which is not installed: pip install polars.") from None
         return polars.from_arrow(self.table)
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        return list(zip(*(column.to_pylist() for column in self.table.columns), strict=True))
+        return _rows(self.table)
 
     @property
     def columns(self) -> list[str]:
@@ -41,3 +51,38 @@ class SqlResult:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Hand the rows over without a copy, by Arrow's PyCapsule protocol."""
+        return self.table.__arrow_c_stream__(requested_schema)
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        from prefcache import row_layout
+
+        out = io.StringIO()
+        # In a notebook, rich would show the table by itself and write nothing.
+        console = Console(file=out, markup=False, highlight=False, emoji=False, force_jupyter=False)
+        row_layout.print_rows(console, self.columns, _rows(self.table.slice(0, _SHOWN_ROWS)), _SHOWN_CHARACTERS)
+        lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        return "\n".join([*filter(None, lines), self._count_rows()])
+
+    def _repr_html_(self) -> str:
+        from prefcache.row_layout import format_value
+
+        def cells(tag: str, values: Iterable[Any]) -> str:
+            texts = (format_value(value, _SHOWN_CHARACTERS) for value in values)
+            return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+
+        head = cells("th", self.columns)
+        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in _rows(self.table.slice(0, _SHOWN_ROWS)))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{self._count_rows()}</p>"
+
+    def _count_rows(self) -> str:
+        more = len(self) - _SHOWN_ROWS
+        return count(more, "more row") if more > 0 else count(len(self), "row")
+
+
+def _rows(table: pa.Table) -> list[tuple[Any, ...]]:
+    return list(zip(*(column.to_pylist() for column in table.columns), strict=True))

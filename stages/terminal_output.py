@@ -11,18 +11,17 @@ from itertools import islice
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE
-from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefcache import command_results
+from prefcache import command_results, row_layout
 from prefcache.pipeline.config_settings import Setting
 from prefcache.pipeline.schema import HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.prepared import DONE
 from prefcache.pipeline.stored.records import RunManifest
 from prefcache.pipeline.visible_text import count, visible, visible_pieces
+from prefcache.row_layout import start_table
 
 if TYPE_CHECKING:
     from prefcache.pipeline.model.architectures import Table as Architectures
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from prefcache.pipeline.training.losses import Loss
 
 _PIPE_WIDTH = 100
-_ANY_WIDTH = 1 << 20
 _GIB = 1 << 30
 
 
@@ -173,19 +171,19 @@ def _print_train_plan(plan: command_results.TrainPlan) -> None:
 
 def _print_plan_memory(plan: command_results.TrainPlan) -> None:
     console = _console()
-    table = _table(f"a step with {plan.micro_batch_tokens:,} tokens a micro-batch", ">GiB")
+    table = start_table(f"a step with {plan.micro_batch_tokens:,} tokens a micro-batch", ">GiB")
     for part, n_bytes in plan.memory.items():
         table.add_row(part, f"{n_bytes / _GIB:.1f}")
     table.add_row(Text("at its peak", style="bold"), Text(f"{plan.peak_bytes / _GIB:.1f}", style="bold"))
     console.print(table)
-    table = _table("on a GPU of", ">tokens of a micro-batch that fit")
+    table = start_table("on a GPU of", ">tokens of a micro-batch that fit")
     for fit in plan.fits:
         size = f"{fit.memory_bytes / 1e9:.0f} GB" + (f" (here: {fit.gpu})" if fit.gpu else "")
         note = " or more" if fit.tokens == plan.most_tokens else ""
         note = ", less than the longest example" if 0 < fit.tokens < plan.longest else note
         table.add_row(size, f"{fit.tokens:,}{note}" if fit.tokens else "none")
     console.print(table)
-    table = _table("to need less", ">GiB", ">fits")
+    table = start_table("to need less", ">GiB", ">fits")
     for saving in plan.savings:
         lead = "+ " if len(saving.added) < len(saving.settings) else ""
         several = f" on {saving.processes} processes" if saving.processes > plan.processes else ""
@@ -212,7 +210,7 @@ def _evaluated_kind(run: RunManifest, split: str, n: int) -> str:
 
 
 def _evaluation_table(run: RunManifest, split: str, n_examples: int) -> Table:
-    table = _table(_evaluated_kind(run, split, n_examples), ">before", ">after")
+    table = start_table(_evaluated_kind(run, split, n_examples), ">before", ">after")
     before, after, prefix = run.before, run.after, metric_prefix(split)
     # The answers are to prompts of the first split.
     is_first = split == next(iter(_evaluated(run)))
@@ -253,7 +251,7 @@ def _print_sweep(result: command_results.SweepResult) -> None:
         for row, values in zip(rows, held_out, strict=True):
             text = form.format(values[name]) if name in values else "-"
             row.append(Text(text, style="bold" if values.get(name) == best else ""))
-    table = _table(_evaluated_kind(first.manifest, split, n), *(f">{label}" for label, *_ in _SWEEP))
+    table = start_table(_evaluated_kind(first.manifest, split, n), *(f">{label}" for label, *_ in _SWEEP))
     for row in rows:
         table.add_row(*row)
     _console().print(table)
@@ -428,7 +426,7 @@ def _print_import(result: command_results.ImportResult) -> None:
 def _print_parity(result: command_results.ParityResult) -> None:
     console, deviations, margins = _console(), result.deviations, result.margins
     _say(f"{result.a} and {result.b}: {deviations.tokens:,} tokens of {deviations.sequences:,} sequences, in nats")
-    table = _table("deviation", ">p50", ">p99", ">max")
+    table = start_table("deviation", ">p50", ">p99", ">max")
     for label, quantiles in (("per token", deviations.token), ("per sequence (sum)", deviations.sequence)):
         values = (quantiles.p50, quantiles.p99, quantiles.max)
         table.add_row(label, *("-" if value is None else f"{value:.2e}" for value in values))
@@ -439,7 +437,7 @@ def _print_parity(result: command_results.ParityResult) -> None:
         _say(f"{deviations.not_finite:,} tokens have no finite value on one side")
     if margins.pairs:
         _say(f"margins: {margins.flipped:,} of {margins.pairs:,} change sign")
-    table = _table("furthest apart", "answer", ">position", "token", ">first", ">second")
+    table = start_table("furthest apart", "answer", ">position", "token", ">first", ">second")
     for each in result.worst:
         token = Text(visible(repr(each.token)))
         table.add_row(each.example_id, each.answer, str(each.position), token, f"{each.a:.6f}", f"{each.b:.6f}")
@@ -451,7 +449,7 @@ def _print_verify(result: command_results.VerifyResult) -> None:
     for cache in result.caches:
         # On a line of its own, so that a long name can be copied whole.
         _say(str(cache.folder))
-        table = _table(">shards", ">rows", ">failed", ">doubled", ">bytes", ">orphans", ">leftovers", ">damaged")
+        table = start_table(">shards", ">rows", ">failed", ">doubled", ">bytes", ">orphans", ">leftovers", ">damaged")
         counts = (cache.shards, cache.rows, cache.failed, cache.doubled, cache.n_bytes, cache.orphans, cache.leftovers)
         table.add_row(*(f"{n:,}" for n in (*counts, len(cache.damaged))))
         _console().print(table)
@@ -606,36 +604,11 @@ def print_questions(questions: Iterable["Question"]) -> None:
 
 
 def print_rows(columns: list[str], rows: Iterator[tuple[Any, ...]], limit: int) -> None:
-    """Print a table if it fits in the width, else each row as lines of its own. No name and no value is cut."""
-    names = [visible(column) for column in columns]
-    cells = [
-        [f"{value:.6g}" if isinstance(value, float) else "" if value is None else visible(str(value)) for value in row]
-        for row in islice(rows, limit)
-    ]
-    table = _table(*names)
-    for row in cells:
-        table.add_row(*map(Text, row))
-    console = _console()
-    if console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum <= console.width:
-        console.print(table)
-    else:
-        _print_blocks(names, cells)
+    """Print the first rows, whole, and count all."""
+    shown = list(islice(rows, limit))
+    row_layout.print_rows(_console(), columns, shown)
     n_more = sum(1 for _ in rows)
-    _say(count(len(cells), "row") + (f" of {len(cells) + n_more:,}" if n_more else ""))
-
-
-def _print_blocks(names: list[str], cells: list[list[str]]) -> None:
-    """Print every row as lines of a column's name and its whole value."""
-    if not cells:
-        _say("\n".join(names))
-    width = max(map(cell_len, names), default=0)
-    for n, row in enumerate(cells, 1):
-        _say(f"-- row {n:,}")
-        for name, value in zip(names, row, strict=True):
-            lead = name + " " * (width - cell_len(name))
-            for line in value.split("\n"):
-                _say(f"{lead}  {line}".rstrip())
-                lead = " " * width
+    _say(count(len(shown), "row") + (f" of {len(shown) + n_more:,}" if n_more else ""))
 
 
 # -- onto the terminal -----------------------------------------------------------------------------------------------
@@ -665,14 +638,6 @@ def _console() -> Console:
     """Return a console as wide as the terminal, or of a fixed width for a pipe."""
     console = _Console(markup=False, highlight=False, emoji=False)
     return console if console.is_terminal else _Console(markup=False, highlight=False, emoji=False, width=_PIPE_WIDTH)
-
-
-def _table(*columns: str) -> Table:
-    """Start a table; `>` before a column's name aligns it to the right."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    for column in columns:
-        table.add_column(Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left")
-    return table
 
 
 def settings(settings: Iterable[Setting]) -> None:

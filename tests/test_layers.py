@@ -99,7 +99,7 @@ FLOORS = {
     ],
     "prefcache.pipeline.questions": [""],
     "prefcache": [
-        "interrupts view_sources command_results guide",
+        "interrupts row_layout view_sources command_results guide",
         "query_output reference_cache sql_repl sql_result terminal_output commands",
         "trl",
         "cli",

@@ -11,7 +11,9 @@ import pyarrow as pa
 
 def connect() -> duckdb.DuckDBPyConnection:
     con = duckdb.connect()
-    con.execute("set enable_progress_bar = false")
+    # In a notebook without ipywidgets there is none, and switching it off would be an error.
+    if con.execute("select current_setting('enable_progress_bar')").fetchall() == [(True,)]:
+        con.execute("set enable_progress_bar = false")
     # By default, what does not fit into memory spills into the working folder.
     folder = str(Path(tempfile.gettempdir()) / f"prefcache-{uuid.uuid4().hex}")
     con.execute("set temp_directory = $folder", {"folder": folder})

@@ -10,7 +10,7 @@ import pytest
 
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.training.losses import LOSSES
-from tests.helpers.documents import README, blocks, commands, shown
+from tests.helpers.documents import README, SCRIPTS, blocks, commands, shown
 from tests.helpers.project import ROOT, Clone, write_pairs
 
 # The documents' commands that the test below does not run, and why.
@@ -176,6 +176,13 @@ def test_every_command_of_readme_and_guide_runs(demo):
         if command not in NOT_RUN:
             demo.run(f'PATH="$PWD/.venv/bin:$PATH"; {command}')
     assert not NOT_RUN.keys() - ran.keys()
+
+
+@pytest.mark.parametrize("chapter", SCRIPTS, ids=lambda file: file.stem)
+def test_the_python_of_a_chapter_runs_from_its_first_block_to_its_last(demo, chapter):
+    (demo.folder / "runs").mkdir(exist_ok=True)
+    (demo.folder / f"runs/{chapter.stem}.py").write_text("\n\n".join(blocks("python", chapter)))
+    demo.run(f".venv/bin/python runs/{chapter.stem}.py")
 
 
 def test_what_the_guide_shows_is_what_the_commands_print(demo):

@@ -13,7 +13,7 @@ import pytest
 from prefcache.cli import main
 from prefcache.guide import CHAPTERS, chapter, rendered, summaries
 from prefcache.pipeline import config_file
-from tests.helpers.documents import DOCUMENTS, README, blocks, commands
+from tests.helpers.documents import DOCUMENTS, EXCERPTS, README, blocks, commands
 from tests.helpers.project import PREFCACHE, ROOT
 
 
@@ -46,7 +46,7 @@ def test_the_configs_shown_are_configs(tmp_path):
         assert config_file.load(tmp_path / "config.yaml").prepare.data
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: re.search(r"def (\w+)", code)[1])
+@pytest.mark.parametrize("code", blocks("python", *EXCERPTS), ids=lambda code: re.search(r"def (\w+)", code)[1])
 def test_the_code_shown_is_in_the_source(code):
     docstring = re.compile(r'    """.*?"""\n', re.DOTALL)
     sources = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "pipeline").rglob("*.py"))]
