@@ -54,7 +54,7 @@ def run(
 def _processes(start: Callable[[], Callable[..., Any]], n_workers: int) -> Iterator[Callable[..., Any]]:
     before = set(multiprocessing.active_children())
     started: set[Any] = set()
-    with uninterrupted(), _hidden_script():  # starts the process that tracks shared resources
+    with uninterrupted(), _hide_script():  # starts the process that tracks shared resources
         # Not fork, since this process has threads.
         executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _begin, (start,))
     try:
@@ -79,7 +79,7 @@ def _processes(start: Callable[[], Callable[..., Any]], n_workers: int) -> Itera
 
 
 def _submit(executor: ProcessPoolExecutor, started: set[Any], function: Callable[..., T], *task: Any) -> Future[T]:
-    with uninterrupted(), _hidden_script():  # may start a worker
+    with uninterrupted(), _hide_script():  # may start a worker
         future = executor.submit(function, *task)
     started.update(multiprocessing.active_children())
     return future
@@ -89,7 +89,7 @@ _hiding = threading.Lock()
 
 
 @contextlib.contextmanager
-def _hidden_script() -> Iterator[None]:
+def _hide_script() -> Iterator[None]:
     """Hide from workers which script or module is running.
 
     A spawned process first imports that script again, under another name, for functions that it may be sent from there. Workers are

@@ -7,14 +7,15 @@
     run = prefcache.train("my.yaml", overrides={"train.beta": 0.2})
     prefcache.sql("select avg(margin) from rewards", "runs/my").df()
 
-Each function does what the command of its name does, and returns the result that `--json` prints. `open_cache` looks log-probs up by
-token ids, and `prefcache.trl` puts them into TRL's trainers. Nothing heavy is imported before a function needs it.
+Each function does what the command of its name does, and returns the record that `--json` prints, with absolute paths. `open_cache`
+looks log-probs up by token ids, and `prefcache.trl` puts them into TRL's trainers. Nothing heavy is imported before a function needs it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefcache.pipeline.errors import (
     AlertError,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from prefcache.sql_result import SqlResult
 
     __version__: str
+
+_Result = TypeVar("_Result", bound=Any)
 
 __all__ = [
     "AlertError",
@@ -92,7 +95,7 @@ def prepare(
     from prefcache.commands import prepare as command
 
     with _open_config(config, overrides) as loaded:
-        return command.run(loaded, _progress(quiet))
+        return _make_absolute(command.run(loaded, _progress(quiet)))
 
 
 def score(
@@ -106,7 +109,7 @@ def score(
     from prefcache.commands import score as command
 
     with _open_config(config, overrides) as loaded:
-        return command.run(loaded, _progress(quiet), dry_run)
+        return _make_absolute(command.run(loaded, _progress(quiet), dry_run))
 
 
 def train(
@@ -128,7 +131,8 @@ def train(
     from prefcache.commands import train as command
 
     with _open_config(config, overrides) as loaded:
-        return command.run(loaded, _progress(quiet), callbacks, continue_stopped=continue_stopped)
+        result = command.run(loaded, _progress(quiet), callbacks, continue_stopped=continue_stopped)
+        return None if result is None else _make_absolute(result)
 
 
 def report(
@@ -142,14 +146,14 @@ def report(
     """Write an experiment's HTML report. `experiment` is its config or its folder (`out`); `runs` names some of its runs."""
     from prefcache.commands import report as command
 
-    path = Path(output) if output is not None else None
+    path = Path(output).absolute() if output is not None else None
     if isinstance(experiment, str | Path):
         command.refuse_unprepared(Path(experiment))
         if Path(experiment).is_dir():
-            return command.run_folder(Path(experiment), runs, path, _progress(quiet), force)
+            return _make_absolute(command.run_folder(Path(experiment), runs, path, _progress(quiet), force))
     named = str(experiment) if isinstance(experiment, str | Path) else None
     with _open_config(experiment, None) as loaded:
-        return command.run_config(loaded, named or "CONFIG", runs, path, _progress(quiet), force, named)
+        return _make_absolute(command.run_config(loaded, named or "CONFIG", runs, path, _progress(quiet), force, named))
 
 
 def sql(
@@ -204,6 +208,12 @@ def _open_config(
         yield config_file.from_tree(config_file.to_plain(config), overrides or {}, "config: ")
     else:
         yield config_file.from_tree(config.model_dump(mode="json"), overrides) if overrides else config
+
+
+def _make_absolute(result: _Result) -> _Result:
+    """Make a result's paths absolute while the working folder is the one that they are relative to."""
+    paths = {each.name: getattr(result, each.name) for each in fields(result)}
+    return replace(result, **{name: path.absolute() for name, path in paths.items() if isinstance(path, Path)})
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for an attribute

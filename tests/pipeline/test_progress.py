@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,33 @@ def test_time_left_is_read_as_a_clock(seconds, shown):
     assert progress._clock(seconds) == shown
 
 
+def test_in_a_notebook_a_bar_is_updated_in_place_and_lines_are_output(capsys, monkeypatch):
+    from IPython import display
+
+    shown = []
+    handle = SimpleNamespace(update=lambda bundle, raw: shown.append(("update", bundle, raw)))
+    monkeypatch.setattr(
+        display, "display", lambda bundle, raw, display_id: shown.append(("new", bundle, raw)) or handle
+    )
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    clock(monkeypatch, 0.0, 0.0, 0.1, 1.0, 1.0, 2.0)
+    notebook = Progress()
+    with notebook.count("train", 4, "steps") as counter:
+        counter.add(1)  # a tenth of a second later: too soon
+        counter.add(1, "<b>\x1b[31m")
+        notebook.say("hello")
+        notebook.warn("careful")
+        counter.add(2, "loss 0.5")
+    assert capsys.readouterr() == ("hello\n", "warning: careful\n")
+    assert [(kind, bundle["text/plain"], raw) for kind, bundle, raw in shown] == [
+        ("new", "train: 0/4 steps", True),
+        ("update", "train: 2/4 steps, 2.00/s, 0:01 left  <b>\u241b[31m", True),
+        ("update", "train: 4/4 steps, 2.00/s  loss 0.5", True),
+    ]
+    expected = "<progress value='0.5000' max='1'></progress> train: 2/4 steps, 2.00/s, 0:01 left  &lt;b&gt;\u241b[31m"
+    assert shown[1][1]["text/html"] == expected
+
+
 def on_a_terminal(code: str) -> tuple[str, str]:
     """What a process shows on a terminal, and what it writes to a redirected stdout."""
     ours, theirs = pty.openpty()
@@ -98,8 +126,10 @@ def test_on_a_terminal_there_is_a_bar_and_lines_stay_readable():
         "    counter.add(10)\n"
         "    progress.say('a line [bold]as it is[/bold] \\x1b]0;title\\x07')\n"
         "    counter.add(30, 'note')\n"
+        "    print('printed by a callback')\n"
         "print('result', counter.done)\n"
     )
-    assert out == "result 40\n"
+    # stdout is redirected here, and the bar leaves it alone.
+    assert out == "printed by a callback\nresult 40\n"
     assert "score" in shown and "40/40" in shown and "note" in shown
     assert "a line [bold]as it is[/bold] \u241b]0;title\u2407" in shown

@@ -91,7 +91,7 @@ def test_a_config_may_be_a_path_a_dict_or_loaded_and_paths_and_numpy_numbers_are
         result = prefcache.prepare(given, quiet=True)
         assert (
             not result.changed
-            and result.prepared == Path("runs/tiny/prepared")
+            and result.prepared == tmp_path / "runs/tiny/prepared"
             and result.train + result.held_out == 60
         )
     # Another spelling of the same data, and a dict of the caller's that stays as it is.
@@ -133,25 +133,55 @@ def test_small_numbers_survive_as_numbers(prepared):
         assert config.train.learning_rate == 1e-7 and config.train.warmup_steps is None
 
 
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_results_have_absolute_paths_wherever_a_runs_own_config_is_used(trained, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = Path("../runs/tiny/trained/config.yaml")
+    result = prefcache.train(config, quiet=True)
+    assert not result.changed and result.run == trained and result.model == trained / "model"
+    page = prefcache.report(config, "page.html", quiet=True)
+    assert page.report == tmp_path / "elsewhere/page.html" and page.report.exists()
+    assert Path.cwd() == tmp_path / "elsewhere"
+
+
+def test_a_run_is_shown_in_a_line(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = prefcache.train("config.yaml", quiet=True)
+    assert repr(result).startswith(f"TrainResult(run='{trained}', changed=False, steps=14, evaluation={{'loss': 0.")
+    assert len(repr(result)) < 700 and result.steps == 14 and result.stopped is None
+
+
 # -- scripts -----------------------------------------------------------------------------------------------------------
 
 # A script as people write it, without `if __name__ == "__main__":`, that says when it is imported.
 ONCE = "import os\nopen('imported', 'a').write(f'{os.getpid()}\\n')\nimport prefcache\n"
 
 
-@pytest.mark.parametrize("start", [["script.py"], ["-m", "script"]], ids=["as a file", "as a module"])
-def test_workers_do_not_run_a_script_without_a_main_guard_again(model, tmp_path, start):
+IN_A_THREAD = "import threading\nthread = threading.Thread(target=work)\nthread.start()\nthread.join()\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "call"),
+    [(["script.py"], "work()\n"), (["-m", "script"], IN_A_THREAD)],
+    ids=["file", "module with a thread"],
+)
+def test_workers_do_not_run_a_script_without_a_main_guard_again(model, tmp_path, start, call):
     # Each file is a task of its own, and a single one would need no workers.
     for n in range(3):
         write_pairs(tmp_path / f"{n}.jsonl", 20, start=20 * n)
     write_config(tmp_path, model)
     (tmp_path / "script.py").write_text(
-        f"{ONCE}result = prefcache.prepare('config.yaml', overrides={{'prepare.workers': 2, 'prepare.data': '*.jsonl'}})\n"
-        "print(result.train + result.held_out, __spec__ is None, __file__.endswith('script.py'))\n"
+        f"{ONCE}def work():\n"
+        "    result = prefcache.prepare('config.yaml', overrides={'prepare.workers': 2, 'prepare.data': '*.jsonl'})\n"
+        "    print(result.train + result.held_out)\n"
+        f"{call}print(__spec__ is None, __file__.endswith('script.py'))\n"
     )
     command = [sys.executable, *start]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"60 {start == ['script.py']} True\n", done.stderr
+    assert done.stdout == f"60\n{start == ['script.py']} True\n", done.stderr
     assert len((tmp_path / "imported").read_text().splitlines()) == 1
 
 
