@@ -57,7 +57,7 @@ class ReferenceCache:
     def __init__(self, config: Config, progress: Progress) -> None:
         refuse_unused(config.score)
         convert_models(config, progress)
-        self.config, self._progress = config, progress
+        self.config, self.progress = config, progress
         self.reference = identity.find_reference(config)
         root = Path(config.cache)
         # The hashes of the weights are remembered only where a cache exists: a mere lookup creates nothing.
@@ -112,6 +112,12 @@ class ReferenceCache:
         if self._numerics is None:
             self._numerics = find_engine(self.config.score.engine).numerics(self.reference, self.config.score)
         return self._numerics
+
+    @property
+    def stored_numerics(self) -> list[dict[str, str]]:
+        """How the rows that lookups serve were computed."""
+        known = self._cache.numerics()
+        return [known[name] for name in self._accepted_for_lookups() if name in known]
 
     def __len__(self) -> int:
         """The number of rows in the cache."""
@@ -176,7 +182,7 @@ class ReferenceCache:
         examples = _as_examples(sequences)
         table = sequence_table(examples)
         self._cache = create_cache(Path(self.config.cache), self.config.model, self._described)
-        refusals.warn_about_damage(self._cache, self._progress)
+        refusals.warn_about_damage(self._cache, self.progress)
         CacheWriter(self._cache).discard_damaged()
         plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
         refusals.refuse_mixed_numerics(self._cache, plan, self.numerics, self.config.score)
@@ -186,7 +192,7 @@ class ReferenceCache:
             refusals.refuse_unfit(self.reference.folder, table, examples)
             scorer = self._load(Sequences(examples), plan)
             try:
-                with self._progress.count("score", plan.n_tokens, "tokens") as counter:
+                with self.progress.count("score", plan.n_tokens, "tokens") as counter:
                     for n_tokens in scorer.run(plan, *process_pool.rank_and_world()):
                         counter.add(n_tokens)
             finally:
@@ -213,7 +219,7 @@ class ReferenceCache:
             self._scorer.turn_to(self._cache, sequences)
             return self._scorer
         score = self.config.score
-        scorer = Scorer(score, self.reference, self.numerics, self._cache, sequences, self._progress)
+        scorer = Scorer(score, self.reference, self.numerics, self._cache, sequences, self.progress)
         try:
             scorer.check(sample_slots(plan, sequences, score.parity_sample))
         except BaseException:

@@ -78,7 +78,7 @@ def check_opens(file: Path, kind: str) -> None:
 
 def load_folder(folder: Path, split: str) -> Any:
     """Load what `save_to_disk` wrote; with several splits, the one named."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     try:
         dataset = datasets.load_from_disk(str(folder))

@@ -1,0 +1,421 @@
+"""The reference cache inside TRL's trainers: no reference is loaded, and none is run.
+
+    from trl import DPOConfig, DPOTrainer
+    from prefcache.trl import CachedReference
+
+    class Trainer(CachedReference, DPOTrainer):
+        pass
+
+    Trainer("Qwen/Qwen3-0.6B", args=DPOConfig(...), train_dataset=..., reference_cache="cache").train()
+
+Values are looked up by the hash of the ids that TRL's own tokenization and collator give, so order, columns, truncation and padding of
+the data do not matter. What the cache lacks is scored before the first step, and found the next time.
+
+TRL asks for the reference's log-probs of a data set in `_precompute_ref_logps`, which this mixin overrides. The method is not public,
+so a version of TRL that was not tested is refused.
+
+Shapes: N sequences of a batch, T tokens of the longest.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+import prefcache
+from prefcache.pipeline import identity
+from prefcache.pipeline.errors import DataError, IdentityError, UsageError
+from prefcache.reference_cache import ReferenceCache
+
+TESTED_VERSIONS = ("1.16",)
+_ROWS_AT_ONCE = 512
+
+
+class _Answer(NamedTuple):
+    """Where a collated batch has the sequences of an answer, and the column for their reference log-probs."""
+
+    column: str
+    prefix: str  # of input_ids, attention_mask and completion_mask
+    part: int  # which of the equal parts of the batch
+    n_parts: int
+
+
+_PAIRS = (_Answer("ref_chosen_logps", "", 0, 2), _Answer("ref_rejected_logps", "", 1, 2))
+_LABELS = (_Answer("ref_logps", "", 0, 1), _Answer("ref_KL_logps", "KL_", 0, 1))
+
+
+class CachedReference:
+    """Mixin for TRL's DPOTrainer and KTOTrainer, to be named before them.
+
+    `reference_cache` is the folder of a cache, or what `prefcache.open_cache` returns, for a reference other than the model that the
+    policy is loaded from. With `score_missing=False`, sequences that the cache lacks are refused instead of scored.
+    """
+
+    # Of the trainer that this is mixed into.
+    args: Any
+    data_collator: Any
+    ld_alpha: Any
+    model: Any
+    ref_model: Any
+    state: Any
+
+    def __init__(
+        self,
+        *arguments: Any,
+        reference_cache: str | Path | ReferenceCache = "cache",
+        score_missing: bool = True,
+        **named: Any,
+    ) -> None:
+        _refuse_untested_version()
+        self._answers = self._find_answers()
+        given = inspect.signature(super().__init__).bind(*arguments, **named).arguments
+        _refuse_other_reference(given)
+        self._score_missing, self._is_start_checked = score_missing, False
+        self._reference_cache, self._starts_at_reference = _open_reference(reference_cache, given)
+        given["args"] = self._precomputing(given.get("args"), given["model"])
+        # TRL would hash the whole policy, and under FSDP load a reference, if there were none. DeepSpeed initializes what it is given.
+        if given["args"].deepspeed is None:
+            given["ref_model"] = _make_stand_in(given["model"])
+        super().__init__(**given)
+        _drop_adapter_copy(self.model)
+        # A trainer without a reference would refuse to evaluate further data after the first step.
+        self.ref_model = self.ref_model or _make_stand_in(self.model)
+
+    def _find_answers(self) -> tuple[_Answer, ...]:
+        from trl import DPOTrainer, KTOTrainer
+
+        for trainer, answers in ((DPOTrainer, _PAIRS), (KTOTrainer, _LABELS)):
+            if isinstance(self, trainer):
+                return answers
+        raise UsageError(
+            f"{type(self).__name__} is neither a DPOTrainer nor a KTOTrainer. Write `class Trainer(CachedReference, DPOTrainer)`."
+        )
+
+    def _precomputing(self, args: Any, model: Any) -> Any:
+        """A copy of the trainer's arguments that asks for precomputed log-probs."""
+        from trl import DPOConfig, DPOTrainer, KTOConfig
+
+        if args is None:
+            kind, make = ("DPO", DPOConfig) if isinstance(self, DPOTrainer) else ("KTO", KTOConfig)
+            args = make(f"{_name_of(model).rpartition('/')[2]}-{kind}")
+        if args.sync_ref_model:
+            raise UsageError(
+                "sync_ref_model moves the reference, and no cached log-prob would be its. Leave it out, or train with "
+                "prefcache's own trainer, which has train.moving_reference."
+            )
+        args = copy.copy(args)
+        args.precompute_ref_log_probs = True
+        return args
+
+    # -- the reference's log-probs of a data set -----------------------------------------------------------------------
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Add the cached log-probs to a data set that TRL has tokenized."""
+        from datasets import Dataset, concatenate_datasets
+
+        if not isinstance(dataset, Dataset):
+            raise UsageError(
+                f"The {name} data is a stream ({type(dataset).__name__}), and what the cache lacks of it cannot be scored before the "
+                "first step. Load it whole (streaming=False)."
+            )
+        sequences = self._collate_all(dataset)
+        self._complete(sequences, name)
+        weigh = self._weigh_tails if getattr(self, "ld_alpha", None) is not None else self._sum
+        columns = weigh(sequences)
+        kept = dataset.remove_columns([column for column in columns if column in dataset.column_names])
+        return concatenate_datasets([kept, Dataset.from_dict(columns)], axis=1)
+
+    def _collate_all(self, dataset: Any) -> dict[str, "_Sequences"]:
+        """The sequences of each answer, as TRL's collator cuts and joins them."""
+        parts: dict[str, list[_Sequences]] = {}
+        rows = dataset.select_columns(self._collated_columns(dataset)).with_format(None)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            block = rows[start : start + _ROWS_AT_ONCE]
+            examples = [dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True)]
+            batch = self.data_collator(examples)
+            for answer in self._answers:
+                if f"{answer.prefix}input_ids" in batch:
+                    parts.setdefault(answer.column, []).append(_Sequences.from_batch(batch, answer))
+        return {column: _Sequences.join(each) for column, each in parts.items()}
+
+    def _collated_columns(self, dataset: Any) -> list[str]:
+        """The columns that the trainer passes to its collator, without log-probs of an earlier time."""
+        names = list(dataset.column_names)
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()  # type: ignore[attr-defined]
+            names = [name for name in names if name in {*self._signature_columns, "label"}]  # type: ignore[attr-defined]
+        return [name for name in names if name not in {answer.column for answer in self._answers}]
+
+    def _complete(self, sequences: dict[str, "_Sequences"], name: str) -> None:
+        """Score the sequences that the cache lacks, or refuse them; refuse those without a finite log-prob."""
+        every = _Sequences.join(list(sequences.values())).with_tokens()
+        found = self._reference_cache.logps(every.prompts, every.completions)
+        if (n := int(found.missing.sum())) and not self._score_missing:
+            raise UsageError(
+                f"{self._reference_cache.folder} lacks {n:,} of {len(found):,} sequences of the {name} data. Leave score_missing at "
+                "True, or score them first (prefcache score CONFIG, with the template and the lengths that TRL uses)."
+            )
+        if n:
+            missing = pa.array(np.flatnonzero(found.missing))
+            self._reference_cache.score(every.prompts.take(missing), every.completions.take(missing))
+            found = self._reference_cache.logps(every.prompts, every.completions)
+        if n_failed := int(found.failed.sum()):
+            raise DataError(
+                f"The reference has no finite log-prob for {n_failed:,} of {len(found):,} sequences of the {name} data. Leave those "
+                f"rows out; `prefcache verify {self._reference_cache.folder}` counts them."
+            )
+
+    def _sum(self, sequences: dict[str, "_Sequences"]) -> dict[str, np.ndarray]:
+        columns = {}
+        for column, each in sequences.items():
+            scored = each.with_tokens()
+            columns[column] = np.zeros(len(each))  # an answer that was cut off as a whole has no tokens to sum
+            columns[column][each.has_tokens] = self._reference_cache.logps(scored.prompts, scored.completions).sums
+        return columns
+
+    def _weigh_tails(self, sequences: dict[str, "_Sequences"]) -> dict[str, np.ndarray]:
+        """As LD-DPO sums: tokens beyond the length of the pair's shorter answer count `ld_alpha`."""
+        shared_N = np.minimum(*(each.lengths for each in sequences.values()))
+        columns = {}
+        for column, each in sequences.items():
+            scored, columns[column] = each.with_tokens(), np.zeros(len(each))
+            tokens = self._reference_cache.logps(scored.prompts, scored.completions, per_token=True).tokens
+            assert tokens is not None
+            lengths = each.lengths[each.has_tokens]
+            is_tail = _counting(lengths) >= np.repeat(shared_N[each.has_tokens], lengths)
+            weights = np.where(is_tail, self.ld_alpha, 1.0)
+            starts = np.cumsum(lengths) - lengths
+            columns[column][each.has_tokens] = np.add.reduceat(tokens.flatten().to_numpy() * weights, starts)
+        return columns
+
+    # -- the first step ------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+        """Compute TRL's loss; in the first step, compare the policy's log-probs with the cached ones."""
+        compute = super().compute_loss  # type: ignore[misc]
+        if self._is_start_checked or not self.model.training or self.state.global_step:
+            return compute(model, inputs, *arguments, **named)
+        self._is_start_checked = True
+        with _seen_logps(model) as seen:
+            loss = compute(model, inputs, *arguments, **named)
+        self._check_start(seen[-1], inputs)
+        return loss
+
+    def _check_start(self, token_logps_NT: Any, inputs: Any) -> None:
+        """Refuse a cache whose values are not the policy's before its first update."""
+        from prefcache.pipeline.training.start_check import START_TOLERANCE
+
+        say = self._reference_cache.progress.say
+        if not self._starts_at_reference or not self.args.disable_dropout:
+            reason = "dropout is on" if self._starts_at_reference else "policy and reference are different models"
+            say(f"trl: {reason}, so the margin need not start at 0")
+            return
+        n_tokens_N = inputs["completion_mask"][:, 1:].sum(1)
+        weights_NT = self._token_weights(inputs["completion_mask"][:, 1:])
+        policy_N = (token_logps_NT[:, -weights_NT.shape[1] :] * weights_NT).sum(1)
+        cached = [inputs[each.column] for each in self._answers if not each.prefix]
+        gap_N = (policy_N - cached[0].new_tensor([x for each in cached for x in each])).abs() / n_tokens_N.clamp(min=1)
+        worst = float(gap_N.max())
+        coarsest = max(START_TOLERANCE.values())
+        tolerance = max(START_TOLERANCE.get(name, coarsest) for name in self._dtypes())
+        if not worst <= tolerance:
+            raise IdentityError(
+                f"The policy is loaded from {self._reference_cache.config.model}, yet its log-probs differ from the cached ones by "
+                f"{worst:.3g} nats per token at the start; {tolerance} is rounding. Its weights are not those of that model: name the "
+                "reference (reference_cache=prefcache.open_cache(FOLDER, model=MODEL)), or load the policy from its folder."
+            )
+        say(f"trl: start checked on {len(gap_N)} sequences: within {worst:.1e} nats per token of the cached reference")
+
+    def _token_weights(self, mask_NT: Any) -> Any:
+        if getattr(self, "ld_alpha", None) is None:
+            return mask_NT
+        shared = mask_NT.sum(1).reshape(2, -1).amin(0).repeat(2)
+        return mask_NT.where(mask_NT.cumsum(1) <= shared[:, None], mask_NT * self.ld_alpha)
+
+    def _dtypes(self) -> list[str]:
+        """The dtypes in which the policy and the cached rows were computed."""
+        args = self.args
+        arithmetic = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(self.model.dtype).rpartition(".")[2]
+        return [arithmetic, *map(identity.coarsest_dtype, self._reference_cache.stored_numerics)]
+
+
+# -- before TRL's own start ----------------------------------------------------------------------------------------------
+
+
+def _refuse_untested_version() -> None:
+    installed = version("trl")
+    if not installed.startswith(tuple(f"{known}." for known in TESTED_VERSIONS)):
+        raise UsageError(
+            f"TRL {installed} is installed, and prefcache.trl was tested with {' and '.join(TESTED_VERSIONS)}. Install one of those "
+            f"(pip install 'trl=={TESTED_VERSIONS[-1]}.*')."
+        )
+
+
+def _refuse_other_reference(given: Mapping[str, Any]) -> None:
+    if given.get("ref_model") is not None:
+        raise UsageError(
+            "ref_model is a loaded model, in whose place the cache is used. Leave it out, and name what it is loaded from: "
+            'reference_cache=prefcache.open_cache("cache", model=MODEL).'
+        )
+    data = given.get("train_dataset")
+    if data is not None and {"image", "images"} & next(iter(data), {}).keys():
+        raise UsageError(
+            "The data has images, and log-probs of answers to images are not cached yet. Train with TRL alone."
+        )
+
+
+def _open_reference(cache: str | Path | ReferenceCache, given: Mapping[str, Any]) -> tuple[ReferenceCache, bool]:
+    """The cache, and whether its reference is what the policy is loaded from."""
+    model = given["model"]
+    if isinstance(cache, ReferenceCache):
+        return cache, _is_same_place(cache, model)
+    if getattr(model, "peft_config", None):
+        raise UsageError(
+            "The policy is a PEFT model already, so its reference may be its adapter or its base model. Say which: "
+            'reference_cache=prefcache.open_cache("cache", model=BASE, adapter=FOLDER), or without adapter.'
+        )
+    if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
+        raise UsageError(
+            "The policy is quantized, and so is TRL's reference. Say how: reference_cache=prefcache.open_cache("
+            '"cache", model=MODEL, score={"quantization": "4bit"}), or without quantization for the reference as saved.'
+        )
+    revision = (getattr(given.get("args"), "model_init_kwargs", None) or {}).get("revision")
+    return prefcache.open_cache(cache, model=_name_of(model), revision=revision), True
+
+
+def _name_of(model: Any) -> str:
+    """The folder or hub id that a model was loaded from."""
+    name = model if isinstance(model, str) else str(model.config._name_or_path)
+    if not name:
+        raise UsageError(
+            "The policy was not loaded from a folder or the hub, so its reference has no name. Name one: "
+            'reference_cache=prefcache.open_cache("cache", model=MODEL).'
+        )
+    return name
+
+
+def _is_same_place(cache: ReferenceCache, model: Any) -> bool:
+    name = model if isinstance(model, str) else str(model.config._name_or_path)
+    has_adapter = bool(getattr(model, "peft_config", None))
+    is_same = cache.config.model == name or Path(cache.config.model).resolve() == Path(name).resolve()
+    return is_same and cache.config.adapter is None and not has_adapter
+
+
+def _make_stand_in(model: Any) -> Any:
+    """Make a module in the reference's place that has no weights and cannot be run."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import AutoConfig
+
+    class NoReference(FSDPModule, torch.nn.Module):
+        """TRL shards a reference under FSDP unless it is sharded already, as this claims to be."""
+
+        def __new__(cls, config: Any) -> "NoReference":
+            return object.__new__(cls)  # that of FSDPModule makes a module of another class
+
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+
+        def to(self, *arguments: Any, **named: Any) -> Any:
+            return self  # there is nothing to move
+
+        def forward(self, *arguments: Any, **named: Any) -> Any:
+            raise AssertionError("the reference is cached, and must not be run")
+
+    return NoReference(AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config)
+
+
+def _drop_adapter_copy(model: Any) -> None:
+    """Delete the frozen copy of the policy's adapter that TRL keeps as its reference."""
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
+
+
+# -- sequences -----------------------------------------------------------------------------------------------------------
+
+
+class _Sequences(NamedTuple):
+    """Sequences of one answer, in the order of the data."""
+
+    prompts: pa.Array
+    completions: pa.Array
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any], answer: _Answer) -> "_Sequences":
+        """Split collated rows at the beginning of their completions."""
+        names = ("input_ids", "attention_mask", "completion_mask")
+        ids_NT, is_token_NT, is_completion_NT = (
+            batch[f"{answer.prefix}{name}"].chunk(answer.n_parts)[answer.part].numpy() for name in names
+        )
+        is_token_NT, is_completion_NT = (
+            is_token_NT.astype(bool),
+            is_completion_NT.astype(bool) & is_token_NT.astype(bool),
+        )
+        # A first token has no log-prob, also where truncation left nothing of the prompt.
+        is_completion_NT[np.arange(len(ids_NT)), is_token_NT.argmax(1)] = False
+        starts_again = is_token_NT[:, 1:] & is_completion_NT[:, :-1] & ~is_completion_NT[:, 1:]
+        if starts_again.any():
+            raise UsageError(
+                "The collator's completion_mask leaves out tokens in the middle of a completion, and the cache has log-probs of "
+                "whole completions. Use TRL's own collator."
+            )
+        return cls(*(_lists(ids_NT, where) for where in (is_token_NT & ~is_completion_NT, is_completion_NT)))
+
+    @classmethod
+    def join(cls, parts: "list[_Sequences]") -> "_Sequences":
+        return cls(*(pa.concat_arrays([part[i] for part in parts]) for i in range(2)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        lengths: np.ndarray = self.completions.value_lengths().to_numpy()
+        return lengths
+
+    @property
+    def has_tokens(self) -> np.ndarray:
+        return self.lengths > 0
+
+    def with_tokens(self) -> "_Sequences":
+        """Leave out those whose completion was cut off as a whole."""
+        if self.has_tokens.all():
+            return self
+        mask = pa.array(self.has_tokens)
+        return _Sequences(self.prompts.filter(mask), self.completions.filter(mask))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def _lists(ids_NT: np.ndarray, where_NT: np.ndarray) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum(where_NT.sum(1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids_NT[where_NT].astype(np.int32)))
+
+
+def _counting(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each length, one after the other."""
+    counting: np.ndarray = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return counting
+
+
+@contextmanager
+def _seen_logps(model: Any) -> Iterator[list[Any]]:
+    """Collect the log-probs of each forward of the policy that has gradients."""
+    import torch
+
+    seen: list[Any] = []
+
+    def look(module: Any, arguments: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            seen.append(output.log_probs.detach())
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
