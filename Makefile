@@ -58,7 +58,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-sql bench-gpu gpu-ledger real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-gpu gpu-ledger real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -172,6 +172,9 @@ bench-turns: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.trajectories
 bench-gpu: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu
+# Eight runs of a real model, each by four contenders: half an hour.
+bench-trl: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.trl_sweep $(if $(DATA),--data $(DATA))
 # Exact on any machine, and committed: tests/bench/gpu/ledger.json. Some minutes.
 gpu-ledger: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu.ledger

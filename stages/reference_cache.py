@@ -1,15 +1,12 @@
 """A reference's log-probs, looked up by token ids, and scored where the cache lacks them.
 
 The key of a value is the hash of the very ids, so it does not matter where a sequence comes from or what order it is in.
-Shapes: N sequences.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,26 +23,10 @@ from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache, find_folder
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.id_lists import read_sequences, sequence_keys
-from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
+from prefcache.pipeline.stored.lookups import Logps, look_up
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Sequences, sequence_table
 from prefcache.pipeline.stored.scoring_plan import plan_scoring
-from prefcache.pipeline.stored.token_logps import token_logps
-
-
-@dataclass(frozen=True)
-class Logps:
-    """What the cache holds for N sequences, in the order in which they were asked for."""
-
-    sums: np.ndarray  # [N] float64: the log-prob of each completion; nan where there is none
-    missing: np.ndarray  # [N] bool: the cache lacks the sequence; score it
-    failed: np.ndarray  # [N] bool: it was scored, and has no finite log-prob
-    tokens: pa.Array | None = (
-        None  # a list per sequence: the log-prob of each completion token; null where there is none
-    )
-
-    def __len__(self) -> int:
-        return len(self.sums)
 
 
 class ReferenceCache:
@@ -144,16 +125,8 @@ class ReferenceCache:
         return self._look_up(column, per_token)
 
     def _look_up(self, keys: pa.ChunkedArray, per_token: bool) -> Logps:
-        self._cache, accepted = self._open(), self._accepted_for_lookups()
-        (sums,) = self._cache.logps([keys], accepted)
-        is_open_N = np.ma.getmaskarray(sums)
-        failed_N = np.zeros(len(sums), bool)
-        if is_open_N.any():
-            index = KeyIndex(read_keys([keys]))
-            has_row, _, _ = self._cache.find_rows(index, accepted)
-            failed_N = is_open_N & has_row[index.rank]
-        tokens = token_logps(self._cache, [keys], [sums], accepted)[0].to_arrow(is_open_N) if per_token else None
-        return Logps(np.ma.filled(sums, np.nan), is_open_N & ~failed_N, failed_N, tokens)
+        self._cache = self._open()
+        return look_up(self._cache, keys, self._accepted_for_lookups(), per_token=per_token)
 
     def _open(self) -> Cache:
         """The cache as it is on disk now; an empty one if it does not exist yet."""

@@ -29,8 +29,9 @@ import numpy as np
 import pyarrow as pa
 
 import prefcache
-from prefcache.pipeline import identity
+from prefcache.pipeline import identity, process_pool
 from prefcache.pipeline.errors import DataError, IdentityError, UsageError
+from prefcache.pipeline.stored.lookups import Logps
 from prefcache.reference_cache import ReferenceCache
 
 TESTED_VERSIONS = ("1.16",)
@@ -80,7 +81,7 @@ class CachedReference:
         self._reference_cache, self._starts_at_reference = _open_reference(reference_cache, given)
         given["args"] = self._precomputing(given.get("args"), given["model"])
         # TRL would hash the whole policy, and under FSDP load a reference, if there were none. DeepSpeed initializes what it is given.
-        if given["args"].deepspeed is None:
+        if given["args"].deepspeed_plugin is None:
             given["ref_model"] = _make_stand_in(given["model"])
         super().__init__(**given)
         _drop_adapter_copy(self.model)
@@ -125,9 +126,7 @@ class CachedReference:
                 "first step. Load it whole (streaming=False)."
             )
         sequences = self._collate_all(dataset)
-        self._complete(sequences, name)
-        weigh = self._weigh_tails if getattr(self, "ld_alpha", None) is not None else self._sum
-        columns = weigh(sequences)
+        columns = self._sum(sequences, self._look_up(_Sequences.join(list(sequences.values())), name))
         kept = dataset.remove_columns([column for column in columns if column in dataset.column_names])
         return concatenate_datasets([kept, Dataset.from_dict(columns)], axis=1)
 
@@ -152,47 +151,42 @@ class CachedReference:
             names = [name for name in names if name in {*self._signature_columns, "label"}]  # type: ignore[attr-defined]
         return [name for name in names if name not in {answer.column for answer in self._answers}]
 
-    def _complete(self, sequences: dict[str, "_Sequences"], name: str) -> None:
-        """Score the sequences that the cache lacks, or refuse them; refuse those without a finite log-prob."""
-        every = _Sequences.join(list(sequences.values())).with_tokens()
-        found = self._reference_cache.logps(every.prompts, every.completions)
+    def _look_up(self, sequences: "_Sequences", name: str) -> Logps:
+        """Look up all sequences that have a completion. Score what the cache lacks, or refuse it."""
+        scored, cache = sequences.with_tokens(), self._reference_cache
+        found = cache.logps(*scored, per_token=self._weighs_tails)
         if (n := int(found.missing.sum())) and not self._score_missing:
             raise UsageError(
-                f"{self._reference_cache.folder} lacks {n:,} of {len(found):,} sequences of the {name} data. Leave score_missing at "
-                "True, or score them first (prefcache score CONFIG, with the template and the lengths that TRL uses)."
+                f"{cache.folder} lacks {n:,} of {len(found):,} sequences of the {name} data. Leave score_missing at True, or score them "
+                "first (prefcache score CONFIG, with the template and the lengths that TRL uses)."
             )
         if n:
-            missing = pa.array(np.flatnonzero(found.missing))
-            self._reference_cache.score(every.prompts.take(missing), every.completions.take(missing))
-            found = self._reference_cache.logps(every.prompts, every.completions)
+            cache.score(*scored.filter(found.missing))
+            found = cache.logps(*scored, per_token=self._weighs_tails)
         if n_failed := int(found.failed.sum()):
             raise DataError(
                 f"The reference has no finite log-prob for {n_failed:,} of {len(found):,} sequences of the {name} data. Leave those "
-                f"rows out; `prefcache verify {self._reference_cache.folder}` counts them."
+                f"rows out; `prefcache verify {cache.folder}` counts them."
             )
+        return found
 
-    def _sum(self, sequences: dict[str, "_Sequences"]) -> dict[str, np.ndarray]:
-        columns = {}
-        for column, each in sequences.items():
-            scored = each.with_tokens()
-            columns[column] = np.zeros(len(each))  # an answer that was cut off as a whole has no tokens to sum
-            columns[column][each.has_tokens] = self._reference_cache.logps(scored.prompts, scored.completions).sums
-        return columns
+    @property
+    def _weighs_tails(self) -> bool:
+        """Whether tokens beyond the length of the pair's shorter answer count `ld_alpha` (LD-DPO)."""
+        return getattr(self, "ld_alpha", None) is not None
 
-    def _weigh_tails(self, sequences: dict[str, "_Sequences"]) -> dict[str, np.ndarray]:
-        """As LD-DPO sums: tokens beyond the length of the pair's shorter answer count `ld_alpha`."""
-        shared_N = np.minimum(*(each.lengths for each in sequences.values()))
-        columns = {}
-        for column, each in sequences.items():
-            scored, columns[column] = each.with_tokens(), np.zeros(len(each))
-            tokens = self._reference_cache.logps(scored.prompts, scored.completions, per_token=True).tokens
-            assert tokens is not None
-            lengths = each.lengths[each.has_tokens]
-            is_tail = _counting(lengths) >= np.repeat(shared_N[each.has_tokens], lengths)
-            weights = np.where(is_tail, self.ld_alpha, 1.0)
-            starts = np.cumsum(lengths) - lengths
-            columns[column][each.has_tokens] = np.add.reduceat(tokens.flatten().to_numpy() * weights, starts)
-        return columns
+    def _sum(self, sequences: dict[str, "_Sequences"], found: Logps) -> dict[str, np.ndarray]:
+        """The column of each answer. A completion that was cut off as a whole has no tokens to sum."""
+        lengths = [each.lengths for each in sequences.values()]
+        sum_N = np.zeros(sum(map(len, lengths)))
+        if found.tokens is None:
+            sum_N[np.concatenate(lengths) > 0] = found.sums
+        else:
+            length_N, shared_N = np.concatenate(lengths), np.tile(np.minimum(*lengths), len(lengths))
+            weights = np.where(_counting(length_N) < np.repeat(shared_N, length_N), 1.0, self.ld_alpha)
+            of_sequence = np.repeat(np.arange(len(length_N)), length_N)
+            np.add.at(sum_N, of_sequence, found.tokens.flatten().to_numpy() * weights)
+        return dict(zip(sequences, np.split(sum_N, np.cumsum([len(each) for each in lengths])[:-1]), strict=True))
 
     # -- the first step ------------------------------------------------------------------------------------------------
 
@@ -209,6 +203,8 @@ class CachedReference:
 
     def _check_start(self, token_logps_NT: Any, inputs: Any) -> None:
         """Refuse a cache whose values are not the policy's before its first update."""
+        import torch
+
         from prefcache.pipeline.training.start_check import START_TOLERANCE
 
         say = self._reference_cache.progress.say
@@ -220,7 +216,7 @@ class CachedReference:
         weights_NT = self._token_weights(inputs["completion_mask"][:, 1:])
         policy_N = (token_logps_NT[:, -weights_NT.shape[1] :] * weights_NT).sum(1)
         cached = [inputs[each.column] for each in self._answers if not each.prefix]
-        gap_N = (policy_N - cached[0].new_tensor([x for each in cached for x in each])).abs() / n_tokens_N.clamp(min=1)
+        gap_N = (policy_N - torch.cat(cached)).abs() / n_tokens_N.clamp(min=1)
         worst = float(gap_N.max())
         coarsest = max(START_TOLERANCE.values())
         tolerance = max(START_TOLERANCE.get(name, coarsest) for name in self._dtypes())
@@ -233,7 +229,7 @@ class CachedReference:
         say(f"trl: start checked on {len(gap_N)} sequences: within {worst:.1e} nats per token of the cached reference")
 
     def _token_weights(self, mask_NT: Any) -> Any:
-        if getattr(self, "ld_alpha", None) is None:
+        if not self._weighs_tails:
             return mask_NT
         shared = mask_NT.sum(1).reshape(2, -1).amin(0).repeat(2)
         return mask_NT.where(mask_NT.cumsum(1) <= shared[:, None], mask_NT * self.ld_alpha)
@@ -286,7 +282,8 @@ def _open_reference(cache: str | Path | ReferenceCache, given: Mapping[str, Any]
             '"cache", model=MODEL, score={"quantization": "4bit"}), or without quantization for the reference as saved.'
         )
     revision = (getattr(given.get("args"), "model_init_kwargs", None) or {}).get("revision")
-    return prefcache.open_cache(cache, model=_name_of(model), revision=revision), True
+    is_main = process_pool.rank_and_world()[0] == 0
+    return prefcache.open_cache(cache, model=_name_of(model), revision=revision, quiet=not is_main), True
 
 
 def _name_of(model: Any) -> str:
@@ -374,22 +371,16 @@ class _Sequences(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
+        """Tokens of each completion."""
         lengths: np.ndarray = self.completions.value_lengths().to_numpy()
         return lengths
 
-    @property
-    def has_tokens(self) -> np.ndarray:
-        return self.lengths > 0
-
     def with_tokens(self) -> "_Sequences":
         """Leave out those whose completion was cut off as a whole."""
-        if self.has_tokens.all():
-            return self
-        mask = pa.array(self.has_tokens)
-        return _Sequences(self.prompts.filter(mask), self.completions.filter(mask))
+        return self.filter(self.lengths > 0)
 
-    def __len__(self) -> int:
-        return len(self.prompts)
+    def filter(self, mask: np.ndarray) -> "_Sequences":
+        return _Sequences(*(lists.filter(pa.array(mask)) for lists in self))
 
 
 def _lists(ids_NT: np.ndarray, where_NT: np.ndarray) -> pa.Array:

@@ -48,7 +48,7 @@ FLOORS = {
         "contradictions prepared row_writers verified_shards",
         "cache",
         "cache_writer model_ids scoring_plan token_logps",
-        "cache_maintenance freshness cut_answers counted_logps gguf_conversion scored",
+        "cache_maintenance freshness cut_answers counted_logps gguf_conversion lookups scored",
     ],
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",

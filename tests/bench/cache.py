@@ -7,7 +7,7 @@
 A cache of ROWS rows with 50 tokens each is written once into --folder, and half as many pairs that name its keys in
 another order. Each part runs in a process of its own, which reports its seconds, from the import of the cache's module
 on, its seconds of CPU, which a busy machine does not stretch as much, and its peak resident memory, all memory maps
-included. `first` is the opening that hashes every byte; `cold` has
+included. `lookup` is that of the Python API. `first` is the opening that hashes every byte; `cold` has
 the files' pages dropped from memory before; `again` has them in memory.
 """
 
@@ -67,7 +67,9 @@ def _report(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     _say("train, cold", _run("train", folder))
     _say("train, again", _run("train", folder))
+    _say("lookup, again", _run("lookup", folder))
     _say("plan, again", _run("plan", folder))
+    _say("hash 1 million", _run("hash", folder))
 
 
 def _say(what: str, found: dict[str, Any]) -> None:
@@ -171,6 +173,33 @@ def train(folder: Path, steps: dict[str, float]) -> None:
     assert not chosen.mask.any() and not rejected.mask.any()
 
 
+def lookup(folder: Path, steps: dict[str, float]) -> None:
+    """As the Python API looks all keys up, and says of each whether it is missing."""
+    from prefcache.pipeline.stored.lookups import look_up
+
+    cache, pairs = _open(folder, steps)
+    began = time.perf_counter()
+    keys = pa.chunked_array([*pairs["chosen_key"].chunks, *pairs["rejected_key"].chunks])
+    found = look_up(cache, keys, [NUMERICS], per_token=False)
+    steps["lookup"] = time.perf_counter() - began
+    assert not found.missing.any()
+
+
+def hash_ids(folder: Path, steps: dict[str, float]) -> None:
+    """The keys of a million sequences of 120 prompt and 50 completion tokens."""
+    from prefcache.pipeline.stored.id_lists import read_sequences, sequence_keys
+
+    n = 1_000_000
+    ids = pa.array(np.random.default_rng(0).integers(0, 100_000, 170 * n, np.int32))
+    prompts, completions = (
+        pa.ListArray.from_arrays(pa.array(np.arange(0, (n + 1) * length, length, np.int32)), ids)
+        for length in (120, TOKENS)
+    )
+    began = time.perf_counter()
+    assert len(sequence_keys(read_sequences(prompts, completions))) == n
+    steps["hash"] = time.perf_counter() - began
+
+
 def plan(folder: Path, steps: dict[str, float]) -> None:
     from prefcache.pipeline.stored.scoring_plan import plan_scoring
 
@@ -205,7 +234,7 @@ def gc(folder: Path, steps: dict[str, float]) -> None:
     gc.run([str(folder / "cache")], Progress(quiet=True), TARGET_MIB)
 
 
-PARTS = {"train": train, "plan": plan, "verify": verify, "gc": gc}
+PARTS = {"train": train, "lookup": lookup, "hash": hash_ids, "plan": plan, "verify": verify, "gc": gc}
 
 if __name__ == "__main__":
     main()

@@ -163,6 +163,20 @@ def test_no_reference_is_loaded_or_run(tmp_path, model, cache, counts):
     assert counts == {"with gradients": 5, "without": 5, "loaded": 2}
 
 
+def test_none_is_loaded_under_fsdp_either(tmp_path, model, cache, counts):
+    """FSDP needs GPUs here, so the trainer is told, once it is made, that it is sharded."""
+
+    class Sharded(CachedDPO):
+        is_fsdp_enabled = property(
+            lambda self: "maybe_activation_offload_context" in vars(self), lambda self, value: None
+        )
+
+    make(CachedDPO, model, tmp_path / "o", reference={"reference_cache": cache})
+    counts.clear()
+    trainer = make(Sharded, model, tmp_path / "o", reference={"reference_cache": cache, "score_missing": False})
+    assert trainer.is_fsdp_enabled and counts == {"loaded": 1}
+
+
 def test_the_memory_is_that_of_the_policy_alone(tmp_path, model, cache):
     train(CachedDPO, model, tmp_path / "o", max_steps=1, reference={"reference_cache": cache})
     gc.collect()
