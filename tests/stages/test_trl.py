@@ -1,8 +1,13 @@
 """The cache inside TRL's trainers, against the same trainers with a live and with a precomputed reference."""
 
 import gc
+import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 import prefcache
 from prefcache.trl import CachedReference
-from tests.helpers.project import build_model, pair
+from tests.helpers.project import ROOT, build_model, pair
 
 N_STEPS, BATCH = 50, 4
 
@@ -190,6 +195,24 @@ def count_weights():
     return sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.nn.Parameter))
 
 
+def test_two_processes_share_the_scoring_and_train_as_with_a_live_reference(tmp_path, model):
+    def run(trainer):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        command = [*torchrun, "-m", __name__, trainer, str(model), str(tmp_path)]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    (cached, n_rows), said = run("CachedDPO")
+    (live, _), _ = run("DPOTrainer")
+    assert cached == pytest.approx(live, abs=1e-6) and len(live) == 8
+    # Each sequence was scored by one of them, and one says so.
+    assert n_rows == len({str(row[answer]) + str(row["prompt"]) for row in PAIRS for answer in ("chosen", "rejected")})
+    assert said.count("score: loading") == said.count("trl: start checked") == 1
+
+
 # -- what is looked up -----------------------------------------------------------------------------------------------------
 
 
@@ -344,9 +367,41 @@ def test_other_trainers_are_refused(model, tmp_path):
         Wrong(str(model))
 
 
+@pytest.mark.slow
+def test_the_newest_version_that_pip_finds_trains_the_same_or_is_refused(tmp_path, model):
+    """An untested version must end with a sentence; a tested one must give the losses of the version installed here."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "newest"), "trl"]
+    if (done := subprocess.run(pip, capture_output=True, text=True, check=False)).returncode:
+        pytest.skip(f"pip finds no trl: {done.stderr.strip().splitlines()[-1]}")
+    newest = next((tmp_path / "newest").glob("trl-*.dist-info")).name.removeprefix("trl-").removesuffix(".dist-info")
+    command = [sys.executable, "-m", __name__, "CachedDPO", str(model), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "newest")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    if not newest.startswith("1.16."):
+        assert f"TRL {newest} is installed, and prefcache.trl was tested with" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    here = losses(train(DPOTrainer, model, tmp_path / "o", max_steps=8, per_device_train_batch_size=2))
+    assert json.loads(done.stdout.splitlines()[-1])[0] == pytest.approx(here, abs=1e-6)
+
+
 def test_an_untested_version_is_refused(model, monkeypatch):
     monkeypatch.setattr("prefcache.trl.version", lambda name: "1.160.1")
     with pytest.raises(
         prefcache.UsageError, match=re.escape("TRL 1.160.1 is installed, and prefcache.trl was tested with 1.16")
     ):
         CachedDPO(str(model))
+
+
+def main(name, model, folder):
+    """Train in this process, which may be one of several, and print the losses and the rows of the cache."""
+    trainer, cache = globals()[name], Path(folder) / "cache"
+    reference = {"reference_cache": cache} if issubclass(trainer, CachedReference) else None
+    trained = train(trainer, model, Path(folder) / "o", max_steps=8, per_device_train_batch_size=2, reference=reference)
+    if trained.accelerator.is_main_process:
+        n_rows = len(prefcache.open_cache(cache, model=model, quiet=True)) if reference else None
+        print(json.dumps([losses(trained), n_rows]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
