@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 import prefcache
 from prefcache.trl import CachedReference
+from tests.helpers.documents import blocks
 from tests.helpers.project import ROOT, build_model, pair
 
 N_STEPS, BATCH = 50, 4
@@ -211,6 +212,18 @@ def test_two_processes_share_the_scoring_and_train_as_with_a_live_reference(tmp_
     # Each sequence was scored by one of them, and one says so.
     assert n_rows == len({str(row[answer]) + str(row["prompt"]) for row in PAIRS for answer in ("chosen", "rejected")})
     assert said.count("score: loading") == said.count("trl: start checked") == 1
+
+
+def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build_model(tmp_path / "models/policy")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS[:8]))
+    names = {}
+    for block in blocks("python", ROOT / "stages/guide/trl.md"):
+        # TRL trains in bf16 unless told otherwise, and refuses to without a GPU.
+        exec(block.replace("max_length=1024", "max_length=1024, use_cpu=True, bf16=False, report_to='none'"), names)
+    first, last = names["Trainer"].__mro__[1], names["trainer"]
+    assert first is CachedReference and len(names["reference"]) == 16 and last.train_dataset["ref_chosen_logps"]
 
 
 # -- what is looked up -----------------------------------------------------------------------------------------------------
