@@ -7,7 +7,7 @@ from typing import Any
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.foreign_programs import AXOLOTL
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, source
+from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, sources
 
 # What it calls the Trainer's settings.
 _NAMES = {
@@ -356,7 +356,7 @@ def _convert_data(converted: Converted, rl: str) -> None:
 def _sources(converted: Converted, key: str, rl: str) -> list[dict[str, Any]]:
     entries = converted.given.get(key) or []
     entries = [entries] if isinstance(entries, Mapping) else entries
-    sources = []
+    found = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not entry.get("path"):
             raise UsageError(f"{key}[{number}]: found {entry!r}, expected a mapping with `path`.")
@@ -367,8 +367,8 @@ def _sources(converted: Converted, key: str, rl: str) -> list[dict[str, Any]]:
         }
         converted.ignored |= {f"{key}[{number}].{name}": why for name, why in _SOURCE_IGNORED.items() if name in entry}
         format = _format_of(entry, rl)
-        sources += [each | format for each in _places(entry)]
-    return sources
+        found += [each | format for each in _places(converted, f"{key}[{number}]", entry)]
+    return found
 
 
 def _explain_source(name: str) -> str:
@@ -383,7 +383,7 @@ def _explain_source(name: str) -> str:
     return known.get(name, "not known here")
 
 
-def _places(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _places(converted: Converted, key: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return where an entry's records are: one place, or one for each of its data files."""
     files = entry.get("data_files") or []
     files = [files] if isinstance(files, str) else files
@@ -395,7 +395,8 @@ def _places(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"path": f"hf://datasets/{entry['path']}/{name}"} for name in files]
     subset = entry.get("name")
     names = subset if isinstance(subset, list) else [subset]
-    return [source(entry["path"], name, entry.get("split"), entry.get("revision")) for name in names]
+    split, revision = entry.get("split"), entry.get("revision")
+    return [each for name in names for each in sources(converted, key, entry["path"], name, split, revision)]
 
 
 def _format_of(entry: Mapping[str, Any], rl: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The account of a conversion: the config, and for every key of the file what it became, why it is ignored, or what differs."""
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,8 +86,7 @@ class Converted:
     def sources(self) -> list[dict[str, Any]]:
         """The sources of the config, of training and of evaluation data."""
         prepare = self.config.get("prepare", {})
-        held_out = prepare.get("held_out_data", [])
-        return [*prepare.get("data", []), *(held_out if isinstance(held_out, list) else [held_out])]
+        return [*prepare.get("data", []), *prepare.get("held_out_data", [])]
 
     @property
     def data_paths(self) -> tuple[str, ...]:
@@ -148,14 +148,46 @@ def put_kto(converted: Converted, batch_key: str) -> None:
         converted.config["prepare"]["kl_batch_size"] = size
 
 
-def source(name: Any, subset: Any = None, split: Any = None, revision: Any = None) -> dict[str, Any]:
-    """Name a source: a file or folder if it exists, else a data set on the hub.
+def sources(
+    converted: Converted, theirs: str, name: Any, subset: Any = None, split: Any = None, revision: Any = None
+) -> list[dict[str, Any]]:
+    """Name the sources of a data set: a file or a folder if it exists, else a data set on the hub.
 
     A name alone may be either here, as in the other programs; with a subset, a split or a revision it is on the hub.
     """
-    split = None if split == "train" else split
-    if Path(str(name)).exists():
-        return {"path": name, **({"split": split} if split and Path(str(name)).is_dir() else {})}
-    more = {"name": subset, "split": split, "revision": revision}
-    given = {key: value for key, value in more.items() if value is not None}
-    return {"hub": name, **given} if given else {"path": name}
+    place, (split, _, part) = Path(str(name)), str(split or "train").partition("[")
+    if not place.exists():
+        full = None if split == "train" and not part else f"{split}[{part}" if part else split
+        more = {"name": subset, "split": full, "revision": revision}
+        given = {key: value for key, value in more.items() if value is not None}
+        return [{"hub": name, **given} if given else {"path": name}]
+    first = re.fullmatch(r":(\d+)\]", part)
+    if part and first is None:
+        converted.differs[f"{theirs}: {split}[{part}"] = "all of it is read; prepare.data has max_records and weight"
+    limit = {"max_records": int(first[1])} if first else {}
+    if place.is_dir() and any((place / marker).exists() for marker in _SAVED_TO_DISK):
+        return [{"path": name, **({"split": split} if split != "train" else {}), **limit}]
+    if place.is_dir() and (files := _files_of_split(place, split)):
+        return [{"path": file, **limit} for file in files]
+    return [{"path": name, **limit}]
+
+
+# What a folder has that datasets' save_to_disk wrote.
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+# Words in the names of files by which `datasets` knows their split.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def _files_of_split(folder: Path, split: str) -> list[str]:
+    """Return the files of a folder that belong to a split by their names; none if no name speaks of a split."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+        name = file.relative_to(folder).as_posix().lower()
+        for each, words in _SPLITS.items():
+            if re.search(rf"(^|[-._ /0-9])({'|'.join(words)})([-._ /0-9]|$)", name):
+                found.setdefault(each, []).append(str(file))
+    return found.get(split, [])

@@ -8,7 +8,7 @@ from typing import Any
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.foreign_programs import LLAMAFACTORY
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_model, source
+from prefcache.pipeline.training.foreign_configs.converted import Converted, put_model
 
 _DATASET_INFO = "dataset_info.json"
 # theirs -> ours, with the same value.
@@ -253,11 +253,11 @@ def _convert_data(converted: Converted, folder: Path) -> None:
         "LLaMA-Factory cuts the ends of long prompts as well as those of answers; here the answers' ends alone are cut"
     )
     info = _read_info(given.get("dataset_dir", "data"), folder)
-    if "dataset" in given and (sources := _sources(converted, "dataset", info, is_kto)):
-        converted.put("dataset", "prepare.data", sources)
+    if "dataset" in given and (found := _sources(converted, "dataset", info, is_kto)):
+        converted.put("dataset", "prepare.data", found)
     if "eval_dataset" in given:
-        if sources := _sources(converted, "eval_dataset", info, is_kto):
-            converted.put("eval_dataset", "prepare.held_out_data", sources)
+        if found := _sources(converted, "eval_dataset", info, is_kto):
+            converted.put("eval_dataset", "prepare.held_out_data", found)
             converted.config["prepare"]["held_out"] = 0.0  # it trains on all of `dataset`
     elif (size := given.get("val_size")) and size < 1:
         converted.put("val_size", "prepare.held_out", float(size))
@@ -304,23 +304,24 @@ def _sources(converted: Converted, key: str, info: dict[str, Any] | None, is_kto
             "llamafactory-cli, or set prepare.data"
         )
         return []
-    sources = []
+    found: list[dict[str, Any]] = []
     for name in names:
         if place == "ONLINE":
-            sources.append({"hub": name})
+            found.append({"hub": name})
         elif name not in info:
             raise UsageError(
                 f"{key}: there is no {name!r} in {place}/{_DATASET_INFO}. It has: {', '.join(sorted(info)) or 'nothing'}."
             )
-        elif (found := _source_of(converted, name, info[name], is_kto)) is not None:
-            sources.append(found)
-    return sources
+        elif (entry := _source_of(converted, name, info[name], is_kto)) is not None:
+            found.append(entry)
+    return found
 
 
 def _source_of(converted: Converted, name: str, entry: Mapping[str, Any], is_kto: bool) -> dict[str, Any] | None:
     """Turn an entry of dataset_info.json into a source: where it is, its format and its columns."""
     if "hf_hub_url" in entry:
-        found = source(entry["hf_hub_url"], entry.get("subset"), entry.get("split"))
+        more = {"name": entry.get("subset"), "split": entry.get("split")}
+        found = {"hub": entry["hf_hub_url"]} | {key: value for key, value in more.items() if value}
     elif "file_name" in entry:
         found = {"path": entry["file_name"]}
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefcache.pipeline.foreign_programs import TRL
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, source
+from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, sources
 
 # theirs -> ours, with the same value.
 _SAME = {
@@ -125,12 +125,11 @@ def _convert_data(converted: Converted) -> None:
     converted.config["prepare"] = {"train_on": "all"}  # TRL counts every token after the prompt
     if given.get("datasets"):
         entries = given["datasets"]
-        converted.put("datasets", "prepare.data", [_source_of(entry) for entry in entries])
+        converted.put("datasets", "prepare.data", [each for entry in entries for each in _sources_of(converted, entry)])
         more = sorted({key for entry in entries for key in entry} - {"path", "name", "split"})
         converted.differs |= {f"datasets[].{key}": "prepare.data has weight and max_records" for key in more}
     elif "dataset_name" in given:
-        train = source(given["dataset_name"], given.get("dataset_config"), given.get("dataset_train_split"))
-        converted.put("dataset_name", "prepare.data", [train])
+        converted.put("dataset_name", "prepare.data", _sources_of_split(converted, "dataset_train_split", "train"))
         converted.note(["dataset_config", "dataset_train_split"], "prepare.data")
     _convert_evaluation_data(converted)
     for key, bits in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
@@ -138,8 +137,13 @@ def _convert_data(converted: Converted) -> None:
             converted.put(key, "score.quantization", bits)
 
 
-def _source_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return source(entry.get("path"), entry.get("name"), entry.get("split"))
+def _sources_of(converted: Converted, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return sources(converted, "datasets", entry.get("path"), entry.get("name"), entry.get("split"))
+
+
+def _sources_of_split(converted: Converted, key: str, default: str) -> list[dict[str, Any]]:
+    given = converted.given
+    return sources(converted, key, given["dataset_name"], given.get("dataset_config"), given.get(key, default))
 
 
 def _convert_evaluation_data(converted: Converted) -> None:
@@ -149,8 +153,7 @@ def _convert_evaluation_data(converted: Converted) -> None:
     elif not hf_trainer.evaluates(converted):
         hf_trainer.put_no_evaluation(converted)
     elif "dataset_name" in given and not Path(str(given["dataset_name"])).is_file():
-        split = given.get("dataset_test_split", "test")
-        test = source(given["dataset_name"], given.get("dataset_config"), split)
+        test = _sources_of_split(converted, "dataset_test_split", "test")
         converted.put("dataset_test_split", "prepare.held_out_data", test)
         converted.config["prepare"]["held_out"] = 0.0  # TRL trains on all of the other split
 

@@ -57,7 +57,7 @@ def test_every_key_of_a_file_is_accounted_for():
         "prepare": {
             "train_on": "all",  # TRL counts all tokens after the prompt
             "data": [{"path": "trl-lib/ultrafeedback_binarized"}],
-            "held_out_data": {"hub": "trl-lib/ultrafeedback_binarized", "split": "test"},  # TRL's own split
+            "held_out_data": [{"hub": "trl-lib/ultrafeedback_binarized", "split": "test"}],  # TRL's own split
             "held_out": 0.0,
             "max_length": 2048,
             "too_long": "keep_start",
@@ -128,7 +128,7 @@ def test_the_test_split_becomes_evaluation_data_where_trl_evaluates():
     theirs = {"dataset_name": "org/pairs", "dataset_config": "easy", "dataset_test_split": "test"}
     theirs |= {"eval_steps": 10, "load_best_model_at_end": True}
     found = convert(theirs | {"eval_strategy": "steps"})
-    assert found.config["prepare"]["held_out_data"] == {"hub": "org/pairs", "name": "easy", "split": "test"}
+    assert found.config["prepare"]["held_out_data"] == [{"hub": "org/pairs", "name": "easy", "split": "test"}]
     assert found.config["prepare"]["held_out"] == 0 and found.config["train"]["best"] == {"metric": "data_loss"}
     found.check()
     found = convert(theirs)
@@ -329,3 +329,31 @@ def test_a_run_gets_its_name_unless_no_folder_can_have_it():
 def test_what_belongs_to_other_commands_of_trl_differs():
     found = convert({"dataset_name": "d", "assistant_only_loss": True, "eval_dataset": "e"})
     assert "it is SFT's" in found.differs["assistant_only_loss"] and "held_out_data" in found.differs["eval_dataset"]
+
+
+def test_the_files_of_a_local_folder_belong_to_the_splits_that_their_names_say(tmp_path, monkeypatch):
+    """As in `datasets`: otherwise the test examples would be trained on."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "latest.jsonl"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("")
+    prepare = convert({"dataset_name": "data", "eval_strategy": "steps"}).config["prepare"]
+    assert prepare["data"] == [{"path": "data/train-0.jsonl"}, {"path": "data/train-1.jsonl"}]
+    assert prepare["held_out_data"] == [{"path": "data/test.jsonl"}]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/pairs.jsonl").write_text("")
+    assert convert({"dataset_name": "other"}).config["prepare"]["data"] == [{"path": "other"}]
+
+
+def test_the_first_records_of_a_split_come_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("")
+    found = convert(
+        {"datasets": [{"path": "pairs.jsonl", "split": "train[:500]"}, {"path": "org/d", "split": "train[:1%]"}]}
+    )
+    assert found.config["prepare"]["data"] == [
+        {"path": "pairs.jsonl", "max_records": 500},
+        {"hub": "org/d", "split": "train[:1%]"},
+    ]
+    found = convert({"datasets": [{"path": "pairs.jsonl", "split": "train[5%:]"}]})
+    assert "datasets: train[5%:]" in found.differs
