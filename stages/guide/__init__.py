@@ -9,7 +9,20 @@ from pathlib import Path
 
 from prefcache.pipeline.errors import look_up
 
-_ORDER = ("data", "scoring", "training", "losses", "sql", "report", "python", "gpu", "many-machines", "trust", "extend")
+_ORDER = (
+    "data",
+    "scoring",
+    "training",
+    "losses",
+    "sql",
+    "report",
+    "python",
+    "other-trainers",
+    "gpu",
+    "many-machines",
+    "trust",
+    "extend",
+)
 CHAPTERS = {name: Path(__file__).parent / f"{name}.md" for name in _ORDER}
 _LINK = re.compile(r"\[([^]]+)\]\([^)]+\)")
 _WIDEST = 120  # longer lines are hard to read

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prefcache.guide import CHAPTERS
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.training.losses import LOSSES
 from tests.helpers.documents import README, SCRIPTS, blocks, commands, shown
@@ -15,6 +16,9 @@ from tests.helpers.project import ROOT, Clone, write_pairs
 
 # The documents' commands that the test below does not run, and why.
 NOT_RUN = {
+    "swift rlhf --rlhf_type dpo --model Qwen/Qwen2.5-0.5B-Instruct --adapters runs/my/lora/model --ref_adapters runs/my/lora/model "
+    "--dataset pairs.jsonl --output_dir runs/swift": "ms-swift needs another environment; tests/docs/test_other_trainers.py looks its "
+    "options up",
     "make prepare score train": "the demo fixture has run it",
     "make test": "it runs this test; CI runs it",
     "pip install .": "the environment has it installed; the wheel test installs it in a fresh one",
@@ -29,7 +33,7 @@ NOT_RUN = {
     "a server; the tests of the server engine start one",
     "prefcache push runs/demo/trained me/kind": "it needs a hub account; tests/stages/commands/test_push.py pushes to a hub of its own",
 }
-# What the README names on the hub, and what takes its place here.
+# What the README and the chapter on other trainers name on the hub, and what takes its place here.
 HERE = {
     "Qwen/Qwen2.5-0.5B-Instruct": "data/demo/reference",
     "trl-lib/ultrafeedback_binarized": "runs/pairs.jsonl",
@@ -165,7 +169,9 @@ def test_every_command_of_readme_and_guide_runs(demo):
     (demo.folder / "runs").mkdir(exist_ok=True)
     pairs = write_pairs(demo.folder / "runs/pairs.jsonl", 32).read_text()
     (demo.folder / "runs/orca.jsonl").write_text(pairs.replace('"prompt"', '"question"'))
-    for block in blocks("yaml", README):
+    other_trainers = CHAPTERS["other-trainers"]
+    (demo.folder / "runs/dataset_info.json").write_text(*blocks("json", other_trainers))
+    for block in blocks("yaml", README, other_trainers):
         name, _, text = block.removeprefix("# ").partition("\n")
         for theirs, ours in HERE.items():
             text = text.replace(theirs, ours)

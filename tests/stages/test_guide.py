@@ -13,6 +13,8 @@ import pytest
 from prefcache.cli import main
 from prefcache.guide import CHAPTERS, chapter, rendered, summaries
 from prefcache.pipeline import config_file
+from prefcache.pipeline.foreign_programs import recognise
+from prefcache.pipeline.training.foreign_configs import convert
 from tests.helpers.documents import DOCUMENTS, EXCERPTS, README, blocks, commands
 from tests.helpers.project import PREFCACHE, ROOT
 
@@ -37,13 +39,22 @@ def test_the_test_command_of_the_readme_is_what_ci_runs():
     assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
 
 
-def test_the_configs_shown_are_configs(tmp_path):
-    trl, *ours = blocks("yaml")
-    assert trl.startswith("# dpo.yaml\nmodel_name_or_path:") and len(ours) >= 2
-    for text in ours:
-        named = "" if "model:" in text else "model: m\nout: o\n"
-        (tmp_path / "config.yaml").write_text(named + text)
+@pytest.mark.parametrize("text", blocks("yaml"), ids=lambda text: text.splitlines()[0].lstrip("# "))
+def test_the_configs_shown_are_configs(tmp_path, text):
+    """Those of other trainers become configs."""
+    named = "" if "model" in text else "model: m\nout: o\n"
+    (tmp_path / "config.yaml").write_text(named + text)
+    tree = config_file.read_yaml(tmp_path / "config.yaml")
+    if (program := recognise(tree)) is not None:
+        converted = convert(program, tree, tmp_path / "config.yaml")
+        converted.check()
+        assert not converted.unknown_keys
+    else:
         assert config_file.load(tmp_path / "config.yaml").prepare.data
+
+
+def test_the_first_config_shown_is_trls():
+    assert blocks("yaml", README)[0].startswith("# dpo.yaml\nmodel_name_or_path:")
 
 
 @pytest.mark.parametrize("code", blocks("python", *EXCERPTS), ids=lambda code: re.search(r"def (\w+)", code)[1])
