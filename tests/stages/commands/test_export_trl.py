@@ -1,6 +1,7 @@
 """Rows for TRL: what its trainers make of them, in their own code, is what was scored."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -291,6 +293,19 @@ def test_repeated_and_dropped_examples_are_as_often_in_the_file_as_they_are_trai
     assert (result["rows"], result["left_out"]) == (N + 4, {})
     rows = pq.read_table(tmp_path / "rows.parquet")["prefcache_example"].to_pylist()
     assert sorted(rows) == sorted(Prepared(tmp_path / "runs/tiny/prepared").table()["example_id"].to_pylist())
+
+
+def test_a_row_without_a_finite_log_prob_is_left_out(export, tmp_path, model):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    (token, *_) = AutoTokenizer.from_pretrained(broken)("§", add_special_tokens=False)["input_ids"]
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    records = [messages(i) for i in range(N)]
+    records[4]["rejected"] = [assistant("a § sings")]
+    result, _ = export(records, f"model={broken}", "score.parity_sample=0")
+    assert (result["rows"], result["left_out"]) == (N - 1, {"no finite log-prob of the rejected answer": 1})
+    assert list(result["first"].values()) == ["pairs.jsonl, line 5"]
 
 
 @pytest.mark.parametrize(
