@@ -2,9 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -32,29 +29,6 @@ def batches_of(run: Path) -> dict[int, list[str]]:
         if row["split"] == "train":
             batches.setdefault(row["step"], []).append(row["example_id"])
     return batches
-
-
-def launch(root: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command under torchrun, as two processes."""
-    return launch_all(root, port, [arguments])
-
-
-def launch_all(
-    root: Path, port: int, commands: Iterable[Sequence[str]], timeout: int = 120
-) -> subprocess.CompletedProcess[str]:
-    """Several commands, one after another, in one start of two processes."""
-    (root / "launch.py").write_text(
-        "import json, sys\n"
-        "if __name__ == '__main__':\n"
-        "    from prefcache.cli import main\n"
-        "    for command in json.loads(sys.argv[1]):\n"
-        "        main(command, standalone_mode=False)\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    arguments = ["launch.py", json.dumps([list(command) for command in commands])]
-    done = subprocess.run([*torchrun, *arguments], cwd=root, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
-    return done
 
 
 def write_turned_pairs(path: Path) -> None:

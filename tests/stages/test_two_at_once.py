@@ -13,7 +13,7 @@ import pytest
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored.claims import claim_path, claim_stage, find_holders
-from tests.helpers.project import PREFCACHE
+from tests.helpers.processes import start_process
 
 HOLD = (
     "import sys; from pathlib import Path; from prefcache.pipeline.stored.claims import claim_stage\n"
@@ -99,11 +99,11 @@ def test_a_stage_keeps_another_off_its_folder_and_a_killed_one_does_not(prefcach
     config = request.getfixturevalue({"prepare": "config", "score": "prepared", "train": "scored"}[stage])
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 0.2").replace("samples: 4", "samples: 0"))
     claim = tmp_path / "runs/tiny" / {"train": ".train-trained.claim"}.get(stage, f".{stage}.claim")
-    first = subprocess.Popen([PREFCACHE, stage, config], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    first = start_process(tmp_path, stage, config)
     entry = claim.with_name(f"{claim.name}.entry")
-    while first.poll() is None and not (claim.exists() and claim.read_bytes() and not entry.exists()):
-        time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)
+    while first.is_alive() and not (claim.exists() and claim.read_bytes() and not entry.exists()):
+        time.sleep(0.0002)
+    os.kill(first.pid, signal.SIGSTOP)
     # Scorers of the same settings share the work (test_crash.py); one of other settings would vouch for something else.
     other = ["--set", "score.dtype=bfloat16"] if stage == "score" else []
     said = prefcache(stage, config, *other, code=2).stderr
@@ -114,7 +114,7 @@ def test_a_stage_keeps_another_off_its_folder_and_a_killed_one_does_not(prefcach
         said = prefcache("prepare", config, code=2).stderr
         assert re.search(rf"prepared is being read by {stage} \(process {first.pid} on", said)
     first.kill()
-    first.wait()
+    first.join()
     stages = ("prepare", "score", "train")
     for each in stages[: stages.index(stage) + 1]:
         prefcache(each, config)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from prefcache.pipeline.training.losses import LOSSES
+from tests.helpers.processes import launch
 from tests.helpers.project import pair, write_config
-from tests.helpers.runs import launch_all, metrics
+from tests.helpers.runs import metrics
 
 COUPLED = [name for name, loss in LOSSES.items() if loss.statistics or loss.over_batch]
 # sft beside another loss, whose parts come from one pass.
@@ -64,8 +65,8 @@ def arguments(name: str, run: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two_processes(experiment) -> Path:
-    """All of them under torchrun, in one start of two processes."""
-    launch_all(experiment, 29613, [arguments(name, "two") for name in [*COUPLED, *MIXED]], timeout=500)
+    """All of them, in one start of two processes."""
+    launch(experiment, *(arguments(name, "two") for name in [*COUPLED, *MIXED]), seconds=500)
     return experiment
 
 

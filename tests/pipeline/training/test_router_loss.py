@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,9 @@ from prefcache.pipeline.training.policy import Policy
 from prefcache.pipeline.training.router_loss import RouterCounts, RouterLoss, make_router_loss
 from tests.helpers.examples import pair, table
 from tests.helpers.models import build, sequence, start_forward
+from tests.helpers.processes import launch
 from tests.helpers.project import write_config, write_pairs
-from tests.helpers.runs import launch_all, metrics
+from tests.helpers.runs import metrics
 
 CPU = torch.device("cpu")
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]
@@ -189,10 +189,7 @@ def test_two_processes_and_a_run_of_one_log_the_same_loss(prefcache, mixture, tm
     }
     for name in scopes:
         prefcache(*commands[f"one-{name}"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch_all(tmp_path, port, [commands[f"two-{name}"] for name in scopes])
+    launch(tmp_path, *(commands[f"two-{name}"] for name in scopes))
     for scope in scopes:
         one, two = (metrics(tmp_path / "runs/tiny" / f"{n}-{scope}") for n in ("one", "two"))
         for name in ("aux_loss", "eval_aux_loss", "grad_norm"):

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefcache.commands import merge
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.models import save_mixture
+from tests.helpers.processes import launch
 from tests.helpers.project import write_config, write_pairs
-from tests.helpers.runs import launch, metrics, sft
+from tests.helpers.runs import metrics, sft
 
 LORA = ["--set", "train.lora.r=4", "--set", "train.samples=0", "--set", "train.epochs=1"]
 
@@ -101,7 +102,7 @@ def test_an_interrupted_adapter_goes_on_to_the_same_weights(prefcache, scored, t
 def test_two_processes_train_the_adapter_that_one_trains(prefcache, scored, tmp_path):
     more = [*LORA, "--set", "train.learning_rate=1e-3", "--set", "train.gradient_checkpointing=true"]
     prefcache("train", scored, *more, "--set", "train.run=one")
-    launch(tmp_path, 29541, "train", str(scored), *more, "--set", "train.run=two")
+    launch(tmp_path, ["train", scored, *more, "--set", "train.run=two"])
     one, two = (measured(tmp_path / "runs/tiny" / run) for run in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-3)
 

@@ -17,7 +17,7 @@ import pytest
 from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.examples import make_older
-from tests.helpers.processes import is_gone
+from tests.helpers.processes import is_gone, launch
 from tests.helpers.project import PREFCACHE, pair, start, write_config, write_pairs
 
 Prepare = Callable[..., dict[str, Any]]
@@ -367,12 +367,7 @@ def test_ranks_one_after_another_make_what_one_machine_makes(many, prefcache, ex
 
 
 def test_ranks_at_once_make_what_one_machine_makes(many, expected, tmp_path):
-    command = [PREFCACHE, "prepare", many, "--set", "prepare.workers=1"]
-    ranks = [
-        subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    launch(tmp_path, ["prepare", many, "--set", "prepare.workers=1"])
     assert take_files(tmp_path) == expected
 
 
@@ -445,7 +440,13 @@ def test_a_killed_worker_ends_the_command_with_exit_code_6(prefcache, slow, tmp_
 
 
 @pytest.mark.parametrize(
-    ("sent", "when"), [(signal.SIGINT, 3), (signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 1)]
+    ("sent", "when"),
+    [
+        pytest.param(signal.SIGINT, 3, marks=pytest.mark.slow),
+        (signal.SIGINT, 0),
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGHUP, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_it_ends_with_exit_code_130_and_leaves_no_process(slow, tmp_path, sent, when):
     child = at_work(slow, when)

@@ -1,7 +1,6 @@
 """score, as a user runs it: exact values, nothing twice, nothing lost."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.prepared import Prepared
-from tests.helpers.processes import start_process
+from tests.helpers.processes import read_stdout, start_process
 from tests.helpers.project import PREFCACHE, start, write_config, write_pairs
 from tests.helpers.scored import cache_folder, fingerprint, rows_of
 
@@ -195,28 +194,21 @@ def test_interrupted_scoring_keeps_finished_shards_and_exits_130(score, prepared
     assert 0 < result["cached_before"] < 120 and kept.items() <= fingerprint(tmp_path).items()
 
 
-def test_several_processes_share_the_work_and_leave_what_one_leaves(process, prepared, tmp_path):
-    process("score", prepared)
+def test_several_processes_share_the_work_and_leave_what_one_leaves(prefcache, prepared, tmp_path):
+    prefcache("score", prepared)
     expected = fingerprint(tmp_path)
     shutil.rmtree(tmp_path / "cache")
     shutil.rmtree(tmp_path / "runs/tiny/scored")
-    scorers = [
-        subprocess.Popen(
-            [PREFCACHE, "score", prepared, "--json"],
-            cwd=tmp_path,
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "3"} for rank in range(3)]
+    scorers = [start_process(tmp_path, "score", prepared, "--json", environment=rank) for rank in ranks]
     # One of them dies; the others do its share.
-    while scorers[1].poll() is None and not list(tmp_path.glob("cache/*/*.parquet")):
+    while scorers[1].is_alive() and not list(tmp_path.glob("cache/*/*.parquet")):
         time.sleep(0.001)
     scorers[1].kill()
-    results = [json.loads(scorer.communicate()[0]) for scorer in (scorers[0], scorers[2])]
-    assert [scorer.returncode for scorer in scorers[::2]] == [0, 0]
+    for scorer in scorers:
+        scorer.join()
+    assert [scorer.exitcode for scorer in scorers[::2]] == [0, 0]
+    results = [json.loads(read_stdout(tmp_path, scorer)) for scorer in scorers[::2]]
     assert all(result["sequences"] == 120 and result["failed"] == 0 for result in results)
     assert fingerprint(tmp_path) == expected
 

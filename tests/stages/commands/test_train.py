@@ -21,8 +21,9 @@ from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Before, CheckpointManifest
 from tests.helpers.live_dpo import live_losses
+from tests.helpers.processes import launch
 from tests.helpers.project import PREFCACHE, build_model, options, write_config, write_pairs
-from tests.helpers.runs import batches_of, launch, metrics, table, weights
+from tests.helpers.runs import batches_of, metrics, table, weights
 
 
 def test_the_cached_and_a_live_reference_give_the_same_losses_for_50_steps(prefcache, scored, model, tmp_path):
@@ -187,7 +188,7 @@ def test_two_processes_give_the_losses_of_one_and_resume(prefcache, scored, tmp_
     prefcache("train", scored, "--set", "train.run=one")
     settings = options("train.run=two", "train.checkpoint_every=5", "train.eval_every=5", "train.best=eval_loss")
     arguments = ["train", str(scored), *settings]
-    done = launch(tmp_path, 29531, *arguments)
+    done = launch(tmp_path, arguments)
     assert done.stdout.count("held-out pairs") == 1  # one process prints
     one, two = (metrics(tmp_path / "runs/tiny" / run) for run in ("one", "two"))
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-5)
@@ -198,7 +199,7 @@ def test_two_processes_give_the_losses_of_one_and_resume(prefcache, scored, tmp_
     expected = weights(run)
     (run / "manifest.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    assert "resuming from step 10" in launch(tmp_path, 29532, *arguments).stderr
+    assert "resuming from step 10" in launch(tmp_path, arguments).stderr
     assert weights(run) == expected
 
 
@@ -213,7 +214,7 @@ def test_a_process_without_a_pair_of_its_own_waits_for_no_one(prefcache, model, 
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prefcache("prepare", config)
     prefcache("score", config)
-    launch(tmp_path, 29533, "train", str(config))
+    launch(tmp_path, ["train", config])
     assert [row["step"] for row in metrics(tmp_path / "runs/tiny/trained")] == [0, 1, 2]
 
 

@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers.processes import launch
 from tests.helpers.project import options, pair, write_config, write_pairs
-from tests.helpers.runs import batches_of, launch, metrics, table, weights
+from tests.helpers.runs import batches_of, metrics, table, weights
 
 SOON = options("train.epochs=1", "train.samples=0")
 WHERE = "train.where=margin > -45 and n_prompt < 21"
@@ -139,7 +140,7 @@ def test_a_resumed_run_and_two_processes_see_the_same_batches(prefcache, scored,
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     assert "resuming from step" in prefcache("train", scored, *settings).stderr
     assert weights(run) == expected and batches_of(run) == batches
-    launch(tmp_path, 29541, "train", str(scored), *settings, "--set", "train.run=two")
+    launch(tmp_path, ["train", scored, *settings, "--set", "train.run=two"])
     two = tmp_path / "runs/tiny/two"
     assert batches_of(two) == batches
     assert [row["loss"] for row in metrics(two)] == pytest.approx(losses, abs=1e-5)
