@@ -6,9 +6,10 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,27 +28,44 @@ from prefcache.pipeline.training.moving_reference import _mix, _mix_bf16
 from prefcache.pipeline.training.policy import Policy
 from prefcache.pipeline.training.policy_logps import PolicyLogps
 from tests.helpers.models import save_mixture
-from tests.helpers.project import PREFCACHE, options, write_config, write_pairs
-from tests.helpers.runs import away_from_nothing, launch, table, weights
+from tests.helpers.processes import launch, start_process
+from tests.helpers.project import invoke, options, write_config, write_pairs
+from tests.helpers.runs import away_from_nothing, table, weights
 from tests.helpers.trl_runs import BATCH, in_order, losses_of_trl
 
 torch.set_num_threads(1)
 SOFT, HARD = {"every": 4, "alpha": 0.6}, {"every": 4, "alpha": 1.0}
 
 
+@pytest.fixture(scope="module")
+def scored_folders(tmp_path_factory) -> Iterator[None]:
+    """Prepare and score the same data once for all tests of this file."""
+    _SCORED["root"] = tmp_path_factory.mktemp("moving")
+    yield
+    _SCORED.clear()
+
+
+_SCORED: dict[Any, Path] = {}
+pytestmark = pytest.mark.usefixtures("scored_folders")
+
+
 def ready(prefcache, folder: Path, model: Path, n: int = 40, settings: tuple[str, ...] = (), **train) -> Path:
     """A config whose data is prepared and scored."""
-    write_pairs(folder / "pairs.jsonl", n)
-    config = write_config(folder, model, **{"samples": 0, "keep_checkpoints": 99} | train)
-    for stage in ("prepare", "score"):
-        prefcache(stage, config, *settings)
-    return config
+    prepare = tuple(each for each in settings if each.startswith("prepare."))
+    if (n, prepare) not in _SCORED:
+        once = _SCORED[n, prepare] = _SCORED["root"] / str(len(_SCORED))
+        once.mkdir()
+        write_pairs(once / "pairs.jsonl", n)
+        for stage in ("prepare", "score"):
+            invoke(once, stage, write_config(once, model), *options(*prepare))
+    shutil.copytree(_SCORED[n, prepare], folder, dirs_exist_ok=True)
+    return write_config(folder, model, **{"samples": 0, "keep_checkpoints": 99} | train)
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.6])
+@pytest.mark.parametrize("alpha", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
 def test_losses_are_those_of_trl_with_a_second_model_that_it_synchronises(prefcache, model, tmp_path, alpha):
     # 20 steps of 8, 5 an epoch; the reference moves after 6, 12 and 18, so that windows hold examples twice.
     config = ready(
@@ -114,13 +132,12 @@ LABELS = ("--set", "prepare.examples=labels", "--set", "train.loss=kto")
 @pytest.mark.parametrize(
     ("moving", "settings"),
     [
-        (SOFT, ()),
-        (HARD, SELECTED),
-        (SOFT, (*LABELS, "--set", "train.micro_batch_size=3")),
-        (SOFT, ("--set", "train.lora={}")),
-        (HARD, ("--set", "train.lora={}")),
+        pytest.param(SOFT, (), id="soft", marks=pytest.mark.slow),
+        pytest.param(HARD, SELECTED, id="hard-selected"),
+        pytest.param(SOFT, (*LABELS, "--set", "train.micro_batch_size=3"), id="soft-labels-in-micro-batches"),
+        pytest.param(SOFT, ("--set", "train.lora={}"), id="soft-lora"),
+        pytest.param(HARD, ("--set", "train.lora={}"), id="hard-lora", marks=pytest.mark.slow),
     ],
-    ids=["soft", "hard-selected", "soft-labels-in-micro-batches", "soft-lora", "hard-lora"],
 )
 def test_every_visit_has_the_log_probs_of_the_reference_of_its_step(prefcache, model, tmp_path, moving, settings):
     more = {"checkpoint_every": 4, "eval_every": 3, "moving_reference": moving}
@@ -269,12 +286,11 @@ def test_the_reference_is_scored_with_no_second_copy_of_the_weights(prefcache, m
 @pytest.mark.parametrize(
     "settings",
     [
-        {"moving_reference": SOFT},
-        {"moving_reference": HARD, "tokens": {"decay": 0.9}, "eval_every": 5},
-        {"moving_reference": SOFT, "lora": {}},
-        {"moving_reference": SOFT, "weights": "bfloat16"},
+        pytest.param({"moving_reference": SOFT}, id="soft", marks=pytest.mark.slow),
+        pytest.param({"moving_reference": HARD, "tokens": {"decay": 0.9}, "eval_every": 5}, id="hard-with-tokens"),
+        pytest.param({"moving_reference": SOFT, "lora": {}}, id="soft-lora", marks=pytest.mark.slow),
+        pytest.param({"moving_reference": SOFT, "weights": "bfloat16"}, id="soft-bf16"),
     ],
-    ids=["soft", "hard-with-tokens", "soft-lora", "soft-bf16"],
 )
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(prefcache, model, tmp_path, settings):
     config = ready(prefcache, tmp_path, model, checkpoint_every=2, epochs=3, **settings)
@@ -301,11 +317,12 @@ def test_killed_while_it_moves_it_ends_with_the_same_weights_and_leaves_nothing(
     config = ready(prefcache, tmp_path, model, checkpoint_every=3, epochs=4, moving_reference={"every": 1})
     prefcache("train", config, "--set", "train.run=whole")
     run = tmp_path / "runs/tiny/trained"
-    child = subprocess.Popen([PREFCACHE, "train", config], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not ((run / "checkpoints").exists() and list(run.glob(".policy.*.tmp"))):
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL and not (run / "manifest.json").exists()
+    child = start_process(tmp_path, "train", config)
+    while child.is_alive() and not ((run / "checkpoints").exists() and list(run.glob(".policy.*.tmp"))):
+        time.sleep(0.0005)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and not (run / "manifest.json").exists()
     assert "resuming from step" in prefcache("train", config).stderr
     assert weights(run) == weights(tmp_path / "runs/tiny/whole")
     assert table(run, "metrics") == table(tmp_path / "runs/tiny/whole", "metrics")
@@ -338,7 +355,7 @@ def test_a_checkpoint_whose_reference_is_damaged_is_passed_over(prefcache, model
 def test_two_processes_share_what_the_reference_scores(prefcache, model, tmp_path):
     config = ready(prefcache, tmp_path, model, n=30, moving_reference=SOFT, checkpoint_every=5)
     prefcache("train", config, "--set", "train.run=one")
-    launch(tmp_path, 29541, "train", str(config), "--set", "train.run=two")
+    launch(tmp_path, ["train", config, "--set", "train.run=two"])
     one, two = (table(tmp_path / "runs/tiny" / run, "metrics") for run in ("one", "two"))
     for name in ("loss", "rewards/margins", "eval_loss"):
         assert [row[name] for row in one] == pytest.approx([row[name] for row in two], abs=1e-5)
