@@ -123,6 +123,7 @@ def test_bench_train_counts_what_a_step_computes(tmp_path: Path):
     assert 0 < found["ours"]["loaded_mib"] <= found["ours"]["peak_mib"]
 
 
+@pytest.mark.slow
 def test_bench_train_compares_the_loader():
     printed = bench("tests.bench.train", "--small", "--loader")
     assert re.search(r"Examples\.batch [\d,]+, datasets\[i\] [\d,]+, datasets\[list\] [\d,]+", printed)
@@ -248,6 +249,7 @@ def test_a_real_model_trains_from_the_cache_as_with_a_live_reference(tmp_path: P
     assert abs(before) < 1e-3 < after
 
 
+@pytest.mark.slow
 def test_bench_sharing_counts_less_where_answers_begin_alike():
     from tests.bench.sharing import ranking
 

@@ -36,7 +36,14 @@ SIZES: dict[str, Any] = {
 LLAMA = LlamaConfig(**SIZES)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"tokens_per_micro_batch": 300}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"tokens_per_micro_batch": 300}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_peak_is_within_three_percent_of_what_a_real_step_allocates(tmp_path: Path, settings: dict[str, Any]):
     """By PyTorch's profiler, on the CPU, so by the CPU's kernels and sizes."""
     train = Train(**{"tokens_per_micro_batch": 4000, **settings}, precision="float32", device="cpu", batch_size=4)
@@ -166,6 +173,7 @@ def test_processes_share_what_is_held():
     assert eight.peak_bytes > eight.held_bytes + root
 
 
+@pytest.mark.slow  # the test above, of one model twice as deep
 def test_released_gradients_are_never_there_together():
     settings = {"weights": "bfloat16", "gradient_checkpointing": True, "max_grad_norm": None, "batch_size": 4}
     deep = LlamaConfig(**SIZES | {"num_hidden_layers": 24, "vocab_size": 300})

@@ -159,7 +159,8 @@ def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, 
     assert fingerprint(tmp_path) == expected
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow  # Ray takes ten seconds to start
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_the_end_of_the_terminal_end_the_actors_and_all_of_ray(prepared, tmp_path, sent):
     # So many chunks that, however late it is seen that some are there, others are not.
     scorer = begun(prepared, "--set", "score.tokens_per_shard=40", *with_actors(1))
@@ -173,6 +174,7 @@ def test_ctrl_c_and_the_end_of_the_terminal_end_the_actors_and_all_of_ray(prepar
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_an_error_in_an_actor_is_one_line_and_its_own_exit_code(prefcache, prepared, model, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
     save_file({"x": torch.zeros(2)}, broken / "model.safetensors", {"format": "pt"})

@@ -120,7 +120,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, scored, 
     assert len(list((run / "checkpoints").iterdir())) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_interrupted_it_ends_with_exit_code_130_and_goes_on_later(prefcache, scored, start, tmp_path, number):
     process = start()
     wait(process, lambda: last_step(tmp_path / "runs/tiny/trained") > 0)

@@ -74,6 +74,7 @@ def is_up(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow  # vLLM takes a minute or two to start
 def test_log_probs_of_a_real_server_are_those_of_the_plain_forward(served, vllm_model, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     shared = ids(128)
@@ -96,6 +97,7 @@ def test_log_probs_of_a_real_server_are_those_of_the_plain_forward(served, vllm_
     assert record["version"].startswith("0.") and record["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_real_server_refuses_a_wrong_key_a_wrong_name_and_a_sequence_that_is_too_long(
     served, vllm_model, monkeypatch
 ):

@@ -82,6 +82,7 @@ def test_a_sequence_longer_than_the_model_is_refused(vllm_model, vllm_python):
         longer.score([TokenSequence(ids(500), ids(13))])
 
 
+@pytest.mark.slow  # starts vLLM once more
 def test_a_shared_prompt_that_fills_its_last_kv_block_is_right_from_the_prefix_cache(engines, vllm_model):
     # A cached prompt of exactly one block is where vLLM gives back memory that was never written.
     plain = score_plainly(Reference(vllm_model), SEQUENCES)
