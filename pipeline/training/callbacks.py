@@ -83,7 +83,8 @@ class TrainCallback:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # A misspelt method would never be called, and nobody would notice.
-        if strange := next((name for name in vars(cls) if name.startswith("on_") and name not in _METHODS), None):
+        methods = (name for name, value in vars(cls).items() if name.startswith("on_") and callable(value))
+        if strange := next((name for name in methods if name not in _METHODS), None):
             raise UsageError(f"{cls.__name__}.{strange} is never called. A callback has {', '.join(_METHODS)}.")
 
     def on_start(self, event: TrainStart, /) -> None:

@@ -28,7 +28,7 @@ class Experiment:
         bounds = query_worker.Bounds(
             "The query",
             timeout,
-            "Ask for less, or give it more time (--timeout).",
+            "Ask for less, or give it more time (--timeout; in Python, timeout=).",
             "Ask for fewer rows or columns at once.",
         )
         return self._worker.ask(query, parameters, bounds)

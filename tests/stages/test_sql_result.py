@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 import prefcache
-from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.errors import ResourceError, UsageError
 from prefcache.sql_result import SqlResult
 
 ACTING = "<img src=x onerror=alert(1)>\x1b[31m\u202e"
@@ -70,3 +70,6 @@ def test_it_takes_parameters_and_reports_errors_as_the_command_does(trained, tmp
     assert prefcache.sql(query, "runs/tiny", parameters={"least": 10**6}).df()["n"].tolist() == [0]
     with pytest.raises(UsageError, match="There is no column nmaes"):
         prefcache.sql("select nmaes from examples", tmp_path / "config.yaml")
+    # 60 ** 5 rows take far longer.
+    with pytest.raises(ResourceError, match=r"took more than 0\.2 s and was ended.*timeout="):
+        prefcache.sql("select count(*) from examples a, examples b, examples c, examples d, examples e", timeout=0.2)

@@ -230,6 +230,7 @@ def test_what_is_no_callback_and_what_would_never_be_called_is_refused(config):
         prefcache.train(config, callbacks=[print])
     with pytest.raises(UsageError, match=r"Slip\.on_step_end is never called\. A callback has on_start, on_step, "):
         type("Slip", (prefcache.TrainCallback,), {"on_step_end": lambda self, event: None})
+    assert type("Fine", (prefcache.TrainCallback,), {"on_gpu": True}).on_gpu
 
 
 def test_the_methods_are_those_of_the_class():
