@@ -17,6 +17,7 @@ _ORDER = (
     "sql",
     "report",
     "python",
+    "trl",
     "other-trainers",
     "gpu",
     "many-machines",

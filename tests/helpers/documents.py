@@ -9,10 +9,10 @@ from tests.helpers.project import ROOT
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *(ROOT / "stages/guide" / file.name for file in CHAPTERS.values())]
-# Chapters whose Python blocks are one script, to be run in order. Those of other-trainers run
-# in a test of its own; those of the rest are excerpts from the source.
+# Chapters whose Python blocks are one script, to be run in order. Those of README, trl and
+# other-trainers run in tests of their own; those of the rest are excerpts from the source.
 SCRIPTS = [CHAPTERS["python"]]
-EXCERPTS = [file for file in DOCUMENTS if file not in (*SCRIPTS, CHAPTERS["other-trainers"])]
+EXCERPTS = [file for file in DOCUMENTS if file not in (README, *SCRIPTS, CHAPTERS["trl"], CHAPTERS["other-trainers"])]
 
 
 def blocks(language: str, *files: Path) -> list[str]:
