@@ -402,6 +402,9 @@ class StoppedEntry(Entry):
         because = f": {self.reason}" if self.reason else ""
         return f"stopped at step {self.step:,} of {self.of:,} by {self.callback}{because}"
 
+    def __str__(self) -> str:
+        return self.describe()
+
 
 class CheckpointManifest(Manifest):
     step: Step
