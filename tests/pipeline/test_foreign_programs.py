@@ -1,5 +1,8 @@
 """A file is known by the keys that only its program has."""
 
+import itertools
+import json
+
 import pytest
 import yaml
 
@@ -60,3 +63,19 @@ def test_every_command_that_takes_a_config_names_the_conversion(prefcache, tmp_p
         f"error: theirs.yaml: these are {program.name}'s settings. Convert them with `prefcache {program.command} theirs.yaml "
         "--output my.yaml`, and use my.yaml.\n"
     )
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_the_report_is_there_as_json_with_every_key_in_one_list(prefcache, tmp_path, program):
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(FILES[program]))
+    plain = prefcache(program.command, "theirs.yaml")
+    done = prefcache(program.command, "theirs.yaml", "--json", "--output", "ours.yaml")
+    result = json.loads(done.stdout)
+    assert not done.stderr and result["output"] == "ours.yaml"
+    assert result["config"] == yaml.safe_load((tmp_path / "ours.yaml").read_text()) == yaml.safe_load(plain.stdout)
+    assert list(result["config"])[:2] == ["model", "out"]
+    lists = [set(result[name]) for name in ("became", "ignored", "differs")]
+    given = {key for key, value in FILES[program].items() if value is not None}
+    assert given <= set.union(*lists) and not any(given & a & b for a, b in itertools.combinations(lists, 2))
+    for name in set.union(*lists):
+        assert f"{name}: " in plain.stderr

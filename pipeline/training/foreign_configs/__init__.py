@@ -4,6 +4,7 @@ Where a file leaves out what would change a result, its program's default is wri
 programs share is in hf_trainer.py and converted.py; pipeline/foreign_programs.py tells whose file it is.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ _CONVERTERS: dict[Program, Callable[[Mapping[str, Any], Path], Converted]] = {
     AXOLOTL: axolotl.convert,
     LLAMAFACTORY: llamafactory.convert,
 }
+_ORDER = ("model", "revision", "adapter", "out", "prepare", "score", "train")
 
 
 def convert(program: Program, tree: Mapping[str, Any], file: Path) -> Converted:
     """Convert a program's file; refuse one that is ours, another program's, or no one's that is known."""
     refuse_other(tree, file, program)
-    given = {key: value for key, value in tree.items() if value is not None}
+    given = {key: _as_number(key, value) for key, value in tree.items() if value is not None}
     unknown = [str(key) for key in given if not isinstance(key, str)]
     if not given or unknown:
         raise UsageError(f"{file}: found {', '.join(unknown) or 'no settings'}, expected {program.name}'s settings.")
@@ -34,4 +36,13 @@ def convert(program: Program, tree: Mapping[str, Any], file: Path) -> Converted:
             f"{file}: {len(unknown)} of its {len(given)} keys are not {program.name}'s ({shown}). `prefcache {program.command}` "
             f"converts the files of {program.name} alone."
         )
+    converted.config = {key: converted.config[key] for key in _ORDER if key in converted.config}
     return converted
+
+
+def _as_number(key: Any, value: Any) -> Any:
+    """Read 5e-7 as the number that it is for these programs: YAML 1.1 wants a point in it."""
+    is_name = str(key).endswith(("name", "dir", "path"))
+    return (
+        float(value) if isinstance(value, str) and not is_name and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) else value
+    )

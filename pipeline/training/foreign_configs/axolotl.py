@@ -7,7 +7,14 @@ from typing import Any
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.foreign_programs import AXOLOTL
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, sources
+from prefcache.pipeline.training.foreign_configs.converted import (
+    Converted,
+    put_kto,
+    put_losses,
+    put_model,
+    put_share,
+    sources,
+)
 
 # What it calls the Trainer's settings.
 _NAMES = {
@@ -302,23 +309,28 @@ _READ_HERE = (
 
 
 def convert(given: Mapping[str, Any], folder: Path) -> Converted:
-    if (rl := given.get("rl")) not in _LOSSES:
+    if (rl := str(given.get("rl") or "")) not in _LOSSES:
         kind = f"`rl: {rl}`" if rl else "no `rl:`, so this is not preference training"
         raise UsageError(f"found {kind}; expected rl to be one of {', '.join(_LOSSES)}, which prefcache trains.")
     converted = Converted(AXOLOTL, given, DEFAULTS)
     put_model(converted, "base_model", "revision_of_model")
     put_model(converted, "base_model", "model_revision")
     converted.became["rl"] = "train.loss"
-    _convert_data(converted, str(rl))
-    _convert_losses(converted, str(rl))
+    _convert_data(converted, rl)
+    _convert_losses(converted, rl)
     _convert_batch_size(converted)
     hf_trainer.convert_trainer(converted, _NAMES)
+    if not {"warmup_steps", "warmup_ratio"} & given.keys():
+        converted.differs["warmup_ratio (default)"] = (
+            "Axolotl's warm-up is at most 100 steps; here it is always 3% of them"
+        )
     _convert_lora(converted)
     _convert_precision(converted)
     _convert_memory(converted)
     _convert_trackers(converted)
     _convert_steps_per_epoch(converted)
     converted.put_same(_SAME)
+    _ignore_harmless(converted)
     hf_trainer.explain_trainer(converted, _IGNORED, _PREFIXES, _DIFFERS, _READ_HERE)
     return converted
 
@@ -344,21 +356,15 @@ def _convert_data(converted: Converted, rl: str) -> None:
         converted.put("test_datasets", "prepare.held_out_data", _sources(converted, "test_datasets", rl))
         converted.config["prepare"]["held_out"] = 0.0  # Axolotl trains on all of `datasets`
         converted.note(["val_set_size"], "prepare.held_out_data")
-    elif (size := given.get("val_set_size")) and size < 1:
-        converted.put("val_set_size", "prepare.held_out", float(size))
-    elif size:
-        converted.differs["val_set_size"] = f"{size} examples: prepare.held_out is a share, and stays at its default"
     else:
-        hf_trainer.put_no_evaluation(converted)
+        put_share(converted, "val_set_size")
     _convert_chat_template(converted)
 
 
 def _sources(converted: Converted, key: str, rl: str) -> list[dict[str, Any]]:
-    entries = converted.given.get(key) or []
-    entries = [entries] if isinstance(entries, Mapping) else entries
     found = []
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, Mapping) or not entry.get("path"):
+    for number, entry in enumerate(converted.mappings(key)):
+        if not entry.get("path"):
             raise UsageError(f"{key}[{number}]: found {entry!r}, expected a mapping with `path`.")
         converted.differs |= {
             f"{key}[{number}].{name}": _explain_source(name)
@@ -418,7 +424,7 @@ def _format_of(entry: Mapping[str, Any], rl: str) -> dict[str, Any]:
 
 def _convert_chat_template(converted: Converted) -> None:
     """Use the tokenizer's own template unless the file names another one, which only chat_template formats read."""
-    entries = [entry for entry in converted.given.get("datasets") or [] if isinstance(entry, Mapping)]
+    entries = converted.mappings("datasets")
     reads_template = any(not entry.get("type") or "chat_template" in str(entry["type"]) for entry in entries)
     named = [converted.given.get("chat_template"), *(entry.get("chat_template") for entry in entries)]
     name = next((each for each in named if each is not None), "tokenizer_default")
@@ -450,10 +456,9 @@ def _convert_chat_template(converted: Converted) -> None:
 
 
 def _convert_losses(converted: Converted, rl: str) -> None:
-    given, settings = converted.given, converted.given.get("trl") or {}
-    names = given.get("dpo_loss_type") if rl == "dpo" else None
-    names = [names] if isinstance(names, str) else names
-    if names:
+    given = converted.given
+    (settings,) = converted.mappings("trl") or [{}]
+    if rl == "dpo" and (names := converted.names("dpo_loss_type")):
         put_losses(converted, names, "dpo_loss_type", "dpo_loss_weights")
     else:
         converted.config.setdefault("train", {})["loss"] = _LOSSES[rl]
@@ -492,7 +497,7 @@ def _convert_beta(converted: Converted, settings: Mapping[str, Any], rl: str) ->
 
 def _convert_simpo(converted: Converted) -> None:
     """SimPO of TRL's CPO trainer: gamma 0.5, and alpha times the chosen answers' likelihood."""
-    gamma, alpha = converted.given.get("simpo_gamma", 0.5), converted.given.get("cpo_alpha", 1.0)
+    gamma, alpha = converted.number("simpo_gamma", 0.5), converted.number("cpo_alpha", 1.0)
     default = "" if "cpo_alpha" in converted.given else " (default)"
     if alpha:
         converted.put("(simpo)", "train.loss", {"simpo": 1.0, "sft": float(alpha)})
@@ -506,10 +511,10 @@ def _convert_batch_size(converted: Converted) -> None:
     """Let batch_size, which is over all processes, overrule what the others multiply to."""
     if "batch_size" not in converted.given or "gradient_accumulation_steps" in converted.given:
         return
-    size = converted.given["batch_size"]
+    size = int(converted.number("batch_size"))
     converted.defaults = {
         **converted.defaults,
-        "gradient_accumulation_steps": size // converted.get("micro_batch_size"),
+        "gradient_accumulation_steps": max(size // int(converted.number("micro_batch_size")), 1),
     }
     converted.became["batch_size"] = "train.batch_size"
 
@@ -519,19 +524,17 @@ def _convert_lora(converted: Converted) -> None:
     for key, bits in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
         if given.get(key):
             converted.put(key, "score.quantization", bits)
-    if given.get("adapter") not in ("lora", "qlora"):
+    if converted.text("adapter") not in ("lora", "qlora"):
         return  # another adapter is named among the differences
     converted.config.setdefault("train", {})["lora"] = {}
     converted.became["adapter"] = "train.lora"
     converted.put_same({key: f"train.lora.{ours}" for key, ours in _LORA.items() if given.get(key)})
-    targets = given.get("lora_target_modules")
-    if given.get("lora_target_linear") or targets in ("all-linear", ["all-linear"]):
+    targets = converted.names("lora_target_modules")
+    if given.get("lora_target_linear") or targets == ["all-linear"]:
         converted.put("lora_target_linear", "train.lora.target_modules", ["all-linear"])
         converted.note(["lora_target_modules"], "train.lora.target_modules")
     elif targets:
-        converted.put(
-            "lora_target_modules", "train.lora.target_modules", targets if isinstance(targets, list) else [targets]
-        )
+        converted.put("lora_target_modules", "train.lora.target_modules", targets)
     if given.get("lora_model_dir"):  # trained further; its reference is the adapter as it was
         converted.put("lora_model_dir", "adapter", given["lora_model_dir"])
 
@@ -551,7 +554,7 @@ def _convert_precision(converted: Converted) -> None:
 
 def _convert_memory(converted: Converted) -> None:
     given = converted.given
-    if (name := given.get("attn_implementation")) in _IMPLEMENTATIONS:
+    if (name := converted.text("attn_implementation")) in _IMPLEMENTATIONS:
         converted.put("attn_implementation", "score.attention", name)
     elif name:
         converted.ignored["attn_implementation"] = f"score.attention is one of {', '.join(sorted(_IMPLEMENTATIONS))}"
@@ -593,3 +596,15 @@ def _convert_steps_per_epoch(converted: Converted) -> None:
             converted.differs[key] = (
                 f"{ours} is a number of steps; the first and last step are always evaluated and saved"
             )
+
+
+def _ignore_harmless(converted: Converted) -> None:
+    """Ignore a padding token, and plugins of kernels alone: neither changes a result here."""
+    given = converted.given
+    if isinstance(tokens := given.get("special_tokens"), Mapping) and tokens.keys() <= {"pad_token"}:
+        converted.ignored["special_tokens"] = "rows are never padded"
+    plugins = converted.names("plugins")
+    if plugins and all(name.endswith(("LigerPlugin", "CutCrossEntropyPlugin")) for name in plugins):
+        converted.ignored["plugins"] = (
+            "train.fuse_kernels is on by default, and the head never builds the logits of all tokens"
+        )

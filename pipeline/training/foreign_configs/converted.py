@@ -1,5 +1,6 @@
 """The account of a conversion: the config, and for every key of the file what it became, why it is ignored, or what differs."""
 
+import contextlib
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,47 @@ class Converted:
     def get(self, theirs: str, default: Any = None) -> Any:
         """Return what the file says, or else the program's default."""
         return self.given.get(theirs, self.defaults.get(theirs, default))
+
+    def number(self, theirs: str, default: float | None = None) -> float:
+        return self._as_number(theirs, self.get(theirs, default))
+
+    def numbers(self, theirs: str) -> list[float]:
+        value = self.get(theirs) or []
+        return [self._as_number(theirs, each) for each in (value if isinstance(value, list) else [value])]
+
+    def _as_number(self, theirs: str, value: Any) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(value) if isinstance(value, str) else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._unexpected(theirs, value, "a number")
+        return value
+
+    def text(self, theirs: str) -> str | None:
+        value = self.get(theirs)
+        if isinstance(value, Mapping | list):
+            raise self._unexpected(theirs, value, "a word")
+        return None if value is None else str(value)
+
+    def names(self, theirs: str) -> list[str]:
+        """Return a list of names, or those that commas separate."""
+        value = self.get(theirs) or []
+        if isinstance(value, Mapping) or (
+            isinstance(value, list) and any(isinstance(each, Mapping | list) for each in value)
+        ):
+            raise self._unexpected(theirs, value, "names")
+        names = value if isinstance(value, list) else str(value).split(",")
+        return [str(name).strip() for name in names]
+
+    def mappings(self, theirs: str) -> list[Mapping[str, Any]]:
+        """Return a mapping, or a list of them, as a list."""
+        value = self.get(theirs) or []
+        entries = [value] if isinstance(value, Mapping) else value
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise self._unexpected(theirs, value, "a mapping or a list of mappings")
+        return entries
+
+    def _unexpected(self, theirs: str, value: Any, expected: str) -> UsageError:
+        return UsageError(f"{theirs}: found {value!r}, expected {expected}, as in {self.program.name}.")
 
     def __contains__(self, theirs: str) -> bool:
         return theirs in self.given or theirs in self.defaults
@@ -133,7 +175,7 @@ def put_model(converted: Converted, name: str, revision: str) -> None:
 
 def put_losses(converted: Converted, names: list[str], key: str, weights_key: str) -> None:
     """Put one loss, or several with their weights."""
-    weights = converted.given.get(weights_key) or [1.0] * len(names)
+    weights = converted.numbers(weights_key) or [1.0] * len(names)
     if len(weights) != len(names):
         raise UsageError(f"{weights_key} has {len(weights)} values for {len(names)} losses. Give one for each.")
     loss = names[0] if len(names) == 1 else dict(zip(names, map(float, weights), strict=True))
@@ -141,10 +183,21 @@ def put_losses(converted: Converted, names: list[str], key: str, weights_key: st
     converted.note([weights_key], "train.loss")
 
 
+def put_share(converted: Converted, theirs: str) -> None:
+    """Hold out a share of the prompts; a number of examples has no counterpart."""
+    size = converted.number(theirs, 0)
+    if 0 < size < 1:
+        converted.put(theirs, "prepare.held_out", float(size))
+    elif size:
+        converted.differs[theirs] = f"{size} examples: prepare.held_out is a share, and stays at its default"
+    else:
+        converted.put("(no evaluation data)", "prepare.held_out", 0.0)
+
+
 def put_kto(converted: Converted, batch_key: str) -> None:
     """Prepare labels, with mismatched answers chosen as TRL's KTOTrainer does: within the batches of one device."""
     converted.config["prepare"]["examples"] = "labels"
-    if (size := int(converted.get(batch_key))) > 1:
+    if (size := int(converted.number(batch_key))) > 1:
         converted.config["prepare"]["kl_batch_size"] = size
 
 

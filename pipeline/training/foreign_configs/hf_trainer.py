@@ -17,7 +17,6 @@ SAME = {
     "max_grad_norm": "train.max_grad_norm",
     "seed": "train.seed",
     "gradient_checkpointing": "train.gradient_checkpointing",
-    "torch_compile": "train.compile",
 }
 # The Trainer's defaults that change a result.
 DEFAULTS = {
@@ -73,6 +72,7 @@ IGNORED = {
     "batch_eval_metrics": "all metrics are computed",
     "label_names": "the columns are known",
     "length_column_name": "lengths are counted in prepare",
+    "torch_compile": "train.compile is off by default",
     "use_cache": "training needs no key-value cache",
     "local_rank": "accelerate sets it",
     "project": "train.report_to",
@@ -139,6 +139,8 @@ def convert_trainer(converted: Converted, names: Mapping[str, str] | None = None
     _convert_evaluation(converted)
     _convert_trackers(converted)
     put_run_name(converted, "run_name")
+    if converted.get("torch_compile") is True:
+        converted.put("torch_compile", "train.compile", True)
     if converted.get("use_cpu"):
         converted.put("use_cpu", "train.device", "cpu")
         converted.put("use_cpu", "score.device", "cpu")
@@ -166,11 +168,6 @@ def evaluates(converted: Converted) -> bool:
     return str(strategy) not in ("no", "False")  # YAML 1.1 reads no as false
 
 
-def put_no_evaluation(converted: Converted) -> None:
-    """Train on every example, as the program does where it keeps none for evaluation."""
-    converted.put("(no evaluation data)", "prepare.held_out", 0.0)
-
-
 def put_bf16(converted: Converted) -> None:
     if converted.given.get("bf16") is True:
         converted.put("bf16", "train.precision", "bf16")
@@ -178,7 +175,7 @@ def put_bf16(converted: Converted) -> None:
 
 def _convert_batches(converted: Converted, names: Mapping[str, str]) -> None:
     per_device = names.get("per_device_train_batch_size", "per_device_train_batch_size")
-    n_examples = int(converted.get(per_device)) * int(converted.get("gradient_accumulation_steps"))
+    n_examples = int(converted.number(per_device) * converted.number("gradient_accumulation_steps"))
     converted.put(per_device, "train.batch_size", n_examples)
     converted.note(
         ["gradient_accumulation_steps"], "train.batch_size, which is over all processes: multiply it by their number"
@@ -193,7 +190,7 @@ def _convert_batches(converted: Converted, names: Mapping[str, str]) -> None:
 
 def _convert_schedule(converted: Converted, names: Mapping[str, str]) -> None:
     key = names.get("lr_scheduler_type", "lr_scheduler_type")
-    scheduler = converted.get(key)
+    scheduler = converted.text(key)
     if scheduler in SCHEDULERS:
         converted.put(key, "train.scheduler", SCHEDULERS[scheduler])
     else:
@@ -207,18 +204,18 @@ def _convert_schedule(converted: Converted, names: Mapping[str, str]) -> None:
         converted.note(["warmup_ratio"], "train.warmup_steps, which overrules it")
     elif isinstance(steps, int | float):  # a share of all steps
         # Older versions take a warmup_steps of 0 for none given, and the ratio counts.
-        ratio = float(steps or converted.get("warmup_ratio"))
+        ratio = float(steps or converted.number("warmup_ratio"))
         converted.put("warmup_steps", "train.warmup_ratio", ratio)
         converted.note(["warmup_ratio"], "train.warmup_ratio")
     else:
-        converted.put("warmup_ratio", "train.warmup_ratio", converted.get("warmup_ratio"))
+        converted.put("warmup_ratio", "train.warmup_ratio", converted.number("warmup_ratio"))
     if isinstance(n_steps := converted.given.get("max_steps"), int) and n_steps > 0:  # -1 is none
         converted.put("max_steps", "train.max_steps", n_steps)
 
 
 def _convert_optimizer(converted: Converted, names: Mapping[str, str]) -> None:
     key = names.get("optim", "optim")
-    if (optimizer := converted.get(key)) in OPTIMIZERS:
+    if (optimizer := converted.text(key)) in OPTIMIZERS:
         converted.put(key, "train.optimizer", OPTIMIZERS[optimizer])
     elif optimizer is not None:
         converted.differs[key] = f"train.optimizer is one of {', '.join(dict.fromkeys(OPTIMIZERS.values()))}"
@@ -258,8 +255,7 @@ def _convert_evaluation(converted: Converted) -> None:
 def _convert_trackers(converted: Converted) -> None:
     if "report_to" not in converted.given:
         return
-    named = converted.given["report_to"]
-    names = [named] if isinstance(named, str) else list(named)
+    names = converted.names("report_to")
     if trackers := [name for name in names if name in get_args(Tracker)]:
         converted.put("report_to", "train.report_to", trackers)
     elif names in ([], ["none"]):

@@ -8,7 +8,7 @@ from typing import Any
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.foreign_programs import LLAMAFACTORY
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_model
+from prefcache.pipeline.training.foreign_configs.converted import Converted, put_model, put_share
 
 _DATASET_INFO = "dataset_info.json"
 # theirs -> ours, with the same value.
@@ -252,29 +252,24 @@ def _convert_data(converted: Converted, folder: Path) -> None:
     converted.differs["cutoff_len (long examples)"] = (
         "LLaMA-Factory cuts the ends of long prompts as well as those of answers; here the answers' ends alone are cut"
     )
-    info = _read_info(given.get("dataset_dir", "data"), folder)
+    info = _read_info(converted, folder)
     if "dataset" in given and (found := _sources(converted, "dataset", info, is_kto)):
         converted.put("dataset", "prepare.data", found)
     if "eval_dataset" in given:
         if found := _sources(converted, "eval_dataset", info, is_kto):
             converted.put("eval_dataset", "prepare.held_out_data", found)
             converted.config["prepare"]["held_out"] = 0.0  # it trains on all of `dataset`
-    elif (size := given.get("val_size")) and size < 1:
-        converted.put("val_size", "prepare.held_out", float(size))
-    elif size:
-        converted.differs["val_size"] = f"{size} examples: prepare.held_out is a share, and stays at its default"
     else:
-        hf_trainer.put_no_evaluation(converted)
+        put_share(converted, "val_size")
     _convert_template(converted)
 
 
-def _read_info(place: Any, folder: Path) -> dict[str, Any] | None:
+def _read_info(converted: Converted, folder: Path) -> dict[str, Any] | None:
     """Read dataset_info.json: in the working folder, as LLaMA-Factory does, or next to the file. None if it is not here.
 
     Paths of data in it are relative to it, and so are those that are returned.
     """
-    if isinstance(place, Mapping):
-        return {name: dict(entry) for name, entry in place.items()}
+    place = converted.text("dataset_dir") or "data"
     if place == "ONLINE":
         return {}
     file = next(
@@ -295,8 +290,7 @@ def _read_info(place: Any, folder: Path) -> dict[str, Any] | None:
 
 
 def _sources(converted: Converted, key: str, info: dict[str, Any] | None, is_kto: bool) -> list[dict[str, Any]]:
-    named = converted.given[key]
-    names = [name.strip() for name in (named.split(",") if isinstance(named, str) else map(str, named))]
+    names = converted.names(key)
     place = converted.given.get("dataset_dir", "data")
     if info is None:
         converted.differs[key] = (
@@ -380,17 +374,17 @@ def _convert_losses(converted: Converted) -> None:
         if given.get("pref_ftx"):
             converted.differs["pref_ftx"] = "the likelihood of desirable answers is not trained next to kto"
         return
-    name = str(converted.get("pref_loss"))
+    name = str(converted.text("pref_loss"))
     if name not in _LOSSES:
         raise UsageError(f"pref_loss: found {name!r}, expected one of {', '.join(_LOSSES)}.")
     weights = {name: 1.0}
-    if (bco := given.get("pref_bco_weight", 0.0)) > 1e-6:
+    if (bco := converted.number("pref_bco_weight", 0.0)) > 1e-6:
         weights = {name: 1 / (1 + bco), "bco_pair": bco / (1 + bco)}
         converted.note(["pref_bco_weight"], "train.loss: the weight of bco_pair")
         converted.differs["pref_bco_weight (shift)"] = (
             "bco_pair has no reward shift; LLaMA-Factory's is the running mean of rewards"
         )
-    if (ftx := given.get("pref_ftx", 0.0)) > 1e-6:
+    if (ftx := converted.number("pref_ftx", 0.0)) > 1e-6:
         weights["sft"] = float(ftx)
         converted.note(["pref_ftx"], "train.loss: the weight of sft")
     converted.put("pref_loss", "train.loss", name if len(weights) == 1 else weights)
@@ -413,15 +407,14 @@ def _convert_lora(converted: Converted) -> None:
     given = converted.given
     converted.config.setdefault("train", {})["lora"] = {}
     converted.put("finetuning_type", "train.lora", {})
-    rank = converted.get("lora_rank")
+    rank = int(converted.number("lora_rank"))
     converted.put("lora_rank", "train.lora.r", rank)
     converted.put(
         "lora_alpha" if given.get("lora_alpha") else "lora_alpha (default: 2 * rank)",
         "train.lora.alpha",
         given.get("lora_alpha") or 2 * rank,
     )
-    targets = converted.get("lora_target")
-    names = [name.strip() for name in targets.split(",")] if isinstance(targets, str) else list(targets)
+    names = converted.names("lora_target")
     converted.put("lora_target", "train.lora.target_modules", ["all-linear"] if names == ["all"] else names)
     for key, ours in (("use_dora", "dora"), ("use_rslora", "rslora")):
         if given.get(key):
@@ -431,14 +424,13 @@ def _convert_lora(converted: Converted) -> None:
 def _convert_models(converted: Converted) -> None:
     """Say where the policy starts and what the reference is, which may be two models."""
     given = converted.given
-    bits = {4: "4bit", 8: "8bit"}
-    if (given.get("quantization_bit")) in bits and given.get("quantization_method", "bnb") in ("bnb", "bitsandbytes"):
-        converted.put("quantization_bit", "score.quantization", bits[given["quantization_bit"]])
+    bits, method = converted.number("quantization_bit", 0), converted.text("quantization_method") or "bnb"
+    if bits in (4, 8) and method in ("bnb", "bitsandbytes"):
+        converted.put("quantization_bit", "score.quantization", f"{bits:g}bit")
         converted.note(["quantization_method"], "score.quantization")
-    elif given.get("quantization_bit"):
+    elif bits:
         converted.differs["quantization_bit"] = "score.quantization is 4bit or 8bit, by bitsandbytes"
-    adapters = given.get("adapter_name_or_path") or []
-    adapters = [each.strip() for each in adapters.split(",")] if isinstance(adapters, str) else adapters
+    adapters = converted.names("adapter_name_or_path")
     if given.get("ref_model"):
         converted.put("model_name_or_path", "train.model", given["model_name_or_path"])
         converted.put("ref_model", "model", given["ref_model"])
@@ -465,7 +457,7 @@ def _convert_precision(converted: Converted, is_lora: bool) -> None:
         hf_trainer.put_bf16(converted)
         if is_lora:  # the frozen weights are loaded in it
             converted.put("pure_bf16" if given.get("pure_bf16") else "bf16", "train.lora.base_dtype", "bfloat16")
-    if (attention := given.get("flash_attn")) in _ATTENTION:
+    if (attention := converted.text("flash_attn")) in _ATTENTION:
         converted.put("flash_attn", "score.attention", _ATTENTION[attention])
     elif attention is not None:
         converted.ignored["flash_attn"] = "score.attention is sdpa, eager or flash_attention_2"

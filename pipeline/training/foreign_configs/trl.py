@@ -6,7 +6,14 @@ from typing import Any
 
 from prefcache.pipeline.foreign_programs import TRL
 from prefcache.pipeline.training.foreign_configs import hf_trainer
-from prefcache.pipeline.training.foreign_configs.converted import Converted, put_kto, put_losses, put_model, sources
+from prefcache.pipeline.training.foreign_configs.converted import (
+    Converted,
+    put_kto,
+    put_losses,
+    put_model,
+    put_share,
+    sources,
+)
 
 # theirs -> ours, with the same value.
 _SAME = {
@@ -123,8 +130,7 @@ def convert(given: Mapping[str, Any], folder: Path) -> Converted:
 def _convert_data(converted: Converted) -> None:
     given = converted.given
     converted.config["prepare"] = {"train_on": "all"}  # TRL counts every token after the prompt
-    if given.get("datasets"):
-        entries = given["datasets"]
+    if entries := converted.mappings("datasets"):
         converted.put("datasets", "prepare.data", [each for entry in entries for each in _sources_of(converted, entry)])
         more = sorted({key for entry in entries for key in entry} - {"path", "name", "split"})
         converted.differs |= {f"datasets[].{key}": "prepare.data has weight and max_records" for key in more}
@@ -148,10 +154,8 @@ def _sources_of_split(converted: Converted, key: str, default: str) -> list[dict
 
 def _convert_evaluation_data(converted: Converted) -> None:
     given = converted.given
-    if isinstance(share := given.get("test_split_size"), float):
-        converted.put("test_split_size", "prepare.held_out", share)
-    elif not hf_trainer.evaluates(converted):
-        hf_trainer.put_no_evaluation(converted)
+    if "test_split_size" in given or not hf_trainer.evaluates(converted):
+        put_share(converted, "test_split_size")
     elif "dataset_name" in given and not Path(str(given["dataset_name"])).is_file():
         test = _sources_of_split(converted, "dataset_test_split", "test")
         converted.put("dataset_test_split", "prepare.held_out_data", test)
@@ -160,8 +164,7 @@ def _convert_evaluation_data(converted: Converted) -> None:
 
 def _convert_losses(converted: Converted) -> list[str]:
     given = converted.given
-    loss_type = converted.get("loss_type")
-    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    names = converted.names("loss_type")
     put_losses(converted, names, "loss_type", "loss_weights")
     if "loss_type" not in given and names == ["sigmoid"]:
         converted.became["loss_type (default)"] += " (of DPO; for `trl kto`, add loss_type: kto to the file)"
