@@ -168,7 +168,8 @@ class Callbacks:
                 self._error = error
                 return _Failure(f"{name}.{method} failed at step {event.step} ({type(error).__name__}: {error}).")
             if asked is not None and first is None:
-                reason = str(asked.reason)[:_LONGEST_REASON]
+                # A lone surrogate cannot be written as UTF-8.
+                reason = str(asked.reason)[:_LONGEST_REASON].encode(errors="replace").decode()
                 first = StoppedEntry(step=event.step, of=event.n_steps, callback=name, reason=reason)
         return first
 

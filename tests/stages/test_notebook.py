@@ -44,14 +44,15 @@ def demo_folder(model, tmp_path) -> Path:
 
 def test_the_chapter_runs_in_a_kernel_and_its_progress_is_shown_in_place(demo_folder):
     cells = blocks("python", CHAPTER)
-    prepared, sweep, callback, further, query, duckdb, report = run_notebook(demo_folder, *cells)
+    ran = run_notebook(demo_folder, *cells)
+    prepared, sweep, callback, further, query, duckdb, report, looked_up = ran
     score, train = bars(prepared)[-2:]
     assert score["text/plain"].startswith("score: ") and "tokens" in score["text/plain"]
     assert train["text/plain"].startswith("train: 8/8 steps, ") and "loss " in train["text/plain"]
     assert train["text/html"] == f"<progress value='1.0000' max='1'></progress> {train['text/plain']}"
     assert "train: start checked" in text(prepared) and "runs/python/trained/model" in text(prepared)
     # Nothing is on red but warnings.
-    for outputs in (prepared, sweep, callback, further, query, duckdb, report):
+    for outputs in ran:
         assert all(line.startswith("warning: ") for line in text(outputs, "stderr").splitlines()), outputs
     assert len(bars(sweep)) == 2
     assert text(callback).splitlines()[-1].endswith("of 8 by StopWhenLow: the loss is below 0.69")
@@ -60,6 +61,7 @@ def test_the_chapter_runs_in_a_kernel_and_its_progress_is_shown_in_place(demo_fo
     # A DataFrame is shown as a table, and DuckDB reads the answer.
     assert "<table" in query[-1]["data"]["text/html"] and "beta-0.05" in text(query)
     assert "max" in text(duckdb) and text(report).splitlines()[-1].endswith("report.html")
+    assert text(looked_up).splitlines()[-1].count("[") == 4  # two sums, and the log-probs of two answers
 
 
 QUERIES = """

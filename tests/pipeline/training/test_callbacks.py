@@ -181,10 +181,10 @@ def test_a_run_that_is_killed_while_it_stops_still_ends_there(config, tmp_path):
 def test_an_evaluation_may_stop_too_and_a_stop_at_the_last_step_is_none(config):
     class Patience(prefcache.TrainCallback):
         def on_evaluation(self, event):
-            return prefcache.Stop()
+            return prefcache.Stop("\ud800" * 1000)
 
     stopped = prefcache.train(config, overrides={"train.run": "a"}, callbacks=[Patience()], quiet=True).stopped
-    assert stopped.describe() == "stopped at step 4 of 12 by Patience"
+    assert stopped.describe() == f"stopped at step 4 of 12 by Patience: {'?' * 500}"
     whole = prefcache.train(config, overrides={"train.run": "b"}, callbacks=[StopAt(N_STEPS)], quiet=True)
     assert whole.steps == N_STEPS and whole.stopped is None
 
