@@ -123,7 +123,7 @@ def main() -> None:
 
     The stages meet only on disk. Each is safe to interrupt, and skips what is already done. `prefcache guide` has the documentation.
 
-    Exit codes: 0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 7 alerts of a strict run, 130 interrupted.
+    Exit codes: 0 ok, 2 usage, 3 bad data, 4 integrity, 5 identity mismatch, 6 disk or memory, 7 alerts of a strict run, 130 interrupted. With --json, an error is a JSON object on stderr.
     """
 
 

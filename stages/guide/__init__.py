@@ -36,10 +36,9 @@ def chapter(topic: str) -> str:
 
 
 def summaries() -> dict[str, str]:
-    """Return each topic with its one line: the first paragraph below its title."""
-    return {
-        name: file.read_text(encoding="utf-8").split("\n\n")[1].replace("\n", " ") for name, file in CHAPTERS.items()
-    }
+    """Return each topic with its one line, the first paragraph below its title; of a link, what it says."""
+    firsts = {name: file.read_text(encoding="utf-8").split("\n\n")[1] for name, file in CHAPTERS.items()}
+    return {name: _LINK.sub(r"\1", text.replace("\n", " ")) for name, text in firsts.items()}
 
 
 def rendered(markdown: str, width: int, color: bool = True) -> str:

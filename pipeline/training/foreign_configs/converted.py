@@ -9,7 +9,7 @@ from typing import Any
 
 from prefcache.pipeline.config_file import validate
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.foreign_programs import Program
+from prefcache.pipeline.foreign_programs import LLAMAFACTORY, Program
 from prefcache.pipeline.training.objective import Objective
 
 UNKNOWN = "not known here"
@@ -147,11 +147,12 @@ class Converted:
 
     def put_template(self, is_text: bool | None) -> None:
         """Say whether the data gets the chat template: TRL takes text as it is. None: the data is not here to be looked at."""
-        if any("format" in each for each in self.sources) or "template" in self.config["prepare"]:
-            return
+        prepare = self.config["prepare"]
+        if self.program is LLAMAFACTORY or "template" in prepare or any("format" in each for each in self.sources):
+            return  # LLaMA-Factory applies its template to all data, and a format knows whether it writes the turns itself
         if is_text:
             self.put("(the data is text)", "prepare.template", "none")
-        elif is_text is None and "data" in self.config["prepare"]:
+        elif is_text is None and "data" in prepare:
             self.differs["(the data)"] = (
                 "where it is text and not messages, TRL applies no template; set prepare.template: none"
             )

@@ -243,9 +243,8 @@ def convert(given: Mapping[str, Any], folder: Path) -> Converted:
 def _convert_data(converted: Converted, folder: Path) -> None:
     given = converted.given
     is_kto = given["stage"] == "kto"
-    converted.config["prepare"] = {
-        "train_on": "all"
-    }  # the whole of the answer counts, with what the template puts after it
+    # All of the answer counts, with what the template puts after it.
+    converted.config["prepare"] = {"train_on": "all"}
     if is_kto:
         converted.config["prepare"]["examples"] = "labels"
     converted.put("(truncation)", "prepare.too_long", "keep_start")
