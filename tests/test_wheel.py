@@ -33,6 +33,7 @@ def test_it_has_one_import_name_and_every_file_of_the_source(wheel):
     assert not {name for name in source if "__pycache__" not in name and "." in Path(name).name} - names
 
 
+@pytest.mark.slow  # the dependencies are compiled anew
 def test_the_three_stages_run_next_to_a_users_own_pipeline_and_stages(wheel, model, tmp_path):
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)

@@ -40,7 +40,7 @@ def test_gc_with_nothing_to_do_says_so(capsys, tmp_path):
     assert "2 shards merged into 1" in first and second == f"{tmp_path}/idle: nothing to do, 3 shards"
 
 
-@pytest.mark.parametrize("command", ["losses", "doctor"])
+@pytest.mark.parametrize("command", ["losses", pytest.param("doctor", marks=pytest.mark.slow)])
 def test_a_closed_pipe_ends_a_command_without_an_error(command):
     # losses prints plainly and doctor through rich, which would exit with code 1.
     with subprocess.Popen([PREFCACHE, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -37,7 +37,9 @@ def direct(config, train: Train, tokens: int) -> int:
     return trace_step(config, whole, cut_pairs(MEAN, tokens)).peak_bytes
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings", [SETTINGS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in SETTINGS[1:])]
+)
 def test_a_deep_model_takes_what_a_trace_of_all_its_layers_shows(settings):
     config, train = LlamaConfig(**SIZES), Train(**settings)
     steps = start(config)

@@ -189,6 +189,7 @@ def test_a_folder_without_weights_is_enough(tmp_path: Path):
     assert torch.device("cpu") == torch.empty(1).device
 
 
+@pytest.mark.slow
 def test_a_traced_step_leaves_nothing_for_duckdb_to_report_at_the_end():
     trace = "trace_step(LLAMA, Train(batch_size=4), PAIRS)"
     program = f"import duckdb\nfrom tests.pipeline.training.test_step_trace import *\n{trace}"
