@@ -156,6 +156,7 @@ runpy.run_module("tests.bench.gpu", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_bench_gpu_needs_little_and_says_what_is_absent(tmp_path: Path):
     from tests.bench.gpu import machine
 

@@ -107,7 +107,7 @@ def contents(root: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("stage", "most_bytes", "n_finished"),
     [
-        ("prepare", 8_000, 0),  # in a part, which a worker writes
+        pytest.param("prepare", 8_000, 0, marks=pytest.mark.slow),  # in a part, which a worker writes
         ("prepare", 80_000, 4),  # in a shard, of all the parts
         ("score", 2_000, 0),  # in a shard, before its record
         ("train", 150_000, 0),  # in a checkpoint: the optimizer's state is larger

@@ -100,7 +100,9 @@ def test_on_a_cpu_nothing_is_copied(monkeypatch):
         step(parameters, optimizer, number, range(4))
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["ordinary", "released"])
+@pytest.mark.parametrize(
+    "released", [pytest.param(False, id="ordinary", marks=pytest.mark.slow), pytest.param(True, id="released")]
+)
 def test_a_run_with_both_offloaded_gives_the_same_weights_and_resumes(
     prefcache, scored, tmp_path, monkeypatch, as_on_a_gpu, released
 ):

@@ -154,7 +154,11 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path, what):
 
 
 @pytest.mark.parametrize(
-    "settings", [["train.optimizer=adamw_8bit"], ["train.optimizer=adamw_8bit", "train.weights=bfloat16"]]
+    "settings",
+    [
+        pytest.param(["train.optimizer=adamw_8bit"], marks=pytest.mark.slow),
+        ["train.optimizer=adamw_8bit", "train.weights=bfloat16"],
+    ],
 )
 def test_a_run_in_8_bits_resumes_with_the_same_weights(prefcache, config, tmp_path, settings):
     said = options("train.checkpoint_every=5", *settings)

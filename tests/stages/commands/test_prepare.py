@@ -334,7 +334,7 @@ def expected(many, prepare, tmp_path) -> dict[str, bytes]:
     return take_files(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "labels"])
+@pytest.mark.parametrize("kind", ["pairs", pytest.param("labels", marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_no_byte(many, prepare, tmp_path, kind):
     prepared = []
     for workers in (1, 2, 3):
@@ -412,10 +412,11 @@ def workers_of(process: int) -> Iterator[int]:
             yield int(child)
 
 
-def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, slow, tmp_path):
+@pytest.mark.parametrize("n_kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_ends_with_the_same_bytes(prefcache, slow, tmp_path, n_kills):
     prefcache("prepare", slow, "--set", "prepare.workers=1")
     expected, rng, n = take_files(tmp_path), random.Random(0), 0
-    for _ in range(3):
+    for _ in range(n_kills):
         n += rng.randrange(1, 12)
         child = at_work(slow, n)
         # The command alone: its workers must end with it.

@@ -123,6 +123,7 @@ def test_what_is_not_a_finished_whole_run_is_refused_before_the_hub_is_asked(pus
     assert not hub.asked
 
 
+@pytest.mark.slow  # five processes, one for each answer of the hub
 def test_what_the_hub_does_not_take_ends_in_one_line(push, hub, trained):
     assert "HF_HUB_OFFLINE is set" in push("runs/tiny/trained", NAME, code=2, HF_HUB_OFFLINE="1").stderr
     assert "Repo id must" in push("runs/tiny/trained", "a/b/c", code=2).stderr
