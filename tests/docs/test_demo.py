@@ -173,9 +173,7 @@ def test_the_reference_is_the_same_bytes_wherever_it_is_built(demo, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == built.read_bytes()
 
 
-@pytest.mark.parametrize("n_steps", [2, pytest.param(None, marks=pytest.mark.slow)])
-def test_every_command_of_readme_and_guide_runs(demo, n_steps):
-    """With every run of the guide cut to two steps; in the slow tests, as it is written."""
+def test_every_command_of_readme_and_guide_runs(demo):
     (demo.folder / "runs").mkdir(exist_ok=True)
     pairs = write_pairs(demo.folder / "runs/pairs.jsonl", 32).read_text()
     (demo.folder / "runs/orca.jsonl").write_text(pairs.replace('"prompt"', '"question"'))
@@ -190,15 +188,13 @@ def test_every_command_of_readme_and_guide_runs(demo, n_steps):
     assert len(ran) - len(NOT_RUN) >= 40
     for command in ran:
         if command not in NOT_RUN:
-            run_line(demo, command, n_steps)
+            run_as_written(demo, command)
     assert not NOT_RUN.keys() - ran.keys()
 
 
-def run_line(demo: Clone, line: str, n_steps: int | None) -> None:
+def run_as_written(demo: Clone, line: str) -> None:
     """Run a line of the documents; where it calls prefcache alone, in this process, which spares importing PyTorch each time."""
     for command in line.split(" && "):
-        if n_steps and "prefcache train" in command and "--sweep" not in command:
-            command += f" --set train.max_steps={n_steps}"
         program, *arguments = shlex.split(command)
         if program == "prefcache" and ">" not in arguments:
             invoke(demo.folder, *arguments)
