@@ -26,6 +26,8 @@ def read_sequences(prompt_ids: Any, completion_ids: Any) -> pa.Table:
         raise UsageError(f"There are {n_prompts:,} prompts and {n_completions:,} completions; expected one for each.")
     for name, column in columns.items():
         _refuse_empty(name, column)
+        if (smallest := pc.min(pc.list_flatten(column)).as_py() or 0) < 0:
+            raise UsageError(f"{name} has the id {smallest}, which is no token. Leave padding and ignored labels out.")
     return pa.table(columns)
 
 
@@ -37,18 +39,19 @@ def sequence_keys(sequences: pa.Table) -> pa.ChunkedArray:
 def _read_column(name: str, lists: Any) -> pa.ChunkedArray:
     if isinstance(lists, pa.Array):
         lists = pa.chunked_array([lists])
-    if not isinstance(lists, pa.ChunkedArray):
-        rows = lists.tolist() if hasattr(lists, "tolist") else list(lists)
-        try:
-            lists = pa.chunked_array([pa.array(rows, IDS)], IDS)
-        except (pa.ArrowException, TypeError, OverflowError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"{name} must have a list of token ids for each row ({reason}).") from None
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)) or not pa.types.is_integer(
-        lists.type.value_type
-    ):
-        raise UsageError(f"{name} has the type {lists.type}; expected a list of token ids for each row.")
-    return lists if lists.type.value_type == pa.int32() else lists.cast(IDS)
+    try:
+        if not isinstance(lists, pa.ChunkedArray):
+            # The type is found first: asked for integers, Arrow would cut 1.5 to 1.
+            lists = pa.chunked_array([pa.array(lists.tolist() if hasattr(lists, "tolist") else list(lists))])
+        if not len(lists):
+            return pa.chunked_array([], IDS)
+        is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
+        if not is_list or not (pa.types.is_integer(lists.type.value_type) or pa.types.is_null(lists.type.value_type)):
+            raise UsageError(f"{name} has the type {lists.type}; expected a list of token ids for each row.")
+        return lists if lists.type.value_type == pa.int32() else lists.cast(IDS)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{name} must have a list of token ids for each row ({reason}).") from None
 
 
 def _refuse_empty(name: str, column: pa.ChunkedArray) -> None:

@@ -67,6 +67,11 @@ def test_only_what_is_missing_is_scored(tmp_path, model, expected):
     np.testing.assert_allclose(cache.logps(PROMPTS, COMPLETIONS).sums, [sum(each) for each in expected], atol=1e-5)
 
 
+def test_nothing_is_asked_for_and_nothing_is_found(tmp_path, model):
+    cache = open_cache(tmp_path, model)
+    assert len(cache.logps([], [])) == 0 and cache.score([], []).scored == 0
+
+
 def test_missing_rows_among_found_ones_are_null(tmp_path, model):
     cache = open_cache(tmp_path, model)
     cache.score(PROMPTS[1:], COMPLETIONS[1:])
@@ -112,8 +117,8 @@ def test_prepared_keys_are_looked_up(tmp_path, model):
         ([[1], []], [[2], [3]], "prompt_ids of row 1 is empty. Without a prompt, the first token has no log-prob"),
         ([[1]], [[]], "completion_ids of row 0 is empty"),
         ([[1]], [[2], [3]], "There are 1 prompts and 2 completions"),
-        ([1, 2], [3], "prompt_ids must have a list of token ids for each row"),
-        (["ab"], [[1]], "prompt_ids must have a list of token ids"),
+        ([1, 2], [3], "prompt_ids has the type int64; expected a list of token ids for each row"),
+        (["ab"], [[1]], "prompt_ids has the type string"),
         (pa.array([[1.5]]), [[1]], "prompt_ids has the type list<item: double>"),
     ],
 )
