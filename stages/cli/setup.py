@@ -33,7 +33,7 @@ def init(output: str, model: str, data: tuple[str, ...], force: bool) -> None:
     click.echo(f"{output}: written. Look at the data with `prefcache preview {output}`.")
 
 
-@main.command()
+@main.command(short_help="Explain the settings, with types and defaults.")
 @click.argument("key", required=False)
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a config file, with which editors complete it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the settings as JSON.")
