@@ -76,17 +76,17 @@ class CachedReference:
         _refuse_untested_version()
         self._answers = self._find_answers()
         given = inspect.signature(super().__init__).bind(*arguments, **named).arguments
-        _refuse_other_reference(given)
+        _refuse_unsupported(given)
         self._score_missing, self._is_start_checked = score_missing, False
         self._reference_cache, self._starts_at_reference = _open_reference(reference_cache, given)
-        given["args"] = self._precomputing(given.get("args"), given["model"])
+        given["args"] = self._request_precompute(given.get("args"), given["model"])
         # TRL would hash the whole policy, and under FSDP load a reference, if there were none. DeepSpeed initializes what it is given.
         if given["args"].deepspeed_plugin is None:
-            given["ref_model"] = _make_stand_in(given["model"])
+            given["ref_model"] = _make_stand_in(self._reference_cache)
         super().__init__(**given)
         _drop_adapter_copy(self.model)
         # A trainer without a reference would refuse to evaluate further data after the first step.
-        self.ref_model = self.ref_model or _make_stand_in(self.model)
+        self.ref_model = self.ref_model or _make_stand_in(self._reference_cache)
 
     def _find_answers(self) -> tuple[_Answer, ...]:
         from trl import DPOTrainer, KTOTrainer
@@ -98,7 +98,7 @@ class CachedReference:
             f"{type(self).__name__} is neither a DPOTrainer nor a KTOTrainer. Write `class Trainer(CachedReference, DPOTrainer)`."
         )
 
-    def _precomputing(self, args: Any, model: Any) -> Any:
+    def _request_precompute(self, args: Any, model: Any) -> Any:
         """A copy of the trainer's arguments that asks for precomputed log-probs."""
         from trl import DPOConfig, DPOTrainer, KTOConfig
 
@@ -178,14 +178,14 @@ class CachedReference:
     def _sum(self, sequences: dict[str, "_Sequences"], found: Logps) -> dict[str, np.ndarray]:
         """The column of each answer. A completion that was cut off as a whole has no tokens to sum."""
         lengths = [each.lengths for each in sequences.values()]
-        sum_N = np.zeros(sum(map(len, lengths)))
+        sum_N: np.ndarray = np.zeros(sum(map(len, lengths)))
         if found.tokens is None:
             sum_N[np.concatenate(lengths) > 0] = found.sums
         else:
             length_N, shared_N = np.concatenate(lengths), np.tile(np.minimum(*lengths), len(lengths))
             weights = np.where(_counting(length_N) < np.repeat(shared_N, length_N), 1.0, self.ld_alpha)
             of_sequence = np.repeat(np.arange(len(length_N)), length_N)
-            np.add.at(sum_N, of_sequence, found.tokens.flatten().to_numpy() * weights)
+            sum_N = np.bincount(of_sequence, found.tokens.flatten().to_numpy() * weights, len(length_N))
         return dict(zip(sequences, np.split(sum_N, np.cumsum([len(each) for each in lengths])[:-1]), strict=True))
 
     # -- the first step ------------------------------------------------------------------------------------------------
@@ -198,7 +198,11 @@ class CachedReference:
         self._is_start_checked = True
         with _seen_logps(model) as seen:
             loss = compute(model, inputs, *arguments, **named)
-        self._check_start(seen[-1], inputs)
+        if seen and self.args.disable_dropout:
+            self._check_start(seen[-1], inputs)
+        else:
+            reason = "dropout is on" if seen else "the model's log-probs were not seen"
+            self._reference_cache.progress.say(f"trl: {reason}, so the first step was not compared with the cache")
         return loss
 
     def _check_start(self, token_logps_NT: Any, inputs: Any) -> None:
@@ -207,26 +211,23 @@ class CachedReference:
 
         from prefcache.pipeline.training.start_check import START_TOLERANCE
 
-        say = self._reference_cache.progress.say
-        if not self._starts_at_reference or not self.args.disable_dropout:
-            reason = "dropout is on" if self._starts_at_reference else "policy and reference are different models"
-            say(f"trl: {reason}, so the margin need not start at 0")
-            return
         n_tokens_N = inputs["completion_mask"][:, 1:].sum(1)
         weights_NT = self._token_weights(inputs["completion_mask"][:, 1:])
         policy_N = (token_logps_NT[:, -weights_NT.shape[1] :] * weights_NT).sum(1)
-        cached = [inputs[each.column] for each in self._answers if not each.prefix]
-        gap_N = (policy_N - torch.cat(cached)).abs() / n_tokens_N.clamp(min=1)
-        worst = float(gap_N.max())
+        cached_N = torch.cat([inputs[each.column] for each in self._answers if not each.prefix])
+        worst = float(((policy_N - cached_N).abs() / n_tokens_N.clamp(min=1)).max())
         coarsest = max(START_TOLERANCE.values())
         tolerance = max(START_TOLERANCE.get(name, coarsest) for name in self._dtypes())
-        if not worst <= tolerance:
+        found = (
+            f"the policy starts within {worst:.1e} nats per token of the cached reference ({len(policy_N)} sequences)"
+        )
+        if not worst <= tolerance and self._starts_at_reference:
             raise IdentityError(
                 f"The policy is loaded from {self._reference_cache.config.model}, yet its log-probs differ from the cached ones by "
                 f"{worst:.3g} nats per token at the start; {tolerance} is rounding. Its weights are not those of that model: name the "
                 "reference (reference_cache=prefcache.open_cache(FOLDER, model=MODEL)), or load the policy from its folder."
             )
-        say(f"trl: start checked on {len(gap_N)} sequences: within {worst:.1e} nats per token of the cached reference")
+        self._reference_cache.progress.say(f"trl: {found}")
 
     def _token_weights(self, mask_NT: Any) -> Any:
         if not self._weighs_tails:
@@ -253,7 +254,7 @@ def _refuse_untested_version() -> None:
         )
 
 
-def _refuse_other_reference(given: Mapping[str, Any]) -> None:
+def _refuse_unsupported(given: Mapping[str, Any]) -> None:
     if given.get("ref_model") is not None:
         raise UsageError(
             "ref_model is a loaded model, in whose place the cache is used. Leave it out, and name what it is loaded from: "
@@ -304,7 +305,7 @@ def _is_same_place(cache: ReferenceCache, model: Any) -> bool:
     return is_same and cache.config.adapter is None and not has_adapter
 
 
-def _make_stand_in(model: Any) -> Any:
+def _make_stand_in(cache: ReferenceCache) -> Any:
     """Make a module in the reference's place that has no weights and cannot be run."""
     import torch
     from torch.distributed.fsdp import FSDPModule
@@ -326,7 +327,7 @@ def _make_stand_in(model: Any) -> Any:
         def forward(self, *arguments: Any, **named: Any) -> Any:
             raise AssertionError("the reference is cached, and must not be run")
 
-    return NoReference(AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config)
+    return NoReference(AutoConfig.from_pretrained(cache.reference.folder))
 
 
 def _drop_adapter_copy(model: Any) -> None:
