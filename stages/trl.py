@@ -19,7 +19,7 @@ Shapes: N sequences of a batch, T tokens of the longest.
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +66,20 @@ class CachedReference:
     ref_model: Any
     state: Any
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        from transformers import Trainer
+
+        super().__init_subclass__(**options)
+        before = cls.__mro__[1 : cls.__mro__.index(CachedReference)]
+        # Such a trainer would load a reference, and never ask the cache.
+        if other := next(
+            (each for each in before if not issubclass(each, CachedReference) and issubclass(each, Trainer)), None
+        ):
+            raise UsageError(
+                f"{cls.__name__} names {other.__name__} before CachedReference. Write "
+                f"`class {cls.__name__}(CachedReference, {other.__name__})`."
+            )
+
     def __init__(
         self,
         *arguments: Any,
@@ -75,7 +89,7 @@ class CachedReference:
     ) -> None:
         _refuse_untested_version()
         self._answers = self._find_answers()
-        given = inspect.signature(super().__init__).bind(*arguments, **named).arguments
+        given = _name_arguments(super().__init__, arguments, named)
         _refuse_unsupported(given)
         self._score_missing, self._is_start_checked = score_missing, False
         self._reference_cache, self._starts_at_reference = _open_reference(reference_cache, given)
@@ -195,14 +209,15 @@ class CachedReference:
         compute = super().compute_loss  # type: ignore[misc]
         if self._is_start_checked or not self.model.training or self.state.global_step:
             return compute(model, inputs, *arguments, **named)
-        self._is_start_checked = True
         with _seen_logps(model) as seen:
             loss = compute(model, inputs, *arguments, **named)
         if seen and self.args.disable_dropout:
             self._check_start(seen[-1], inputs)
         else:
-            reason = "dropout is on" if seen else "the model's log-probs were not seen"
+            reason = "dropout is on" if seen else "the loss asks the model for no log-probs"
             self._reference_cache.progress.say(f"trl: {reason}, so the first step was not compared with the cache")
+        # Only now: after a refusal, another call of train() is refused as well.
+        self._is_start_checked = True
         return loss
 
     def _check_start(self, token_logps_NT: Any, inputs: Any) -> None:
@@ -252,6 +267,20 @@ def _refuse_untested_version() -> None:
             f"TRL {installed} is installed, and prefcache.trl was tested with {' and '.join(TESTED_VERSIONS)}. Install one of those "
             f"(pip install 'trl=={TESTED_VERSIONS[-1]}.*')."
         )
+
+
+def _name_arguments(init: Callable[..., None], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a trainer, also where a class of the user's passes them on as **kwargs."""
+    signature = inspect.signature(init)
+    given: dict[str, Any] = {}
+    for name, value in signature.bind(*arguments, **named).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise UsageError(f"The trainer's __init__ takes *{name}. Pass its arguments by name (model=..., args=...).")
+        given |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    if given.get("model") is None:
+        raise UsageError("No policy was given. Pass its folder, hub id or the loaded model: model=MODEL.")
+    return given
 
 
 def _refuse_unsupported(given: Mapping[str, Any]) -> None:
@@ -403,7 +432,7 @@ def _seen_logps(model: Any) -> Iterator[list[Any]]:
     seen: list[Any] = []
 
     def look(module: Any, arguments: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and getattr(output, "log_probs", None) is not None:
             seen.append(output.log_probs.detach())
 
     handle = model.register_forward_hook(look)

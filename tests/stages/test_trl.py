@@ -327,8 +327,11 @@ def test_a_policy_that_is_not_the_cached_model_is_refused_at_the_first_step(tmp_
     changed = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         changed.lm_head.weight[:50] *= 1.1
-    with pytest.raises(prefcache.IdentityError, match="Its weights are not those of that model"):
-        train(CachedDPO, changed, tmp_path / "o", reference={"reference_cache": cache})
+    trainer = make(CachedDPO, changed, tmp_path / "o", reference={"reference_cache": cache})
+    for _ in range(2):  # as a notebook's cell that is run again
+        with pytest.raises(prefcache.IdentityError, match="Its weights are not those of that model"):
+            trainer.train()
+    assert losses(trainer) == []
 
 
 def test_a_policy_from_elsewhere_is_trained_against_a_named_reference(tmp_path, model, cache, capfd):
@@ -344,6 +347,29 @@ def test_a_policy_from_elsewhere_is_trained_against_a_named_reference(tmp_path, 
             super().__init__(ref_model=ref, **named)
 
     assert_same(losses(cached), losses(train(Live, other, tmp_path / "o")))
+
+
+class OfUser(DPOTrainer):
+    """A trainer that passes its arguments on, and has a loss without TRL's forward."""
+
+    def __init__(self, scale, **others):
+        super().__init__(**others)
+        self.scale = scale
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return self.scale * logits.square().mean() + 0 * inputs["ref_chosen_logps"].sum()
+
+
+def test_a_trainer_of_the_users_own_is_taken_and_told_that_its_start_is_not_checked(tmp_path, model, cache, capfd):
+    class Cached(CachedReference, OfUser):
+        pass
+
+    reference = {"reference_cache": cache, "scale": 2.0}
+    assert len(losses(train(Cached, model, tmp_path / "o", max_steps=2, reference=reference))) == 2
+    assert "the loss asks the model for no log-probs" in capfd.readouterr().err
+    with pytest.raises(prefcache.UsageError, match="No policy was given"):
+        Cached(scale=2.0)
 
 
 def test_missing_sequences_are_refused_where_none_are_to_be_scored(tmp_path, model):
@@ -379,6 +405,21 @@ def test_other_trainers_are_refused(model, tmp_path):
 
     with pytest.raises(prefcache.UsageError, match="neither a DPOTrainer nor a KTOTrainer"):
         Wrong(str(model))
+
+
+def test_a_trainer_named_before_the_mixin_is_refused():
+    with pytest.raises(prefcache.UsageError, match=r"Write `class Wrong\(CachedReference, DPOTrainer\)`"):
+
+        class Wrong(DPOTrainer, CachedReference):
+            pass
+
+
+@pytest.mark.parametrize("folder", [None, 5], ids=str)
+def test_a_cache_that_is_no_folder_is_refused(folder, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(prefcache.UsageError, match=f"cache is {folder}; expected a folder"):
+        make(CachedDPO, model, tmp_path / "o", reference={"reference_cache": folder})
+    assert not (tmp_path / str(folder)).exists()
 
 
 @pytest.mark.slow
