@@ -52,15 +52,18 @@ class ReferenceCache:
     def open(
         cls,
         cache: str | Path,
-        model: str,
-        adapter: str | None,
+        model: str | Path,
+        adapter: str | Path | None,
         revision: str | None,
         score: Mapping[str, Any],
         progress: Progress,
     ) -> "ReferenceCache":
-        tree = {"model": model, "adapter": adapter, "revision": revision, "cache": str(cache), "score": dict(score)}
+        tree = {"model": model, "adapter": adapter, "revision": revision, "score": score}
+        if not isinstance(cache, str | Path):
+            raise UsageError(f"open_cache: cache is {cache!r}; expected a folder.")
         # Neither data nor a place for an experiment is needed here.
-        config = config_file.from_tree({**tree, "out": ".", "prepare": {"data": ["-"]}}, source="open_cache: ")
+        unused = {"out": ".", "prepare": {"data": ["-"]}}
+        config = config_file.from_tree(config_file.to_plain(tree | unused | {"cache": cache}), source="open_cache: ")
         if config.score.ray is not None:
             raise UsageError("open_cache: score.ray starts its own processes; score with `prefcache score CONFIG`.")
         return cls(config, progress)

@@ -45,10 +45,10 @@ def refuse_unfit(model: Path, sequences: pa.Table, examples: pa.Table) -> None:
         )
     vocabulary = model_config.read(model).text_model.vocab_size
     largest = max(
-        int(part.values.to_numpy().max())
+        int(part.flatten().to_numpy().max())
         for name in ("prompt_ids", *(f"{answer}_ids" for answer in answer_names(examples)))
         for part in examples[name].chunks
-        if len(part.values)
+        if len(part.flatten())
     )
     if vocabulary and largest >= vocabulary:
         raise IdentityError(

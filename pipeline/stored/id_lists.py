@@ -26,7 +26,10 @@ def read_sequences(prompt_ids: Any, completion_ids: Any) -> pa.Table:
         raise UsageError(f"There are {n_prompts:,} prompts and {n_completions:,} completions; expected one for each.")
     for name, column in columns.items():
         _refuse_empty(name, column)
-        if (smallest := pc.min(pc.list_flatten(column)).as_py() or 0) < 0:
+        ids = pc.list_flatten(column)
+        if ids.null_count:
+            raise UsageError(f"{name} has null in place of an id ({ids.null_count:,} times); expected token ids alone.")
+        if (smallest := pc.min(ids).as_py() or 0) < 0:
             raise UsageError(f"{name} has the id {smallest}, which is no token. Leave padding and ignored labels out.")
     return pa.table(columns)
 
@@ -74,6 +77,6 @@ def _keys_by_batch(sequences: pa.Table) -> Iterator[Iterator[bytes]]:
 
 def _slices(lists: pa.Array) -> Iterator[memoryview]:
     """Yield the bytes of each list, without copying them."""
-    offsets = (lists.offsets.to_numpy().astype(np.int64) * 4).tolist()
-    data = np.ascontiguousarray(lists.values.to_numpy(), "<i4").data.cast("B")
-    return (data[start:end] for start, end in itertools.pairwise(offsets))
+    starts = lists.offsets.to_numpy().astype(np.int64) * 4
+    data = np.ascontiguousarray(lists.flatten().to_numpy(), "<i4").data.cast("B")
+    return (data[start:end] for start, end in itertools.pairwise((starts - starts[0]).tolist()))

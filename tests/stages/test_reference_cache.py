@@ -89,7 +89,7 @@ def test_missing_rows_among_found_ones_are_null(tmp_path, model):
         lambda lists: pa.chunked_array(
             [pa.array(lists[:1], pa.large_list(pa.int64())), pa.array(lists[1:], pa.large_list(pa.int64()))]
         ),
-        lambda lists: pa.array([[1], *lists], pa.list_(pa.int32()))[1:],
+        lambda lists: pa.array([[-1, None], *lists], pa.list_(pa.int32()))[1:],
     ],
     ids=["lists", "arrays", "arrow", "chunks", "slice"],
 )
@@ -119,7 +119,12 @@ def test_prepared_keys_are_looked_up(tmp_path, model):
         ([[1]], [[2], [3]], "There are 1 prompts and 2 completions"),
         ([1, 2], [3], "prompt_ids has the type int64; expected a list of token ids for each row"),
         (["ab"], [[1]], "prompt_ids has the type string"),
+        (None, [[1]], "prompt_ids must have a list of token ids"),
+        ([[1], 2], [[1], [2]], "prompt_ids must have a list of token ids"),
         (pa.array([[1.5]]), [[1]], "prompt_ids has the type list<item: double>"),
+        ([[1, None]], [[1]], "prompt_ids has null in place of an id"),
+        ([[1]], [[-100, 2]], "completion_ids has the id -100, which is no token"),
+        ([[2**40]], [[1]], "prompt_ids must have a list of token ids for each row"),
     ],
 )
 def test_what_is_no_sequence_is_refused(tmp_path, model, prompts, completions, message):
@@ -130,6 +135,19 @@ def test_what_is_no_sequence_is_refused(tmp_path, model, prompts, completions, m
 def test_ids_outside_the_vocabulary_are_refused_before_the_model_loads(tmp_path, model):
     with pytest.raises(prefcache.IdentityError, match="Token id 100000 is not in the vocabulary"):
         open_cache(tmp_path, model).score([[1]], [[100_000]])
+
+
+def test_places_are_paths_or_text_and_settings_a_dict(tmp_path, model):
+    assert len(prefcache.open_cache(str(tmp_path / "cache"), model=model, quiet=True)) == 0
+    with pytest.raises(prefcache.UsageError, match="cache is None; expected a folder"):
+        prefcache.open_cache(None, model=model)
+    with pytest.raises(prefcache.UsageError, match="score: found 'float32', expected a mapping of engine"):
+        prefcache.open_cache(tmp_path, model=model, score="float32")
+
+
+def test_ids_before_a_slice_are_not_read(tmp_path, model):
+    rows = pa.array([[100_000], *PROMPTS], pa.list_(pa.int32()))[1:]
+    assert open_cache(tmp_path, model).score(rows, COMPLETIONS).scored == 3
 
 
 def test_rows_of_another_dtype_are_served_alone_but_not_mixed(tmp_path, model):
