@@ -1,6 +1,7 @@
 """The account of a conversion: the config, and for every key of the file what it became, why it is ignored, or what differs."""
 
 import contextlib
+import math
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Converted:
     def _as_number(self, theirs: str, value: Any) -> float:
         with contextlib.suppress(ValueError):
             value = float(value) if isinstance(value, str) else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self._unexpected(theirs, value, "a number")
         return value
 

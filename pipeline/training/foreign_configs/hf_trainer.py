@@ -200,7 +200,7 @@ def _convert_schedule(converted: Converted, names: Mapping[str, str]) -> None:
         converted.put("warmup_ratio", "train.warmup_ratio", 0.0)
         converted.note(["warmup_steps"], "train.warmup_ratio: 0.0")
     elif isinstance(steps, int | float) and steps >= 1:
-        converted.put("warmup_steps", "train.warmup_steps", int(steps))
+        converted.put("warmup_steps", "train.warmup_steps", int(converted.number("warmup_steps")))
         converted.note(["warmup_ratio"], "train.warmup_steps, which overrules it")
     elif isinstance(steps, int | float):  # a share of all steps
         # Older versions take a warmup_steps of 0 for none given, and the ratio counts.

@@ -1,5 +1,6 @@
 """Whatever a value of a file is, the conversion succeeds or says in one sentence what it found."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,24 @@ SMALLEST = {
     LLAMAFACTORY: yaml.safe_load(foreign_files.LLAMAFACTORY),
 }
 KEYS = {TRL: trl._READ_HERE, AXOLOTL: axolotl._READ_HERE, LLAMAFACTORY: llamafactory._READ_HERE}
-VALUES = ["x", "", "1, 2", 0, -1, 0.5, 10**9, True, [], [1], ["x", None], [{"path": 1}], {"a": 1}, {"path": ["x"]}]
+VALUES = [
+    "x",
+    "",
+    "1, 2",
+    0,
+    -1,
+    0.5,
+    10**9,
+    math.inf,
+    math.nan,
+    True,
+    [],
+    [1],
+    ["x", None],
+    [{"path": 1}],
+    {"a": 1},
+    {"path": ["x"]},
+]
 
 
 @pytest.mark.parametrize("program", SMALLEST, ids=lambda program: program.name)
