@@ -168,18 +168,19 @@ def sql(
     `experiment` is its folder or config; None means the only one in runs/.
     """
     from prefcache.commands.query import Experiment
+    from prefcache.pipeline import config_file
     from prefcache.sql_result import SqlResult
 
     where = None if experiment is None else str(experiment)
-    with Experiment(where).ask(query, parameters, timeout) as answer:
+    with Experiment(where).ask(query, config_file.to_plain(parameters), timeout) as answer:
         return SqlResult.read(answer)
 
 
 def open_cache(
     cache: str | Path = "cache",
     *,
-    model: str,
-    adapter: str | None = None,
+    model: str | Path,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     score: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -200,14 +201,17 @@ def _open_config(
 ) -> "Iterator[Config]":
     """Load a config, and work in the folder that its paths are relative to."""
     from prefcache.pipeline import config_file
+    from prefcache.pipeline.config import Config
 
     if isinstance(config, str | Path):
         with config_file.open_config(config, overrides or {}) as (loaded, _):
             yield loaded
     elif isinstance(config, Mapping):
         yield config_file.from_tree(config_file.to_plain(config), overrides or {}, "config: ")
-    else:
+    elif isinstance(config, Config):
         yield config_file.from_tree(config.model_dump(mode="json"), overrides) if overrides else config
+    else:
+        raise UsageError(f"config: found {config!r}, expected the path of a YAML file, a dict or a loaded config.")
 
 
 def _make_absolute(result: _Result) -> _Result:

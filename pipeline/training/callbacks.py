@@ -106,7 +106,9 @@ class TrainCallback:
 
 
 def refuse_others(callbacks: Sequence[TrainCallback]) -> None:
-    """Refuse what is not an instance of TrainCallback."""
+    """Refuse what is not a list of instances of TrainCallback."""
+    if not isinstance(callbacks, Sequence):
+        raise UsageError(f"callbacks: found {callbacks!r}, expected a list, as in callbacks=[MyCallback()].")
     for each in callbacks:
         if isinstance(each, type):
             raise UsageError(f"callbacks: found the class {each.__name__}, expected an instance: {each.__name__}().")

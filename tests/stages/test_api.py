@@ -127,6 +127,12 @@ def test_a_wrong_key_of_a_dict_is_named_as_one():
         prefcache.prepare({"model": "m", "out": "o", "prepare": {"data": "d"}, "train": {"bta": 1}})
 
 
+@pytest.mark.parametrize("config", [None, ["a.yaml"]], ids=str)
+def test_what_is_no_config_is_named(config):
+    with pytest.raises(UsageError, match="expected the path of a YAML file, a dict or a loaded config"):
+        prefcache.train(config)
+
+
 def test_small_numbers_survive_as_numbers(prepared):
     # YAML would read the text 1e-07 as a string.
     with prefcache._open_config(prepared, {"train.learning_rate": 1e-7, "train.warmup_steps": None}) as config:

@@ -228,6 +228,9 @@ def test_what_is_no_callback_and_what_would_never_be_called_is_refused(config):
         prefcache.train(config, callbacks=[StopAt])
     with pytest.raises(UsageError, match=r"expected instances of prefcache\.TrainCallback"):
         prefcache.train(config, callbacks=[print])
+    for no_list in (None, prefcache.TrainCallback()):
+        with pytest.raises(UsageError, match=r"expected a list, as in callbacks=\[MyCallback\(\)\]"):
+            prefcache.train(config, callbacks=no_list)
     with pytest.raises(UsageError, match=r"Slip\.on_step_end is never called\. A callback has on_start, on_step, "):
         type("Slip", (prefcache.TrainCallback,), {"on_step_end": lambda self, event: None})
     assert type("Fine", (prefcache.TrainCallback,), {"on_gpu": True}).on_gpu
