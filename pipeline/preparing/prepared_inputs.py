@@ -11,6 +11,7 @@ from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.preparing import record_outcomes
 from prefcache.pipeline.preparing.sources import DataSource
 from prefcache.pipeline.preparing.tokenizer_fingerprint import explain_change, read_fingerprint
+from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import PREPARED_VERSION
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import Difference, Freshness, check_preparation, find_differences
@@ -83,7 +84,13 @@ def explain_if_stale(config: Config) -> str | None:
     freshness = Freshness("preparation", config.prepared, differences=differences)
     if freshness.is_fresh:
         return None
-    return f"{freshness.explain()}. It is used as it is; prefcache prepare CONFIG makes it again"
+    return freshness.explain()
+
+
+def warn_if_stale(config: Config, progress: Progress) -> None:
+    """Warn, in a command that uses what was prepared as it is."""
+    if reason := explain_if_stale(config):
+        progress.warn(f"{reason}. It is used as it is; prefcache prepare CONFIG makes it again")
 
 
 def _find_changed_data(config: Config, recorded: list[list[dict[str, Any]]]) -> Iterator[Difference]:

@@ -44,7 +44,9 @@ def run(
     prepared = Prepared(config.prepared)
     scored, cache = require_scored(config, prepared, every_byte=False)
     if reason := prepared_inputs.explain_if_stale(config):
-        raise UsageError(f"--for trl renders the data again, as it was prepared, but {reason}.")
+        raise UsageError(
+            f"--for trl renders the data again, as it was prepared, but {reason}. Prepare and score again, or set back what differs."
+        )
     sources = record_outcomes.reopen_sources(config, prepared)
     tokenizer = identity.find_reference(config).tokenizer
     worker = PartWorker(resolve_config(config.prepare, tokenizer, sources, Progress(quiet=True)))

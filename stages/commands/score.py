@@ -36,8 +36,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
     refuse_unused(config.score)
     prepared = Prepared(config.prepared)
     prepared.refuse_older()
-    if reason := prepared_inputs.explain_if_stale(config):
-        progress.warn(reason)
+    prepared_inputs.warn_if_stale(config, progress)
     if not dry_run:
         convert_models(config, progress)
     reference = identity.find_reference(config)

@@ -101,8 +101,8 @@ def run(
     """
     refuse_others(callbacks)
     is_main = rank_and_world()[0] == 0
-    if is_main and (reason := prepared_inputs.explain_if_stale(config)):
-        progress.warn(reason)
+    if is_main:
+        prepared_inputs.warn_if_stale(config, progress)
     convert_models(config, progress)
     finished = _find_finished(config)
     if finished is not None and not (continue_stopped and finished.stopped):

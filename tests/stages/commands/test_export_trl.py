@@ -319,7 +319,7 @@ def test_a_row_without_a_finite_log_prob_is_left_out(export, tmp_path, model):
     [
         (("--output", "rows.jsonl"), "--for trl writes .parquet"),
         (("--output", "rows.parquet", "--per-token"), "Leave --per-token out"),
-        (("--output", "rows.parquet", "--set", "prepare.max_length=99"), "renders the data again, as it was prepared"),
+        (("--output", "rows.parquet", "--set", "prepare.max_length=99"), "2048 (now 99). Prepare and score again"),
         (("--output", "pairs.jsonl.parquet", "--for", "tlr"), "'tlr' is not 'trl'"),
     ],
 )
