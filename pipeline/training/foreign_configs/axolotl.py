@@ -47,7 +47,12 @@ DEFAULTS = {
 _LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
 # Options of a data set that are options of its format here.
 _FORMAT_ARGS = (
-    *("field_messages", "field_chosen", "field_rejected", "field_tools", "message_property_mappings", "roles"),
+    "field_messages",
+    "field_chosen",
+    "field_rejected",
+    "field_tools",
+    "message_property_mappings",
+    "roles",
 )
 _SOURCE_KEYS = ("path", "name", "split", "revision", "type", "data_files", *_FORMAT_ARGS)
 _SOURCE_IGNORED = {
