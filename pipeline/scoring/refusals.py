@@ -41,7 +41,8 @@ def refuse_unfit(model: Path, sequences: pa.Table, examples: pa.Table) -> None:
     longest, limit = pc.max(sequences["n"]).as_py(), model_files.longest_sequence(model)
     if longest > limit:
         raise UsageError(
-            f"The longest sequence has {longest} tokens; {model} takes {limit}. Set prepare.max_length={limit}."
+            f"The longest sequence has {longest} tokens; {model} takes {limit}. Set prepare.max_length={limit}; in TRL, "
+            f"DPOConfig(max_length={limit}); or cut the ids."
         )
     vocabulary = model_config.read(model).text_model.vocab_size
     largest = max(

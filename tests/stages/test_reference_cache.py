@@ -137,6 +137,13 @@ def test_ids_outside_the_vocabulary_are_refused_before_the_model_loads(tmp_path,
         open_cache(tmp_path, model).score([[1]], [[100_000]])
 
 
+def test_sequences_beyond_the_models_length_are_refused_in_words_for_every_caller(tmp_path, model):
+    with pytest.raises(
+        prefcache.UsageError, match=r"takes 512\. .*in TRL, DPOConfig\(max_length=512\); or cut the ids"
+    ):
+        open_cache(tmp_path, model).score([[5] * 600], [[6]])
+
+
 def test_places_are_paths_or_text_and_settings_a_dict(tmp_path, model):
     assert len(prefcache.open_cache(str(tmp_path / "cache"), model=model, quiet=True)) == 0
     with pytest.raises(prefcache.UsageError, match="cache is None; expected a folder"):
