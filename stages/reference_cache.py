@@ -59,7 +59,7 @@ class ReferenceCache:
         progress: Progress,
     ) -> "ReferenceCache":
         tree = {"model": model, "adapter": adapter, "revision": revision, "score": score}
-        if not isinstance(cache, str | Path):
+        if not isinstance(cache, str | Path) or Path(cache).is_file():
             raise UsageError(f"open_cache: cache is {cache!r}; expected a folder.")
         # Neither data nor a place for an experiment is needed here.
         unused = {"out": ".", "prepare": {"data": ["-"]}}

@@ -148,6 +148,8 @@ def test_places_are_paths_or_text_and_settings_a_dict(tmp_path, model):
     assert len(prefcache.open_cache(str(tmp_path / "cache"), model=model, quiet=True)) == 0
     with pytest.raises(prefcache.UsageError, match="cache is None; expected a folder"):
         prefcache.open_cache(None, model=model)
+    with pytest.raises(prefcache.UsageError, match=r"config\.json'\)?; expected a folder"):
+        prefcache.open_cache(model / "config.json", model=model)
     with pytest.raises(prefcache.UsageError, match="score: found 'float32', expected a mapping of engine"):
         prefcache.open_cache(tmp_path, model=model, score="float32")
 
