@@ -212,7 +212,7 @@ class CachedReference:
         with _seen_logps(model) as seen:
             loss = compute(model, inputs, *arguments, **named)
         if seen and self.args.disable_dropout:
-            self._check_start(seen[-1], inputs)
+            self._check_start(seen[0], inputs)
         else:
             reason = "dropout is on" if seen else "the loss asks the model for no log-probs"
             self._reference_cache.progress.say(f"trl: {reason}, so the first step was not compared with the cache")
@@ -414,8 +414,9 @@ class _Sequences(NamedTuple):
 
 
 def _lists(ids_NT: np.ndarray, where_NT: np.ndarray) -> pa.Array:
-    offsets = np.concatenate([[0], np.cumsum(where_NT.sum(1))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids_NT[where_NT].astype(np.int32)))
+    # Large lists: all completions of a data set may have more tokens than int32 counts.
+    offsets = np.concatenate([[0], np.cumsum(where_NT.sum(1))]).astype(np.int64)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids_NT[where_NT].astype(np.int32)))
 
 
 def _counting(lengths: np.ndarray) -> np.ndarray:
