@@ -25,7 +25,7 @@ _ORDER = ("model", "revision", "adapter", "out", "prepare", "score", "train")
 def convert(program: Program, tree: Mapping[str, Any], file: Path) -> Converted:
     """Convert a program's file; refuse one that is ours, another program's, or no one's that is known."""
     refuse_other(tree, file, program)
-    given = {key: _as_number(key, value) for key, value in tree.items() if value is not None}
+    given = {key: _read_exponent(key, value) for key, value in tree.items() if value is not None}
     unknown = [str(key) for key in given if not isinstance(key, str)]
     if not given or unknown:
         raise UsageError(f"{file}: found {', '.join(unknown) or 'no settings'}, expected {program.name}'s settings.")
@@ -40,9 +40,8 @@ def convert(program: Program, tree: Mapping[str, Any], file: Path) -> Converted:
     return converted
 
 
-def _as_number(key: Any, value: Any) -> Any:
+def _read_exponent(key: Any, value: Any) -> Any:
     """Read 5e-7 as the number that it is for these programs: YAML 1.1 wants a point in it."""
     is_name = str(key).endswith(("name", "dir", "path"))
-    return (
-        float(value) if isinstance(value, str) and not is_name and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) else value
-    )
+    is_number = isinstance(value, str) and not is_name and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number else value

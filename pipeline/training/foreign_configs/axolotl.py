@@ -84,7 +84,7 @@ _IGNORED = {
     "cls_model_config": "the class is that of the model's config",
     "is_preprocess": "prepare is a command of its own",
     "skip_prepare_dataset": "prepare is a command of its own",
-    "strict": "unknown keys are always refused here",
+    "strict": "a key that is not known here is among the differences",
     "resize_token_embeddings_to_32x": "the vocabulary stays as it is",
     "train_on_inputs": "preference training never counts the prompt",
     "shuffle_merged_datasets": "examples are shuffled in every epoch",
