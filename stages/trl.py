@@ -356,7 +356,7 @@ def _make_stand_in(cache: ReferenceCache) -> Any:
         def forward(self, *arguments: Any, **named: Any) -> Any:
             raise AssertionError("the reference is cached, and must not be run")
 
-    return NoReference(AutoConfig.from_pretrained(cache.reference.folder))
+    return NoReference(AutoConfig.from_pretrained(cache.reference.folder, trust_remote_code=False))
 
 
 def _drop_adapter_copy(model: Any) -> None:

@@ -209,6 +209,7 @@ def run_as_written(demo: Clone, line: str) -> None:
             demo.run(f'PATH="$PWD/.venv/bin:$PATH"; {command}')
 
 
+@pytest.mark.slow  # tests/stages/test_notebook.py runs it in a kernel, with a smaller model
 @pytest.mark.parametrize("chapter", SCRIPTS, ids=lambda file: file.stem)
 def test_the_python_of_a_chapter_runs_from_its_first_block_to_its_last(demo, chapter):
     (demo.folder / "runs").mkdir(exist_ok=True)

@@ -171,7 +171,7 @@ def test_data_that_is_rendered_ends_the_stage_with_what_was_found_and_the_remedy
     write_lines(tmp_path / "pairs.jsonl", *records, pair(20))
     said = prepare(code=2)["stderr"]
     assert "pairs.jsonl is rendered already: 12 of its first 13 records" in said and "<|im_start|>assistant" in said
-    assert "Set prepare.template: none" in said and prefcache("preview", "config.yaml", code=2).stderr == said
+    assert "Set prepare.template: none" in said and prefcache("preview", "config.yaml", "--json", code=2).stderr == said
     # Messages have no other remedy.
     messages = [record | {"prompt": [{"role": "user", "content": "why?"}]} for record in records]
     write_lines(tmp_path / "messages.jsonl", *messages)
