@@ -11,7 +11,8 @@ contenders take turns, setting by setting, each run in a process of its own:
 - cached: TRL with prefcache.trl.CachedReference and an empty cache at the start of the sweep.
 - prefcache: prepare, score and train, with an empty cache at the start.
 
-Seconds and CPU are whole processes, from the start of Python. `reference` counts sequences that went through a model without gradients,
+Seconds and CPU are whole processes, from the start of Python; `steps` are the seconds of the optimizer's steps alone, those of a live
+reference included. `reference` counts sequences that went through a model without gradients,
 those of scoring included. `MiB` is the peak of the last run.
 """
 
@@ -73,10 +74,10 @@ def main() -> None:
 
 def _report(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
     print(f"\n{options.runs} runs of {options.steps} steps of {options.batch} pairs")
-    print(f"{'':15} {'seconds':>8} {'CPU s':>8} {'reference sequences':>20} {'MiB':>9}")
+    print(f"{'':15} {'seconds':>8} {'CPU s':>8} {'steps':>8} {'reference sequences':>20} {'MiB':>9}")
     for name, runs in found.items():
-        total = {key: sum(run[key] for run in runs) for key in ("seconds", "cpu", "reference")}
-        values = f"{total['seconds']:8.0f} {total['cpu']:8.0f} {total['reference']:20,.0f} {runs[-1]['peak_mib']:9,.0f}"
+        total = {key: sum(run[key] for run in runs) for key in ("seconds", "cpu", "steps", "reference")}
+        values = f"{total['seconds']:8.0f} {total['cpu']:8.0f} {total['steps']:8.0f} {total['reference']:20,.0f} {runs[-1]['peak_mib']:9,.0f}"
         print(f"{name:15} {values}")
     (options.folder / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
 
@@ -176,7 +177,16 @@ def _train_in_prefcache(settings: dict[str, Any], options: argparse.Namespace) -
     prefcache.prepare(config, quiet=True)
     scored = prefcache.score(config, quiet=True)
     prefcache.train(config, quiet=True)
-    return {"reference": scored.scored, "peak_mib": contest.resident("VmHWM")}  # type: ignore[union-attr]
+    steps = prefcache.sql(
+        "select seconds from throughput where run = $run",
+        options.folder / "experiment",
+        parameters={"run": config["train"]["run"]},
+    )  # type: ignore[index]
+    return {
+        "steps": sum(steps.table["seconds"].to_pylist()),
+        "reference": scored.scored,
+        "peak_mib": contest.resident("VmHWM"),
+    }  # type: ignore[union-attr]
 
 
 def _train_in_trl(name: str, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
@@ -223,9 +233,9 @@ def _train_in_trl(name: str, settings: dict[str, Any], options: argparse.Namespa
         train_dataset=load_dataset("json", data_files=str(options.folder / "pairs.jsonl"), split="train"),
         **({"reference_cache": cache} if name == "cached" else {}),
     )
-    trainer.train()
+    trained = trainer.train()
     scored = _rows(cache, options.model) - n_before if name == "cached" else n_sequences
-    return {"reference": scored, "peak_mib": contest.resident("VmHWM")}
+    return {"steps": trained.metrics["train_runtime"], "reference": scored, "peak_mib": contest.resident("VmHWM")}
 
 
 def _rows(cache: Path, model: Path) -> int:
