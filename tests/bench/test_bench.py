@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import corpus
-from tests.helpers.project import ROOT
+from tests.helpers.project import ROOT, build_model
 
 
 def bench(*arguments: str) -> str:
@@ -124,6 +124,27 @@ def test_bench_train_counts_what_a_step_computes(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_bench_trl_counts_what_the_reference_reads(tmp_path: Path):
+    model = build_model(tmp_path / "tiny")
+    options = [
+        "--model",
+        str(model),
+        "--runs",
+        "2",
+        "--steps",
+        "2",
+        "--threads",
+        "1",
+        "--folder",
+        str(tmp_path / "sweep"),
+    ]
+    printed = bench("tests.bench.trl_sweep", *options)
+    # 8 pairs: 16 sequences in each run of TRL's, and once where they are cached.
+    read = {name: int(n) for name, n in re.findall(r"^([a-z-]+)(?: +\d+){3} +(\d+) +[\d,]+$", printed, re.M)}
+    assert read == {"trl": 32, "trl-precompute": 32, "cached": 16, "prefcache": 16}
+
+
 def test_bench_train_compares_the_loader():
     printed = bench("tests.bench.train", "--small", "--loader")
     assert re.search(r"Examples\.batch [\d,]+, datasets\[i\] [\d,]+, datasets\[list\] [\d,]+", printed)
