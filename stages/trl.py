@@ -32,6 +32,7 @@ import prefcache
 from prefcache.pipeline import identity, process_pool
 from prefcache.pipeline.errors import DataError, IdentityError, UsageError
 from prefcache.pipeline.stored.lookups import Logps
+from prefcache.pipeline.stored.token_logps import ranges
 from prefcache.reference_cache import ReferenceCache
 
 TESTED_VERSIONS = ("1.16",)
@@ -197,7 +198,8 @@ class CachedReference:
             sum_N[np.concatenate(lengths) > 0] = found.sums
         else:
             length_N, shared_N = np.concatenate(lengths), np.tile(np.minimum(*lengths), len(lengths))
-            weights = np.where(_counting(length_N) < np.repeat(shared_N, length_N), 1.0, self.ld_alpha)
+            position = ranges(np.zeros_like(length_N), length_N)
+            weights = np.where(position < np.repeat(shared_N, length_N), 1.0, self.ld_alpha)
             of_sequence = np.repeat(np.arange(len(length_N)), length_N)
             sum_N = np.bincount(of_sequence, found.tokens.flatten().to_numpy() * weights, len(length_N))
         return dict(zip(sequences, np.split(sum_N, np.cumsum([len(each) for each in lengths])[:-1]), strict=True))
@@ -224,15 +226,14 @@ class CachedReference:
         """Refuse a cache whose values are not the policy's before its first update."""
         import torch
 
-        from prefcache.pipeline.training.start_check import START_TOLERANCE
+        from prefcache.pipeline.training.start_check import start_tolerance
 
         n_tokens_N = inputs["completion_mask"][:, 1:].sum(1)
         weights_NT = self._token_weights(inputs["completion_mask"][:, 1:])
         policy_N = (token_logps_NT[:, -weights_NT.shape[1] :] * weights_NT).sum(1)
         cached_N = torch.cat([inputs[each.column] for each in self._answers if not each.prefix])
         worst = float(((policy_N - cached_N).abs() / n_tokens_N.clamp(min=1)).max())
-        coarsest = max(START_TOLERANCE.values())
-        tolerance = max(START_TOLERANCE.get(name, coarsest) for name in self._dtypes())
+        tolerance = start_tolerance(self._dtypes())
         found = (
             f"the policy starts within {worst:.1e} nats per token of the cached reference ({len(policy_N)} sequences)"
         )
@@ -318,7 +319,7 @@ def _open_reference(cache: str | Path | ReferenceCache, given: Mapping[str, Any]
 
 def _name_of(model: Any) -> str:
     """The folder or hub id that a model was loaded from."""
-    name = model if isinstance(model, str) else str(model.config._name_or_path)
+    name = _place_of(model)
     if not name:
         raise UsageError(
             "The policy was not loaded from a folder or the hub, so its reference has no name. Name one: "
@@ -327,8 +328,12 @@ def _name_of(model: Any) -> str:
     return name
 
 
+def _place_of(model: Any) -> str:
+    return model if isinstance(model, str) else str(model.config._name_or_path)
+
+
 def _is_same_place(cache: ReferenceCache, model: Any) -> bool:
-    name = model if isinstance(model, str) else str(model.config._name_or_path)
+    name = _place_of(model)
     has_adapter = bool(getattr(model, "peft_config", None))
     is_same = cache.config.model == name or Path(cache.config.model).resolve() == Path(name).resolve()
     return is_same and cache.config.adapter is None and not has_adapter
@@ -417,12 +422,6 @@ def _lists(ids_NT: np.ndarray, where_NT: np.ndarray) -> pa.Array:
     # Large lists: all completions of a data set may have more tokens than int32 counts.
     offsets = np.concatenate([[0], np.cumsum(where_NT.sum(1))]).astype(np.int64)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids_NT[where_NT].astype(np.int32)))
-
-
-def _counting(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each length, one after the other."""
-    counting: np.ndarray = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return counting
 
 
 @contextmanager

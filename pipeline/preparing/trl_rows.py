@@ -146,7 +146,7 @@ def messages_column(turns: Sequence[list[Message]]) -> pa.Array:
 
 
 def fix_date(resolved: ResolvedConfig) -> dict[str, str]:
-    """Return the template's arguments that keep it from printing the day on which TRL renders; UsageError if there are none."""
+    """Return arguments that fix the date which the template prints; UsageError if it prints one and takes none."""
     if resolved.date is None or resolved.template is None:
         return {}
     arguments = {_DATE_ARGUMENT: resolved.prepare.date.strftime(_DATE_FORMAT)}

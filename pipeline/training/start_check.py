@@ -1,5 +1,6 @@
 """What a run records and checks before its first step: its provenance, and that the policy starts where the cache says."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
 
 import numpy as np
@@ -17,6 +18,15 @@ BEFORE = "before.json"
 # Mean deviation per token, between the policy at its start and the cached reference, that rounding explains.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32
+
+
+def start_tolerance(dtypes: Iterable[str | None]) -> float:
+    """Return the deviation that rounding explains between values that were computed in these dtypes.
+
+    Numerics without a dtype that we know, such as imported ones, may be as coarse as any.
+    """
+    coarsest = max(START_TOLERANCE.values())
+    return max(START_TOLERANCE.get(name or "", coarsest) for name in dtypes)
 
 
 def write_provenance(s: Session) -> None:
@@ -102,9 +112,7 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
         if answer in s.objective.reference_answers
     ]
     worst, dtypes = float(np.max(gaps)), list(map(identity.coarsest_dtype, scored.numerics.values()))
-    # Numerics without a dtype that we know, such as imported ones, may be as coarse as any.
-    coarsest = max(START_TOLERANCE.values())
-    tolerance = max(START_TOLERANCE.get(name, coarsest) for name in [s.policy.precision, s.policy.head_dtype, *dtypes])
+    tolerance = start_tolerance([s.policy.precision, s.policy.head_dtype, *dtypes])
     if not worst <= tolerance:
         raise IdentityError(
             f"The policy is the cached reference, yet their log-probs differ by {worst:.3g} nats per token at the start; "

@@ -271,7 +271,7 @@ _DIFFERS = {
     "trainer_cls": "no code is loaded",
     "qat": "weights are not quantized in training",
     "quantization": "weights are not quantized after training",
-    "tensor_parallel_size": "there is no tensor parallelism",
+    "tensor_parallel_size": "tensor parallelism is not supported",
     "context_parallel_size": "a sequence is not split over GPUs",
     "sequence_parallel_degree": "a sequence is not split over GPUs",
     "deepcompile": "train.compile compiles each layer",

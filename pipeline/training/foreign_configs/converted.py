@@ -143,7 +143,7 @@ class Converted:
                 name = each.pop("format")
                 each.pop("format_args", None)
                 self.differs[f"type: {name}"] = (
-                    "there is no such format here, so the columns tell it; set prepare.format (`prefcache formats`)"
+                    "prefcache has no format of this name and recognises the data by its columns; set prepare.format (`prefcache formats`)"
                 )
 
     def put_template(self, is_text: bool | None) -> None:
