@@ -177,7 +177,6 @@ class ReferenceCache:
             self._cache = self._open()
             plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
             refusals.refuse_unscored(self._cache, plan)
-        parities = [record.parity for record in self._cache.records if record.parity]
         return ScoreResult(
             cache=str(self.folder),
             sequences=plan.n_sequences,
@@ -185,7 +184,7 @@ class ReferenceCache:
             scored=before.n_missing,
             tokens=before.n_tokens,
             failed=plan.n_failed,
-            parity=max(parities, key=lambda parity: parity.max, default=None),
+            parity=self._cache.worst_parity(self._accepted()),
             changed=bool(before.n_missing),
         )
 

@@ -28,7 +28,7 @@ from prefcache.pipeline.errors import IdentityError, IntegrityError
 from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.contradictions import Contradictions, tolerance
 from prefcache.pipeline.stored.key_index import KeyIndex, Keys, concat, read_keys
-from prefcache.pipeline.stored.records import MalformedError, NewerError, ReferenceRecord, ShardRecord
+from prefcache.pipeline.stored.records import MalformedError, NewerError, Parity, ReferenceRecord, ShardRecord
 from prefcache.pipeline.stored.verified_shards import Remember, VerifiedShards
 
 T = TypeVar("T")
@@ -97,6 +97,11 @@ class Cache:
     def numerics(self) -> dict[str, dict[str, str]]:
         """The readable record behind each numerics_id in the cache."""
         return {record.numerics_id: record.numerics for record in self.records}
+
+    def worst_parity(self, accepted: Sequence[str]) -> Parity | None:
+        """The largest deviation from the plain forward that any shard of the accepted numerics was stored with."""
+        parities = [record.parity for record in self.records if record.numerics_id in accepted and record.parity]
+        return max(parities, key=lambda parity: parity.max, default=None)
 
     # -- damage ------------------------------------------------------------------------------------------------------
 

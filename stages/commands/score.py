@@ -211,9 +211,7 @@ def _commit_cut_answers(task: _Task, cache: Cache) -> int:
 def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> ScoredManifest:
     config, plan = task.config, task.plan(cache)
     refusals.refuse_unscored(cache, plan)
-    accepted = [record for record in cache.records if record.numerics_id in task.accepted]
-    parities = [record.parity for record in accepted if record.parity]
-    worst = max(parities, key=lambda parity: parity.max, default=None)
+    worst = cache.worst_parity(task.accepted)
     manifest = ScoredManifest.make(
         inputs=inputs,
         reference={"name": config.model, "model_id": cache.reference.model_id},
