@@ -60,7 +60,7 @@ FLOORS = {
         "layer_kernels",
     ],
     "prefcache.pipeline.preparing": [
-        "example",
+        "example tokenizer_facts",
         "placeholder_text encoder expand_rankings sources",
         "generation_marks turn_borders",
         "chat_template tokenizer_fingerprint formats",

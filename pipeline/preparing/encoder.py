@@ -8,32 +8,18 @@ no such token in the prompt, the whole is encoded with each answer.
 import bisect
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 from prefcache.pipeline.spans import count_common, whole_span
 from prefcache.pipeline.token_text import token_texts
 from prefcache.pipeline.tokenizer import load_tokenizer
 
 _MOST_TAILS = 4096
 _NEAR_THE_END = 3  # a template may write a line end after the end token
-
-
-@dataclass(frozen=True)
-class TokenizerFacts:
-    """A tokenizer as it is sent to a worker: loading it there takes neither Transformers nor PyTorch."""
-
-    folder: str
-    backend: str | None  # as JSON of the tokenizers library; None if Transformers runs it in Python
-    special: dict[str, str]  # bos_token, eos_token and the like, as templates print them
-    added_tokens: tuple[str, ...]  # the texts that are one token each, special or not
-    bos: int | None  # None unless the tokenizer begins a text with it
-    eos: int | None
-    chat_template: str | None
-    tool_template: str | None
 
 
 Span = tuple[int, int]
@@ -56,25 +42,6 @@ class ExampleTokens(NamedTuple):
     exact: bool  # prompt + answer are the ids of the whole, for every answer
     ended: bool  # an end token was added, because the text had none
     spans: tuple[list[int], ...]  # which tokens of each answer count, see spans.py
-
-
-def load_facts(folder: Path) -> TokenizerFacts:
-    """Load whatever tokenizer the folder has."""
-    tokenizer = load_tokenizer(folder)
-    template = tokenizer.chat_template
-    templates = template if isinstance(template, dict) else {"default": template}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    bos = tokenizer.bos_token_id
-    return TokenizerFacts(
-        folder=str(folder),
-        backend=backend.to_str() if backend is not None else None,
-        special={name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-        added_tokens=tuple(token.content for token in tokenizer.added_tokens_decoder.values()),
-        bos=bos if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else None,
-        eos=tokenizer.eos_token_id,
-        chat_template=templates.get("default"),
-        tool_template=templates.get("tool_use"),
-    )
 
 
 class Encoder:

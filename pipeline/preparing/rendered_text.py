@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
-from prefcache.pipeline.preparing.encoder import TokenizerFacts
 from prefcache.pipeline.preparing.example import Turns, Unusable
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 
 _USER, _ANSWER, _NEXT = "\ue000user\ue001", "\ue000answer\ue001", "\ue000next\ue001"
 _AROUND = 24  # characters shown before and after what was found

@@ -12,14 +12,14 @@ from typing import Any
 
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.preparing import encoder, formats
+from prefcache.pipeline.preparing import formats, tokenizer_facts
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, prints_date, read_template
-from prefcache.pipeline.preparing.encoder import TokenizerFacts
 from prefcache.pipeline.preparing.example import Candidate, Unusable
 from prefcache.pipeline.preparing.formats import Format
 from prefcache.pipeline.preparing.formats.registry import Record
 from prefcache.pipeline.preparing.rendered_text import RenderedText
 from prefcache.pipeline.preparing.sources import DataSource
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 from prefcache.pipeline.progress import Progress
 
 _SAMPLE = 100  # records at which a format is recognised
@@ -54,7 +54,7 @@ class ResolvedConfig:
 
 
 def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], progress: Progress) -> ResolvedConfig:
-    tokenizer = encoder.load_facts(model)
+    tokenizer = tokenizer_facts.load_facts(model)
     template, tool_template = tokenizer.chat_template, tokenizer.tool_template
     if prepare.chat_template is not None:
         template, tool_template = read_template(prepare.chat_template), None

@@ -13,10 +13,11 @@ import numpy as np
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
-from prefcache.pipeline.preparing.encoder import Encoder, load_facts
+from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.preparing.example import Label, Unusable, plain_text
 from prefcache.pipeline.preparing.formats import fields
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from prefcache.pipeline.stored.records import PreparedManifest
 
 _EXPECTED = "Expected text, a list of messages with role and content, or a mapping with one of these as its prompt."

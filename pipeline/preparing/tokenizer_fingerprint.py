@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prefcache.pipeline import identity, older_ids
-from prefcache.pipeline.preparing import encoder
-from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, TokenizerFacts
+from prefcache.pipeline.preparing import tokenizer_facts
+from prefcache.pipeline.preparing.encoder import Encoder, ExampleText
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 from prefcache.pipeline.stored.memos import TokenizersMemo
 from prefcache.pipeline.stored.records import Fingerprint, PreparedInputs
 
@@ -49,7 +50,7 @@ def read_fingerprint(
     path, stamp = TokenizersMemo.path(experiment), identity.tokenizer_stamp(folder)
     memo = TokenizersMemo.recall(path) or TokenizersMemo()
     if stamp not in memo.encoded:
-        memo = memo.with_another(stamp, _encode(loaded or encoder.load_facts(folder)))
+        memo = memo.with_another(stamp, _encode(loaded or tokenizer_facts.load_facts(folder)))
         if remember:
             memo.remember(path)
     return memo.encoded[stamp]

@@ -13,7 +13,8 @@ from prefcache.command_results import Deviations, Margins, ParityResult, Quantil
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config, Score, engine_names
 from prefcache.pipeline.errors import UsageError, look_up
-from prefcache.pipeline.preparing import encoder
+from prefcache.pipeline.preparing import tokenizer_facts
+from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.scoring.engines import find_engine
@@ -71,7 +72,7 @@ def run(config: Config, a: str, b: str, n: int, progress: Progress) -> ParityRes
     (scores_a, numerics_a), (scores_b, numerics_b) = [
         _score(config, reference, side, sequences, progress) for side in sides
     ]
-    split_tokens = encoder.Encoder(encoder.load_facts(reference.tokenizer)).token_texts
+    split_tokens = Encoder(tokenizer_facts.load_facts(reference.tokenizer)).token_texts
     return ParityResult(
         a=a,
         b=b,

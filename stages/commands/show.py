@@ -14,7 +14,8 @@ from prefcache.pipeline import identity, model_files
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.identity import Reference
-from prefcache.pipeline.preparing.encoder import Encoder, load_facts
+from prefcache.pipeline.preparing.encoder import Encoder
+from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import ANSWERS, TokenSequence
 from prefcache.pipeline.spans import counted_positions

@@ -106,13 +106,13 @@ def ours(folder: Path) -> dict[str, Any]:
     from prefcache.commands import prepare
     from prefcache.pipeline import config_file
     from prefcache.pipeline.preparing import resolved_config
-    from prefcache.pipeline.preparing.encoder import load_facts
+    from prefcache.pipeline.preparing.tokenizer_facts import load_facts
     from prefcache.pipeline.progress import Progress
     from prefcache.pipeline.stored import prepared
 
     shutil.rmtree(folder / "out", ignore_errors=True)
     facts = load_facts(folder / "model")
-    resolved_config.encoder.load_facts = lambda _: facts  # type: ignore[attr-defined]
+    resolved_config.tokenizer_facts.load_facts = lambda _: facts  # type: ignore[attr-defined]
     settings = config_file.load(
         None,
         [

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefcache.pipeline.config import Prepare
-from prefcache.pipeline.preparing import encoder
-from prefcache.pipeline.preparing.encoder import TokenizerFacts
+from prefcache.pipeline.preparing import tokenizer_facts
 from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, SourceFormat
 from prefcache.pipeline.preparing.sources import Chunk
 from prefcache.pipeline.preparing.sources.jsonl import read_lines
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 
 DATE = datetime.date(2025, 1, 1)
 CORPUS = [
@@ -176,7 +176,7 @@ def saved(family: str, *, bos: bool = False, eos: str | None = "</s>") -> tuple[
 
 @functools.cache
 def facts(family: str, *, bos: bool = False, eos: str | None = "</s>") -> TokenizerFacts:
-    return encoder.load_facts(saved(family, bos=bos, eos=eos)[0])
+    return tokenizer_facts.load_facts(saved(family, bos=bos, eos=eos)[0])
 
 
 # -- from records to a part ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.preparing import encoder
+from prefcache.pipeline.preparing import encoder, tokenizer_facts
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
 from tests.helpers.tokenizers import FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, facts, saved
 
@@ -158,7 +158,7 @@ def letters(tmp_path_factory) -> Callable[..., Path]:
 
 
 def encode(folder: Path, prompt: str, *answers: str, plain: bool = True) -> ExampleTokens:
-    (found,) = Encoder(encoder.load_facts(folder)).encode([ExampleText(prompt, answers, plain)])
+    (found,) = Encoder(tokenizer_facts.load_facts(folder)).encode([ExampleText(prompt, answers, plain)])
     return found
 
 
@@ -286,11 +286,11 @@ def test_of_several_named_templates_the_default_and_that_for_tools_are_used(tmp_
     tokenizer = build("byte-level")
     tokenizer.chat_template = {"default": "plain", "tool_use": "tools", "rag": "other"}
     tokenizer.save_pretrained(tmp_path)
-    found = encoder.load_facts(tmp_path)
+    found = tokenizer_facts.load_facts(tmp_path)
     assert (found.chat_template, found.tool_template) == ("plain", "tools")
     tokenizer.chat_template = "one"
     tokenizer.save_pretrained(tmp_path / "one")
-    found = encoder.load_facts(tmp_path / "one")
+    found = tokenizer_facts.load_facts(tmp_path / "one")
     assert (found.chat_template, found.tool_template) == ("one", None)
 
 
@@ -335,7 +335,7 @@ def slow(tmp_path_factory) -> Path:
 
 
 def test_a_python_tokenizer_gives_the_ids_of_the_whole(slow):
-    found = encoder.load_facts(slow)
+    found = tokenizer_facts.load_facts(slow)
     tokenizer = AutoTokenizer.from_pretrained(slow)
     assert found.backend is None
     coder = Encoder(pickle.loads(pickle.dumps(found)))
@@ -350,7 +350,7 @@ def test_a_python_tokenizer_of_bytes_by_hand(tmp_path):
     # A byte's id is the byte + 3; 1 is the end.
     found = encode(tmp_path, "ab", "c", "c</s>")
     assert found == ExampleTokens([100, 101], ([102, 1], [102, 1]), True, True, ([0, 2], [0, 2]))
-    assert Encoder(encoder.load_facts(tmp_path)).decode(found.prompt) == "ab"
+    assert Encoder(tokenizer_facts.load_facts(tmp_path)).decode(found.prompt) == "ab"
 
 
 # -- what cannot be used ---------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_a_python_tokenizer_of_bytes_by_hand(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, name):
     with pytest.raises(UsageError, match=r"has no tokenizer that loads .*tokenizer\.json next to the model"):
-        encoder.load_facts(tmp_path)
+        tokenizer_facts.load_facts(tmp_path)
     (tmp_path / name).write_text("{")
     with pytest.raises(UsageError, match="has no tokenizer that loads"):
-        encoder.load_facts(tmp_path)
+        tokenizer_facts.load_facts(tmp_path)

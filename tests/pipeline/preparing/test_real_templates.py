@@ -9,9 +9,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
-from prefcache.pipeline.preparing.encoder import Encoder, load_facts
+from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.preparing.example import Label, Message
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from tests.helpers.conversations import HARMONY_CHAT, TOOLS, assistant, call, tool, user
 from tests.helpers.tokenizers import DATE
 

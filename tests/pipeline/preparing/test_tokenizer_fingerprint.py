@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from prefcache.pipeline import identity
-from prefcache.pipeline.preparing import encoder, tokenizer_fingerprint
+from prefcache.pipeline.preparing import tokenizer_facts, tokenizer_fingerprint
 from prefcache.pipeline.preparing.tokenizer_fingerprint import PROBES, read_fingerprint
 from prefcache.pipeline.stored.memos import TokenizersMemo
 from prefcache.pipeline.stored.prepared import Prepared
@@ -21,19 +21,19 @@ from tests.helpers.tokenizers import FAMILIES, build, facts, saved
 @pytest.fixture
 def loads(monkeypatch) -> list[Path]:
     """The tokenizers that were loaded."""
-    real, found = encoder.load_facts, []
+    real, found = tokenizer_facts.load_facts, []
 
     def spied(folder: Path):
         found.append(folder)
         return real(folder)
 
-    monkeypatch.setattr(encoder, "load_facts", spied)
+    monkeypatch.setattr(tokenizer_facts, "load_facts", spied)
     return found
 
 
 def upgrade(monkeypatch, normalizer: dict | None = None) -> None:
     """Another version of Transformers, which may build the tokenizer of the same files with another normalizer."""
-    real_version, real_load = identity.version, encoder.load_facts
+    real_version, real_load = identity.version, tokenizer_facts.load_facts
 
     def load(folder: Path):
         made = real_load(folder)
@@ -41,7 +41,7 @@ def upgrade(monkeypatch, normalizer: dict | None = None) -> None:
         return replace(made, backend=json.dumps(backend | {"normalizer": normalizer})) if normalizer else made
 
     monkeypatch.setattr(identity, "version", lambda name: "99.0" if name == "transformers" else real_version(name))
-    monkeypatch.setattr(encoder, "load_facts", load)
+    monkeypatch.setattr(tokenizer_facts, "load_facts", load)
 
 
 def test_software_that_builds_the_tokenizer_otherwise_makes_a_new_preparation(prefcache, config, monkeypatch, tmp_path):
