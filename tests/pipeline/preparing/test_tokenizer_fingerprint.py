@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.preparing import tokenizer_facts, tokenizer_fingerprint
-from prefcache.pipeline.preparing.tokenizer_fingerprint import PROBES, read_fingerprint
+from prefcache.pipeline.preparing.probe_texts import PROBES
+from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
 from prefcache.pipeline.stored.memos import TokenizersMemo
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.tokenizers import FAMILIES, build, facts, saved
