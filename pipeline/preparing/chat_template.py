@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing.example import Message, Unusable
 from prefcache.pipeline.preparing.generation_marks import CLOSE, OPEN
-from prefcache.pipeline.preparing.placeholder_text import OpaqueText, join, refuse_opaque
+from prefcache.pipeline.preparing.placeholder_text import OpaqueLength, OpaqueText, join, refuse_opaque
 
 SECONDS = 5.0
 MEMORY = 512 << 20
@@ -38,15 +38,17 @@ _PRECISION = 300  # of round: it computes ten to that power
 KILL_TIMER = signal.ITIMER_VIRTUAL
 _KILL_AFTER = 10  # seconds over the limit
 _OPERATORS = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod}
-# Filters and tests that use an OpaqueText through its own methods, which notice a look into it. All others would see its
-# mark.
+# Filters and tests that use an OpaqueText and its length through their own methods, which notice a look into the text.
+# All others would see its mark, or that its length is no number.
 _FILTERS = {
     "capitalize", "count", "default", "d", "first", "items", "length", "reverse", "last", "list", "lower", "map", "reject", "rejectattr",
     "select", "selectattr", "string", "trim", "upper", "title", "attr", "batch", "slice",
 }  # fmt: skip
+# Arguments with the variables of a loop or block around a call, which Jinja passes to its own functions alone.
+_JINJAS_OWN = {"_loop_vars", "_block_vars"}
 _TESTS = {
-    "boolean", "callable", "defined", "undefined", "none", "false", "true", "integer", "float", "mapping", "number",
-    "string", "iterable", "sequence", "eq", "==", "equalto", "ne", "!=", "sameas", "filter", "test", "odd", "even",
+    "boolean", "callable", "defined", "undefined", "none", "false", "true", "float", "mapping", "string", "iterable",
+    "sequence", "eq", "==", "equalto", "ne", "!=", "filter", "test", "odd", "even",
 }  # fmt: skip
 
 
@@ -265,7 +267,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         # A method of a plain text, such as `join`, would see an OpaqueText's mark.
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) and not isinstance(owner, OpaqueText):
-            refuse_opaque("call", *args, kwargs)
+            refuse_opaque("call", *args, {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN})
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -328,10 +330,16 @@ def _create_sandbox(date: datetime.date, *, mark_generation: bool = False) -> _S
     for functions, safe in ((sandbox.filters, _FILTERS), (sandbox.tests, _TESTS)):
         for name in set(functions) - safe:
             functions[name] = _add_opaque_check(name, functions[name])
+    for name in ("length", "count"):
+        sandbox.filters[name] = _measure
     # The same answers as Jinja's, without looking into an OpaqueText.
     for name in ("iterable", "sequence"):
         sandbox.tests[name] = lambda value, test=sandbox.tests[name]: isinstance(value, str) or test(value)
     return sandbox
+
+
+def _measure(value: Any) -> Any:
+    return OpaqueLength(value) if isinstance(value, OpaqueText) else len(value)
 
 
 def _to_json(

@@ -1,8 +1,8 @@
 """A text that a chat template may place, join and strip, but not read.
 
 Rendered with opaque texts, a template shows what it writes around any texts, and where each text goes. A question that
-only asks yes or no (`'</think>' in content`) is answered no and noted as a guard: the result then holds only for texts
-for which the answer is no. Any other look into a text raises Inspected.
+only asks yes or no (`'</think>' in content`, `content | length > 0`) is answered no, or that there is a text, and noted
+as a guard: the result then holds only for texts for which the answer is right. Any other look into a text raises Inspected.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,12 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 # wrapping would change.
 MARK_START = "\ue000"
 MARK = MARK_START + "\"'<&>\\ \n\tAa\u00df\ue001"
-_STRIPS: dict[str, Callable[[str], str]] = {
-    "whole": str,
-    "strip": str.strip,
-    "lstrip": str.lstrip,
-    "rstrip": str.rstrip,
-}
 _QUESTIONS: dict[str, Callable[[str, Any], bool]] = {
     "contains": lambda text, other: other in text,
     "startswith": str.startswith,
@@ -29,6 +23,7 @@ _QUESTIONS: dict[str, Callable[[str, Any], bool]] = {
 _HARMLESS = {"__new__", "__init__", "__class__", "__getattribute__", "__init_subclass__", "__subclasshook__"} | {
     "__setattr__", "__delattr__", "__dir__", "__sizeof__", "__doc__", "__getstate__"
 }  # fmt: skip
+Chars = str | None  # to strip; None: spaces of any kind
 Class = TypeVar("Class", bound=type)
 
 
@@ -37,13 +32,43 @@ class Inspected(Exception):
 
 
 class Slot(NamedTuple):
-    """The place of a text: which one goes there, and how it is stripped."""
+    """The place of a text: which one goes there, and the characters that are stripped off it, one set after another.
+
+    The ends do not depend on each other: a text of nothing but such characters ends up empty in any order.
+    """
 
     which: int
-    strip: str
+    left: tuple[Chars, ...] = ()
+    right: tuple[Chars, ...] = ()
 
     def fill(self, texts: Sequence[str]) -> str:
-        return _STRIPS[self.strip](texts[self.which])
+        text = texts[self.which]
+        for chars in self.left:
+            text = text.lstrip(chars)
+        for chars in self.right:
+            text = text.rstrip(chars)
+        return text
+
+    def lstrip(self, chars: Chars) -> "Slot":
+        return self._replace(left=_add_strip(self.left, chars))
+
+    def rstrip(self, chars: Chars) -> "Slot":
+        return self._replace(right=_add_strip(self.right, chars))
+
+
+def _add_strip(strips: tuple[Chars, ...], chars: Chars) -> tuple[Chars, ...]:
+    """Add a strip to those before it. Where one set is within the next or the last, the larger one does all."""
+    if chars == "" or (strips and _is_within(chars, strips[-1])):
+        return strips
+    if strips and _is_within(strips[-1], chars):
+        return _add_strip(strips[:-1], chars)
+    return (*strips, chars)
+
+
+def _is_within(chars: Chars, others: Chars) -> bool:
+    if chars is None or others is None:
+        return others is None and not (chars or "").strip()
+    return set(chars) <= set(others)
 
 
 class Guard(NamedTuple):
@@ -96,35 +121,37 @@ class OpaqueText(str):
 
     # -- stripping --
 
-    def strip(self, chars: Any = None) -> "OpaqueText":
+    def strip(self, chars: Any = None, /) -> "OpaqueText":
         return self.lstrip(chars).rstrip(chars)
 
-    def lstrip(self, chars: Any = None) -> "OpaqueText":
-        return self._strip_end(0, "lstrip") if chars is None else _refuse("lstrip")
+    def lstrip(self, chars: Any = None, /) -> "OpaqueText":
+        return self._strip_end(0, "lstrip", chars)
 
-    def rstrip(self, chars: Any = None) -> "OpaqueText":
-        return self._strip_end(-1, "rstrip") if chars is None else _refuse("rstrip")
+    def rstrip(self, chars: Any = None, /) -> "OpaqueText":
+        return self._strip_end(-1, "rstrip", chars)
 
-    def _strip_end(self, end: int, how: str) -> "OpaqueText":
+    def _strip_end(self, end: int, how: str, chars: Any) -> "OpaqueText":
+        if chars is not None and type(chars) is not str:
+            raise Inspected(how)  # an OpaqueText, or what str refuses
         pieces = list(self.pieces)
-        while isinstance(pieces[end], str) and not _STRIPS[how](str(pieces[end])):
+        while isinstance(pieces[end], str) and not getattr(pieces[end], how)(chars):
             del pieces[end]
+        pieces[end] = getattr(pieces[end], how)(chars)
         outermost = pieces[end]
-        if isinstance(outermost, str):
-            pieces[end] = _STRIPS[how](outermost)
-        else:
-            if outermost.strip not in (how, "strip"):
-                outermost = Slot(outermost.which, how if outermost.strip == "whole" else "strip")
-                pieces[end] = outermost
-            if len(pieces) > 1:
-                # If nothing of it were left, the next piece would be stripped too.
-                self.guards.append(Guard(outermost, "empty", None))
+        if isinstance(outermost, Slot) and len(pieces) > 1:
+            # If nothing of it were left, the next piece would be stripped too.
+            self.guards.append(Guard(outermost, "empty", None))
         return OpaqueText(tuple(pieces), self.guards)
 
     # -- questions that are answered no --
 
     def __contains__(self, other: object) -> bool:
         return self._answer_no("contains", other)
+
+    def split(self, sep: Any = None, maxsplit: Any = -1) -> list[str]:
+        """Return the text alone: the separator is not in it."""
+        is_whole = type(maxsplit) is int and maxsplit == -1 and not self._answer_no("contains", sep)
+        return [self] if is_whole else _refuse("split")
 
     def startswith(self, prefix: Any, *bounds: Any) -> bool:
         return _refuse("startswith") if bounds else self._answer_no("startswith", prefix)
@@ -154,6 +181,31 @@ class OpaqueText(str):
         return False
 
 
+class OpaqueLength:
+    """The length of an OpaqueText, which may only be compared with 0."""
+
+    def __init__(self, text: OpaqueText) -> None:
+        self._text = text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __gt__(self, other: object) -> bool:
+        return bool(self) if type(other) is int and other == 0 else _refuse("length")
+
+    def __eq__(self, other: object) -> bool:
+        return not self > other
+
+    def __hash__(self) -> int:
+        return int(_refuse("length"))
+
+    def __index__(self) -> int:
+        return int(_refuse("length"))
+
+    def __repr__(self) -> str:
+        return str(_refuse("length"))
+
+
 def join(texts: Iterable[str]) -> str:
     """Join texts as `"".join` does; with an OpaqueText among them, the result is one too."""
     pieces: list[Piece] = []
@@ -178,7 +230,7 @@ def split_at_slot(text: str) -> tuple[str, Slot, str] | None:
     """Return what stands before and after the one OpaqueText, or the one MARK; None unless there is exactly one."""
     if not isinstance(text, OpaqueText):
         before, _, after = text.partition(MARK)
-        return (before, Slot(0, "whole"), after) if text.count(MARK) == 1 else None
+        return (before, Slot(0), after) if text.count(MARK) == 1 else None
     slots = [(n, piece) for n, piece in enumerate(text.pieces) if isinstance(piece, Slot)]
     n, slot = slots[0]
     before, after = ("".join(map(str, pieces)) for pieces in (text.pieces[:n], text.pieces[n + 1 :]))
@@ -186,7 +238,7 @@ def split_at_slot(text: str) -> tuple[str, Slot, str] | None:
 
 
 def refuse_opaque(what: str, *values: Any) -> None:
-    """Raise Inspected before something that would take the mark inside an OpaqueText for its text."""
+    """Raise Inspected before something that would take the mark inside an OpaqueText for its text, or its length."""
     if any(map(_contains_opaque, values)):
         raise Inspected(what)
 
@@ -196,4 +248,4 @@ def _contains_opaque(value: Any) -> bool:
         return any(map(_contains_opaque, value.values()))
     if isinstance(value, list | tuple):
         return any(map(_contains_opaque, value))
-    return isinstance(value, OpaqueText)
+    return isinstance(value, OpaqueText | OpaqueLength)

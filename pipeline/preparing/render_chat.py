@@ -216,7 +216,7 @@ class ChatRenderer:
         """Put the original answer where the template puts an answer that it does not change."""
         # A template that takes any answer apart, with thoughts or without, refuses the first content; the second one, a
         # plain text without thoughts, it takes apart too and leaves whole.
-        for content in (OpaqueText((Slot(0, "whole"),), []), MARK):
+        for content in (OpaqueText((Slot(0),), []), MARK):
             try:
                 place = split_at_slot(self._apply([*prompt, answer | {"content": content}], example))
             except Unusable:

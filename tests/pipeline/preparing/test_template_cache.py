@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from prefcache.pipeline.preparing import chat_template, placeholder_text, template_cache
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.example import Pair, Unusable
+from prefcache.pipeline.preparing.generation_marks import CLOSE, OPEN
 from prefcache.pipeline.preparing.part_worker import PartWorker
 from prefcache.pipeline.preparing.placeholder_text import Guard, Inspected, OpaqueText, Slot
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
 from prefcache.pipeline.preparing.template_cache import Skeleton, TemplateCacheMismatch
 from tests.helpers.tokenizers import CHATML, DATE, SPECIALS, TEMPLATES, chunk_of, facts, resolved_config
 
+STRIP = (None,), (None,)  # spaces of any kind, on both sides
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 SHAPES = [
     ("user",),
@@ -79,26 +81,39 @@ def test_every_style_of_template_has_skeletons_for_one_question(name):
 @pytest.mark.parametrize(
     ("template", "pieces", "guards"),
     [
-        ("[{{ c }}]", ("[", Slot(0, "whole"), "]"), ()),
-        ("[{{ c | trim }}]", ("[", Slot(0, "strip"), "]"), ()),
-        ("[{{ c.lstrip() }}{{ c.rstrip() }}]", ("[", Slot(0, "lstrip"), Slot(0, "rstrip"), "]"), ()),
-        ("[{{ c.lstrip().rstrip() }}]", ("[", Slot(0, "strip"), "]"), ()),
-        ("{% if 'x' in c %}!{% endif %}{{ c }}", (Slot(0, "whole"),), (Guard(Slot(0, "whole"), "contains", "x"),)),
-        ("{{ c if c else 'none' }}", (Slot(0, "whole"),), (Guard(Slot(0, "whole"), "empty", None),)),
-        ("{{ 'x' if c == 'a' else c }}", (Slot(0, "whole"),), (Guard(Slot(0, "whole"), "equals", "a"),)),
-        ("{{ 'x' if c in ['a'] else c }}", (Slot(0, "whole"),), (Guard(Slot(0, "whole"), "equals", "a"),)),
+        ("[{{ c }}]", ("[", Slot(0), "]"), ()),
+        ("[{{ c | trim }}]", ("[", Slot(0, *STRIP), "]"), ()),
+        ("[{{ c.lstrip() }}{{ c.rstrip() }}]", ("[", Slot(0, (None,)), Slot(0, (), (None,)), "]"), ()),
+        ("[{{ c.lstrip().rstrip() }}]", ("[", Slot(0, *STRIP), "]"), ()),
+        ("{% if 'x' in c %}!{% endif %}{{ c }}", (Slot(0),), (Guard(Slot(0), "contains", "x"),)),
+        ("{{ c if c else 'none' }}", (Slot(0),), (Guard(Slot(0), "empty", None),)),
+        ("{{ 'x' if c == 'a' else c }}", (Slot(0),), (Guard(Slot(0), "equals", "a"),)),
+        ("{{ 'x' if c in ['a'] else c }}", (Slot(0),), (Guard(Slot(0), "equals", "a"),)),
         (
             "{{ 'x' if (c | trim).startswith(('a', 'b')) else c }}",
-            (Slot(0, "whole"),),
-            (Guard(Slot(0, "strip"), "startswith", ("a", "b")),),
+            (Slot(0),),
+            (Guard(Slot(0, *STRIP), "startswith", ("a", "b")),),
         ),
         # What stands before the text stops the stripping; of a blank text it would not.
-        ("{{ (' a ' + c) | trim }}", ("a ", Slot(0, "rstrip")), (Guard(Slot(0, "rstrip"), "empty", None),)),
-        ("{{ (c ~ ' a ') | trim }}", (Slot(0, "lstrip"), " a"), (Guard(Slot(0, "lstrip"), "empty", None),)),
-        ("{{ ('\n' + c + ' \n') | trim }}", (Slot(0, "strip"),), None),
-        ("{% set x %} {{ c }}!{% endset %}{{ x | trim }}", (Slot(0, "lstrip"), "!"), None),
-        ("{% macro m(t) %}{{ t }}{% endmacro %}{{ m(c) | trim }}", (Slot(0, "strip"),), ()),
-        ("{{ 'yes' if c is string and c is iterable and c is not none }}{{ c }}", ("yes", Slot(0, "whole")), ()),
+        ("{{ (' a ' + c) | trim }}", ("a ", Slot(0, (), (None,))), (Guard(Slot(0, (), (None,)), "empty", None),)),
+        ("{{ (c ~ ' a ') | trim }}", (Slot(0, (None,)), " a"), (Guard(Slot(0, (None,)), "empty", None),)),
+        ("{{ ('\n' + c + ' \n') | trim }}", (Slot(0, *STRIP),), None),
+        ("{% set x %} {{ c }}!{% endset %}{{ x | trim }}", (Slot(0, (None,)), "!"), None),
+        ("{% macro m(t) %}{{ t }}{% endmacro %}{{ m(c) | trim }}", (Slot(0, *STRIP),), ()),
+        ("{{ c.strip('\n') }}", (Slot(0, ("\n",), ("\n",)),), ()),
+        ("{{ c | trim('x') }}", (Slot(0, ("x",), ("x",)),), ()),
+        ("{{ c.lstrip('') }}", (Slot(0),), ()),
+        # After spaces of any kind, a line end is stripped already; before them, they strip it too.
+        ("{{ (c | trim).strip('\n') }}", (Slot(0, *STRIP),), ()),
+        ("{{ c.strip('\n') | trim }}", (Slot(0, *STRIP),), ()),
+        ("{{ c.lstrip('\n').lstrip('x').lstrip('\n') }}", (Slot(0, ("\n", "x", "\n")),), ()),
+        ("{{ ('\n' + c + 'x').strip('\n') }}", (Slot(0, ("\n",)), "x"), (Guard(Slot(0, ("\n",)), "empty", None),)),
+        ("{% for m in messages %}{{ '\n'.strip('\n') }}{{ c }}{% endfor %}", (Slot(0),), ()),
+        ("{{ c.split('</x>')[-1].lstrip('\n') }}", (Slot(0, ("\n",)),), (Guard(Slot(0), "contains", "</x>"),)),
+        ("{{ 'x' if (c | trim) | length > 0 }}", ("x",), (Guard(Slot(0, *STRIP), "empty", None),)),
+        ("{{ 'x' if c | length == 0 else c }}", (Slot(0),), (Guard(Slot(0), "empty", None),)),
+        ("{{ 'x' if c | count else c }}", ("x",), (Guard(Slot(0), "empty", None),)),
+        ("{{ 'yes' if c is string and c is iterable and c is not none }}{{ c }}", ("yes", Slot(0)), ()),
         ("no text at all", ("no text at all",), ()),
     ],
 )
@@ -106,6 +121,63 @@ def test_what_is_placed_and_stripped_is_known(template, pieces, guards):
     found = traced("{% set c = messages[0].content %}" + template)
     assert found is not None and found.pieces == pieces
     assert guards is None or found.guards == guards
+
+
+# Expressions that strip a text, write around it, or join both, and how to ask for what comes of them.
+STRIPS = [
+    "strip()",
+    "lstrip()",
+    "rstrip()",
+    "strip('\n')",
+    "lstrip('\n')",
+    "rstrip('x\n')",
+    "lstrip('xy')",
+    "strip(' ')",
+]
+steps = st.one_of(
+    st.sampled_from([f"({{}}).{strip}" for strip in STRIPS]),
+    st.sampled_from(
+        ["(({}) | trim)", "(({}) | trim('y'))", "({} + '\n')", "('\n' ~ {})", "('x ' + {})", "({} ~ ' y\n')"]
+    ),
+    st.sampled_from(["({} + messages[1].content)", "(messages[1].content ~ {})", "({}).split('y')[0]"]),
+)
+ASKS = [
+    "{{ e }}",
+    "{{ 'no' if not e else e }}",
+    "{{ 'x' if e.endswith('x') else e }}",
+    "{{ 'no' if e | length == 0 else e }}",
+]
+
+
+@given(
+    steps=st.lists(steps, min_size=1, max_size=5),
+    ask=st.sampled_from(ASKS),
+    said=st.lists(st.text("xy \n\t\u3000", max_size=5), min_size=2, max_size=2),
+)
+@settings(modest, max_examples=250)
+def test_any_order_of_strips_and_joins_is_exact(steps, ask, said):
+    expression = "messages[0].content"
+    for step in steps:
+        expression = step.format(expression)
+    text = f"{{% set e = {expression} %}}[{ask}]"
+    skeleton = traced(text, ("user", "assistant"))
+    if skeleton is not None and skeleton.fits(said):
+        assert skeleton.fill(said) == rendering(text)(turns(("user", "assistant"), said))
+
+
+@pytest.mark.parametrize("strip", STRIPS)
+def test_every_strip_has_a_skeleton(strip):
+    assert traced(f"{{% set c = messages[0].content.{strip} %}}[{{{{ c }}}}]") is not None
+
+
+def test_an_answer_that_loses_more_than_spaces_is_left_to_the_template():
+    """It is then counted as restored."""
+    for strip, is_served in (("'\n'", True), ("'\"'", False)):
+        text = f"{{% for m in messages %}}[{{{{ m.content.strip({strip}) }}}}]{{% endfor %}}"
+        renderer = ChatRenderer(ChatTemplate(text, SPECIAL, DATE))
+        renderer.render(Pair(prompt="why?", chosen='"yes"', rejected="no"))
+        assert any(renderer.cache._skeletons.values()) == is_served
+        assert renderer.counts["restored"] == (not is_served)
 
 
 def test_a_guard_is_about_the_text_as_the_template_asked():
@@ -132,9 +204,22 @@ LOOKS = {
     "replace method": "{{ c.replace('a', 'b') }}",
     "replace filter": "{{ c | replace('nowhere in any trial', 'b') }}",
     "replace in a joined text": "{{ ('x' + c) | replace('nowhere in any trial', 'b') }}",
-    "split": "{{ c.split('</x>')[-1] }}",
-    "strip of characters": "{{ c.strip('\n') }}",
-    "trim of characters": "{{ c | trim('x') }}",
+    "split at spaces": "{{ c.split()[-1] }}",
+    "split once": "{{ c.split('</x>', 1)[-1] }}",
+    "split of a joined text": "{{ ('x' + c).split('</x>')[-1] }}",
+    "strip of another text": "{{ c.strip(messages[0].content) }}",
+    "strip of no characters": "{{ c.strip(1) }}",
+    "length over 1": "{{ 'x' if c | length > 1 else c }}",
+    "length of 1": "{{ 'x' if c | length == 1 else c }}",
+    "length as a number": "{{ c | length | int }}",
+    "a number or not": "{{ 'x' if c | length is number }}{{ c }}",
+    "lengths of two": "{{ c if c | length > messages[0].content | length }}",
+    "length as an index": "{{ messages[c | length] }}{{ c }}",
+    "length as a bound": "{{ messages[: c | length] | length }}{{ c }}",
+    "length as a key": "{{ {'a': 1}[c | length] }}{{ c }}",
+    "length times": "{{ 'x' * (c | length) }}{{ c }}",
+    "length in a list": "{{ [c | length] }}{{ c }}",
+    "sum of lengths": "{{ [c] | map('length') | sum }}{{ c }}",
     "comparison of two texts": "{{ 'same' if c == messages[0].content else c }}",
     "containment of two texts": "{{ 'same' if messages[0].content in c else c }}",
     "order": "{{ c if c > 'a' else '' }}",
@@ -174,9 +259,9 @@ def test_private_characters_of_the_templates_own_are_not_taken_for_a_text():
 
 
 def test_everything_that_a_string_can_do_is_placed_stripped_asked_or_refused():
-    opaque = OpaqueText((Slot(0, "whole"),), [])
+    opaque = OpaqueText((Slot(0),), [])
     for name in set(dir(str)) - placeholder_text._HARMLESS - {
-        "__str__", "__add__", "strip", "lstrip", "rstrip", "startswith", "endswith", "__contains__", "__eq__", "__ne__",
+        "__str__", "__add__", "split", "strip", "lstrip", "rstrip", "startswith", "endswith", "__contains__", "__eq__", "__ne__",
         "__bool__",
     }:  # fmt: skip
         with pytest.raises(Inspected):
@@ -187,20 +272,20 @@ def test_everything_that_a_string_can_do_is_placed_stripped_asked_or_refused():
 
 
 def test_the_one_place_of_a_text_is_found_whatever_else_is_said():
-    opaque = OpaqueText((Slot(0, "whole"),), [])
+    opaque = OpaqueText((Slot(0),), [])
     for other in ODD:
         if placeholder_text.MARK in other:
             continue
         written = rendering(CHATML)([{"role": "user", "content": other}, {"role": "assistant", "content": opaque}])
         assert placeholder_text.split_at_slot(written) == (
             f"<|im_start|>user\n{other}<|im_end|>\n<|im_start|>assistant\n",
-            Slot(0, "whole"),
+            Slot(0),
             "<|im_end|>\n",
         )
 
 
 def test_no_place_and_two_places_are_none():
-    opaque = OpaqueText((Slot(0, "whole"),), [])
+    opaque = OpaqueText((Slot(0),), [])
     assert placeholder_text.split_at_slot("plain") is None
     assert placeholder_text.split_at_slot(rendering("{{ messages[0] }}{{ messages[0] }}")([opaque])) is None
 
@@ -208,13 +293,17 @@ def test_no_place_and_two_places_are_none():
 @pytest.mark.parametrize(
     ("whole", "asked", "rest"),
     [
-        (("a", Slot(0, "whole"), "bc"), ("a", Slot(0, "whole"), "b"), ("c",)),
-        (("a", Slot(0, "whole"), "b", Slot(1, "strip")), ("a", Slot(0, "whole"), "b"), (Slot(1, "strip"),)),
+        (("a", Slot(0), "bc"), ("a", Slot(0), "b"), ("c",)),
+        (("a", Slot(0), "b", Slot(1, *STRIP)), ("a", Slot(0), "b"), (Slot(1, *STRIP),)),
         (("a",), ("a",), ()),
-        (("ab",), ("a", Slot(0, "whole")), None),
-        (("a", Slot(0, "strip")), ("a", Slot(0, "whole")), None),
+        (("ab",), ("a", Slot(0)), None),
+        (("a", Slot(0, *STRIP)), ("a", Slot(0)), None),
         (("a",), ("ab",), None),
         (("a",), ("a", "b"), None),
+        # What is marked from before the end of the prefix on is marked from the beginning of the rest.
+        (("a", Slot(0), f"b{OPEN}c", Slot(1), f"d{CLOSE}"), ("a", Slot(0), "bc"), (OPEN, Slot(1), f"d{CLOSE}")),
+        ((f"{OPEN}a{CLOSE}b{OPEN}", Slot(0), CLOSE), (f"{OPEN}a{CLOSE}b",), (OPEN, Slot(0), CLOSE)),
+        ((f"{OPEN}a{CLOSE}b", Slot(0)), ("a",), (f"{OPEN}{CLOSE}b", Slot(0))),
     ],
 )
 def test_the_rest_of_a_skeleton_after_another(whole, asked, rest):
@@ -241,6 +330,7 @@ def careless(monkeypatch):
         chat_template._Searched, "__contains__", lambda self, other: str.__contains__(self._text, other)
     )
     monkeypatch.setattr(template_cache, "_MOST_LITERALS", 0)
+    monkeypatch.setattr(template_cache, "_TRIALS", [trial for trial in template_cache._TRIALS if trial])
 
 
 def test_a_look_that_was_not_seen_is_caught_by_comparing(careless):
