@@ -60,7 +60,8 @@ FLOORS = {
         "layer_kernels",
     ],
     "prefcache.pipeline.preparing": [
-        "example probe_texts token_ids tokenizer_facts",
+        "example garbage_collection probe_texts token_ids",
+        "tokenizer_facts",
         "fast_tokenizer",
         "placeholder_text encoder expand_rankings sources",
         "generation_marks turn_borders",

@@ -13,7 +13,7 @@ from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_backend
 from prefcache.pipeline.spans import count_common, whole_span
 from prefcache.pipeline.token_text import token_texts
 from prefcache.pipeline.tokenizer import load_tokenizer
@@ -55,12 +55,8 @@ class Encoder:
             self._python: Any = load_tokenizer(Path(facts.folder))
             self.specials = frozenset(self._python.all_special_ids) - {self._python.unk_token_id}
             return
-        from tokenizers import Tokenizer
-
         self._python = None
-        self._backend = Tokenizer.from_str(facts.backend)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = load_backend(facts.backend)
         added = self._backend.get_added_tokens_decoder()
         # The token for unknown characters ends nothing.
         unknown = facts.special.get("unk_token")

@@ -13,6 +13,7 @@ from typing import Any
 from prefcache.pipeline import identity, older_ids
 from prefcache.pipeline.preparing import tokenizer_facts
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText
+from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
 from prefcache.pipeline.preparing.probe_texts import PROBES
 from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 from prefcache.pipeline.stored.memos import TokenizersMemo
@@ -32,6 +33,7 @@ def read_fingerprint(
     return memo.encoded[stamp]
 
 
+@without_garbage_collection()
 def _encode(facts: TokenizerFacts) -> Fingerprint:
     encoder = Encoder(facts)
     specials = sorted({*facts.special.values(), *encoder.decoded_specials()})

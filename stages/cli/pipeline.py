@@ -1,13 +1,27 @@
 """The three stages, preview before them, and merge and push."""
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prefcache.cli.app import force_with_input, main, open_config, print_result, stage
 from prefcache.pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from prefcache.pipeline.config import Config
+
+
+def load_tokenizer_early(settings: "Config") -> contextlib.AbstractContextManager[None]:
+    """Begin to load the tokenizer in another process: importing what a command needs takes nearly as long."""
+    from prefcache.pipeline import gguf_files, identity
+    from prefcache.pipeline.preparing import tokenizer_facts
+
+    if gguf_files.is_gguf(settings.model):
+        return contextlib.nullcontext()
+    return tokenizer_facts.load_early(identity.find_reference(settings, weights=False).tokenizer)
 
 
 @main.command()
@@ -21,7 +35,9 @@ def prepare(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
 
     The format is recognised from the columns; `prefcache formats` lists the known ones. Unusable records go to OUT/prepared/quarantine.parquet with the reason; if there are too many (prepare.max_quarantine), the exit code is 3. Safe to interrupt: finished parts are kept. With RANK and WORLD_SIZE set, several machines share the work.
     """
-    with open_config(config, overrides, quiet) as (settings, progress):
+    with open_config(config, overrides, quiet) as (settings, progress), contextlib.ExitStack() as loading:
+        if not (settings.prepared / "manifest.json").exists():  # else there may be nothing to do
+            loading.enter_context(load_tokenizer_early(settings))
         from prefcache.commands import prepare
 
         print_result(prepare.run(settings, progress), as_json)
@@ -43,7 +59,7 @@ def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
     Prompt and answer tokens have different colours, special tokens are marked, tokens that would be cut are struck through, and tokens of an answer that do not count are dim. Writes nothing.
     """
     # Nothing is written, so a place to write to need not be named.
-    with open_config(config, ("out=.", *overrides), quiet) as (settings, progress):
+    with open_config(config, ("out=.", *overrides), quiet) as (settings, progress), load_tokenizer_early(settings):
         from prefcache import terminal_output
         from prefcache.commands import preview
 
