@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -92,6 +92,8 @@ Sources = Annotated[
 
 
 class Prepare(Section):
+    NEUTRAL: ClassVar = {"workers", "fast_tokenizer"}  # settings that never change the result
+
     data: Sources
     """Where the records are: a path, or a list of paths and of mappings with `path` or `hub` and further keys."""
     format: str = "auto"
@@ -146,6 +148,8 @@ class Prepare(Section):
     """Number of examples per Arrow file."""
     workers: Count | None = None
     """Number of worker processes. Default: one per core. Never changes the result."""
+    fast_tokenizer: bool = True
+    """Tokenize large data with the package fastokens, if it is installed (pip install 'prefcache[fast]'), and compare a part of the texts with the usual tokenizer. Never changes the result."""
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -10,13 +10,13 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_backend
+from prefcache.pipeline.preparing.text_tokenizer import TextTokenizer
+from prefcache.pipeline.preparing.token_ids import Ids, to_ids
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 from prefcache.pipeline.spans import count_common, whole_span
 from prefcache.pipeline.token_text import token_texts
-from prefcache.pipeline.tokenizer import load_tokenizer
 
 _MOST_TAILS = 4096
 _NEAR_THE_END = 3  # a template may write a line end after the end token
@@ -37,27 +37,28 @@ class ExampleText(NamedTuple):
 
 
 class ExampleTokens(NamedTuple):
-    prompt: list[int]
-    answers: tuple[list[int], ...]
+    prompt: Ids
+    answers: tuple[Ids, ...]
     exact: bool  # prompt + answer are the ids of the whole, for every answer
     ended: bool  # an end token was added, because the text had none
     spans: tuple[list[int], ...]  # which tokens of each answer count, see spans.py
 
 
 class Encoder:
-    def __init__(self, facts: TokenizerFacts) -> None:
+    def __init__(self, facts: TokenizerFacts, *, fast: bool = False) -> None:
+        """`fast`: use a faster library where it gives the same ids, see text_tokenizer.py."""
+        self.facts, self.tokenizer = facts, TextTokenizer(facts, fast=fast)
+        self.ids, self.decode = self.tokenizer.encode, self.tokenizer.decode
         self._bos, self._eos = facts.bos, facts.eos
-        self._tail_ids: dict[str, list[int]] = {}
+        self._tail_ids: dict[str, Ids] = {}
         self._prints_text: dict[int, bool] = {}
         self._separators: dict[int, str] = {}  # tokens between which text is encoded by itself
         self._prefix = ""  # a separator that leaves the text after it as it is
-        if facts.backend is None:
-            self._python: Any = load_tokenizer(Path(facts.folder))
-            self.specials = frozenset(self._python.all_special_ids) - {self._python.unk_token_id}
+        if self.tokenizer.library is None:
+            python = self.tokenizer.in_python
+            self.specials = frozenset(python.all_special_ids) - {python.unk_token_id}
             return
-        self._python = None
-        self._backend = load_backend(facts.backend)
-        added = self._backend.get_added_tokens_decoder()
+        added = self.tokenizer.library.get_added_tokens_decoder()
         # The token for unknown characters ends nothing.
         unknown = facts.special.get("unk_token")
         self.specials = frozenset(n for n, token in added.items() if token.special and token.content != unknown)
@@ -72,16 +73,6 @@ class Encoder:
                 # One that also swallows the space after it would change the text that follows.
                 if not token.rstrip:
                     self._prefix = self._prefix or token.content
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode without special tokens of the tokenizer's own: a rendered template brings its own."""
-        if self._python is not None:
-            return list(self._python(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        decoder = self._backend if self._python is None else self._python
-        return str(decoder.decode(list(ids), skip_special_tokens=False))
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token."""
@@ -108,7 +99,7 @@ class Encoder:
             for text, (tail, tail_ids) in zip(texts, tails, strict=True)
         ]
 
-    def _find_tail(self, prompt: str, ids: list[int]) -> tuple[str, list[int]]:
+    def _find_tail(self, prompt: str, ids: Ids) -> tuple[str, Ids]:
         """Return the end of the prompt from its last separator on, as text and as ids; else all of it."""
         n = next((n for n in range(len(ids) - 1, -1, -1) if ids[n] in self._separators), -1)
         at = prompt.rfind(self._separators[ids[n]]) if n >= 0 else -1
@@ -123,9 +114,7 @@ class Encoder:
         # They differ if the token's text is part of something else.
         return (tail, tail_ids) if tail_ids == ids[n:] else (prompt, ids)
 
-    def _split(
-        self, text: ExampleText, prompt: list[int], tail: str, tail_ids: list[int], wholes: list[list[int]]
-    ) -> ExampleTokens:
+    def _split(self, text: ExampleText, prompt: Ids, tail: str, tail_ids: Ids, wholes: list[Ids]) -> ExampleTokens:
         n = len(tail_ids)
         # Decided per answer, so that its ids do not depend on the other answer. An answer on its own is encoded after a
         # token, because tokenizers may treat the beginning of a text differently.
@@ -150,13 +139,13 @@ class Encoder:
                 # It ends the last turn: it counts if that turn does.
                 if spans[i][-1:] == [len(ids) - 1]:
                     spans[i][-1] += 1
-        if text.plain and self._bos is not None and prompt[:1] != [self._bos]:
-            prompt = [self._bos, *prompt]
+        if text.plain and self._bos is not None and prompt[:1] != to_ids([self._bos]):
+            prompt = to_ids([self._bos]) + prompt
         return ExampleTokens(prompt, tuple(answers), all(is_exact), ended, tuple(spans))
 
-    def _token_spans(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> list[int]:
+    def _token_spans(self, before: str, answer: str, ids: Ids, counted: Sequence[Span]) -> list[int]:
         """Return the spans of an answer's tokens that count: those that have no character that does not."""
-        slow = self._find_tokens if self._python is None else self._find_python_tokens
+        slow = self._find_python_tokens if self.tokenizer.library is None else self._find_tokens
         spans: list[int] = []
         for first, last in self._find_by_pieces(before, answer, ids, counted) or slow(before, answer, ids, counted):
             if spans[-1:] == [first]:  # no token between this part and the last
@@ -165,20 +154,20 @@ class Encoder:
                 spans += [first, last]
         return spans
 
-    def _find_by_pieces(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> list[Span] | None:
+    def _find_by_pieces(self, before: str, answer: str, ids: Ids, counted: Sequence[Span]) -> list[Span] | None:
         """Encode what lies between borders; None unless that gives the ids of the whole. It is faster than asking for offsets."""
         borders = [at for span in counted for at in span]
         texts = [answer[a:b] for a, b in pairwise([0, *borders, len(answer)])]
         pieces = self.ids([before + texts[0], *texts[1:]])
         n_before = sum(map(len, pieces)) - len(ids)
-        if n_before < 0 or list(chain.from_iterable(pieces))[n_before:] != ids:
+        if n_before < 0 or to_ids(chain.from_iterable(pieces))[n_before:] != ids:
             return None
         places = [n - n_before for n in accumulate(map(len, pieces))]
         return list(zip(places[:-1:2], places[1::2], strict=True))
 
-    def _find_tokens(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> Iterator[Span]:
+    def _find_tokens(self, before: str, answer: str, ids: Ids, counted: Sequence[Span]) -> Iterator[Span]:
         encoding = self._offsets.encode(before + answer, add_special_tokens=False)
-        assert encoding.ids[-len(ids) :] == ids
+        assert encoding.ids[-len(ids) :] == ids.tolist()
         begins, ends = zip(*encoding.offsets[-len(ids) :], strict=True)
         for begin, end in counted:
             first, last = (bisect.bisect_left(begins, len(before) + at) for at in (begin, end))
@@ -186,7 +175,7 @@ class Encoder:
                 last -= 1
             yield first, last
 
-    def _find_python_tokens(self, before: str, answer: str, ids: list[int], counted: Sequence[Span]) -> Iterator[Span]:
+    def _find_python_tokens(self, before: str, answer: str, ids: Ids, counted: Sequence[Span]) -> Iterator[Span]:
         """Without offsets, compare with the ids of the text up to each border."""
         (whole,) = self.ids([before + answer])
         n_before = len(whole) - len(ids)
@@ -201,12 +190,14 @@ class Encoder:
         """The same tokenizer without its last step, which may leave the spaces of a token out of its offsets."""
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_str(json.dumps(json.loads(self._backend.to_str()) | {"post_processor": None}))
+        tokenizer = Tokenizer.from_str(
+            json.dumps(json.loads(self.tokenizer.library.to_str()) | {"post_processor": None})
+        )
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
-    def _is_ended(self, ids: list[int], text: ExampleText) -> bool:
+    def _is_ended(self, ids: Ids, text: ExampleText) -> bool:
         if text.plain and not text.closed:
             return ids[-1] == self._eos
         for n in reversed(ids[-_NEAR_THE_END:]):

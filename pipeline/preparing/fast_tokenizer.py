@@ -8,12 +8,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from prefcache.pipeline.preparing.probe_texts import PROBES
 from prefcache.pipeline.preparing.token_ids import Ids, split_flat, to_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 COMPARED_FIRST = 16  # texts of each part
 COMPARED_EVERY = 64
@@ -36,7 +37,7 @@ def fastokens_version() -> str | None:
 class FastTokenizer:
     """Encodes without special tokens of the tokenizer's own, without truncation and padding."""
 
-    def __init__(self, backend: str, exact: Tokenizer) -> None:
+    def __init__(self, backend: str, exact: "Tokenizer") -> None:
         """backend: the JSON that `exact` was made from."""
         self._exact = exact
         self._fast = _load(backend)
@@ -112,7 +113,7 @@ def _failures_as(kind: type[Exception]) -> Iterator[None]:
         raise kind(f"fastokens failed: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def _probes(exact: Tokenizer) -> Iterator[str]:
+def _probes(exact: "Tokenizer") -> Iterator[str]:
     yield from PROBES
     for token in exact.get_added_tokens_decoder().values():
         text = token.content
@@ -127,3 +128,8 @@ def _describe(text: str, ids: Ids, expected: Ids) -> str:
         f"fastokens gives other ids than tokenizers for a text of {len(text)} characters, {shown}: from token {n} on, "
         f"{ids[n : n + 4].tolist()} instead of {expected[n : n + 4].tolist()}"
     )
+
+
+def break_even(backend: str) -> int:
+    """Return the number of characters that have to be encoded for loading to pay off."""
+    return len(backend) // 2

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import DataError
-from prefcache.pipeline.preparing import part_worker
+from prefcache.pipeline.preparing import part_table, part_worker
 from prefcache.pipeline.schema import HELD_OUT, PREPARED, QUARANTINE, TRAIN, key_of_bytes
 from prefcache.pipeline.spans import clip_spans, count_tokens
 from prefcache.pipeline.stored import artifact
@@ -162,7 +162,7 @@ def _count_leaked(parts: Parts, splits: np.ndarray, used: np.ndarray) -> int:
     if not own.any():
         return 0
     prompts = parts.read_column(
-        "prompt", lambda column: np.array([part_worker.prompt_number(each) for each in column.to_pylist()], "u8")
+        "prompt", lambda column: np.array([part_table.prompt_number(each) for each in column.to_pylist()], "u8")
     )
     return int(np.isin(prompts[own], prompts[used & (splits == 0)]).sum())
 

@@ -6,24 +6,21 @@ any order. A part is finished once its record is committed; an interrupted prepa
     chunk -> records -> examples -> text -> ids -> within the length -> part-00007.arrow, and its quarantine
 """
 
-import contextlib
-import unicodedata
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.preparing import expand_rankings
+from prefcache.pipeline.preparing import expand_rankings, part_table
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
-from prefcache.pipeline.preparing.example import Example, Pair, Turns, Unusable, plain_text
+from prefcache.pipeline.preparing.example import Example, Pair, Turns, Unusable
+from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizerMismatch
 from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
@@ -32,30 +29,17 @@ from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, rename_
 from prefcache.pipeline.preparing.sources import Chunk, Limits, Line, group_by_size
 from prefcache.pipeline.preparing.template_cache import TemplateCacheMismatch
 from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
-from prefcache.pipeline.schema import ANSWERS, HELD_OUT, LABELS, PAIRS, QUARANTINE, TRAIN, data_columns, key_of_bytes
-from prefcache.pipeline.spans import count_common, count_tokens
+from prefcache.pipeline.schema import QUARANTINE
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import NewerError, PartRecord
 
+T = TypeVar("T")
 BATCH = 1024  # examples that the tokenizer encodes at once
 _BATCH_BYTES = 8 << 20
 CHARACTERS_PER_TOKEN = 512  # more than the longest token of any vocabulary
 MOST_CHARACTERS = 4 << 20  # of a text that is to be cut: all of it has to be encoded to know where
 _MOST_STRIKES = 3
 _MOST_MOVED = 16  # characters
-
-# Columns of parts alone, by which shares and mismatched answers are chosen. whole_id is what example_id would be if no
-# answer were cut: the same examples are chosen whatever the length, so that scores at another length can be reused.
-_WHOLE = pa.field("whole_id", pa.uint64())
-_HASHES = ("prompt_hash", "text_hash", "ids_hash")
-_KL = ("kl_of", "kl_ids", "kl_cut_ids", "kl_key", "n_kl", "n_kl_counted", "kl_spans")
-SCHEMAS = {
-    "pairs": PAIRS.append(_WHOLE),
-    "labels": pa.schema(
-        [field for field in LABELS if field.name not in _KL]
-        + [_WHOLE, *(pa.field(name, pa.uint64()) for name in _HASHES)]
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +53,8 @@ class PreparedPart:
     quarantined: dict[str, int]
     first: dict[str, str]
     done: dict[str, int]
+    fast_tokenizer_unavailable: str = ""
+    fast_tokenizer_mismatch: str = ""
 
 
 class PartWorker:
@@ -84,33 +70,27 @@ class PartWorker:
             mark_generation=resolved.prepare.train_on != "all",
         )
         self._rendered_text = RenderedText(template, resolved.tokenizer) if template else None
-        self.encoder = Encoder(resolved.tokenizer)
+        self.encoder = Encoder(resolved.tokenizer, fast=resolved.prepare.fast_tokenizer)
         end_tokens = self.encoder.decoded_specials()
         self.renderer = ChatRenderer(template or None, resolved.prepare.train_on, end_tokens)
         self._strikes = 0  # records of this part that were too much for the template
         self._readers = [get_format(source.format).bind(source.arguments) for source in resolved.source_formats]
 
-    def prepare(self, source: int, chunk: Chunk) -> PreparedPart:
-        # Records form no cycles, and the search takes a tenth of the time on so many small objects.
-        with without_garbage_collection():
-            try:
-                return self._prepare(source, chunk, use_cache=True)
-            except TemplateCacheMismatch:
-                # The template depends on the texts in a way that the cache missed. Render each conversation by itself.
-                return self._prepare(source, chunk, use_cache=False)
+    def task(self, folder: Path) -> Callable[..., PartRecord]:
+        return lambda number, source, chunk: commit_part(folder, number, source, self.prepare(source, chunk))
 
-    def _prepare(self, source: int, chunk: Chunk, *, use_cache: bool) -> PreparedPart:
-        self.renderer.reset(use_cache=use_cache)
-        prepare = self.resolved.prepare
-        quarantine = Quarantine()
-        rows = _RowColumns(self.resolved.kind, prepare.held_out, prepare.source_splits[source])
-        lines = list(chunk.lines())
+    def prepare(self, source: int, chunk: Chunk) -> PreparedPart:
+        return self._redo_on_mismatch(lambda: self._prepare(source, list(chunk.lines())))
+
+    def _prepare(self, source: int, lines: list[Line]) -> PreparedPart:
+        kind, prepare = self.resolved.kind, self.resolved.prepare
+        quarantine, done = Quarantine(), Counter[str]()
+        batches: list[pa.RecordBatch] = []
         for batch in self._tokenize_batches(lines, source, quarantine):
-            for line, truncated in batch:
-                rows.add(line, truncated)
-                rows.done["plain_text"] += self.puts_text_into_template(truncated.example)
-            rows.pack()
-        table = rows.table()
+            read, rows = [line for line, _ in batch], [row for _, row in batch]
+            batches.append(part_table.build_batch(read, rows, kind, prepare.held_out, prepare.source_splits[source]))
+            done += self._count_events(rows)
+        table = pa.Table.from_batches(batches, schema=part_table.SCHEMAS[kind]).combine_chunks()
         return PreparedPart(
             table,
             quarantine.table(),
@@ -118,18 +98,47 @@ class PartWorker:
             further=len(table) + len(quarantine.rows) - len(lines),
             quarantined=dict(sorted(quarantine.reasons.items())),
             first=quarantine.first,
-            done=dict(sorted((rows.done + self.renderer.counts).items())),
+            done=dict(sorted((done + self.renderer.counts).items())),
+            fast_tokenizer_unavailable=self.encoder.tokenizer.fast_unavailable,
+            fast_tokenizer_mismatch=self.encoder.tokenizer.fast_mismatch,
+        )
+
+    def _count_events(self, rows: Sequence[TruncatedExample]) -> Counter[str]:
+        """Count what was done to examples, and what has to be said about them."""
+        n_exact = sum(row.tokens.exact for row in rows)
+        return Counter(
+            {
+                "exact": n_exact,
+                "split": len(rows) - n_exact,
+                "ended": sum(row.tokens.ended for row in rows),
+                "cut_prompts": sum(row.cut_prompt > 0 for row in rows),
+                "cut_answers": sum(any(row.cut_answers) for row in rows),
+                "plain_text": sum(self.puts_text_into_template(row.example) for row in rows),
+            }
         )
 
     def repeat(self, source: int, chunk: Chunk) -> list[tuple[Line, TruncatedExample]]:
         """Return the examples of a chunk that was prepared before, with the messages that its rows do not have."""
+        lines = list(chunk.lines())
+        return self._redo_on_mismatch(
+            lambda: list(chain.from_iterable(self._tokenize_batches(lines, source, Quarantine())))
+        )
+
+    def _redo_on_mismatch(self, work: Callable[[], T]) -> T:
+        """Do the work; if a shortcut turns out to give something else than what it stands for, do it again without."""
+        use_cache = True
+        # Records form no cycles, and the search takes a tenth of the time on so many small objects.
         with without_garbage_collection():
-            lines = list(chunk.lines())
-            for use_cache in (True, False):
+            while True:
                 self.renderer.reset(use_cache=use_cache)
-                with contextlib.suppress(TemplateCacheMismatch):
-                    return [*chain.from_iterable(self._tokenize_batches(lines, source, Quarantine()))]
-        raise AssertionError("without the cache nothing can differ from it")
+                self.encoder.tokenizer.reset()
+                try:
+                    return work()
+                except TemplateCacheMismatch:
+                    # The template depends on the texts in a way that the cache missed. Render each conversation by itself.
+                    use_cache = False
+                except FastTokenizerMismatch as error:
+                    self.encoder.tokenizer.refuse_fast(error)
 
     # -- record -> examples -> text -> ids ---------------------------------------------------------------------------
 
@@ -152,12 +161,12 @@ class PartWorker:
 
     def _tokenize_batches(
         self, lines: list[Line], source: int, quarantine: "Quarantine"
-    ) -> Iterator[Iterator[tuple[Line, TruncatedExample]]]:
+    ) -> Iterator[list[tuple[Line, TruncatedExample]]]:
         """Yield as many examples at a time as the tokenizer takes well at once, and no more text than memory does."""
         self._strikes = 0
         examples = ((line, example) for line in lines for example in self.read_examples(line, source, quarantine))
         for _, batch in group_by_size(examples, Limits(BATCH, _BATCH_BYTES), lambda item: len(item[0].raw)):
-            yield self.tokenize(batch, quarantine)
+            yield list(self.tokenize(batch, quarantine))
 
     def tokenize(
         self, examples: Iterable[tuple[Line, Example]], quarantine: "Quarantine"
@@ -261,107 +270,6 @@ class Quarantine:
         return pa.Table.from_pylist(sorted(self.rows, key=lambda row: row["line"]), schema=QUARANTINE)
 
 
-# -- rows as columns -------------------------------------------------------------------------------------------------
-
-
-class _RowColumns:
-    """Rows on their way into Arrow. Ids become bytes at once: as Python numbers they would take ten times the memory."""
-
-    def __init__(self, kind: str, held_out: float, split: str | None) -> None:
-        self._schema, self._held_out, self._split = SCHEMAS[kind], held_out, split
-        self._answers = ANSWERS["pairs"] if kind == "pairs" else ANSWERS["labels"][:1]
-        self._data_columns = data_columns(kind)
-        self._values: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        self._batches: list[pa.RecordBatch] = []
-        self.done: Counter[str] = Counter()
-
-    def add(self, line: Line, truncated: TruncatedExample) -> None:
-        example, tokens = truncated.example, truncated.tokens
-        prompt = plain_text(example.prompt)
-        prompt_ids = array("i", tokens.prompt).tobytes()
-        row: dict[str, Any] = {
-            "split": self._split or (HELD_OUT if split_fraction(prompt) < self._held_out else TRAIN),
-            "source": line.source,
-            "line": line.number,
-            "prompt": prompt,
-            "prompt_ids": prompt_ids,
-            "boundary": "exact" if tokens.exact else "split",
-            "n_prompt": len(tokens.prompt),
-            "cut_prompt": truncated.cut_prompt,
-        }
-        keys, whole_keys = b"", b""
-        for name, turns, ids, spans, cut in zip(
-            self._answers, example.answers, tokens.answers, tokens.spans, truncated.cut_answers, strict=True
-        ):
-            answer, cut_off = array("i", ids).tobytes(), array("i", cut).tobytes()
-            key = key_of_bytes(prompt_ids, answer)
-            keys += key
-            whole_keys += key_of_bytes(prompt_ids, answer + cut_off) if cut else key
-            row |= {name: plain_text(turns), f"{name}_ids": answer, f"{name}_key": key, f"n_{name}": len(ids)}
-            row |= {f"cut_{name}": len(cut), f"{name}_cut_ids": cut_off}
-            row |= {f"{name}_spans": array("i", spans).tobytes(), f"n_{name}_counted": count_tokens(spans)}
-        row |= {name: example.columns.get(name) for name in self._data_columns}
-        if isinstance(example, Pair):
-            row["n_common"] = count_common(*tokens.answers)
-        else:
-            row |= {"label": example.label, "prompt_hash": _hash_number(prompt_ids)}
-            row |= {"text_hash": _hash_number(row["completion"].encode()), "ids_hash": _hash_number(answer)}
-        label = b"" if isinstance(example, Pair) else bytes([example.label])
-        row |= {"example_id": _hash(keys + label).hex(), "whole_id": _hash_number(whole_keys + label)}
-        for name, values in self._values.items():
-            values.append(row[name])
-        events = {
-            "exact" if tokens.exact else "split": True,
-            "ended": tokens.ended,
-            "cut_prompts": truncated.cut_prompt,
-            "cut_answers": any(truncated.cut_answers),
-        }
-        self.done.update(name for name, happened in events.items() if happened)
-
-    def pack(self) -> None:
-        columns = [
-            _id_lists(self._values[field.name])
-            if pa.types.is_list(field.type)
-            else pa.array(self._values[field.name], type=field.type)
-            for field in self._schema
-        ]
-        self._batches.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        for values in self._values.values():
-            values.clear()
-
-    def table(self) -> pa.Table:
-        return pa.Table.from_batches(self._batches, schema=self._schema).combine_chunks()
-
-
-def _id_lists(rows: list[bytes]) -> pa.ListArray:
-    offsets = array("i", [0])
-    for ids in rows:
-        offsets.append(offsets[-1] + len(ids) // 4)
-    values = pa.Array.from_buffers(pa.int32(), offsets[-1], [None, pa.py_buffer(b"".join(rows))])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-
-
-def split_fraction(prompt: str) -> float:
-    """Map a prompt to [0, 1) by its text alone, so that it never changes sides when data is added.
-
-    Spaces and composed characters do not count: prompts that differ only in them may be one to the model.
-    """
-    return prompt_number(prompt) / 2**64
-
-
-def prompt_number(prompt: str) -> int:
-    """Return a number for a prompt's text, equal for texts that differ in spaces and composed characters alone."""
-    return _hash_number(" ".join(unicodedata.normalize("NFC", prompt).split()).encode())
-
-
-def _hash(data: bytes) -> bytes:
-    return blake2b(data, digest_size=8).digest()
-
-
-def _hash_number(data: bytes) -> int:
-    return int.from_bytes(_hash(data), "big")
-
-
 # -- parts on disk ---------------------------------------------------------------------------------------------------
 
 
@@ -374,9 +282,8 @@ def record_file(folder: Path, number: int) -> Path:
 
 
 def start_worker(resolved: ResolvedConfig, folder: Path) -> Callable[..., PartRecord]:
-    """Return what a worker does with a task: prepare a part and commit it. Only its record is sent back."""
-    worker = PartWorker(resolved)
-    return lambda number, source, chunk: commit_part(folder, number, source, worker.prepare(source, chunk))
+    """Return what a worker process does with a task: prepare a part and commit it. Only its record is sent back."""
+    return PartWorker(resolved).task(folder)
 
 
 def commit_part(folder: Path, number: int, source: int, part: PreparedPart) -> PartRecord:
@@ -389,8 +296,8 @@ def commit_part(folder: Path, number: int, source: int, part: PreparedPart) -> P
             ("quarantine", path.with_suffix(".quarantine"), part.quarantine),
         )
     }
-    counts = {name: getattr(part, name) for name in ("records", "further", "quarantined", "first", "done")}
-    record = PartRecord.make(**counts, source=source, **entries)
+    facts = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in entries}
+    record = PartRecord.make(**facts, source=source, **entries)
     record.commit(record_file(folder, number), durable=False)
     return record
 

@@ -35,7 +35,7 @@ def _find_settings(prepare: Prepare) -> dict[str, Any]:
     sets = {name: _dump_sources(entries) for name, entries in prepare.held_out_data.items()}
     return {
         "chat_template": artifact.checksum(template) if template and template.exists() else None,
-        "config": prepare.model_dump(mode="json", exclude={"workers", "held_out_data"})
+        "config": prepare.model_dump(mode="json", exclude={*Prepare.NEUTRAL, "held_out_data"})
         | {"data": _dump_sources(prepare.data)}
         | ({"held_out_data": sets} if sets else {}),
     }

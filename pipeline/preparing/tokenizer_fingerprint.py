@@ -15,27 +15,26 @@ from prefcache.pipeline.preparing import tokenizer_facts
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText
 from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
 from prefcache.pipeline.preparing.probe_texts import PROBES
-from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
 from prefcache.pipeline.stored.memos import TokenizersMemo
 from prefcache.pipeline.stored.records import Fingerprint, PreparedInputs
 
 
 def read_fingerprint(
-    folder: Path, experiment: Path, loaded: TokenizerFacts | None = None, *, remember: bool = True
+    folder: Path, experiment: Path, loaded: Encoder | None = None, *, remember: bool = True
 ) -> Fingerprint:
     """Return the fingerprint of a folder's tokenizer, which is loaded only if the experiment has no memo of it."""
     path, stamp = TokenizersMemo.path(experiment), identity.tokenizer_stamp(folder)
     memo = TokenizersMemo.recall(path) or TokenizersMemo()
     if stamp not in memo.encoded:
-        memo = memo.with_another(stamp, _encode(loaded or tokenizer_facts.load_facts(folder)))
+        memo = memo.with_another(stamp, _encode(loaded or Encoder(tokenizer_facts.load_facts(folder))))
         if remember:
             memo.remember(path)
     return memo.encoded[stamp]
 
 
 @without_garbage_collection()
-def _encode(facts: TokenizerFacts) -> Fingerprint:
-    encoder = Encoder(facts)
+def _encode(encoder: Encoder) -> Fingerprint:
+    facts = encoder.facts
     specials = sorted({*facts.special.values(), *encoder.decoded_specials()})
     # Each special token on its own, within a text, and all in a row.
     texts = [*PROBES, *specials, *(f"a {token} b" for token in specials), "".join(specials)]
@@ -51,7 +50,7 @@ def _encode(facts: TokenizerFacts) -> Fingerprint:
 
 
 def _hash(content: Any) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()[:32]
 
 
 def explain_change(

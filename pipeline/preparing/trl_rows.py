@@ -112,14 +112,15 @@ class TrlRows:
     def _compare(self, tokens: TrlTokens, truncated: TruncatedExample) -> TrlTokens | Mismatch:
         """Compare TRL's ids with those that were prepared, before they were cut."""
         ours = truncated.tokens
-        answers = [[*ids, *cut] for ids, cut in zip(ours.answers, truncated.cut_answers, strict=True)]
-        if tokens == (ours.prompt, answers):
+        prompt = ours.prompt.tolist()
+        answers = [(ids + cut).tolist() for ids, cut in zip(ours.answers, truncated.cut_answers, strict=True)]
+        if tokens == (prompt, answers):
             return tokens
         if not ours.exact:
             reason = "a token reaches from the prompt into an answer: prepare splits the text there, and TRL moves the border"
         elif ours.ended and any(len(ids) < len(mine) for ids, mine in zip(tokens.answers, answers, strict=True)):
             reason = "prepare adds the end token that the chat template does not write, and TRL adds none to messages"
-        elif [tokens.prompt + ids for ids in tokens.answers] == [ours.prompt + ids for ids in answers]:
+        elif [tokens.prompt + ids for ids in tokens.answers] == [prompt + ids for ids in answers]:
             reason = (
                 "the chat template writes the prompt in another way once an answer follows, and TRL moves the border"
             )

@@ -12,6 +12,7 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.preparing.encoder import ExampleTokens
 from prefcache.pipeline.preparing.example import Example, Unusable
 from prefcache.pipeline.preparing.render_chat import shorter_prompts
+from prefcache.pipeline.preparing.token_ids import Ids, to_ids
 from prefcache.pipeline.spans import clip_spans
 
 Encode = Callable[[Example], ExampleTokens]
@@ -21,7 +22,7 @@ class TruncatedExample(NamedTuple):
     tokens: ExampleTokens
     example: Example  # as it was encoded: with keep_end, perhaps without its oldest turns
     cut_prompt: int
-    cut_answers: tuple[list[int], ...]  # what was cut off each
+    cut_answers: tuple[Ids, ...]  # what was cut off each
 
 
 def truncate(example: Example, tokens: ExampleTokens, prepare: Prepare, encode: Encode) -> TruncatedExample:
@@ -36,7 +37,7 @@ def truncate(example: Example, tokens: ExampleTokens, prepare: Prepare, encode: 
         )
     excess = _find_excess(tokens, prepare)
     if excess is None:
-        return TruncatedExample(tokens, example, 0, tuple([] for _ in tokens.answers))
+        return TruncatedExample(tokens, example, 0, tuple(to_ids([]) for _ in tokens.answers))
     if prepare.too_long == "keep_start" and excess.reason == "too long":
         room = prepare.max_length - len(tokens.prompt)
         kept = tokens._replace(
@@ -87,4 +88,4 @@ def _drop_oldest_turns(
         raise Unusable(excess.reason, f"{excess.detail}; that is with the last turn alone")
     shortened, kept = best
     n_cut = len(tokens.prompt) - len(kept.prompt)
-    return TruncatedExample(kept, shortened, n_cut, tuple([] for _ in kept.answers))
+    return TruncatedExample(kept, shortened, n_cut, tuple(to_ids([]) for _ in kept.answers))

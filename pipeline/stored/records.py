@@ -266,6 +266,7 @@ class PreparedManifest(Manifest):
     quarantined: dict[str, Count] = {}
     boundaries: dict[str, Count] = {}
     done: dict[str, Count] = {}
+    fast_tokenizer_mismatch: str = ""  # where the faster tokenizer differed; the usual one was used instead
     template: str | None = None
     date: str | None = None
     shards: list[ShardEntry]
@@ -286,6 +287,8 @@ class PartRecord(StoredRecord):
     quarantined: dict[str, Count]
     first: dict[str, str]
     done: dict[str, Count]
+    fast_tokenizer_unavailable: str = ""  # why this tokenizer has no faster way
+    fast_tokenizer_mismatch: str = ""  # where the faster one differed; then it was not used
     table: TableEntry
     quarantine: TableEntry
 

@@ -127,7 +127,12 @@ def keep_working_folder(config: Config, progress: Progress) -> Iterator[Config]:
             "WORLD_SIZE is set, but --input runs in one process. For several, prepare and score with a config, then "
             "`prefcache export`."
         )
-    job = [str(Path.cwd()), config.model, config.adapter, config.prepare.model_dump(mode="json", exclude={"workers"})]
+    job = [
+        str(Path.cwd()),
+        config.model,
+        config.adapter,
+        config.prepare.model_dump(mode="json", exclude=config.prepare.NEUTRAL),
+    ]
     for source in config.prepare.sources:
         refuse_undecodable(source.path or "")
     root = Path(config.cache) / ".standalone"

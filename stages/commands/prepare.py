@@ -34,7 +34,6 @@ _SHARD = r"[a-z][a-z0-9_]*-[0-9a-f]{8}-\d{5,}\.arrow"
 # Settings that apply after the parts are finished, so that parts stay valid when they change.
 _NOT_IN_PARTS = {
     "data",
-    "workers",
     "max_quarantine",
     "rows_per_shard",
     "duplicates",
@@ -65,9 +64,11 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
         progress.say(f"prepare: {freshness.explain()}")
     _refuse_in_use(config)
     resolved = resolve_config(config.prepare, model, sources, progress)
-    inputs["fingerprint"] = read_fingerprint(model, Path(config.out), resolved.tokenizer).model_dump()
+    # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
+    worker = part_worker.PartWorker(resolved)
+    inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
     folder = _parts_folder(config, inputs)
-    part_sources = _prepare_parts(folder, resolved, sources, progress)
+    part_sources = _prepare_parts(folder, worker, sources, progress)
     try:
         parts = _find_finished(folder, part_sources)
         if parts is not None:
@@ -153,11 +154,14 @@ def _short_hash(inputs: dict[str, Any]) -> str:
     return artifact.checksum_bytes(artifact.canonical_json(inputs))[:8]
 
 
-def _prepare_parts(folder: Path, resolved: ResolvedConfig, sources: list[DataSource], progress: Progress) -> list[int]:
+def _prepare_parts(
+    folder: Path, worker: part_worker.PartWorker, sources: list[DataSource], progress: Progress
+) -> list[int]:
     """Prepare the missing parts of this process's share. Return the source of every part of the preparation."""
     rank, world = process_pool.rank_and_world()
     artifact.remove_leftovers(folder.parent)
     part_sources: list[int] = []
+    problems: set[str] = set()  # of the fast tokenizer
     n_prepared = n_finished = 0
 
     def tasks() -> Iterator[tuple[int, int, Chunk]]:
@@ -172,15 +176,16 @@ def _prepare_parts(folder: Path, resolved: ResolvedConfig, sources: list[DataSou
                     n_prepared += 1
                     yield number, source, chunk
 
-    n_workers = resolved.prepare.workers or process_pool.cores()
-    # Created here in any case, so that an error in the template or the options is raised here and not in a worker.
-    worker = part_worker.start_worker(resolved, folder)
+    n_workers = worker.resolved.prepare.workers or process_pool.cores()
     with progress.count("prepare", None, "records") as counter:
-        start = partial(part_worker.start_worker, resolved, folder)
-        for record in process_pool.run(start, tasks(), n_workers, worker):
+        start = partial(part_worker.start_worker, worker.resolved, folder)
+        for record in process_pool.run(start, tasks(), n_workers, worker.task(folder)):
             counter.add(record.records)
+            problems |= {record.fast_tokenizer_unavailable, record.fast_tokenizer_mismatch}
     if n_finished and len(part_sources) > n_prepared:
         progress.say(f"prepare: {n_finished:,} of {len(part_sources):,} parts were there already")
+    for problem in sorted(filter(None, problems)):
+        progress.warn(f"prepare: the usual tokenizer is used, which is slower: {problem}")
     return part_sources
 
 
@@ -232,6 +237,7 @@ def _finalize(
         quarantined=parts.sum_counts("quarantined"),
         boundaries={name: done.pop(name) for name in ("exact", "split") if name in done},
         done=done | {name: n for name, n in sorted(row_counts.items()) if n},
+        fast_tokenizer_mismatch=next(filter(None, (record.fast_tokenizer_mismatch for record in parts.records)), ""),
         template=resolved.template,
         date=resolved.date,
         shards=shards,

@@ -1,7 +1,7 @@
 """preview: a few examples as the model will see them. Nothing is written."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def _preview_example(line: Line, worker: PartWorker, example: Example) -> Previe
 
 
 def _preview_part(
-    name: str, encoder: Encoder, ids: list[int], spans: list[int], cut: list[int], cut_turns: str | None = None
+    name: str, encoder: Encoder, ids: Sequence[int], spans: list[int], cut: Sequence[int], cut_turns: str | None = None
 ) -> PreviewPart:
     texts = encoder.token_texts([*ids, *cut])
     counted = set(counted_positions(np.asarray(spans, np.int32)).tolist())

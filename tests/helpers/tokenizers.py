@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.preparing import tokenizer_facts
+from prefcache.pipeline.preparing.encoder import ExampleTokens
 from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, SourceFormat
 from prefcache.pipeline.preparing.sources import Chunk
 from prefcache.pipeline.preparing.sources.jsonl import read_lines
@@ -180,6 +181,12 @@ def facts(family: str, *, bos: bool = False, eos: str | None = "</s>") -> Tokeni
 
 
 # -- from records to a part ------------------------------------------------------------------------------------------
+
+
+def with_lists(tokens: ExampleTokens) -> ExampleTokens:
+    """Return the same tokens with lists of ids, as they are written by hand and as Transformers gives them."""
+    answers = tuple(list(ids) for ids in tokens.answers)
+    return tokens._replace(prompt=list(tokens.prompt), answers=answers)  # type: ignore[arg-type]
 
 
 def resolved_config(

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing import encoder, tokenizer_facts
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
-from tests.helpers.tokenizers import FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, facts, saved
+from tests.helpers.tokenizers import FAMILIES, LOSSLESS, SPECIALS, TEMPLATES, build, facts, saved, with_lists
 
 FRAGMENTS = [
     "the cat", " the", "assistant\n", "\n", "\n\n", " ", "  ", "\t", "x", "ab", "1234", "don't", "日本", "é", "e\u0301", "🙂", "\u2581",
@@ -37,7 +37,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 def check_against(tokenizer: Any, coder: Encoder, text: ExampleText) -> ExampleTokens:
     """That its ids are those of the tokenizer for the whole, wherever these begin with the prompt's."""
-    (found,) = coder.encode([text])
+    found = with_lists(*coder.encode([text]))
     prompt = plain_ids(tokenizer, text.prompt)
     wholes = [plain_ids(tokenizer, text.prompt + answer) for answer in text.answers]
     assert found.prompt == prompt
@@ -158,8 +158,7 @@ def letters(tmp_path_factory) -> Callable[..., Path]:
 
 
 def encode(folder: Path, prompt: str, *answers: str, plain: bool = True) -> ExampleTokens:
-    (found,) = Encoder(tokenizer_facts.load_facts(folder)).encode([ExampleText(prompt, answers, plain)])
-    return found
+    return with_lists(*Encoder(tokenizer_facts.load_facts(folder)).encode([ExampleText(prompt, answers, plain)]))
 
 
 BOS, NO_EOS, BY_TEMPLATE = {"bos": True}, {"eos": None}, {"plain": False}
@@ -257,12 +256,11 @@ def test_line_ends_that_merge_across_the_boundary_are_noticed(family, answer):
 def test_the_beginning_is_there_once_in_every_family(family):
     coder, (_, tokenizer) = Encoder(facts(family, bos=True)), saved(family, bos=True)
     for prompt in ("the cat", "<s>the cat"):
-        (found,) = coder.encode([ExampleText(prompt, (" sings",), plain=True)])
+        found = with_lists(*coder.encode([ExampleText(prompt, (" sings",), plain=True)]))
         assert found.prompt == tokenizer("<s>the cat", add_special_tokens=False)["input_ids"] or prompt == "the cat"
         assert found.prompt.count(tokenizer.bos_token_id) == 1 and found.prompt[0] == tokenizer.bos_token_id
-    assert (
-        coder.encode([ExampleText("the cat", (" sings",), plain=True)])[0].prompt == tokenizer("the cat")["input_ids"]
-    )
+    found = with_lists(*coder.encode([ExampleText("the cat", (" sings",), plain=True)]))
+    assert found.prompt == tokenizer("the cat")["input_ids"]
 
 
 def test_an_unknown_character_ends_nothing(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import DataError
-from prefcache.pipeline.preparing import finalize, part_worker
+from prefcache.pipeline.preparing import finalize, part_table, part_worker
 from prefcache.pipeline.schema import PREPARED, QUARANTINE, sequence_key
 from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.stored import artifact
@@ -52,7 +52,7 @@ def parts_of(folder, rows, cuts=(), kind="pairs", sources=None, bad=()) -> final
     """These rows as finished parts, cut before the rows that `cuts` names; part n is of source sources[n]."""
     records = []
     for n, (begin, end) in enumerate(zip([0, *cuts], [*cuts, len(rows)], strict=True)):
-        table = pa.Table.from_pylist(rows[begin:end], schema=part_worker.SCHEMAS[kind])
+        table = pa.Table.from_pylist(rows[begin:end], schema=part_table.SCHEMAS[kind])
         quarantine = pa.Table.from_pylist(bad[n] if bad else [], schema=QUARANTINE)
         made = part_worker.PreparedPart(
             table, quarantine, records=end - begin, further=0, quarantined={}, first={}, done={}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefcache.pipeline.config import Prepare
-from prefcache.pipeline.preparing import part_worker
+from prefcache.pipeline.preparing import part_table, part_worker
 from prefcache.pipeline.preparing.example import Unusable
 from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart, Quarantine
 from prefcache.pipeline.preparing.resolved_config import SourceFormat, resolve_config
@@ -123,17 +123,17 @@ def test_taken_apart_a_pair_is_two_rows_of_which_one_is_further(tmp_path, model)
 def test_no_records_make_an_empty_part(tmp_path, model):
     worker, chunk = worker_of(tmp_path, model, [{"prompt": "a"}], format="pairs")
     empty = worker.prepare(0, chunk)
-    assert empty.table.equals(part_worker.SCHEMAS["pairs"].empty_table()) and len(empty.quarantine) == 1
+    assert empty.table.equals(part_table.SCHEMAS["pairs"].empty_table()) and len(empty.quarantine) == 1
 
 
 def test_a_prompt_falls_on_one_side_by_its_words_alone():
     assert (
-        part_worker.split_fraction("why  one\n")
-        == part_worker.split_fraction(" why one")
-        != part_worker.split_fraction("why two")
+        part_table.split_fraction("why  one\n")
+        == part_table.split_fraction(" why one")
+        != part_table.split_fraction("why two")
     )
-    assert part_worker.split_fraction("caf\u00e9") == part_worker.split_fraction("cafe\u0301")
-    shares = [part_worker.split_fraction(f"why {i}?") for i in range(1000)]
+    assert part_table.split_fraction("caf\u00e9") == part_table.split_fraction("cafe\u0301")
+    shares = [part_table.split_fraction(f"why {i}?") for i in range(1000)]
     # A quarter of 1000, with a standard deviation of 14.
     assert 190 < sum(share < 0.25 for share in shares) < 310 and 0 <= min(shares) <= max(shares) < 1
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.preparing import tokenizer_facts, tokenizer_fingerprint
+from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.preparing.probe_texts import PROBES
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
 from prefcache.pipeline.stored.memos import TokenizersMemo
@@ -94,7 +95,9 @@ def test_a_tokenizer_that_was_loaded_and_saved_has_the_same_fingerprint(family, 
 
 def test_the_probes_tell_every_family_from_every_other():
     # But for those that split alike: the regular expression of one is what the other has built in.
-    found = {tokenizer_fingerprint._encode(facts(family)).ids for family in FAMILIES if family != "byte-level split"}
+    found = {
+        tokenizer_fingerprint._encode(Encoder(facts(family))).ids for family in FAMILIES if family != "byte-level split"
+    }
     assert len(found) == len(FAMILIES) - 1
 
 
@@ -118,7 +121,7 @@ def test_the_probes_see_every_kind_of_normalizer(normalizer):
     plain = facts("byte-level")
     backend = json.loads(plain.backend) | {"normalizer": normalizer}
     changed = replace(plain, backend=json.dumps(backend))
-    assert tokenizer_fingerprint._encode(changed).ids != tokenizer_fingerprint._encode(plain).ids
+    assert tokenizer_fingerprint._encode(Encoder(changed)).ids != tokenizer_fingerprint._encode(Encoder(plain)).ids
 
 
 @pytest.mark.parametrize("garbage", ["[]", "null", "3", "{}", '{"encoded": {}}', "\x00", "[" * 100_000])

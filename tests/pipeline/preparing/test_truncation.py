@@ -12,11 +12,13 @@ from prefcache.pipeline.preparing.encoder import Encoder, ExampleTokens
 from prefcache.pipeline.preparing.example import Example, Label, Pair, Unusable
 from prefcache.pipeline.preparing.part_worker import PartWorker
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
+from prefcache.pipeline.preparing.token_ids import to_ids
 from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
 from prefcache.pipeline.spans import whole_span
 from tests.helpers.tokenizers import CHATML, DATE, GEMMA_CHAT, chunk_of, facts, resolved_config
 
 PAIR = Pair(prompt="p", chosen="c", rejected="r")
+NONE = to_ids([])
 
 
 def prepare(**settings: Any) -> Prepare:
@@ -28,8 +30,8 @@ def never(example: Example) -> ExampleTokens:
 
 
 def tokens(n_prompt: int, *n_answers: int, exact: bool = True) -> ExampleTokens:
-    answers = tuple(list(range(100, 100 + n)) for n in n_answers)
-    return ExampleTokens(list(range(n_prompt)), answers, exact, False, tuple(whole_span(n) for n in n_answers))
+    answers = tuple(to_ids(range(100, 100 + n)) for n in n_answers)
+    return ExampleTokens(to_ids(range(n_prompt)), answers, exact, False, tuple(whole_span(n) for n in n_answers))
 
 
 def refusal(given: ExampleTokens, example: Example = PAIR, encode: Any = never, **settings: Any) -> tuple[str, str]:
@@ -46,7 +48,7 @@ def test_what_fits_to_the_last_token_is_left_as_it_is(too_long):
     # 4 + max(6, 3) = 10
     given = tokens(4, 6, 3)
     found = truncate(PAIR, given, prepare(max_length=10, max_prompt_length=4, too_long=too_long), never)
-    assert found == TruncatedExample(given, PAIR, 0, ([], []))
+    assert found == TruncatedExample(given, PAIR, 0, (NONE, NONE))
 
 
 @pytest.mark.parametrize("too_long", ["drop", "keep_start", "keep_end"])
@@ -75,16 +77,16 @@ def test_drop_says_both_numbers():
 def test_keep_start_cuts_the_ends_of_the_answers():
     # Of 10, the prompt takes 4, which leaves 6: nothing of 3 is cut, 3 of 9.
     found = truncate(PAIR, tokens(4, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
-    assert found.tokens.answers == ([100, 101, 102], [100, 101, 102, 103, 104, 105])
-    assert found.tokens.prompt == [0, 1, 2, 3]
-    assert (found.cut_prompt, found.cut_answers) == (0, ([], [106, 107, 108]))
+    assert found.tokens.answers == (to_ids([100, 101, 102]), to_ids([100, 101, 102, 103, 104, 105]))
+    assert found.tokens.prompt == to_ids([0, 1, 2, 3])
+    assert (found.cut_prompt, found.cut_answers) == (0, (NONE, to_ids([106, 107, 108])))
 
 
 def test_keep_start_never_cuts_a_prompt():
     # With 9 of 10 there is room for one token of the answer, with 10 for none.
     found = truncate(PAIR, tokens(9, 3, 9), prepare(max_length=10, too_long="keep_start"), never)
     assert [len(answer) for answer in found.tokens.answers] == [1, 1]
-    assert found.cut_answers == ([101, 102], list(range(101, 109)))
+    assert found.cut_answers == (to_ids([101, 102]), to_ids(range(101, 109)))
     assert refusal(tokens(10, 3, 9), max_length=10, too_long="keep_start")[0] == "prompt too long"
     assert refusal(tokens(5, 1, 1), max_length=10, max_prompt_length=4, too_long="keep_start")[0] == "prompt too long"
 
@@ -121,7 +123,7 @@ def test_keep_end_keeps_as_many_turns_as_fit(max_length, left):
     n_left = sum(map(len, left))
     assert [turn["content"] for turn in found.example.prompt] == left
     assert len(found.tokens.prompt) == n_left and found.cut_prompt == 12 - n_left
-    assert found.tokens.answers == words(example).answers and found.cut_answers == ([], [])
+    assert found.tokens.answers == words(example).answers and found.cut_answers == (NONE, NONE)
 
 
 def test_keep_end_says_that_even_the_last_turn_is_too_long():

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from prefcache.pipeline.errors import IntegrityError, PrefcacheError
-from prefcache.pipeline.preparing import part_worker
+from prefcache.pipeline.preparing import part_table, part_worker
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.stored import artifact, cache_maintenance, memos, records
 from prefcache.pipeline.stored.cache import Cache
@@ -98,7 +98,7 @@ def _write_part(folder: Path) -> None:
         "first": {"empty": "line 1"},
         "done": {"exact": 0},
     }
-    made = part_worker.PreparedPart(part_worker.SCHEMAS["pairs"].empty_table(), QUARANTINE.empty_table(), **facts)
+    made = part_worker.PreparedPart(part_table.SCHEMAS["pairs"].empty_table(), QUARANTINE.empty_table(), **facts)
     assert isinstance(made.table, pa.Table)
     part_worker.commit_part(folder, 0, 0, made)
 
