@@ -70,7 +70,7 @@ class PartWorker:
             mark_generation=resolved.prepare.train_on != "all",
         )
         self._rendered_text = RenderedText(template, resolved.tokenizer) if template else None
-        self.encoder = Encoder(resolved.tokenizer, fast=resolved.prepare.fast_tokenizer)
+        self.encoder = Encoder(resolved.tokenizer, fast=resolved.fast_tokenizer)
         end_tokens = self.encoder.decoded_specials()
         self.renderer = ChatRenderer(template or None, resolved.prepare.train_on, end_tokens)
         self._strikes = 0  # records of this part that were too much for the template
@@ -131,7 +131,7 @@ class PartWorker:
         with without_garbage_collection():
             while True:
                 self.renderer.reset(use_cache=use_cache)
-                self.encoder.tokenizer.reset()
+                self.encoder.tokenizer.start_part()
                 try:
                     return work()
                 except TemplateCacheMismatch:

@@ -46,6 +46,7 @@ class ResolvedConfig:
     template: str | None  # None: plain text
     tool_template: str | None
     source_formats: tuple[SourceFormat, ...]
+    fast_tokenizer: bool = False  # worth its time to load
 
     @property
     def date(self) -> str | None:

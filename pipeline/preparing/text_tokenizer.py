@@ -1,10 +1,8 @@
 """Texts to ids: by the tokenizers library, by a faster one that is compared with it, or by Transformers in Python.
 
-The faster library takes seconds to load, so it is used once a process has encoded enough text to make up for them. Which
-one encodes a text makes no difference to its ids.
+Which one encodes a text makes no difference to its ids.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from prefcache.pipeline.preparing.fast_tokenizer import (
     FastTokenizer,
     FastTokenizerMismatch,
     FastTokenizerUnavailable,
-    break_even,
-    fastokens_version,
 )
 from prefcache.pipeline.preparing.token_ids import Ids, to_ids
 from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_backend
@@ -25,49 +21,41 @@ class TextTokenizer:
     """Encodes texts without special tokens of the tokenizer's own, and without a limit on their length."""
 
     def __init__(self, facts: TokenizerFacts, *, fast: bool = False) -> None:
-        """`fast`: use fastokens, if it is installed and gives the same ids."""
-        self._facts = facts
-        self.fast_unavailable = self.fast_mismatch = ""  # why fastokens is not used, if it should be
+        """`fast`: encode the texts of parts with fastokens, if it gives the same ids. It takes seconds to load."""
+        self._facts, self._wants_fast = facts, fast and facts.backend is not None
         self._fast: FastTokenizer | None = None
-        self._until_fast = math.inf  # characters
+        self.fast_unavailable = self.fast_mismatch = ""  # why fastokens is not used, if it should be
         self.in_python: Any = None
         self.library: Any = None  # a tokenizers.Tokenizer
         if facts.backend is None:
             self.in_python = load_tokenizer(Path(facts.folder))
-            return
-        self.library = load_backend(facts.backend)
-        if fast and fastokens_version():
-            self._until_fast = break_even(facts.backend)
+        else:
+            self.library = load_backend(facts.backend)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Encode texts; raise FastTokenizerMismatch if the faster library turns out to give other ids."""
-        if not texts:
-            return []
-        if self.in_python is not None:
-            return [to_ids(ids) for ids in self.in_python(list(texts), add_special_tokens=False)["input_ids"]]
-        if self._until_fast <= 0:
-            self._load_fast()
         if self._fast is not None:
             return self._fast.encode(texts)
-        self._until_fast -= sum(map(len, texts))
-        return [to_ids(each.ids) for each in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self.library is not None:
+            return [to_ids(each.ids) for each in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = self.in_python(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [to_ids(ids) for ids in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         decoder = self.library if self.in_python is None else self.in_python
         return str(decoder.decode(list(ids), skip_special_tokens=False))
 
-    def _load_fast(self) -> None:
-        assert self._facts.backend is not None
-        self._until_fast = math.inf
-        try:
-            self._fast = FastTokenizer(self._facts.backend, self.library)
-        except FastTokenizerUnavailable as error:
-            self.fast_unavailable = str(error)
-
-    def reset(self) -> None:
-        """Start a part: which of its texts are compared depends on the part alone."""
+    def start_part(self) -> None:
+        """Which texts of a part are compared depends on the part alone."""
         if self._fast is not None:
             self._fast.reset()
+        elif self._wants_fast:
+            assert self._facts.backend is not None
+            self._wants_fast = False
+            try:
+                self._fast = FastTokenizer(self._facts.backend, self.library)
+            except FastTokenizerUnavailable as error:
+                self.fast_unavailable = str(error)
 
     def refuse_fast(self, mismatch: FastTokenizerMismatch) -> None:
         """Encode with the tokenizers library from now on."""

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from prefcache.pipeline import gguf_files, identity, process_pool
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import DataError, IntegrityError, UsageError
 from prefcache.pipeline.preparing import finalize, part_worker, prepared_inputs
+from prefcache.pipeline.preparing.fast_tokenizer import break_even, fastokens_version
 from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, resolve_config
 from prefcache.pipeline.preparing.sources import Chunk, DataSource, open_source
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
@@ -64,6 +65,7 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
         progress.say(f"prepare: {freshness.explain()}")
     _refuse_in_use(config)
     resolved = resolve_config(config.prepare, model, sources, progress)
+    resolved = replace(resolved, fast_tokenizer=_is_worth_fast_tokenizer(resolved, sources))
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
     worker = part_worker.PartWorker(resolved)
     inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
@@ -176,10 +178,9 @@ def _prepare_parts(
                     n_prepared += 1
                     yield number, source, chunk
 
-    n_workers = worker.resolved.prepare.workers or process_pool.cores()
     with progress.count("prepare", None, "records") as counter:
         start = partial(part_worker.start_worker, worker.resolved, folder)
-        for record in process_pool.run(start, tasks(), n_workers, worker.task(folder)):
+        for record in process_pool.run(start, tasks(), _count_workers(worker.resolved), worker.task(folder)):
             counter.add(record.records)
             problems |= {record.fast_tokenizer_unavailable, record.fast_tokenizer_mismatch}
     if n_finished and len(part_sources) > n_prepared:
@@ -187,6 +188,20 @@ def _prepare_parts(
     for problem in sorted(filter(None, problems)):
         progress.warn(f"prepare: the usual tokenizer is used, which is slower: {problem}")
     return part_sources
+
+
+def _count_workers(resolved: ResolvedConfig) -> int:
+    return resolved.prepare.workers or process_pool.cores()
+
+
+def _is_worth_fast_tokenizer(resolved: ResolvedConfig, sources: list[DataSource]) -> bool:
+    """Return whether every worker has so much text that loading the fast tokenizer pays off."""
+    backend = resolved.tokenizer.backend
+    if not resolved.prepare.fast_tokenizer or backend is None or fastokens_version() is None:
+        return False
+    _, world = process_pool.rank_and_world()
+    n_bytes = sum(source.estimate_bytes() for source in sources)
+    return n_bytes / (world * _count_workers(resolved)) > break_even(backend)
 
 
 def _find_finished_part(folder: Path, number: int, source: int) -> PartRecord | None:

@@ -46,6 +46,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DELIMITERS = {"csv": ",", "tsv": "\t", "semicolons": ";"}
 # Files that describe a data set and lie next to its data.
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_TYPICAL_RECORD = 2048  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class DataSource:
                 "fingerprint": self.dataset._fingerprint,
             }
         ]
+
+    def estimate_bytes(self) -> int:
+        """Return about how much data is read."""
+        n_bytes = sum(file.stat().st_size for file in self.files) if self.files else self.dataset.data.nbytes
+        most = self.entry.max_records
+        return int(n_bytes if most is None else min(n_bytes, most * _TYPICAL_RECORD))
 
     def chunks(self, limits: Limits = DEFAULT) -> Iterator[Chunk]:
         """Yield the records, up to as many as the entry allows."""
