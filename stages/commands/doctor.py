@@ -3,14 +3,18 @@
 It changes nothing and loads no weights.
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import os
+import runpy
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -30,7 +34,7 @@ from prefcache.pipeline.stored.prepared import Prepared, sequence_table
 from prefcache.pipeline.stored.records import Provenance, RunManifest, ScoredManifest
 from prefcache.pipeline.stored.scored import find_scored_cache
 from prefcache.pipeline.stored.scoring_plan import plan_scoring
-from prefcache.pipeline.training import checkpoints, existing_run
+from prefcache.pipeline.training import existing_run
 from prefcache.pipeline.training.run_log import PROVENANCE
 from prefcache.pipeline.visible_text import count
 
@@ -93,26 +97,11 @@ def _check_packages() -> Iterator[Finding]:
 
 
 def _check_machine(config: Config | None) -> Iterator[Finding]:
-    import torch
-
     total, free = (
         os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") / _GIB for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
     )
     yield Finding("machine", "ok", f"{os.cpu_count()} cores, {total:.1f} GiB of memory, {free:.1f} free")
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(number)
-            yield Finding("machine", "ok", f"GPU {number}: {gpu.name}, {gpu.total_memory / _GIB:.0f} GiB")
-        if importlib.util.find_spec("torch.nn.attention.varlen"):
-            what = "packed rows in half precision: varlen_attn, one call; in float32: SDPA, two calls per pair"
-            yield Finding("machine", "ok", what)
-        else:
-            what = "this PyTorch has no torch.nn.attention.varlen, which packed rows use"
-            yield Finding("machine", "problem", what, "pip install -U torch")
-    else:
-        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        what = f"no GPU: PyTorch {torch.__version__}, {build}, sees none; the CPU is used"
-        yield Finding("machine", "absent", what)
+    yield from _check_gpus()
     for place in dict.fromkeys((config.out, config.cache) if config else (".",)):
         path = Path(place)
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -122,6 +111,45 @@ def _check_machine(config: Config | None) -> Iterator[Finding]:
             yield Finding("machine", "problem", what, "Free some, or name another place.")
         else:
             yield Finding("machine", "ok", what)
+
+
+def _check_gpus() -> Iterator[Finding]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return  # a missing package, which is reported
+    # What PyTorch was built for. Importing it takes seconds.
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if not _may_see_gpu(build) or not _sees_gpu():
+        built = f"built for CUDA {build['cuda']}" if build["cuda"] else "built without CUDA"
+        what = f"no GPU: PyTorch {build['__version__']}, {built}, sees none; the CPU is used"
+        yield Finding("machine", "absent", what)
+        return
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        yield Finding("machine", "ok", f"GPU {number}: {gpu.name}, {gpu.total_memory / _GIB:.0f} GiB")
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        what = "packed rows in half precision: varlen_attn, one call; in float32: SDPA, two calls per pair"
+        yield Finding("machine", "ok", what)
+    else:
+        what = "this PyTorch has no torch.nn.attention.varlen, which packed rows use"
+        yield Finding("machine", "problem", what, "pip install -U torch")
+
+
+def _may_see_gpu(build: Mapping[str, Any]) -> bool:
+    """Return whether PyTorch may see a GPU: a build for CUDA needs the driver's library."""
+    if build["cuda"]:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libcuda.so.1")
+            return True
+    return build.get("hip") is not None
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
@@ -247,6 +275,8 @@ def _check_memory(config: Config) -> Iterator[Finding]:
 
 
 def _check_run(folder: Path) -> Iterator[Finding]:
+    from prefcache.pipeline.training import checkpoints
+
     provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
     # With the run's own settings, which the user need not repeat, but under its present name: a run that made room for
     # another one had a different name when it was made.

@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
+from prefcache.commands import doctor
 from tests.helpers.project import invoke, write_config, write_pairs
 
 
@@ -49,6 +51,41 @@ def test_without_a_config_it_is_about_the_environment(prefcache):
     assert f"duckdb {version('duckdb')}" in found["packages"][0]["what"]
     machine = " ".join(each["what"] for each in found["machine"])
     assert f"{os.cpu_count()} cores" in machine and "GiB of disk are free for ." in machine
+
+
+def test_pytorch_is_described_as_it_describes_itself(prefcache):
+    # On a machine with a GPU, the GPUs are listed instead.
+    machine = " ".join(each["what"] for each in examined(prefcache)["machine"])
+    if torch.cuda.is_available():
+        assert f"GPU 0: {torch.cuda.get_device_name(0)}" in machine
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        assert f"no GPU: PyTorch {torch.__version__}, {built}, sees none" in machine
+
+
+@pytest.mark.parametrize(
+    ("build", "may"),
+    [
+        ({"cuda": None, "hip": None}, False),
+        ({"cuda": None}, False),
+        ({"cuda": None, "hip": "6.4"}, True),  # its drivers have no library of a known name
+    ],
+)
+def test_a_build_without_cuda_or_hip_sees_no_gpu(build, may):
+    assert doctor._may_see_gpu(build) is may
+
+
+def test_a_build_for_cuda_may_see_a_gpu_where_its_driver_is(monkeypatch):
+    libraries = {"libcuda.so.1"}
+
+    def load(name: str) -> None:
+        if name not in libraries:
+            raise OSError(name)
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", load)
+    assert doctor._may_see_gpu({"cuda": "12.8", "hip": None})
+    libraries.clear()
+    assert not doctor._may_see_gpu({"cuda": "12.8", "hip": None})
 
 
 def test_a_whole_experiment_has_no_problem_and_is_left_as_it_is(prefcache, trained, tmp_path):
