@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefcache.pipeline.config import Prepare
-from prefcache.pipeline.preparing import part_table, part_worker
+from prefcache.pipeline.preparing import part_table, part_worker, text_tokenizer
 from prefcache.pipeline.preparing.example import Unusable
 from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart, Quarantine
 from prefcache.pipeline.preparing.resolved_config import SourceFormat, resolve_config
@@ -17,6 +17,7 @@ from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored import artifact
 from tests.helpers.project import pair
 from tests.helpers.tokenizers import chunk_of, facts, resolved_config, saved
+from tests.helpers.wrong_tokenizer import load_wrong_tokenizer
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -109,6 +110,21 @@ def test_a_template_cache_that_is_wrong_is_noticed_and_nothing_of_it_stays(tmp_p
 
     monkeypatch.setattr(worker.renderer.cache, "_check", at_the_third)
     assert same(worker.prepare(0, chunk), made) and len(seen) == 3
+
+
+def test_with_the_fast_tokenizer_the_part_is_the_same(tmp_path, model, made):
+    worker, chunk = worker_of(tmp_path, model)
+    fast = PartWorker(replace(worker.resolved, fast_tokenizer=True))
+    assert same(fast.prepare(0, chunk), made)
+    assert fast.encoder.tokenizer._fast is not None and fast.encoder.tokenizer._fast.n_compared > 0
+
+
+def test_a_fast_tokenizer_that_is_wrong_is_noticed_and_nothing_of_it_stays(tmp_path, model, made, monkeypatch):
+    monkeypatch.setattr(text_tokenizer, "FastTokenizer", load_wrong_tokenizer)
+    worker, chunk = worker_of(tmp_path, model)
+    redone = PartWorker(replace(worker.resolved, fast_tokenizer=True)).prepare(0, chunk)
+    assert same(redone, made) and made.fast_tokenizer_mismatch == ""
+    assert "fastokens gives other ids than tokenizers" in redone.fast_tokenizer_mismatch
 
 
 def test_taken_apart_a_pair_is_two_rows_of_which_one_is_further(tmp_path, model):

@@ -14,11 +14,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from prefcache.commands import prepare as prepare_command
+from prefcache.pipeline.preparing import text_tokenizer
+from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizer
 from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.examples import make_older
 from tests.helpers.processes import is_gone, launch
 from tests.helpers.project import PREFCACHE, pair, start, write_config, write_pairs
+from tests.helpers.wrong_tokenizer import load_wrong_tokenizer
 
 Prepare = Callable[..., dict[str, Any]]
 
@@ -351,6 +355,37 @@ def test_a_large_file_is_cut_into_parts_that_make_no_difference(prepare, tmp_pat
         assert "4,200 examples in 3 parts" in prepare(f"prepare.workers={workers}")["stderr"]
         prepared.append(take_files(tmp_path))
     assert prepared[0] == prepared[1]
+
+
+def test_the_fast_tokenizer_changes_no_byte(many, prepare, expected, tmp_path, monkeypatch):
+    loaded: list[str] = []
+    monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
+    monkeypatch.setattr(
+        text_tokenizer, "FastTokenizer", lambda backend, exact: loaded.append(backend) or FastTokenizer(backend, exact)
+    )
+    prepare("prepare.workers=1", "prepare.fast_tokenizer=false")
+    assert take_files(tmp_path) == expected and not loaded
+    prepare("prepare.workers=1")
+    assert take_files(tmp_path) == expected and len(loaded) == 1
+
+
+def test_a_fast_tokenizer_that_is_wrong_is_reported_and_changes_no_row(many, prepare, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
+    monkeypatch.setattr(text_tokenizer, "FastTokenizer", load_wrong_tokenizer)
+    said = prepare("prepare.workers=1")["stderr"]
+    assert "the usual tokenizer is used, which is slower: fastokens gives other ids than tokenizers" in said
+    files = files_of(tmp_path)
+    assert files.keys() == expected.keys()
+    assert {name for name in files if files[name] != expected[name]} == {"manifest.json"}
+    manifest = Prepared(tmp_path / "runs/tiny/prepared").manifest
+    assert "fastokens gives other ids than tokenizers" in manifest.fast_tokenizer_mismatch
+
+
+def test_a_little_data_is_not_worth_loading_the_fast_tokenizer(many, prepare, tmp_path, monkeypatch):
+    n_bytes = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())
+    monkeypatch.setattr(prepare_command, "break_even", lambda backend: n_bytes)
+    monkeypatch.setattr(text_tokenizer, "FastTokenizer", lambda *given: pytest.fail("it was loaded"))
+    prepare("prepare.workers=1")
 
 
 def test_ranks_one_after_another_make_what_one_machine_makes(many, prefcache, expected, tmp_path, monkeypatch):
