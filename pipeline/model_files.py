@@ -1,7 +1,10 @@
 """A model's folder: where it is, here or on the hub, which of its weight files load, and what its config limits."""
 
+import ast
+import importlib.util
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,13 +98,9 @@ def check_model(folder: Path, *, has_weights: bool = True) -> None:
     if not (folder / model_config.FILE).exists():
         raise UsageError(f"{folder} has no config.json. Expected a model's folder, as save_pretrained writes it.")
     config = model_config.read_object(folder / model_config.FILE)
-    if config.get("auto_map"):
-        # Takes a second to import, and few models name code.
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        # Transformers would run code from the folder only where it has no class of its own.
-        if str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise needs_own_code(folder)
+    # Transformers would run code from the folder only where it has no class of its own.
+    if config.get("auto_map") and str(config.get("model_type")) not in causal_model_types():
+        raise needs_own_code(folder)
     # Those of a model on the hub may be left there, but weights of another kind are of no use.
     has_others = any(path.suffix in (".bin", ".gguf") for path in folder.iterdir())
     if (has_weights or has_others) and not any(folder.glob("*.safetensors")):
@@ -109,6 +108,22 @@ def check_model(folder: Path, *, has_weights: bool = True) -> None:
             f"{folder} has {_describe_lack(folder)}; expected *.safetensors, as save_pretrained writes them."
         )
     model_config.read(folder)  # refuses a malformed one before Transformers stumbles over it
+
+
+@lru_cache
+def causal_model_types() -> frozenset[str]:
+    """Return the model types for which Transformers has a causal language model."""
+    # Read from the source: importing the table imports PyTorch, which takes seconds.
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).with_name("models") / "auto" / "modeling_auto.py"
+    for node in ast.parse(source.read_bytes()).body if source.exists() else ():
+        match node:
+            case ast.Assign([ast.Name("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")], ast.Call(args=[ast.List() as entries])):
+                return frozenset(dict(ast.literal_eval(entries)))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def check_adapter(folder: Path, *, has_weights: bool = True) -> None:
