@@ -58,7 +58,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-gpu gpu-ledger real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-gpu gpu-ledger real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -158,6 +158,8 @@ architectures: $(TEST_INSTALLED)
 # Figures, not tests: they depend on the machine and on what else it does.
 bench-prepare: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.prepare
+bench-startup: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.startup
 bench-cache: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.cache
 bench-score: $(TEST_INSTALLED)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import corpus
+from tests.bench import corpus, startup
 from tests.helpers.project import ROOT, build_model
 from tests.helpers.real_tokenizers import fetch_or_skip
 
@@ -73,6 +73,14 @@ def test_bench_prepare_measures_memory(name):
     assert re.search(
         rf"^{name}, ours, 300 pairs: [\d,]+ MiB in the parent", bench("tests.bench.prepare", *options.split())
     )
+
+
+def test_bench_startup_runs_every_command():
+    options = "--pairs 20 --rounds 1 --vocabulary 1000"
+    printed = bench("tests.bench.startup", *options.split())
+    rows = re.findall(r"^  (\S.*?) +(\d+\.\d\d) +(\d+\.\d\d)$", printed, re.M)
+    assert [name for name, _, _ in rows] == list(startup.COMMANDS)
+    assert all(float(cpu) > 0 for _, _, cpu in rows)
 
 
 def count_scores(pair: corpus.TokenPair) -> int:
