@@ -83,10 +83,9 @@ def plain_text(turns: Turns) -> str:
     """Return what a person reads: the text of one turn with its tool calls, or `role: text` lines of several."""
     if isinstance(turns, str):
         return turns
-    texts = list(map(_turn_text, turns))
     if len(turns) == 1:
-        return texts[0]
-    return "\n".join(f"{message['role']}: {text}" for message, text in zip(turns, texts, strict=True))
+        return _turn_text(turns[0])
+    return "\n".join(f"{message['role']}: {_turn_text(message)}" for message in turns)
 
 
 def _turn_text(message: Message) -> str:
