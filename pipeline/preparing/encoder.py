@@ -109,7 +109,8 @@ class Encoder:
         if tail not in self._tail_ids:
             if len(self._tail_ids) == _MOST_TAILS:
                 self._tail_ids.clear()
-            self._tail_ids[tail] = self.ids([tail])[0]
+            # Remembered from part to part: which texts the fast tokenizer is compared on should depend on the part alone.
+            (self._tail_ids[tail],) = self.tokenizer.encode_exactly([tail])
         tail_ids = self._tail_ids[tail]
         # They differ if the token's text is part of something else.
         return (tail, tail_ids) if tail_ids == ids[n:] else (prompt, ids)

@@ -34,8 +34,10 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Encode texts; raise FastTokenizerMismatch if the faster library turns out to give other ids."""
-        if self._fast is not None:
-            return self._fast.encode(texts)
+        return self._fast.encode(texts) if self._fast is not None else self.encode_exactly(texts)
+
+    def encode_exactly(self, texts: Sequence[str]) -> list[Ids]:
+        """Encode texts without the faster library."""
         if self.library is not None:
             return [to_ids(each.ids) for each in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
         found = self.in_python(list(texts), add_special_tokens=False)["input_ids"] if texts else []
