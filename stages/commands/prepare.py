@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from prefcache.command_results import PrepareResult, PrepareWaiting
 from prefcache.pipeline import gguf_files, identity, process_pool
 from prefcache.pipeline.config import Config
@@ -64,6 +66,7 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     if freshness.is_stored:
         progress.say(f"prepare: {freshness.explain()}")
     _refuse_in_use(config)
+    pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
     resolved = resolve_config(config.prepare, model, sources, progress)
     resolved = replace(resolved, fast_tokenizer=_is_worth_fast_tokenizer(resolved, sources))
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
