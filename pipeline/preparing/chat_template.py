@@ -44,12 +44,13 @@ _FILTERS = {
     "capitalize", "count", "default", "d", "first", "items", "length", "reverse", "last", "list", "lower", "map", "reject", "rejectattr",
     "select", "selectattr", "string", "trim", "upper", "title", "attr", "batch", "slice",
 }  # fmt: skip
-# Arguments with the variables of a loop or block around a call, which Jinja passes to its own functions alone.
-_JINJAS_OWN = {"_loop_vars", "_block_vars"}
 _TESTS = {
     "boolean", "callable", "defined", "undefined", "none", "false", "true", "float", "mapping", "string", "iterable",
     "sequence", "eq", "==", "equalto", "ne", "!=", "filter", "test", "odd", "even",
 }  # fmt: skip
+_DICT_METHODS = frozenset(dir(dict))
+# Arguments with the variables of a loop or block around a call, which Jinja passes to its own functions alone.
+_JINJAS_OWN = {"_loop_vars", "_block_vars"}
 
 
 class TemplateLimit(UsageError):
@@ -259,9 +260,26 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     concat = staticmethod(_concat)
     code_generator_class = _Compiler
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._safe_attributes: dict[tuple[type, str], bool] = {}
+
     @staticmethod
     def searched(value: Any) -> Any:
         return _Searched(value) if type(value) is str else value
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # As Jinja does, but without an exception where a mapping has a key that is no method's name, as most are.
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_METHODS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # Jinja decides by the type and the name alone.
+        key = type(obj), attr
+        if key not in self._safe_attributes:
+            self._safe_attributes[key] = super().is_safe_attribute(obj, attr, value)
+        return self._safe_attributes[key]
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # A method of a plain text, such as `join`, would see an OpaqueText's mark.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 from typing import Literal
 
-from prefcache.pipeline.preparing.example import Candidate, Example, Label, Message, Pair, Ranking, Turns, Unusable
+from prefcache.pipeline.preparing.example import Candidate, Example, Label, Pair, Ranking, Turns, Unusable
 
 _MOST_ANSWERS = 64  # 2,016 pairs
 Pairing = Literal["best_worst", "best_rest", "adjacent", "all"]
@@ -77,13 +77,15 @@ def _has_content(turns: Turns) -> bool:
         return bool(turns) and not turns.isspace()
     for turn in turns:
         content = turn.get("content")
-        if turn.get("tool_calls") or (isinstance(content, str) and content and not content.isspace()):
+        if (isinstance(content, str) and content and not content.isspace()) or turn.get("tool_calls"):
             return True
     return False
 
 
 def _are_same(chosen: Turns, rejected: Turns) -> bool:
-    def as_messages(turns: Turns) -> list[Message]:
-        return [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
-
-    return as_messages(chosen) == as_messages(rejected)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        chosen, rejected = (
+            [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
+            for turns in (chosen, rejected)
+        )
+    return chosen == rejected

@@ -187,6 +187,9 @@ class OpaqueLength:
     def __init__(self, text: OpaqueText) -> None:
         self._text = text
 
+    def __getattr__(self, name: str) -> Any:
+        return _refuse("length")
+
     def __bool__(self) -> bool:
         return bool(self._text)
 

@@ -102,6 +102,8 @@ class ChatRenderer:
         """Refuse a call that the template does not print: it would be an empty turn. Count tools and thoughts that it skips."""
         if example.tools and not template.knows_tools:
             self.counts["unseen_tools"] += 1
+        if not _has_further_keys(example):
+            return
         if not template.knows_tool_calls:
             conversations = (turns for turns in (example.prompt, *example.answers) if not isinstance(turns, str))
             if any(turn.get("tool_calls") for turn in chain.from_iterable(conversations)):
@@ -235,6 +237,16 @@ class ChatRenderer:
             counted = self._find_counted(prompt, [answer], whole, marked, example)
             return whole[begin:], None if counted is None else clip_start(counted, begin)
         raise Unusable("template rewrites the prompt", "with an answer added, it no longer begins as it did when asked")
+
+
+def _has_further_keys(example: Example) -> bool:
+    """Return whether a message holds more than a role and a text."""
+    for turns in (example.prompt, *example.answers):
+        if not isinstance(turns, str):
+            for turn in turns:
+                if len(turn) != 2 or "content" not in turn:
+                    return True
+    return False
 
 
 def _as_messages(turns: Turns, role: str) -> list[Message]:

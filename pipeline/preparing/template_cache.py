@@ -5,7 +5,7 @@ does not look into the texts. It is rendered once with opaque texts (placeholder
 which the texts of other conversations are filled.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -64,7 +64,7 @@ class TemplateCache:
     ) -> None:
         self._template, self._render_uncached = template, render_uncached
         self._skeletons: dict[tuple[str, ...], tuple[Skeleton, Skeleton] | None] = {}
-        self._uses: Counter[tuple[str, ...]] = Counter()
+        self._uses: dict[tuple[str, ...], int] = {}
 
     def reset(self) -> None:
         """Compare anew, so that the conversations compared do not depend on those of earlier parts."""
@@ -73,10 +73,13 @@ class TemplateCache:
     def render(self, prompt: list[Message], answers: list[list[Message]]) -> ExampleText | None:
         """Return the text of a prompt and its answers; None if the template itself has to render them."""
         # In this order, as in the skeleton: a template may iterate over a message's keys.
-        if any(list(turn) != _KEYS for turn in chain(prompt, *answers)):
-            return None
-        if any(len(answer) != 1 or answer[0]["role"] != "assistant" for answer in answers):
-            return None
+        for turns in (prompt, *answers):
+            for turn in turns:
+                if list(turn) != _KEYS:
+                    return None
+        for answer in answers:
+            if len(answer) != 1 or answer[0]["role"] != "assistant":
+                return None
         shape = (*[turn["role"] for turn in prompt], "assistant")
         if shape not in self._skeletons:
             is_worth_it = len(shape) <= _LONGEST_SHAPE and len(self._skeletons) < _MOST_SHAPES
@@ -87,12 +90,15 @@ class TemplateCache:
         asked, rest = skeletons
         texts = [turn["content"] for turn in prompt]
         wholes = [[*texts, answer[0]["content"]] for answer in answers]
-        if not all(rest.fits(whole) for whole in wholes):
+        if not asked.fits(texts):
             return None
+        for whole in wholes:
+            if not rest.fits(whole):
+                return None
         filled = asked.fill(texts), tuple([rest.fill(whole) for whole in wholes])
         text = read_marks(*filled) if self._template.marks_generation(None) else ExampleText(*filled)
-        self._uses[shape] += 1
-        if self._uses[shape] <= _CHECKED_ALWAYS or self._uses[shape] % _CHECKED_EVERY == 0:
+        self._uses[shape] = n_uses = self._uses.get(shape, 0) + 1
+        if n_uses <= _CHECKED_ALWAYS or n_uses % _CHECKED_EVERY == 0:
             self._check(prompt, answers, text)
         return text
 
@@ -105,7 +111,7 @@ class TemplateCache:
             raise TemplateCacheMismatch(", ".join(turn["role"] for turn in prompt))
 
     def _trace(self, shape: Sequence[str]) -> tuple[Skeleton, Skeleton] | None:
-        """Return skeletons of the prompt, and of an answer after it with the guards of both."""
+        """Return skeletons of the prompt and of an answer after it, each with all guards about its texts."""
         render, literals = self._template.render, self._template.literals
         asked = trace_skeleton(lambda turns: render(turns, add_generation_prompt=True), shape[:-1], literals)
         whole = trace_skeleton(lambda turns: render(turns, add_generation_prompt=False), shape, literals)
@@ -118,7 +124,10 @@ class TemplateCache:
             return None
         if any(chars and chars.strip() for chars in slots[0].left + slots[0].right):
             return None  # An answer that loses more than spaces is counted as restored.
-        return asked, Skeleton(rest, tuple(dict.fromkeys((*asked.guards, *whole.guards))))
+        guards = dict.fromkeys((*asked.guards, *whole.guards))
+        of_answer = tuple(guard for guard in guards if guard.slot.which == len(shape) - 1)
+        of_prompt = tuple(guard for guard in guards if guard not in of_answer)
+        return Skeleton(asked.pieces, of_prompt), Skeleton(rest, of_answer)
 
 
 def trace_skeleton(render: Render, shape: Sequence[str], literals: Sequence[str] = ()) -> Skeleton | None:

@@ -34,6 +34,8 @@ ROLES = {
 CONTEXT = ("system", "tools", "chat_template_kwargs")
 # Tools of one side. A pair has one prompt, which shows one set of tools, so they have to be the same.
 SIDES = ("chosen_tools", "rejected_tools")
+_TEMPLATE_INPUTS = frozenset(("tools", "chat_template_kwargs", *SIDES))
+_DATA_COLUMNS = {kind: schema.data_columns(kind) for kind in ("pairs", "labels")}
 _ANSWERING = ("assistant", "tool")
 # Columns of messages that hold a prompt, perhaps with its answer.
 _PROMPTS = ("prompt", "context", "messages", "conversations")
@@ -125,7 +127,7 @@ def number(record: Record, column: str) -> float:
 
 
 def optional_number(record: Record, column: str) -> float | None:
-    return None if _is_absent(record.get(column)) else number(record, column)
+    return None if column not in record or _is_absent(record[column]) else number(record, column)
 
 
 def rows(record: Record, column: str) -> list[Record]:
@@ -174,7 +176,16 @@ def messages(
         raise Unusable("wrong type", f"{column} is {type_name(value)}; expected text or a list of messages")
     if not value:
         raise Unusable("empty prompt" if column in _PROMPTS else "empty answer", f"{column} has no messages")
+    if role == "role" and content == "content" and roles is None:
+        return [each if _is_plain(each) else message(each, column) for each in value]
     return [message(each, column, role=role, content=content, roles=roles) for each in value]
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a message is as most are: a role and a text, and nothing else."""
+    if type(value) is not dict or len(value) != 2:
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def message(
@@ -309,7 +320,7 @@ def make_label(
 
 def with_system(record: Record, prompt: Turns) -> Turns:
     """Put the row's `system` before the prompt, unless that begins with a system message of its own."""
-    system = optional_text(record, "system")
+    system = optional_text(record, "system") if "system" in record else ""
     if not system.strip():
         return prompt
     if isinstance(prompt, str):
@@ -321,6 +332,8 @@ def with_system(record: Record, prompt: Turns) -> Turns:
 
 def template_inputs(record: Record) -> dict[str, Any]:
     """Read what a row may bring for the chat template: `tools` and `chat_template_kwargs`."""
+    if record.keys().isdisjoint(_TEMPLATE_INPUTS):
+        return {}
     tools, kwargs = _tools(record, "tools"), record.get("chat_template_kwargs")
     chosen, rejected = (_tools(record, column) or tools for column in SIDES)
     if chosen != rejected:
@@ -346,5 +359,9 @@ def _tools(record: Record, column: str) -> Any:
 
 def data_columns(record: Record, kind: str, **renamed: str) -> dict[str, float]:
     """Read the data columns of pairs or labels; `renamed` maps those that the record has under another name."""
-    values = {name: optional_number(record, renamed.get(name, name)) for name in schema.data_columns(kind)}
-    return {name: value for name, value in values.items() if value is not None}
+    columns: dict[str, float] = {}
+    for name in _DATA_COLUMNS[kind]:
+        value = optional_number(record, renamed.get(name, name))
+        if value is not None:
+            columns[name] = value
+    return columns

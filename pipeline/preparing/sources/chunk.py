@@ -18,6 +18,7 @@ Record = dict[str, Any]
 Numbered = tuple[int, bytes]
 Item = TypeVar("Item")
 
+_DECODER = json.JSONDecoder()
 # Only an escape can bring half of a surrogate pair into JSON; raw UTF-8 cannot hold one.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -91,7 +92,7 @@ def count_raw(row: Numbered) -> int:
 def parse_json(raw: bytes) -> tuple[Record | None, str, str]:
     """Parse a line or an array's element: the record, or None with the reason and the detail."""
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = _decode(raw.decode("utf-8"))
         if not isinstance(record, dict):
             return None, "not an object", f"found {type(record).__name__}"
         surrogate = find_surrogate(raw, record)
@@ -100,6 +101,15 @@ def parse_json(raw: bytes) -> tuple[Record | None, str, str]:
     except (ValueError, RecursionError) as error:
         return None, "malformed JSON", str(error)
     return (None, "lone surrogate", surrogate) if surrogate else (record, "", "")
+
+
+def _decode(text: str) -> Any:
+    """Return what json.loads does. It looks for spaces around an object, of which a line has none."""
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except ValueError:
+        end = -1
+    return value if end == len(text) else json.loads(text)
 
 
 def explain_utf8(error: UnicodeDecodeError) -> tuple[str, str]:

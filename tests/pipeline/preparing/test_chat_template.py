@@ -12,6 +12,8 @@ import time
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing import chat_template
@@ -125,6 +127,28 @@ def test_where_there_are_tools_the_templates_own_for_tools_is_used():
     template = ChatTemplate("plain", {}, DATE, tool_text="with {{ tools | length }} tools")
     assert template.render([USER], add_generation_prompt=False) == "plain"
     assert template.render([USER], add_generation_prompt=False, tools=TOOLS) == "with 1 tools"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "m.role", "m['role']", "m.absent is defined", "m.items is string", "m['items']", "m.items() | length", "m.get('get')",
+        "m.pop is defined", "m.pop", "m.__class__", "m['__class__']", "m.role.upper()", "m.role.upper() ~ m.role.upper()",
+        "m.list[0]", "m.list.append is defined", "m.list.append(1)", "m.list.index(1)", "m.role.absent", "m.role.absent.x",
+    ],
+)  # fmt: skip
+def test_attributes_are_looked_up_as_jinja_does(expression):
+    message = {"role": "user", "items": "a", "get": "b", "__class__": "c", "list": [1]}
+    found = []
+    for render in (
+        lambda text: ImmutableSandboxedEnvironment().from_string(text).render(messages=[message]),
+        lambda text: says(text, [message]),
+    ):
+        try:
+            found.append(render(f"{{% for m in messages * 2 %}}{{{{ {expression} }}}}{{% endfor %}}"))
+        except (SecurityError, UndefinedError, Unusable) as error:
+            found.append(str(getattr(error, "detail", f"{type(error).__name__}: {error}")))
+    assert found[0] == found[1]
 
 
 def test_a_template_cannot_change_the_messages():

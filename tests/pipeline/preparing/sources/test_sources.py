@@ -28,6 +28,7 @@ from prefcache.pipeline.preparing.sources import (
     open_source,
     sniff,
 )
+from prefcache.pipeline.preparing.sources.chunk import parse_json
 from prefcache.pipeline.stored import artifact
 
 ROWS = [
@@ -804,3 +805,21 @@ def test_a_name_that_is_not_utf_8_is_refused_in_a_sentence(prefcache, config, mo
     ):
         done = prefcache(*command, code=2)
         assert "p\\xff.jsonl: this name is not valid UTF-8. Rename it." in done.stderr
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a": 1}', b' {"a": 1}', b'{"a": 1} \t', b'\xef\xbb\xbf{"a": 1}', b'{"a": 1}x', b'{"a": 1} {"a": 2}', b'{"a": 1, "a": 2}',
+        b'{"a": NaN, "b": -Infinity, "c": 1e999}', b'{"a": ' + b"9" * 400 + b"}", b'{"a": ' + b"9" * 5000 + b"}", b"{", b"{}", b"1", b"",
+        b'{"a": 0.1, "b": 1E2, "c": -0.0}', b'{"a": "\\ud83d\\ude00 \\u0000 \\/"}', b'{"a": "\x01"}', b'{"a": [' * 2000, b'{"a" :1 , "b": []}\n',
+    ],
+)  # fmt: skip
+def test_a_line_is_read_as_json_loads_reads_it(raw):
+    record, reason, detail = parse_json(raw)
+    try:
+        expected = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        assert (record, reason, detail) == (None, "malformed JSON", str(error))
+    else:
+        assert repr(record) == repr(expected if isinstance(expected, dict) else None)
