@@ -68,7 +68,7 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     _refuse_in_use(config)
     pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
     resolved = resolve_config(config.prepare, model, sources, progress)
-    resolved = replace(resolved, fast_tokenizer=_is_worth_fast_tokenizer(resolved, sources))
+    resolved = replace(resolved, fast_tokenizer=_use_fast_tokenizer(resolved, sources, progress))
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
     worker = part_worker.PartWorker(resolved)
     inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
@@ -197,14 +197,21 @@ def _count_workers(resolved: ResolvedConfig) -> int:
     return resolved.prepare.workers or process_pool.cores()
 
 
-def _is_worth_fast_tokenizer(resolved: ResolvedConfig, sources: list[DataSource]) -> bool:
-    """Return whether every worker has so much text that loading the fast tokenizer pays off."""
+def _use_fast_tokenizer(resolved: ResolvedConfig, sources: list[DataSource], progress: Progress) -> bool:
+    """Return whether the fast tokenizer is installed, and every worker has enough text for loading it to pay off."""
     backend = resolved.tokenizer.backend
-    if not resolved.prepare.fast_tokenizer or backend is None or fastokens_version() is None:
+    if not resolved.prepare.fast_tokenizer or backend is None:
         return False
     _, world = process_pool.rank_and_world()
     n_bytes = sum(source.estimate_bytes() for source in sources)
-    return n_bytes / (world * _count_workers(resolved)) > break_even(backend)
+    if n_bytes / (world * _count_workers(resolved)) <= break_even(backend):
+        return False
+    if fastokens_version() is None:
+        progress.say(
+            "prepare: pip install 'prefcache[fast]' would tokenize so much data several times faster, with the same ids"
+        )
+        return False
+    return True
 
 
 def _find_finished_part(folder: Path, number: int, source: int) -> PartRecord | None:

@@ -388,6 +388,13 @@ def test_a_little_data_is_not_worth_loading_the_fast_tokenizer(many, prepare, tm
     prepare("prepare.workers=1")
 
 
+def test_where_it_is_not_installed_much_data_gets_a_hint(many, prepare, monkeypatch):
+    monkeypatch.setattr(prepare_command, "fastokens_version", lambda: None)
+    assert "prefcache[fast]" not in prepare("prepare.workers=1", "prepare.fast_tokenizer=false")["stderr"]
+    monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
+    assert "pip install 'prefcache[fast]' would tokenize" in prepare("prepare.workers=1", "prepare.seed=1")["stderr"]
+
+
 def test_ranks_one_after_another_make_what_one_machine_makes(many, prefcache, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
