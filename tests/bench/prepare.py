@@ -184,11 +184,11 @@ def _checksums(table: pa.Table) -> list[int]:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    return _prepare(folder, {"fast_tokenizer": "auto"} if len(_ours()) > 1 else {})
+    return _prepare(folder, {"fast_tokenizer": "true"} if len(_ours()) > 1 else {})
 
 
 def exact(folder: Path) -> dict[str, Any]:
-    return _prepare(folder, {"fast_tokenizer": "off"})
+    return _prepare(folder, {"fast_tokenizer": "false"})
 
 
 def _prepare(folder: Path, more: dict[str, str]) -> dict[str, Any]:
