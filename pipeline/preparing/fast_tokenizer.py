@@ -25,14 +25,16 @@ COMPARED_FIRST = 16  # texts of each part
 # Odd, as the answers of pairs alternate: an even number would compare the chosen ones alone.
 COMPARED_EVERY = 61
 
-# What Oniguruma and fastokens' regex engines read alike: no anchors, possessive or lazy quantifiers, nested classes, ".",
-# and only such abbreviations as do not depend on the engine.
+# Patterns that Oniguruma and the engines of fastokens read alike: no anchors, possessive or lazy quantifiers, nested
+# classes or ".", of the abbreviations those that were compared, and without regard to case only the English contractions,
+# since one letter may match two (\u00df and ss).
 _ESCAPED = r"\\(?:[pP]\{\w+\}|[rntsS]|[^\w\s])"
+_CLASS = rf"\[\^?(?:{_ESCAPED}|(?!&&)[^\[\]\\])+\]"
+_CONTRACTIONS = r"\(\?i:(?:'?(?:s|t|re|ve|m|ll|d|\[sdmt\])(?:\|(?!\))|(?=\))))+\)"
+_QUANTIFIER = r"(?:[?*+]|\{\d+(?:,\d*)?\})(?![?*+{])"
+_LITERAL = r"[^\\()\[\]{}.^$|?*+]"
 _SAME_REGEX = re.compile(
-    rf"""(?: \| | \((?:\?(?:i?:|!))? | (?:
-        {_ESCAPED} | \[\^?(?:{_ESCAPED}|(?!&&)[^\[\]\\])+\] | \) | [^\\()\[\]{{}}.^$|?*+]
-    ) (?: (?:[?*+]|\{{\d+(?:,\d*)?\}}) (?![?*+{{]) )? )+""",
-    re.VERBOSE,
+    rf"(?:{_CONTRACTIONS}(?:{_QUANTIFIER})?|\||\((?:\?[:!])?|(?:{_ESCAPED}|{_CLASS}|\)|{_LITERAL})(?:{_QUANTIFIER})?)+"
 )
 
 

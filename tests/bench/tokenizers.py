@@ -1,8 +1,11 @@
 """Compare fastokens with the tokenizers library on texts made to tell them apart.
 
-    python -m tests.bench.tokenizers FOLDER --minutes 10
+    make compare-tokenizers MODEL=path/to/model
+    python -m tests.bench.tokenizers FOLDER --minutes 10 --data pairs.jsonl
 
-FOLDER has a tokenizer. Differences are printed with the shortest text that shows them; the exit code is 1 if there are any.
+FOLDER has a tokenizer. Every code point is encoded, every token of the vocabulary, each added token in many surroundings, long
+texts, and for some minutes random ones. A difference is printed with the shortest text that shows it; the exit code is 1 if there
+is one.
 """
 
 import argparse
@@ -40,6 +43,7 @@ SCRIPTS = {
     "han": "\u4e2d\u6587\u5b57\u7684\u4e00\u662f\u4e0d\u4e86\u4eba\u6211\uff0c\u3002\uff01\uff1f\U00020000\u2f00\uf900",
     "kana": "".join(map(chr, range(0x3040, 0x3100))),
     "hangul": "".join(map(chr, range(0xAC00, 0xD7A0, 97))),
+    "greek": "".join(map(chr, [*range(0x370, 0x400), *range(0x1F00, 0x2000)])),
     "cyrillic": "".join(map(chr, range(0x400, 0x500))),
     "rtl": "".join(map(chr, [*range(0x5D0, 0x5EB), *range(0x620, 0x660), 0x200E, 0x200F, 0x202B])),
     "indic": "".join(map(chr, [*range(0x900, 0x980), *range(0xE00, 0xE60)])),
@@ -254,6 +258,14 @@ def extended(random_: random.Random, texts: list[str]) -> Iterator[str]:
             yield whole[: random_.randint(len(whole) // 2, len(whole))] + random_.choice(ends) * random_.randint(1, 3)
 
 
+def vocabulary(exact: Tokenizer) -> Iterator[str]:
+    """Yield every token as the vocabulary has it, and as text: alone, as a word, and within one."""
+    for token, number in exact.get_vocab(with_added_tokens=False).items():
+        yield token
+        yield exact.decode([number], skip_special_tokens=False)
+        yield f"a {token} {token}b"
+
+
 def vocabulary_pairs(random_: random.Random, pieces: list[str]) -> Iterator[str]:
     while True:
         yield "".join(random_.choices(pieces, k=random_.choice((2, 2, 3, 8))))
@@ -298,12 +310,13 @@ def run(
         "random": random_texts(random_, added, pieces, words),
         "mutated": mutated(random_, texts, added),
         "extended": extended(random_, texts),
-        "vocabulary": vocabulary_pairs(random_, pieces),
+        "tokens": vocabulary_pairs(random_, pieces),
     }
     fixed = {
         "probes": iter(PROBES),
         "added tokens": around_tokens(added),
         "data": iter(texts),
+        "vocabulary": vocabulary(comparison.exact),
         "long": long_texts(random_, added, texts),
         "code points": code_points(),
     }
@@ -311,17 +324,15 @@ def run(
         if only and kind not in only.split(","):
             continue
         until = time.monotonic() + minutes * 60 / len(endless)
-        before, start = (comparison.n_texts, comparison.n_characters), time.monotonic()
+        n_texts, n_characters, (exact, fast) = comparison.n_texts, comparison.n_characters, comparison.seconds
         size = {"long": 4, "extended": 12, "data": 200}.get(kind, _BATCH)
         while (batch := list(islice(source, size))) and (kind in fixed or time.monotonic() < until):
             comparison.compare(kind, batch)
-        n, characters = comparison.n_texts - before[0], comparison.n_characters - before[1]
-        n_differing = len(comparison.differences.get(kind, []))
         report(
-            f"{kind:14} {n:9,} texts {characters:13,} characters {n_differing:6,} differ  {time.monotonic() - start:6.0f} s"
+            f"{kind:14} {comparison.n_texts - n_texts:9,} texts {comparison.n_characters - n_characters:13,} characters "
+            f"{len(comparison.differences.get(kind, [])):6,} differ; CPU s: {comparison.seconds[0] - exact:7.2f} with "
+            f"tokenizers {comparison.seconds[1] - fast:7.2f} with fastokens"
         )
-    exact, fast = comparison.seconds
-    report(f"CPU seconds: {exact:.1f} with tokenizers, {fast:.1f} with fastokens")
     return comparison
 
 

@@ -6,12 +6,13 @@ import os
 import random
 import subprocess
 import sys
+import time
 from array import array
 
 import pytest
 from tokenizers import Tokenizer
 
-from prefcache.pipeline.preparing import fast_tokenizer
+from prefcache.pipeline.preparing import fast_tokenizer, tokenizer_facts
 from prefcache.pipeline.preparing.fast_tokenizer import (
     COMPARED_EVERY,
     COMPARED_FIRST,
@@ -24,6 +25,7 @@ from prefcache.pipeline.preparing.fast_tokenizer import (
 from prefcache.pipeline.preparing.token_ids import split_flat, to_ids
 from tests.bench import tokenizers as comparison
 from tests.helpers import tokenizers
+from tests.helpers.real_tokenizers import fetch_or_skip
 from tests.helpers.tokenizers import GPT2, LLAMA3
 
 pytest.importorskip("fastokens")
@@ -84,9 +86,43 @@ def test_ids_are_those_of_the_tokenizers_library(family):
 @pytest.mark.parametrize("family", ["byte-level", "complete gemma"])
 def test_long_random_comparison_finds_no_difference(family):
     found = comparison.run(
-        backend_of(family), minutes=0.05, seed=1, data=[], only="probes,added tokens,random,mutated,extended,vocabulary"
+        backend_of(family),
+        minutes=0.05,
+        seed=1,
+        data=[],
+        only="probes,added tokens,vocabulary,random,mutated,extended,tokens",
     )
     assert found.n_texts > 1000 and not found.differences
+
+
+@pytest.mark.slow
+def test_every_code_point_gives_the_same_ids():
+    found = comparison.run(backend_of("tiktoken"), minutes=0, seed=1, data=[], only="code points")
+    assert found.n_texts == 2 * (0x110000 - 0x800) and not found.differences  # all but surrogates, in two texts each
+
+
+# As Transformers loads them: it makes DeepSeek V3's and Llama 2's one with Metaspace.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss", "gemma3", "gemma", "deepseek_v3", "llama2"])
+def test_real_tokenizers_give_the_same_ids_or_are_refused(name):
+    backend = tokenizer_facts.load_facts(fetch_or_skip(name)).backend
+    exact = exact_of(backend)
+    if name in ("deepseek_v3", "llama2"):
+        with pytest.raises(FastTokenizerUnavailable, match="Metaspace was not compared"):
+            FastTokenizer(backend, exact)
+        return
+    FastTokenizer(backend, exact)
+    kinds = "probes,added tokens,vocabulary,long,random,mutated,extended,tokens"
+    found = comparison.run(backend, minutes=0.2, seed=time.time_ns(), data=[], only=kinds)
+    assert found.n_texts > 100_000 and not found.differences
+
+
+@pytest.mark.slow
+def test_deepseek_as_its_file_says_gives_the_same_ids():
+    backend = (fetch_or_skip("deepseek_v3") / "tokenizer.json").read_text(encoding="utf-8")
+    FastTokenizer(backend, exact_of(backend))
+    kinds = "probes,added tokens,vocabulary,random,mutated,extended,tokens"
+    assert not comparison.run(backend, minutes=0.2, seed=time.time_ns(), data=[], only=kinds).differences
 
 
 def test_special_tokens_truncation_and_padding_are_left_out():
@@ -155,6 +191,7 @@ UNTESTED = {
     "word ends": (changed, ["tiktoken"], {"model": {"end_of_word_suffix": "</w>"}}, "pieces of words"),
     "possessive": (changed, ["tiktoken"], {"pre_tokenizer": split_at(r"\p{N}{1,3}+|\p{L}+")}, "read differently"),
     "anchors": (changed, ["tiktoken"], {"pre_tokenizer": split_at(r"^\s+|\p{L}+")}, "read differently"),
+    "folding": (changed, ["tiktoken"], {"pre_tokenizer": split_at("(?i:\u00df)|\\p{L}+")}, "read differently"),
     "no bytes": (changed, ["tiktoken"], {"pre_tokenizer": None}, "within tokens|does not know"),
     "normalizer": (changed, ["tiktoken"], {"normalizer": {"type": "Lowercase"}}, "Lowercase was not compared"),
     "pre-tokenizer": (changed, ["tiktoken"], {"pre_tokenizer": {"type": "BertPreTokenizer"}}, "was not compared"),
@@ -187,6 +224,7 @@ def test_an_added_token_that_takes_the_spaces_on_both_sides_is_refused():
     [
         ("possessive", "4242"),
         ("anchors", "e\n\n`"),
+        ("folding", "\u017fst"),
         ("no bytes", "e s"),
         ("characters", "<0x0A>"),
         ("unknown", " \u2163 "),
