@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from prefcache.pipeline.preparing import chat_template, placeholder_text, template_cache
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
+from prefcache.pipeline.preparing.encoder import ExampleText
 from prefcache.pipeline.preparing.example import Pair, Unusable
 from prefcache.pipeline.preparing.generation_marks import CLOSE, OPEN
 from prefcache.pipeline.preparing.part_worker import PartWorker
@@ -47,7 +48,7 @@ def turns(shape: Any, texts: Any) -> list[dict[str, str]]:
 
 
 def traced(text: str, shape: tuple[str, ...] = ("user",), ask: bool = False) -> Skeleton | None:
-    return template_cache.trace_skeleton(rendering(text, ask), shape)
+    return template_cache.trace_skeleton(rendering(text, ask), [(role, "role", "content") for role in shape])
 
 
 SKELETONS = [
@@ -392,6 +393,30 @@ def test_no_way_of_looking_in_is_overlooked(look):
         assert cached.render(unseen_pair(prompt)) == plain.render(unseen_pair(prompt))
     turned = Pair(prompt=[{"content": "why is it so?", "role": "user"}], chosen="yes", rejected="no")
     assert cached.render(turned) == plain.render(turned)
+
+
+def test_messages_whose_content_comes_first_have_skeletons_too():
+    # As in Parquet files, whose columns stand in the order of their names.
+    template = "{% for m in messages %}{{ m | list | join('+') }}: {{ m.content }};{% endfor %}"
+    cached, plain = (ChatRenderer(ChatTemplate(template, SPECIAL, DATE)) for _ in range(2))
+    plain.reset(use_cache=False)
+    asked, yes = {"content": "why?", "role": "user"}, [{"content": "yes", "role": "assistant"}]
+    swapped = Pair(prompt=[asked], chosen=yes, rejected=[{"content": "no", "role": "assistant"}])
+    usual = Pair(prompt="why?", chosen="yes", rejected="no")
+    assert (
+        cached.render(swapped)
+        == plain.render(swapped)
+        == ExampleText("content+role: why?;", ("content+role: yes;", "content+role: no;"))
+    )
+    assert (
+        cached.render(usual)
+        == plain.render(usual)
+        == ExampleText("role+content: why?;", ("role+content: yes;", "role+content: no;"))
+    )
+    assert len(cached.cache._skeletons) == 2 and all(cached.cache._skeletons.values())
+    mixed = Pair(prompt=[asked], chosen=yes, rejected="no")
+    assert cached.render(mixed) == plain.render(mixed)
+    assert len(cached.cache._skeletons) == 2
 
 
 def test_skeletons_give_what_templates_give_one_by_one():
