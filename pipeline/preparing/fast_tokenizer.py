@@ -67,13 +67,12 @@ class FastTokenizer:
             raise FastTokenizerUnavailable(reason)
         self._exact = exact
         self.n_compared = self._n_encoded = 0
-        with _own_environment():
-            self._native = load_fastokens(backend)
-            probes = list(_probes(exact))
-            try:
-                self._compare(probes, self._encode(probes))
-            except FastTokenizerMismatch as mismatch:
-                raise FastTokenizerUnavailable(str(mismatch)) from None
+        self._native = load_fastokens(backend)
+        probes = list(_probes(exact))
+        try:
+            self._compare(probes, self._encode(probes))
+        except FastTokenizerMismatch as mismatch:
+            raise FastTokenizerUnavailable(str(mismatch)) from None
         self.reset()
 
     def reset(self) -> None:
@@ -115,23 +114,25 @@ def load_fastokens(backend: str) -> Any:
         from fastokens._native import Tokenizer as Native
     except ImportError as error:
         raise FastTokenizerUnavailable(f"fastokens cannot be imported: {error}") from None
-    with _failures_as(FastTokenizerUnavailable):
+    with _own_environment(), _failures_as(FastTokenizerUnavailable):
         native = Native.from_json_str(backend)
         native.no_truncation()
         native.no_padding()
+        native.encode_batch_flat(["a", "b"])  # reads how many threads it may have
         return native
 
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """Hide settings meant for other programs that use fastokens, which reads them until it has encoded something."""
+    """Keep it to one thread, as it was compared; hide settings meant for other programs that use it."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("FASTOKENS_")}
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"
     if os.environ.get("TOKENIZERS_PARALLELISM") == "false":  # there is a process for every core
-        os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
+        os.environ["RAYON_NUM_THREADS"] = "1"  # which it reads at its first very long text
     try:
         yield
     finally:
-        os.environ.pop("FASTOKENS_BPE_THREADS", None)
+        del os.environ["FASTOKENS_BPE_THREADS"]
         os.environ.update(hidden)
 
 

@@ -302,6 +302,7 @@ def encode(n):
 encode(10)
 before = resident()
 encode(40)  # 200,000 distinct words: four times what fits into its cache
+fast.encode(["word " * 400_000])
 names = sorted(name for name in os.environ if name.startswith("FASTOKENS_"))
 print(len(os.listdir("/proc/self/task")), resident() - before, *names)
 """
