@@ -8,9 +8,9 @@
 Runs alternate, and a ratio is the median of the rounds' ratios. `bare` is one `encode_batch_fast` of the tokenizers
 library after another over prompt, chosen and rejected texts, as the chat template writes them, with all cores; nothing
 is read, rendered, checked, hashed or stored. `whole` gives it the prompt with each answer, as TRL does. `ours` is all of
-that, from the file to the manifest, and `trl` the same from the file to TRL's columns, with the same template, cores and
-longest sequence. Loading the tokenizer through Transformers is counted for neither. CPU seconds are those of the process
-and all its children.
+that, from the file to the manifest; `exact` is `ours` without the fast tokenizer, which `ours` uses where there is
+enough text. `trl` is the same from the file to TRL's columns, with the same template, cores and longest sequence. Loading
+the tokenizer through Transformers is counted for neither. CPU seconds are those of the process and all its children.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -32,11 +33,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_facts
 from tests.bench import corpus
 from tests.helpers.real_tokenizers import Unavailable
 
 BATCH = 4096
+OURS = ("ours", "exact")
 TRAINED = "trained"
 TOKENIZERS = ("qwen3", "llama3_1", "gptoss")
 MAX_LENGTH = 8192
@@ -75,6 +77,8 @@ def main() -> None:
                 name = TRAINED
                 print(f"{error}: measuring a tokenizer that is trained for this")
                 corpus.write_tokenizer(folder / "model", options.vocabulary)
+            # In a process of its own, whose memory is not taken for a worker's.
+            (folder / "facts.json").write_text(json.dumps(asdict(load_facts(folder / "model"))))
             if options.memory:
                 _measure_memory(name, folder, options.memory)
             else:
@@ -93,7 +97,7 @@ def _write_tokenizer(name: str, folder: Path, vocabulary: int) -> None:
 
 def _measure_memory(name: str, folder: Path, n_pairs: int) -> None:
     corpus.write_short_pairs(folder / "pairs.jsonl", n_pairs)
-    for part in _ours():
+    for part in OURS:
         found = _run(part, folder)
         print(
             f"{name}, {part}, {n_pairs:,} pairs: {found['parent_mib']:,.0f} MiB in the parent, "
@@ -102,7 +106,7 @@ def _measure_memory(name: str, folder: Path, n_pairs: int) -> None:
 
 
 def _compare(name: str, folder: Path, n_pairs: int, n_rounds: int, *, with_trl: bool) -> None:
-    parts = ["bare", "whole", *_ours(), *(["trl"] if with_trl and find_spec("trl") else [])]
+    parts = ["bare", "whole", *OURS, *(["trl"] if with_trl and find_spec("trl") else [])]
     rounds = [{part: _run(part, folder) for part in parts} for _ in range(n_rounds)]
     n_tokens = rounds[0]["bare"]["tokens"]
     assert rounds[0]["ours"]["tokens"] == n_tokens, "not the same tokens"
@@ -130,10 +134,6 @@ def _ratio(rounds: list[dict[str, Any]], other: str, ours: str) -> str:
         statistics.median(each[other][what] / each[ours][what] for each in rounds) for what in ("seconds", "cpu")
     )
     return f"{wall:.2f} (CPU {cpu:.2f})"
-
-
-def _ours() -> list[str]:
-    return ["ours", *(["exact"] if "fast_tokenizer" in Prepare.model_fields else [])]
 
 
 def _run(part: str, folder: Path) -> dict[str, Any]:
@@ -184,26 +184,25 @@ def _checksums(table: pa.Table) -> list[int]:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    return _prepare(folder, {"fast_tokenizer": "true"} if len(_ours()) > 1 else {})
+    return _prepare(folder)
 
 
 def exact(folder: Path) -> dict[str, Any]:
-    return _prepare(folder, {"fast_tokenizer": "false"})
+    return _prepare(folder, fast_tokenizer="false")
 
 
-def _prepare(folder: Path, more: dict[str, str]) -> dict[str, Any]:
+def _prepare(folder: Path, **more: str) -> dict[str, Any]:
     """Prepare, from the file to the manifest."""
     import shutil
 
     from prefcache.commands import prepare
     from prefcache.pipeline import config_file
     from prefcache.pipeline.preparing import resolved_config
-    from prefcache.pipeline.preparing.tokenizer_facts import load_facts
     from prefcache.pipeline.progress import Progress
     from prefcache.pipeline.stored import prepared
 
     shutil.rmtree(folder / "out", ignore_errors=True)
-    facts = load_facts(folder / "model")
+    facts = _read_facts(folder)
     resolved_config.tokenizer_facts.load_facts = lambda _: facts  # type: ignore[attr-defined]
     # TRL's templates print the day's date.
     more |= {"data": str(folder / "pairs.jsonl"), "max_length": str(MAX_LENGTH), "date": str(datetime.date.today())}
@@ -226,6 +225,11 @@ def _prepare(folder: Path, more: dict[str, str]) -> dict[str, Any]:
     return found | {"tokens": n_tokens, "rows": _checksums(table.sort_by("line"))}
 
 
+def _read_facts(folder: Path) -> TokenizerFacts:
+    facts = json.loads((folder / "facts.json").read_text())
+    return TokenizerFacts(**facts | {"added_tokens": tuple(facts["added_tokens"])})
+
+
 def bare(folder: Path) -> dict[str, Any]:
     return _bare(folder, lambda prompt, chosen, rejected: (prompt, chosen, rejected))
 
@@ -240,9 +244,8 @@ def _bare(folder: Path, texts: Callable[[str, str, str], tuple[str, ...]]) -> di
     from prefcache.pipeline.preparing.chat_template import ChatTemplate
     from prefcache.pipeline.preparing.example import Pair
     from prefcache.pipeline.preparing.render_chat import ChatRenderer
-    from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 
-    facts = load_facts(folder / "model")
+    facts = _read_facts(folder)
     assert facts.chat_template is not None
     renderer = ChatRenderer(ChatTemplate(facts.chat_template, facts.special, datetime.date.today()), "all")
     batches: list[list[str]] = [[]]
