@@ -16,8 +16,8 @@ from tests.helpers.tokenizers import DATE
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
-# Prompts of one, two and three questions, with and without a system message.
-SHAPES = ("u", "su", "uau", "suau", "uauau", "suauau")
+# Prompts of one, two and three questions, some with a system message.
+SHAPES = ("u", "su", "suau", "uauau")
 NEMOTRON = ("3_5_lightning", "3_nano", "3_super", "3_ultra")
 FETCHED = ("qwen3", "qwen2_5", "llama3_1")  # gptoss comes without a template; TRL has one for it
 # Where there is no skeleton, and why. All others have one of each shape.
@@ -28,8 +28,8 @@ MISSING = (
     | dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], (" ".join(SHAPES), REWRITES))
     | dict.fromkeys([f"nemotron_{kind}" for kind in NEMOTRON], (" ".join(SHAPES), REWRITES))
     | {
-        "cohere2": ("su suau suauau", "compares a system message with others"),
-        "muse_glimmer": ("su suau suauau", "replaces words of a system message"),
+        "cohere2": ("su suau", "compares a system message with others"),
+        "muse_glimmer": ("su suau", "replaces words of a system message"),
     }
 )
 TEMPLATES = [*trl_templates(), *(f"npm {name}" for name in FETCHED)]
@@ -86,7 +86,7 @@ def test_the_usual_conversations_have_skeletons(name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_a_skeleton_gives_what_the_template_gives(name, data):
     shape = data.draw(st.sampled_from(SHAPES))
     pair = pair_of(shape, data.draw(st.lists(texts, min_size=len(shape) + 2, max_size=len(shape) + 2)))
