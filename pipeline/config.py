@@ -147,7 +147,7 @@ class Prepare(Section):
     rows_per_shard: Count = 50_000
     """Number of examples per Arrow file."""
     workers: Count | None = None
-    """Number of worker processes. Default: one per core. Never changes the result."""
+    """Number of worker processes. Default: one per core, or fewer where the data are too small for that. Never changes the result."""
     fast_tokenizer: bool = True
     """Tokenize large data with the package fastokens, if it is installed (pip install 'prefcache[fast]'), and compare a part of the texts with the usual tokenizer. Never changes the result."""
 

@@ -34,6 +34,8 @@ REFUSED_FILE = "quarantine-refused.parquet"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # The names of our shards; any other file in the folder is kept.
 _SHARD = r"[a-z][a-z0-9_]*-[0-9a-f]{8}-\d{5,}\.arrow"
+# Data that makes a worker worth its start, and the size of a tokenizer, as JSON, that takes as long to load as Python to start.
+_WORKER_BYTES, _WORKER_TOKENIZER = 4 << 20, 2 << 20
 # Settings that apply after the parts are finished, so that parts stay valid when they change.
 _NOT_IN_PARTS = {
     "data",
@@ -68,12 +70,14 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     _refuse_in_use(config)
     pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
     resolved = resolve_config(config.prepare, model, sources, progress)
-    resolved = replace(resolved, fast_tokenizer=_use_fast_tokenizer(resolved, sources, progress))
+    n_bytes = sum(source.estimate_bytes() for source in sources) // process_pool.rank_and_world()[1]
+    n_workers = _count_workers(resolved, n_bytes)
+    resolved = replace(resolved, fast_tokenizer=_use_fast_tokenizer(resolved, n_bytes // n_workers, progress))
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
     worker = part_worker.PartWorker(resolved)
     inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
     folder = _parts_folder(config, inputs)
-    part_sources = _prepare_parts(folder, worker, sources, progress)
+    part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
     try:
         parts = _find_finished(folder, part_sources)
         if parts is not None:
@@ -160,7 +164,7 @@ def _short_hash(inputs: dict[str, Any]) -> str:
 
 
 def _prepare_parts(
-    folder: Path, worker: part_worker.PartWorker, sources: list[DataSource], progress: Progress
+    folder: Path, worker: part_worker.PartWorker, n_workers: int, sources: list[DataSource], progress: Progress
 ) -> list[int]:
     """Prepare the missing parts of this process's share. Return the source of every part of the preparation."""
     rank, world = process_pool.rank_and_world()
@@ -183,7 +187,7 @@ def _prepare_parts(
 
     with progress.count("prepare", None, "records") as counter:
         start = partial(part_worker.start_worker, worker.resolved, folder)
-        for record in process_pool.run(start, tasks(), _count_workers(worker.resolved), worker.task(folder)):
+        for record in process_pool.run(start, tasks(), n_workers, worker.task(folder)):
             counter.add(record.records)
             problems |= {record.fast_tokenizer_unavailable, record.fast_tokenizer_mismatch}
     if n_finished and len(part_sources) > n_prepared:
@@ -193,18 +197,20 @@ def _prepare_parts(
     return part_sources
 
 
-def _count_workers(resolved: ResolvedConfig) -> int:
-    return resolved.prepare.workers or process_pool.cores()
+def _count_workers(resolved: ResolvedConfig, n_bytes: int) -> int:
+    """Return the number in the config, or as many as there is enough data for, up to one per core.
+
+    A worker takes as long to start, with its tokenizer, as to prepare some megabytes.
+    """
+    tokenizer_size = len(resolved.tokenizer.backend or "")
+    enough = _WORKER_BYTES * (1 + tokenizer_size / _WORKER_TOKENIZER)
+    return resolved.prepare.workers or max(1, min(process_pool.cores(), int(n_bytes // enough)))
 
 
-def _use_fast_tokenizer(resolved: ResolvedConfig, sources: list[DataSource], progress: Progress) -> bool:
-    """Return whether the fast tokenizer is installed, and every worker has enough text for loading it to pay off."""
+def _use_fast_tokenizer(resolved: ResolvedConfig, n_bytes: int, progress: Progress) -> bool:
+    """Return whether the fast tokenizer is installed, and a worker has enough data for loading it to pay off."""
     backend = resolved.tokenizer.backend
-    if not resolved.prepare.fast_tokenizer or backend is None:
-        return False
-    _, world = process_pool.rank_and_world()
-    n_bytes = sum(source.estimate_bytes() for source in sources)
-    if n_bytes / (world * _count_workers(resolved)) <= break_even(backend):
+    if not resolved.prepare.fast_tokenizer or backend is None or n_bytes <= break_even(backend):
         return False
     if fastokens_version() is None:
         progress.say(

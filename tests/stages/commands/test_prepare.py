@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.examples import make_older
 from tests.helpers.processes import is_gone, launch
 from tests.helpers.project import PREFCACHE, pair, start, write_config, write_pairs
+from tests.helpers.tokenizers import facts, resolved_config
 from tests.helpers.wrong_tokenizer import load_wrong_tokenizer
 
 Prepare = Callable[..., dict[str, Any]]
@@ -393,6 +395,20 @@ def test_where_it_is_not_installed_much_data_gets_a_hint(many, prepare, monkeypa
     assert "prefcache[fast]" not in prepare("prepare.workers=1", "prepare.fast_tokenizer=false")["stderr"]
     monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
     assert "pip install 'prefcache[fast]' would tokenize" in prepare("prepare.workers=1", "prepare.seed=1")["stderr"]
+
+
+def test_there_are_as_many_workers_as_there_is_data_for(monkeypatch):
+    monkeypatch.setattr(prepare_command.process_pool, "cores", lambda: 8)
+    MB = 1 << 20
+
+    def workers(n_bytes: int, tokenizer_size: int, **settings: Any) -> int:
+        tokenizer = replace(facts("byte-level"), backend="x" * tokenizer_size)
+        return prepare_command._count_workers(resolved_config(tokenizer, None, **settings), n_bytes)
+
+    # 4 MB for each, and as much again for each 2 MB of the tokenizer: 4 * (1 + 4 / 2) = 12 MB.
+    assert [workers(n * MB, 4 * MB) for n in (1, 23, 25, 60, 10_000)] == [1, 1, 2, 5, 8]
+    assert [workers(n * MB, 0) for n in (0, 7, 9)] == [1, 1, 2]
+    assert workers(0, 4 * MB, workers=3) == 3
 
 
 def test_ranks_one_after_another_make_what_one_machine_makes(many, prefcache, expected, tmp_path, monkeypatch):
