@@ -6,6 +6,7 @@ any order. A part is finished once its record is committed; an interrupted prepa
     chunk -> records -> examples -> text -> ids -> within the length -> part-00007.arrow, and its quarantine
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -53,8 +54,8 @@ class PreparedPart:
     quarantined: dict[str, int]
     first: dict[str, str]
     done: dict[str, int]
+    fast_tokenizer: bool = False
     fast_tokenizer_unavailable: str = ""
-    fast_tokenizer_mismatch: str = ""
 
 
 class PartWorker:
@@ -77,7 +78,18 @@ class PartWorker:
         self._readers = [get_format(source.format).bind(source.arguments) for source in resolved.source_formats]
 
     def task(self, folder: Path) -> Callable[..., PartRecord]:
-        return lambda number, source, chunk: commit_part(folder, number, source, self.prepare(source, chunk))
+        """Return the task of a process: prepare a part and commit it. A mismatch ends the fast tokenizer in all processes."""
+        tokenizer = self.encoder.tokenizer
+
+        def prepare_part(number: int, source: int, chunk: Chunk) -> PartRecord:
+            if mismatch := find_mismatch(folder):
+                tokenizer.refuse_fast(mismatch)
+            part = self.prepare(source, chunk)
+            if tokenizer.fast_mismatch and not find_mismatch(folder):
+                artifact.commit_bytes(mismatch_file(folder), tokenizer.fast_mismatch.encode(), durable=False)
+            return commit_part(folder, number, source, part)
+
+        return prepare_part
 
     def prepare(self, source: int, chunk: Chunk) -> PreparedPart:
         return self._redo_on_mismatch(lambda: self._prepare(source, list(chunk.lines())))
@@ -99,8 +111,8 @@ class PartWorker:
             quarantined=dict(sorted(quarantine.reasons.items())),
             first=quarantine.first,
             done=dict(sorted((done + self.renderer.counts).items())),
+            fast_tokenizer=self.encoder.tokenizer.is_fast,
             fast_tokenizer_unavailable=self.encoder.tokenizer.fast_unavailable,
-            fast_tokenizer_mismatch=self.encoder.tokenizer.fast_mismatch,
         )
 
     def _count_events(self, rows: Sequence[TruncatedExample]) -> Counter[str]:
@@ -138,7 +150,7 @@ class PartWorker:
                     # The template depends on the texts in a way that the cache missed. Render each conversation by itself.
                     use_cache = False
                 except FastTokenizerMismatch as error:
-                    self.encoder.tokenizer.refuse_fast(error)
+                    self.encoder.tokenizer.refuse_fast(str(error))
 
     # -- record -> examples -> text -> ids ---------------------------------------------------------------------------
 
@@ -281,6 +293,17 @@ def record_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06}.json"
 
 
+def mismatch_file(folder: Path) -> Path:
+    return folder / "fast-tokenizer-mismatch.txt"
+
+
+def find_mismatch(folder: Path) -> str:
+    """Return where the fast tokenizer differed in a part; "" if it did not."""
+    with contextlib.suppress(FileNotFoundError):
+        return mismatch_file(folder).read_text(encoding="utf-8")
+    return ""
+
+
 def start_worker(resolved: ResolvedConfig, folder: Path) -> Callable[..., PartRecord]:
     """Return what a worker process does with a task: prepare a part and commit it. Only its record is sent back."""
     return PartWorker(resolved).task(folder)
@@ -303,7 +326,7 @@ def commit_part(folder: Path, number: int, source: int, part: PreparedPart) -> P
 
 
 def find_finished(folder: Path, number: int) -> PartRecord | None:
-    """Return the record of a part; None if the part is missing or damaged."""
+    """Return the record of a part; None if it is missing, damaged, or made with a fast tokenizer that turned out to be wrong."""
     path = record_file(folder, number)
     if not path.exists():
         return None
@@ -312,5 +335,7 @@ def find_finished(folder: Path, number: int) -> PartRecord | None:
     except NewerError:
         raise
     except IntegrityError:
+        return None
+    if record.fast_tokenizer and find_mismatch(folder):
         return None
     return None if any(artifact.damage(folder, entry) for entry in (record.table, record.quarantine)) else record

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefcache.pipeline.preparing.fast_tokenizer import (
-    FastTokenizer,
-    FastTokenizerMismatch,
-    FastTokenizerUnavailable,
-)
+from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizer, FastTokenizerUnavailable
 from prefcache.pipeline.preparing.token_ids import Ids, to_ids
 from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_backend
 from prefcache.pipeline.tokenizer import load_tokenizer
@@ -59,6 +55,10 @@ class TextTokenizer:
             except FastTokenizerUnavailable as error:
                 self.fast_unavailable = str(error)
 
-    def refuse_fast(self, mismatch: FastTokenizerMismatch) -> None:
-        """Encode with the tokenizers library from now on."""
-        self._fast, self.fast_mismatch = None, str(mismatch)
+    @property
+    def is_fast(self) -> bool:
+        return self._fast is not None
+
+    def refuse_fast(self, mismatch: str) -> None:
+        """Encode with the tokenizers library from now on, because the faster one differs."""
+        self._fast, self._wants_fast, self.fast_mismatch = None, False, mismatch

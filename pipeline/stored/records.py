@@ -266,7 +266,7 @@ class PreparedManifest(Manifest):
     quarantined: dict[str, Count] = {}
     boundaries: dict[str, Count] = {}
     done: dict[str, Count] = {}
-    fast_tokenizer_mismatch: str = ""  # where the faster tokenizer differed; the usual one was used instead
+    fast_tokenizer_mismatch: str = ""  # where the fast tokenizer differed; then nothing of it was kept
     template: str | None = None
     date: str | None = None
     shards: list[ShardEntry]
@@ -287,8 +287,8 @@ class PartRecord(StoredRecord):
     quarantined: dict[str, Count]
     first: dict[str, str]
     done: dict[str, Count]
-    fast_tokenizer_unavailable: str = ""  # why this tokenizer has no faster way
-    fast_tokenizer_mismatch: str = ""  # where the faster one differed; then it was not used
+    fast_tokenizer: bool = False  # whether it encoded the texts
+    fast_tokenizer_unavailable: str = ""  # why it cannot be used with this tokenizer
     table: TableEntry
     quarantine: TableEntry
 

@@ -78,6 +78,9 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
     folder = _parts_folder(config, inputs)
     part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
+    if mismatch := part_worker.find_mismatch(folder):
+        progress.warn(f"prepare: {mismatch}. All that fastokens encoded is prepared again, with the usual tokenizer")
+        part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
     try:
         parts = _find_finished(folder, part_sources)
         if parts is not None:
@@ -170,7 +173,7 @@ def _prepare_parts(
     rank, world = process_pool.rank_and_world()
     artifact.remove_leftovers(folder.parent)
     part_sources: list[int] = []
-    problems: set[str] = set()  # of the fast tokenizer
+    reasons: set[str] = set()  # why the fast tokenizer cannot be used
     n_prepared = n_finished = 0
 
     def tasks() -> Iterator[tuple[int, int, Chunk]]:
@@ -189,11 +192,11 @@ def _prepare_parts(
         start = partial(part_worker.start_worker, worker.resolved, folder)
         for record in process_pool.run(start, tasks(), n_workers, worker.task(folder)):
             counter.add(record.records)
-            problems |= {record.fast_tokenizer_unavailable, record.fast_tokenizer_mismatch}
+            reasons.add(record.fast_tokenizer_unavailable)
     if n_finished and len(part_sources) > n_prepared:
         progress.say(f"prepare: {n_finished:,} of {len(part_sources):,} parts were there already")
-    for problem in sorted(filter(None, problems)):
-        progress.warn(f"prepare: the usual tokenizer is used, which is slower: {problem}")
+    for reason in sorted(filter(None, reasons)):
+        progress.say(f"prepare: fastokens is not used, which would be faster: {reason}")
     return part_sources
 
 
@@ -268,7 +271,7 @@ def _finalize(
         quarantined=parts.sum_counts("quarantined"),
         boundaries={name: done.pop(name) for name in ("exact", "split") if name in done},
         done=done | {name: n for name, n in sorted(row_counts.items()) if n},
-        fast_tokenizer_mismatch=next(filter(None, (record.fast_tokenizer_mismatch for record in parts.records)), ""),
+        fast_tokenizer_mismatch=part_worker.find_mismatch(parts.folder),
         template=resolved.template,
         date=resolved.date,
         shards=shards,

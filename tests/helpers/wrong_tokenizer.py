@@ -1,4 +1,4 @@
-"""A fast tokenizer that goes wrong: one that lacks a merge of the tokenizer that it is compared with."""
+"""A fast tokenizer that goes wrong: it lacks a merge of the tokenizer that it is compared with."""
 
 import json
 
@@ -14,9 +14,17 @@ def without_a_merge(backend: str, merge: int = -1) -> str:
     return json.dumps(tokenizer)
 
 
-def load_wrong_tokenizer(backend: str, exact: Tokenizer) -> FastTokenizer:
-    """Load one that passes its probes, and is then compared with the right one."""
-    wrong = without_a_merge(backend, merge=0)
-    fast = FastTokenizer(wrong, Tokenizer.from_str(wrong))
-    fast._exact = exact
-    return fast
+class WrongTokenizer(FastTokenizer):
+    """It passes its probes, and for some parts whatever it is compared with."""
+
+    def __init__(self, backend: str, exact: Tokenizer, unnoticed_parts: int = 0) -> None:
+        wrong = without_a_merge(backend, merge=0)
+        self._right, self._n_unnoticed = exact, unnoticed_parts
+        super().__init__(wrong, Tokenizer.from_str(wrong))
+
+    def reset(self) -> None:
+        """Start a part. The first call ends the probes."""
+        super().reset()
+        if self._n_unnoticed == 0:
+            self._exact = self._right
+        self._n_unnoticed -= 1

@@ -17,7 +17,7 @@ from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored import artifact
 from tests.helpers.project import pair
 from tests.helpers.tokenizers import chunk_of, facts, resolved_config, saved
-from tests.helpers.wrong_tokenizer import load_wrong_tokenizer
+from tests.helpers.wrong_tokenizer import WrongTokenizer
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -115,16 +115,16 @@ def test_a_template_cache_that_is_wrong_is_noticed_and_nothing_of_it_stays(tmp_p
 def test_with_the_fast_tokenizer_the_part_is_the_same(tmp_path, model, made):
     worker, chunk = worker_of(tmp_path, model)
     fast = PartWorker(replace(worker.resolved, fast_tokenizer=True))
-    assert same(fast.prepare(0, chunk), made)
-    assert fast.encoder.tokenizer._fast is not None and fast.encoder.tokenizer._fast.n_compared > 0
+    part = fast.prepare(0, chunk)
+    assert same(part, made) and part.fast_tokenizer and not made.fast_tokenizer
 
 
 def test_a_fast_tokenizer_that_is_wrong_is_noticed_and_nothing_of_it_stays(tmp_path, model, made, monkeypatch):
-    monkeypatch.setattr(text_tokenizer, "FastTokenizer", load_wrong_tokenizer)
+    monkeypatch.setattr(text_tokenizer, "FastTokenizer", WrongTokenizer)
     worker, chunk = worker_of(tmp_path, model)
-    redone = PartWorker(replace(worker.resolved, fast_tokenizer=True)).prepare(0, chunk)
-    assert same(redone, made) and made.fast_tokenizer_mismatch == ""
-    assert "fastokens gives other ids than tokenizers" in redone.fast_tokenizer_mismatch
+    fast = PartWorker(replace(worker.resolved, fast_tokenizer=True))
+    assert same(fast.prepare(0, chunk), made) and not fast.prepare(0, chunk).fast_tokenizer
+    assert "fastokens gives other ids than tokenizers" in fast.encoder.tokenizer.fast_mismatch
 
 
 def test_taken_apart_a_pair_is_two_rows_of_which_one_is_further(tmp_path, model):

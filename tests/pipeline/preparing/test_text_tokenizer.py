@@ -8,7 +8,7 @@ from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizer, FastToken
 from prefcache.pipeline.preparing.probe_texts import PROBES
 from prefcache.pipeline.preparing.text_tokenizer import TextTokenizer
 from tests.helpers.tokenizers import facts
-from tests.helpers.wrong_tokenizer import load_wrong_tokenizer
+from tests.helpers.wrong_tokenizer import WrongTokenizer
 
 TEXTS = [*PROBES, "<|im_start|>user\nwhy?<|im_end|>\n", "the cat sings, the dog reads"]
 
@@ -21,7 +21,7 @@ def load(*, fast: bool) -> TextTokenizer:
 
 def test_the_fast_tokenizer_encodes_parts_and_gives_the_same_ids():
     fast, usual = load(fast=True), load(fast=False)
-    assert fast.fast_unavailable == "" and isinstance(fast._fast, FastTokenizer) and usual._fast is None
+    assert fast.fast_unavailable == "" and fast.is_fast and not usual.is_fast
     assert fast.encode(TEXTS) == usual.encode(TEXTS)
     assert [fast.decode(ids) for ids in fast.encode(TEXTS)] == [usual.decode(ids) for ids in usual.encode(TEXTS)]
 
@@ -29,15 +29,15 @@ def test_the_fast_tokenizer_encodes_parts_and_gives_the_same_ids():
 def test_it_is_not_loaded_before_there_is_a_part():
     tokenizer = TextTokenizer(facts("byte-level"), fast=True)
     tokenizer.encode(TEXTS)
-    assert tokenizer._fast is None
+    assert not tokenizer.is_fast
 
 
 def test_after_a_mismatch_it_is_never_used_again(monkeypatch):
-    monkeypatch.setattr(text_tokenizer, "FastTokenizer", load_wrong_tokenizer)
+    monkeypatch.setattr(text_tokenizer, "FastTokenizer", WrongTokenizer)
     tokenizer = load(fast=True)
     with pytest.raises(FastTokenizerMismatch) as mismatch:
         tokenizer.encode(TEXTS)
-    tokenizer.refuse_fast(mismatch.value)
+    tokenizer.refuse_fast(str(mismatch.value))
     tokenizer.start_part()
     assert tokenizer.encode(TEXTS) == load(fast=False).encode(TEXTS)
     assert "other ids" in tokenizer.fast_mismatch

@@ -24,7 +24,7 @@ from tests.helpers.examples import make_older
 from tests.helpers.processes import is_gone, launch
 from tests.helpers.project import PREFCACHE, pair, start, write_config, write_pairs
 from tests.helpers.tokenizers import facts, resolved_config
-from tests.helpers.wrong_tokenizer import load_wrong_tokenizer
+from tests.helpers.wrong_tokenizer import WrongTokenizer
 
 Prepare = Callable[..., dict[str, Any]]
 
@@ -371,11 +371,13 @@ def test_the_fast_tokenizer_changes_no_byte(many, prepare, expected, tmp_path, m
     assert take_files(tmp_path) == expected and len(loaded) == 1
 
 
-def test_a_fast_tokenizer_that_is_wrong_is_reported_and_changes_no_row(many, prepare, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("unnoticed", [0, 5])
+def test_nothing_of_a_fast_tokenizer_that_is_wrong_is_kept(many, prepare, expected, tmp_path, monkeypatch, unnoticed):
     monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
-    monkeypatch.setattr(text_tokenizer, "FastTokenizer", load_wrong_tokenizer)
-    said = prepare("prepare.workers=1")["stderr"]
-    assert "the usual tokenizer is used, which is slower: fastokens gives other ids than tokenizers" in said
+    monkeypatch.setattr(
+        text_tokenizer, "FastTokenizer", lambda backend, exact: WrongTokenizer(backend, exact, unnoticed)
+    )
+    assert "is prepared again, with the usual tokenizer" in prepare("prepare.workers=1")["stderr"]
     files = files_of(tmp_path)
     assert files.keys() == expected.keys()
     assert {name for name in files if files[name] != expected[name]} == {"manifest.json"}
