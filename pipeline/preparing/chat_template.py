@@ -42,7 +42,7 @@ _OPERATORS = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": ope
 # All others would see its mark, or that its length is no number.
 _FILTERS = {
     "capitalize", "count", "default", "d", "first", "items", "length", "reverse", "last", "list", "lower", "map", "reject", "rejectattr",
-    "select", "selectattr", "string", "trim", "upper", "title", "attr", "batch", "slice",
+    "select", "selectattr", "string", "trim", "upper", "attr", "batch", "slice",
 }  # fmt: skip
 _TESTS = {
     "boolean", "callable", "defined", "undefined", "none", "false", "true", "float", "mapping", "string", "iterable",
@@ -285,6 +285,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         # A method of a plain text, such as `join`, would see an OpaqueText's mark.
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) and not isinstance(owner, OpaqueText):
+            args = _lists(args)
             refuse_opaque("call", *args, {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN})
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -371,11 +372,16 @@ def _add_opaque_check(name: str, function: Any) -> Any:
 
     @functools.wraps(function)  # with Jinja's marks for functions that are passed the context
     def checked(*arguments: Any, **named: Any) -> Any:
-        arguments = tuple(list(each) if isinstance(each, Iterator) else each for each in arguments)
+        arguments = _lists(arguments)
         refuse_opaque(name, *arguments, named)
         return function(*arguments, **named)
 
     return checked
+
+
+def _lists(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments with lists instead of iterators, which could be looked through only once."""
+    return tuple(list(each) if isinstance(each, Iterator) else each for each in arguments)
 
 
 def _add_check(function: Any, check: Any) -> Any:

@@ -5,7 +5,7 @@ only asks yes or no (`'</think>' in content`, `content | length > 0`) is answere
 as a guard: the result then holds only for texts for which the answer is right. Any other look into a text raises Inspected.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Sequence, ValuesView
 from typing import Any, NamedTuple, TypeVar
 
 # What a text looks like to whatever gets past OpaqueText: private characters around what escaping, case, replacing or
@@ -171,6 +171,10 @@ class OpaqueText(str):
     def __hash__(self) -> int:
         return int(_refuse("hash"))
 
+    def __html__(self) -> str:
+        """Refuse to be escaped, which would copy the mark."""
+        return str(_refuse("escape"))
+
     def _answer_no(self, question: str, argument: Any = None) -> bool:
         literals = argument if isinstance(argument, tuple) else (argument,)
         slot = self.pieces[0]
@@ -249,6 +253,6 @@ def refuse_opaque(what: str, *values: Any) -> None:
 def _contains_opaque(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_contains_opaque, value.values()))
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | ValuesView | ItemsView):
         return any(map(_contains_opaque, value))
     return isinstance(value, OpaqueText | OpaqueLength)
