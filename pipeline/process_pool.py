@@ -144,7 +144,8 @@ def _begin(start: Callable[[], Callable[..., Any]]) -> None:
     global _do
     for each in (signal.SIGINT, signal.SIGHUP):  # the parent is told, and ends its workers
         signal.signal(each, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
+    # There is a process for every core. fastokens reads the second at its first very long text.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _do = start()
 

@@ -127,8 +127,6 @@ def _own_environment() -> Iterator[None]:
     """Keep it to one thread, as it was compared; hide settings meant for other programs that use it."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("FASTOKENS_")}
     os.environ["FASTOKENS_BPE_THREADS"] = "1"
-    if os.environ.get("TOKENIZERS_PARALLELISM") == "false":  # there is a process for every core
-        os.environ["RAYON_NUM_THREADS"] = "1"  # which it reads at its first very long text
     try:
         yield
     finally:

@@ -74,7 +74,8 @@ def load_early(folder: Path) -> Iterator[None]:
         yield
         return
     # -P: the working folder may hold anything, such as a json.py.
-    command = [sys.executable, "-P", "-c", _CHILD, json.dumps([sys.path, str(folder)])]
+    path = [entry for entry in sys.path if isinstance(entry, str)]  # Python skips all others, too
+    command = [sys.executable, "-P", "-c", _CHILD, json.dumps([path, str(folder)])]
     silent = subprocess.DEVNULL  # errors are raised where it is loaded again
     with subprocess.Popen(command, stdin=silent, stdout=subprocess.PIPE, stderr=silent) as process:
         _early[folder] = process

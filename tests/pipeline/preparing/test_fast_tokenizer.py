@@ -311,7 +311,9 @@ print(len(os.listdir("/proc/self/task")), resident() - before, *names)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_has_one_thread_and_bounded_memory(tmp_path):
     (tmp_path / "backend.json").write_text(backend_of("byte-level"))
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "FASTOKENS_SEGMENT_CACHE": "512"}
+    # The first two as process_pool.py sets them.
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    environment["FASTOKENS_SEGMENT_CACHE"] = "512"
     command = [sys.executable, "-c", WORKER, str(tmp_path / "backend.json")]
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
     assert said[0] == "1" and said[2:] == ["FASTOKENS_SEGMENT_CACHE"]

@@ -123,6 +123,11 @@ def test_a_file_of_the_working_folder_is_not_imported(folders, tmp_path, monkeyp
     assert run_python(code) == [str(load_facts(folders[0])), "False False"]
 
 
+def test_entries_of_the_import_path_that_are_no_texts_are_skipped(folders):
+    code = f"import pathlib, sys\nsys.path.append(pathlib.Path('/no such folder'))\n{LOAD}"
+    assert run_python(code, folders[0]) == [str(load_facts(folders[0])), "False False"]
+
+
 def test_a_load_that_nobody_waited_for_is_ended(folders):
     code = """
 import sys
