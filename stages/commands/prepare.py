@@ -19,9 +19,10 @@ from prefcache.pipeline import gguf_files, identity, process_pool
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import DataError, IntegrityError, UsageError
 from prefcache.pipeline.preparing import finalize, part_worker, prepared_inputs
-from prefcache.pipeline.preparing.fast_tokenizer import break_even, fastokens_version
+from prefcache.pipeline.preparing.fast_tokenizer import break_even, fastokens_version, find_untested
 from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, resolve_config
 from prefcache.pipeline.preparing.sources import Chunk, DataSource, open_source
+from prefcache.pipeline.preparing.tokenizer_facts import load_backend
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
@@ -215,12 +216,13 @@ def _use_fast_tokenizer(resolved: ResolvedConfig, n_bytes: int, progress: Progre
     backend = resolved.tokenizer.backend
     if not resolved.prepare.fast_tokenizer or backend is None or n_bytes <= break_even(backend):
         return False
-    if fastokens_version() is None:
+    if fastokens_version() is not None:
+        return True
+    if find_untested(load_backend(backend)) is None:
         progress.say(
             "prepare: pip install 'prefcache[fast]' would tokenize so much data several times faster, with the same ids"
         )
-        return False
-    return True
+    return False
 
 
 def _find_finished_part(folder: Path, number: int, source: int) -> PartRecord | None:

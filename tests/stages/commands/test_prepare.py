@@ -397,6 +397,9 @@ def test_where_it_is_not_installed_much_data_gets_a_hint(many, prepare, monkeypa
     assert "prefcache[fast]" not in prepare("prepare.workers=1", "prepare.fast_tokenizer=false")["stderr"]
     monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
     assert "pip install 'prefcache[fast]' would tokenize" in prepare("prepare.workers=1", "prepare.seed=1")["stderr"]
+    # A tokenizer that fastokens is not used with would gain nothing from it.
+    monkeypatch.setattr(prepare_command, "find_untested", lambda exact: "its model is Unigram")
+    assert "prefcache[fast]" not in prepare("prepare.workers=1", "prepare.seed=2")["stderr"]
 
 
 def test_there_are_as_many_workers_as_there_is_data_for(monkeypatch):
