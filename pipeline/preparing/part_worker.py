@@ -325,8 +325,8 @@ def commit_part(folder: Path, number: int, source: int, part: PreparedPart) -> P
     return record
 
 
-def find_finished(folder: Path, number: int) -> PartRecord | None:
-    """Return the record of a part; None if it is missing, damaged, or made with a fast tokenizer that turned out to be wrong."""
+def read_record(folder: Path, number: int) -> PartRecord | None:
+    """Return the record of a part; None if it is missing or damaged, or a fast tokenizer that is wrong had a share in it."""
     path = record_file(folder, number)
     if not path.exists():
         return None
@@ -336,6 +336,12 @@ def find_finished(folder: Path, number: int) -> PartRecord | None:
         raise
     except IntegrityError:
         return None
-    if record.fast_tokenizer and find_mismatch(folder):
+    return None if record.fast_tokenizer and find_mismatch(folder) else record
+
+
+def find_finished(folder: Path, number: int) -> PartRecord | None:
+    """Return the record of a part; None if the part is missing or damaged."""
+    record = read_record(folder, number)
+    if record is None or any(artifact.damage(folder, entry) for entry in (record.table, record.quarantine)):
         return None
-    return None if any(artifact.damage(folder, entry) for entry in (record.table, record.quarantine)) else record
+    return record

@@ -80,7 +80,10 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     folder = _parts_folder(config, inputs)
     part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
     if mismatch := part_worker.find_mismatch(folder):
-        progress.warn(f"prepare: {mismatch}. All that fastokens encoded is prepared again, with the usual tokenizer")
+        ranks = ". Run all other ranks again" if process_pool.rank_and_world()[1] > 1 else ""
+        progress.warn(
+            f"prepare: {mismatch}. All that fastokens encoded is prepared again, with the usual tokenizer{ranks}"
+        )
         part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
     try:
         parts = _find_finished(folder, part_sources)
@@ -96,7 +99,7 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     except FileNotFoundError:
         parts = None  # another rank has finalized meanwhile
     if parts is None and not check_preparation(config.prepared, inputs).is_fresh:
-        n_finished = sum(part_worker.record_file(folder, number).exists() for number in range(len(part_sources)))
+        n_finished = sum(part_worker.read_record(folder, number) is not None for number in range(len(part_sources)))
         return PrepareWaiting(prepared=config.prepared, parts=len(part_sources), finished=n_finished)
     return _summarize(config, changed=True)
 

@@ -47,6 +47,7 @@ _DELIMITERS = {"csv": ",", "tsv": "\t", "semicolons": ";"}
 # Files that describe a data set and lie next to its data.
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _TYPICAL_RECORD = 2048  # bytes
+_COMPRESSED, _COMPRESSION = (*sniff.COMPRESSED, ".parquet"), 3  # at least, for text
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class DataSource:
 
     def estimate_bytes(self) -> int:
         """Return about how much data is read."""
-        n_bytes = sum(file.stat().st_size for file in self.files) if self.files else self.dataset.data.nbytes
+        n_bytes = sum(map(_estimate_size, self.files)) if self.files else self.dataset.data.nbytes
         most = self.entry.max_records
         return int(n_bytes if most is None else min(n_bytes, most * _TYPICAL_RECORD))
 
@@ -108,6 +109,10 @@ class DataSource:
 
     def display_name(self, file: Path) -> str:
         return STDIN if self.name == STDIN else str(file)
+
+
+def _estimate_size(file: Path) -> int:
+    return file.stat().st_size * (_COMPRESSION if file.suffix in _COMPRESSED else 1)
 
 
 def open_source(entry: Source, spool: Path) -> DataSource:

@@ -363,7 +363,7 @@ def test_a_part_is_then_made_without_skeletons(careless):
 
 
 # Each asks, in a way of its own, what is in the messages. Some are served by a skeleton and some are not; none is fooled.
-LOOKS = {
+WAYS_OF_LOOKING = {
     "join": "{% set all = messages|map(attribute='content')|join(' ') %}{% if '/no_think' in all %}LOOK{% endif %}",
     "str.join": "{% if '/no_think' in ' '.join(messages|map(attribute='content')|list) %}LOOK{% endif %}",
     "tojson": "{% if '/no_think' in (messages|tojson) %}LOOK{% endif %}",
@@ -388,9 +388,9 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("look", WAYS_OF_LOOKING)
 def test_no_way_of_looking_in_is_overlooked(look):
-    text = LOOKS[look] + CHATML
+    text = WAYS_OF_LOOKING[look] + CHATML
     cached, plain = (ChatRenderer(ChatTemplate(text, SPECIAL, DATE)) for _ in range(2))
     plain.reset(use_cache=False)
     # More than are compared anyway, so that only the skeleton's own care can tell them apart.

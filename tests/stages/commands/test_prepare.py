@@ -429,6 +429,23 @@ def test_ranks_one_after_another_make_what_one_machine_makes(many, prefcache, ex
     assert take_files(tmp_path) == expected
 
 
+def test_after_a_mismatch_in_one_rank_the_others_run_again(many, prefcache, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_command, "break_even", lambda backend: 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, unnoticed in (("0", 99), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(
+            text_tokenizer, "FastTokenizer", lambda *given, unnoticed=unnoticed: WrongTokenizer(*given, unnoticed)
+        )
+        done = prefcache("prepare", many, "--set", "prepare.workers=1")
+    # Those of the first rank no longer count.
+    assert "6 of 12 parts are finished" in done.stdout and "Run all other ranks again" in done.stderr
+    monkeypatch.setenv("RANK", "0")
+    prefcache("prepare", many, "--set", "prepare.workers=1")
+    files = take_files(tmp_path)
+    assert {name for name in files | expected if files.get(name) != expected.get(name)} == {"manifest.json"}
+
+
 def test_ranks_at_once_make_what_one_machine_makes(many, expected, tmp_path):
     launch(tmp_path, ["prepare", many, "--set", "prepare.workers=1"])
     assert take_files(tmp_path) == expected

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -823,3 +824,16 @@ def test_a_line_is_read_as_json_loads_reads_it(raw):
         assert (record, reason, detail) == (None, "malformed JSON", str(error))
     else:
         assert repr(record) == repr(expected if isinstance(expected, dict) else None)
+
+
+def test_the_size_of_the_data_is_estimated(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" * 1000)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(random.Random(0).randbytes(5000)))
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.jsonl", "b.jsonl.gz")]
+
+    def estimate(name: str, **entry: Any) -> int:
+        return open_source(Source(path=str(tmp_path / name), **entry), tmp_path).estimate_bytes()
+
+    # Compressed text is three times as long; a record has about 2 KiB.
+    assert [estimate("a.jsonl"), estimate("b.jsonl.gz")] == [sizes[0], 3 * sizes[1]]
+    assert [estimate("b.jsonl.gz", max_records=n) for n in (2, 100)] == [4096, 3 * sizes[1]]
