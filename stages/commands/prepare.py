@@ -71,20 +71,12 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     _refuse_in_use(config)
     pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
     resolved = resolve_config(config.prepare, model, sources, progress)
-    n_bytes = sum(source.estimate_bytes() for source in sources) // process_pool.rank_and_world()[1]
-    n_workers = _count_workers(resolved, n_bytes)
-    resolved = replace(resolved, fast_tokenizer=_use_fast_tokenizer(resolved, n_bytes // n_workers, progress))
+    resolved, n_workers = _plan_workers(resolved, sources, progress)
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
     worker = part_worker.PartWorker(resolved)
     inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
     folder = _parts_folder(config, inputs)
     part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
-    if mismatch := part_worker.find_mismatch(folder):
-        ranks = ". Run all other ranks again" if process_pool.rank_and_world()[1] > 1 else ""
-        progress.warn(
-            f"prepare: {mismatch}. All that fastokens encoded is prepared again, with the usual tokenizer{ranks}"
-        )
-        part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
     try:
         parts = _find_finished(folder, part_sources)
         if parts is not None:
@@ -173,7 +165,23 @@ def _short_hash(inputs: dict[str, Any]) -> str:
 def _prepare_parts(
     folder: Path, worker: part_worker.PartWorker, n_workers: int, sources: list[DataSource], progress: Progress
 ) -> list[int]:
-    """Prepare the missing parts of this process's share. Return the source of every part of the preparation."""
+    """Prepare the missing parts of this process's share, again if the fast tokenizer turns out to be wrong.
+
+    Return the source of every part of the preparation.
+    """
+    part_sources = _prepare_missing_parts(folder, worker, n_workers, sources, progress)
+    if mismatch := part_worker.find_mismatch(folder):
+        ranks = ". Run all other ranks again" if process_pool.rank_and_world()[1] > 1 else ""
+        progress.warn(
+            f"prepare: {mismatch}. All that fastokens encoded is prepared again, with the usual tokenizer{ranks}"
+        )
+        part_sources = _prepare_missing_parts(folder, worker, n_workers, sources, progress)
+    return part_sources
+
+
+def _prepare_missing_parts(
+    folder: Path, worker: part_worker.PartWorker, n_workers: int, sources: list[DataSource], progress: Progress
+) -> list[int]:
     rank, world = process_pool.rank_and_world()
     artifact.remove_leftovers(folder.parent)
     part_sources: list[int] = []
@@ -202,6 +210,16 @@ def _prepare_parts(
     for reason in sorted(filter(None, reasons)):
         progress.say(f"prepare: fastokens is not used, which would be faster: {reason}")
     return part_sources
+
+
+def _plan_workers(
+    resolved: ResolvedConfig, sources: list[DataSource], progress: Progress
+) -> tuple[ResolvedConfig, int]:
+    """Return the config with the tokenizer that suits the amount of data, and the number of workers that does."""
+    _, world = process_pool.rank_and_world()
+    n_bytes = sum(source.estimate_bytes() for source in sources) // world
+    n_workers = _count_workers(resolved, n_bytes)
+    return replace(resolved, fast_tokenizer=_use_fast_tokenizer(resolved, n_bytes // n_workers, progress)), n_workers
 
 
 def _count_workers(resolved: ResolvedConfig, n_bytes: int) -> int:
