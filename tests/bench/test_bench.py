@@ -75,6 +75,7 @@ def test_bench_prepare_measures_memory(name):
     )
 
 
+@pytest.mark.slow
 def test_bench_startup_runs_every_command():
     options = "--pairs 20 --rounds 1 --vocabulary 1000"
     printed = bench("tests.bench.startup", *options.split())
