@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from prefcache.pipeline.preparing.text_tokenizer import TextTokenizer
 from prefcache.pipeline.preparing.token_ids import Ids, to_ids
-from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts
+from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_backend
 from prefcache.pipeline.spans import count_common, whole_span
 from prefcache.pipeline.token_text import token_texts
 
@@ -189,14 +189,7 @@ class Encoder:
     @cached_property
     def _offsets(self) -> Any:
         """The same tokenizer without its last step, which may leave the spaces of a token out of its offsets."""
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(
-            json.dumps(json.loads(self.tokenizer.library.to_str()) | {"post_processor": None})
-        )
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return load_backend(json.dumps(json.loads(self.tokenizer.library.to_str()) | {"post_processor": None}))
 
     def _is_ended(self, ids: Ids, text: ExampleText) -> bool:
         if text.plain and not text.closed:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from prefcache.pipeline.preparing.probe_texts import PROBES
-from prefcache.pipeline.preparing.token_ids import Ids, split_flat, to_ids
+from prefcache.pipeline.preparing.token_ids import Ids, encode_batch, split_flat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,9 +100,7 @@ class FastTokenizer:
         return encoded
 
     def _compare(self, texts: Sequence[str], encoded: Sequence[Ids]) -> None:
-        encodings = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
-        for text, ids, encoding in zip(texts, encoded, encodings, strict=True):
-            expected = to_ids(encoding.ids)
+        for text, ids, expected in zip(texts, encoded, encode_batch(self._exact, texts), strict=True):
             if ids != expected:
                 raise FastTokenizerMismatch(_describe(text, ids, expected))
         self.n_compared += len(texts)

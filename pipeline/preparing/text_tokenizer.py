@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizer, FastTokenizerUnavailable
-from prefcache.pipeline.preparing.token_ids import Ids, to_ids
+from prefcache.pipeline.preparing.token_ids import Ids, encode_batch, to_ids
 from prefcache.pipeline.preparing.tokenizer_facts import TokenizerFacts, load_backend
 from prefcache.pipeline.tokenizer import load_tokenizer
 
@@ -35,7 +35,7 @@ class TextTokenizer:
     def encode_exactly(self, texts: Sequence[str]) -> list[Ids]:
         """Encode texts without the faster library."""
         if self.library is not None:
-            return [to_ids(each.ids) for each in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return encode_batch(self.library, texts)
         found = self.in_python(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return [to_ids(ids) for ids in found]
 

@@ -42,6 +42,14 @@ class TokenizerFacts:
     chat_template: str | None
     tool_template: str | None
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "TokenizerFacts":
+        facts = json.loads(text)
+        return cls(**facts | {"added_tokens": tuple(facts["added_tokens"])})
+
 
 @lru_cache(maxsize=1)
 def load_backend(backend: str) -> "Tokenizer":
@@ -60,7 +68,8 @@ def load_facts(folder: Path) -> TokenizerFacts:
         process = _early.pop(folder, None)
         output = process.communicate()[0] if process else b""
     if process and process.returncode == 0:
-        return _parse_facts(output)
+        # A library may have printed something before.
+        return TokenizerFacts.from_json(output.splitlines()[-1])
     return _read_facts(folder)
 
 
@@ -90,13 +99,7 @@ def print_facts(folder: str) -> None:
     """Print the facts as a line of JSON. This is for a process of its own: it hides PyTorch for good."""
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
     with without_garbage_collection():
-        print(json.dumps(asdict(_read_facts(Path(folder)))))
-
-
-def _parse_facts(output: bytes) -> TokenizerFacts:
-    # A library may have printed something before.
-    facts = json.loads(output.splitlines()[-1])
-    return TokenizerFacts(**facts | {"added_tokens": tuple(facts["added_tokens"])})
+        print(_read_facts(Path(folder)).to_json())
 
 
 def _read_facts(folder: Path) -> TokenizerFacts:

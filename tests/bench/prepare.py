@@ -25,7 +25,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -78,7 +77,7 @@ def main() -> None:
                 print(f"{error}: measuring a tokenizer that is trained for this")
                 corpus.write_tokenizer(folder / "model", options.vocabulary)
             # In a process of its own, whose memory is not taken for a worker's.
-            (folder / "facts.json").write_text(json.dumps(asdict(load_facts(folder / "model"))))
+            (folder / "facts.json").write_text(load_facts(folder / "model").to_json())
             if options.memory:
                 _measure_memory(name, folder, options.memory)
             else:
@@ -226,8 +225,7 @@ def _prepare(folder: Path, **more: str) -> dict[str, Any]:
 
 
 def _read_facts(folder: Path) -> TokenizerFacts:
-    facts = json.loads((folder / "facts.json").read_text())
-    return TokenizerFacts(**facts | {"added_tokens": tuple(facts["added_tokens"])})
+    return TokenizerFacts.from_json((folder / "facts.json").read_text())
 
 
 def bare(folder: Path) -> dict[str, Any]:

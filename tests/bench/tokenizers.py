@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from prefcache.pipeline.preparing import fast_tokenizer, tokenizer_facts
 from prefcache.pipeline.preparing.probe_texts import PROBES
-from prefcache.pipeline.preparing.token_ids import Ids, split_flat, to_ids
+from prefcache.pipeline.preparing.token_ids import Ids, encode_batch, split_flat
 
 SURROGATES = range(0xD800, 0xE000)
 _BATCH = 2000
@@ -58,16 +58,14 @@ class Comparison:
     """One tokenizer by both libraries; counts what is compared, and keeps what differs."""
 
     def __init__(self, backend: str) -> None:
-        self.exact = Tokenizer.from_str(backend)
-        self.exact.no_truncation()
-        self.exact.no_padding()
+        self.exact = tokenizer_facts.load_backend(backend)
         self.native = fast_tokenizer.load_fastokens(backend)
         self.n_texts = self.n_characters = 0
         self.seconds = [0.0, 0.0]  # exact, fast
         self.differences: dict[str, list[tuple[str, str]]] = {}
 
     def encode_exact(self, texts: list[str]) -> list[Ids]:
-        return [to_ids(each.ids) for each in self.exact.encode_batch_fast(texts, add_special_tokens=False)]
+        return encode_batch(self.exact, texts)
 
     def encode_fast(self, texts: list[str]) -> list[Ids]:
         flat, bounds = self.native.encode_batch_flat(texts)
@@ -351,7 +349,7 @@ def main() -> int:
         print(f"{arguments.folder} has a tokenizer that runs in Python")
         return 2
     try:
-        fast_tokenizer.FastTokenizer(backend, Tokenizer.from_str(backend))
+        fast_tokenizer.FastTokenizer(backend, tokenizer_facts.load_backend(backend))
     except fast_tokenizer.FastTokenizerUnavailable as unavailable:
         print(f"prepare does not use fastokens: {unavailable}")
     comparison = run(backend, minutes=arguments.minutes, seed=arguments.seed, data=arguments.data, only=arguments.only)

@@ -23,6 +23,7 @@ from prefcache.pipeline.preparing.fast_tokenizer import (
     find_untested,
 )
 from prefcache.pipeline.preparing.token_ids import split_flat, to_ids
+from prefcache.pipeline.preparing.tokenizer_facts import load_backend
 from tests.bench import tokenizers as comparison
 from tests.helpers import tokenizers
 from tests.helpers.real_tokenizers import fetch_or_skip
@@ -42,13 +43,6 @@ def backend_of(family: str) -> str:
     for letter in sorted(set("".join(vocabulary)) - vocabulary.keys()):
         vocabulary[letter] = len(vocabulary)
     return json.dumps(settings)
-
-
-def exact_of(backend: str) -> Tokenizer:
-    exact = Tokenizer.from_str(backend)
-    exact.no_truncation()
-    exact.no_padding()
-    return exact
 
 
 def changed(family: str, **changes) -> str:
@@ -72,7 +66,7 @@ def test_flat_ids_are_split_at_their_bounds():
 
 @pytest.mark.parametrize("family", USABLE)
 def test_ids_are_those_of_the_tokenizers_library(family):
-    exact = exact_of(backend_of(family))
+    exact = load_backend(backend_of(family))
     fast = FastTokenizer(backend_of(family), exact)
     added = [token.content for token in exact.get_added_tokens_decoder().values()]
     made = comparison.random_texts(random.Random(0), added, ["the", " dog"], ["word"])
@@ -106,7 +100,7 @@ def test_every_code_point_gives_the_same_ids():
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss", "gemma3", "gemma", "deepseek_v3", "llama2"])
 def test_real_tokenizers_give_the_same_ids_or_are_refused(name):
     backend = tokenizer_facts.load_facts(fetch_or_skip(name)).backend
-    exact = exact_of(backend)
+    exact = load_backend(backend)
     if name in ("deepseek_v3", "llama2"):
         with pytest.raises(FastTokenizerUnavailable, match="Metaspace was not compared"):
             FastTokenizer(backend, exact)
@@ -120,7 +114,7 @@ def test_real_tokenizers_give_the_same_ids_or_are_refused(name):
 @pytest.mark.slow
 def test_deepseek_as_its_file_says_gives_the_same_ids():
     backend = (fetch_or_skip("deepseek_v3") / "tokenizer.json").read_text(encoding="utf-8")
-    FastTokenizer(backend, exact_of(backend))
+    FastTokenizer(backend, load_backend(backend))
     kinds = "probes,added tokens,vocabulary,random,mutated,extended,tokens"
     assert not comparison.run(backend, minutes=0.2, seed=time.time_ns(), data=[], only=kinds).differences
 
@@ -137,15 +131,15 @@ def test_special_tokens_truncation_and_padding_are_left_out():
         "pad_token": "<s>",
     }
     backend = json.dumps(settings)
-    (ids,) = FastTokenizer(backend, exact_of(backend)).encode(["the cat sings and the dog runs"])
-    assert ids.tolist() == exact_of(backend_of("byte-level")).encode("the cat sings and the dog runs").ids
+    (ids,) = FastTokenizer(backend, load_backend(backend)).encode(["the cat sings and the dog runs"])
+    assert ids.tolist() == load_backend(backend_of("byte-level")).encode("the cat sings and the dog runs").ids
 
 
 def test_a_tokenizer_that_encodes_otherwise_is_refused_at_the_start():
     other = json.loads(backend_of("byte-level"))
     other["model"]["merges"].reverse()
     with pytest.raises(FastTokenizerUnavailable, match="gives other ids than tokenizers for a text of"):
-        FastTokenizer(json.dumps(other), exact_of(backend_of("byte-level")))
+        FastTokenizer(json.dumps(other), load_backend(backend_of("byte-level")))
 
 
 def without_probes(backend: str, exact: Tokenizer, monkeypatch) -> FastTokenizer:
@@ -158,7 +152,7 @@ def test_a_difference_is_found_while_it_encodes(monkeypatch):
     settings = json.loads(backend_of("byte-level"))
     vocabulary = settings["model"]["vocab"]
     vocabulary["q"], vocabulary["j"] = vocabulary["j"], vocabulary["q"]
-    fast = without_probes(json.dumps(settings), exact_of(backend_of("byte-level")), monkeypatch)
+    fast = without_probes(json.dumps(settings), load_backend(backend_of("byte-level")), monkeypatch)
     texts = ["the cat"] * 200
     texts[COMPARED_FIRST + 1] = "a q"  # not compared
     fast.encode(texts)
@@ -173,7 +167,7 @@ def test_a_difference_is_found_while_it_encodes(monkeypatch):
 
 
 def test_which_texts_are_compared_depends_on_the_part_alone():
-    exact = exact_of(backend_of("byte-level"))
+    exact = load_backend(backend_of("byte-level"))
     counts = []
     for sizes in ([300], [7] * 42 + [6], [1] * 300):
         fast = FastTokenizer(backend_of("byte-level"), exact)
@@ -208,14 +202,14 @@ def test_what_is_known_to_differ_or_was_not_compared_is_refused(case):
     make, arguments, changes, reason = UNTESTED[case]
     backend = make(*arguments, **changes)
     with pytest.raises(FastTokenizerUnavailable, match=reason):
-        FastTokenizer(backend, exact_of(backend))
+        FastTokenizer(backend, load_backend(backend))
 
 
 def test_an_added_token_that_takes_the_spaces_on_both_sides_is_refused():
     settings = json.loads(backend_of("byte-level"))
     token = {"single_word": False, "lstrip": True, "rstrip": True, "normalized": False, "special": False}
     settings["added_tokens"].append({"id": len(settings["model"]["vocab"]), "content": "\n\n"} | token)
-    assert "takes the spaces" in (find_untested(exact_of(json.dumps(settings))) or "")
+    assert "takes the spaces" in (find_untested(load_backend(json.dumps(settings))) or "")
 
 
 @pytest.mark.parametrize(
@@ -234,18 +228,18 @@ def test_libraries_do_differ_where_a_difference_is_known(case, text):
     make, arguments, changes, _ = UNTESTED[case]
     backend = make(*arguments, **changes)
     flat, bounds = fast_tokenizer.load_fastokens(backend).encode_batch_flat([text])
-    assert split_flat(flat, bounds)[0].tolist() != exact_of(backend).encode(text, add_special_tokens=False).ids
+    assert split_flat(flat, bounds)[0].tolist() != load_backend(backend).encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
     "pattern", [GPT2, LLAMA3, LLAMA3.replace("{1,3}", ""), r"[\p{Lu}\p{M}]+(?i:'s)?| ?[^\s\p{L}]+[\r\n/]*"]
 )
 def test_patterns_of_real_tokenizers_are_read_alike(pattern):
-    assert find_untested(exact_of(changed("tiktoken", pre_tokenizer=split_at(pattern)))) is None
+    assert find_untested(load_backend(changed("tiktoken", pre_tokenizer=split_at(pattern)))) is None
 
 
 def test_a_text_that_cannot_be_encoded_is_left_to_the_exact_one():
-    fast = FastTokenizer(backend_of("byte-level"), exact_of(backend_of("byte-level")))
+    fast = FastTokenizer(backend_of("byte-level"), load_backend(backend_of("byte-level")))
     with pytest.raises(FastTokenizerMismatch, match="fastokens failed with UnicodeEncodeError"):
         fast.encode(["a lone surrogate: \ud800"])
 
@@ -266,14 +260,14 @@ def test_a_panic_is_a_failure_and_an_interrupt_is_not(monkeypatch):
 def test_a_json_that_it_does_not_load_makes_it_unavailable():
     broken = changed("byte-level", decoder={"type": "Unheard"})
     with pytest.raises(FastTokenizerUnavailable, match="fastokens failed with ValueError"):
-        FastTokenizer(broken, exact_of(backend_of("byte-level")))
+        FastTokenizer(broken, load_backend(backend_of("byte-level")))
 
 
 def test_without_the_package_it_is_unavailable(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     monkeypatch.setitem(sys.modules, "fastokens._native", None)
     with pytest.raises(FastTokenizerUnavailable, match="cannot be imported"):
-        FastTokenizer(backend_of("byte-level"), exact_of(backend_of("byte-level")))
+        FastTokenizer(backend_of("byte-level"), load_backend(backend_of("byte-level")))
 
 
 def test_the_version_is_told_without_importing_it():
