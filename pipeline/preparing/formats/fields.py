@@ -176,8 +176,6 @@ def messages(
         raise Unusable("wrong type", f"{column} is {type_name(value)}; expected text or a list of messages")
     if not value:
         raise Unusable("empty prompt" if column in _PROMPTS else "empty answer", f"{column} has no messages")
-    if role == "role" and content == "content" and roles is None:
-        return [each if _is_plain(each) else message(each, column) for each in value]
     return [message(each, column, role=role, content=content, roles=roles) for each in value]
 
 
@@ -192,6 +190,8 @@ def message(
     value: Any, column: str, *, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
 ) -> Message:
     """Read one message. Its other keys are kept: some templates render them."""
+    if (role, content, roles) == ("role", "content", None) and _is_plain(value):
+        return value  # type: ignore[no-any-return]
     if not isinstance(value, dict):
         raise Unusable("wrong type", f"{column} holds {type_name(value)}; expected messages with {role} and {content}")
     speaker, body = value.get(role), value.get(content)
@@ -207,7 +207,7 @@ def message(
             raise Unusable("unknown role", f"{column}: {speaker[:40]!r}; known: {', '.join(roles)}")
         speaker = roles[speaker]
     if (role, content) == ("role", "content") and speaker == value["role"] and body == value.get("content"):
-        return value if len(value) == 2 and "content" in value else with_calls(value)
+        return with_calls(value)
     others = {key: value[key] for key in value if key not in (role, content, "role", "content")}
     return with_calls({"role": speaker, "content": body} | others)
 
