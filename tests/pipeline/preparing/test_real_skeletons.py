@@ -20,7 +20,7 @@ ROLES = {"s": "system", "u": "user", "a": "assistant"}
 SHAPES = ("u", "su", "suau", "uauau")
 NEMOTRON = ("3_5_lightning", "3_nano", "3_super", "3_ultra")
 FETCHED = ("qwen3", "qwen2_5", "llama3_1")  # gptoss comes without a template; TRL has one for it
-# Where there is no skeleton, and why. All others have one of each shape.
+# Templates and shapes without a skeleton, and why. Every other template has one for each shape.
 PICTURES = "takes a content for a list of parts, and refuses a text"
 REWRITES = "begins an answer with a thought when it asks for one, and without when it prints one"
 MISSING = (
