@@ -1,4 +1,4 @@
-"""What each command returns: one frozen record per command, printed as a table (terminal_output) or as JSON (`to_json`).
+"""What each command returns: one frozen record per command, printed for a person (terminal_output) or as JSON (`to_json`).
 
 They stand apart from the stages so that printing a result loads no stage, and so no PyTorch.
 """

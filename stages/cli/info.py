@@ -21,16 +21,16 @@ def losses(name: str | None, as_json: bool) -> None:
 
     With NAME, show its formula, its paper, and what its metrics do in a healthy run. All losses train from one cache.
     """
-    from prefcache import terminal_output
     from prefcache.pipeline.training.losses import LOSSES, get_loss
+    from prefcache.terminal_output import choices
 
     chosen = [get_loss(name)] if name else list(LOSSES.values())
     if as_json:
         click.echo(json.dumps([loss.describe() for loss in chosen], indent=1))
     elif name:
-        terminal_output.print_loss(chosen[0])
+        choices.print_loss(chosen[0])
     else:
-        terminal_output.print_losses(chosen)
+        choices.print_losses(chosen)
 
 
 @main.command()
@@ -45,14 +45,14 @@ def formats(name: str | None, as_json: bool) -> None:
 
     `prepare.format: auto` takes the first format that fits the columns. Columns in brackets are optional.
     """
-    from prefcache import terminal_output
     from prefcache.pipeline.preparing.formats import FORMATS, get_format
+    from prefcache.terminal_output import choices
 
     chosen = [get_format(name)] if name else list(FORMATS.values())
     if as_json:
         click.echo(json.dumps([each.describe() for each in chosen], indent=1, default=str))
     else:
-        terminal_output.print_formats(chosen, notes=bool(name))
+        choices.print_formats(chosen, notes=bool(name))
 
 
 @main.command(short_help="List the architectures tried.")
@@ -69,14 +69,14 @@ def architectures(name: str | None, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from prefcache import terminal_output
     from prefcache.pipeline.model.architectures import load
+    from prefcache.terminal_output import choices
 
     table = load(name)
     if as_json:
         click.echo(json.dumps(asdict(table), indent=1))
     else:
-        terminal_output.print_architectures(table)
+        choices.print_architectures(table)
 
 
 @main.command(short_help="Check the installation, and a config's files.")

@@ -60,14 +60,14 @@ def preview(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json
     """
     # Nothing is written, so a place to write to need not be named.
     with open_config(config, ("out=.", *overrides), quiet) as (settings, progress), load_tokenizer_early(settings):
-        from prefcache import terminal_output
         from prefcache.commands import preview
+        from prefcache.terminal_output import coloured_tokens
 
         result = preview.run(settings, progress, n)
         if as_json:
             print_result(result, as_json)
         else:
-            terminal_output.print_preview(result, ids)
+            coloured_tokens.print_preview(result, ids)
 
 
 @main.command()

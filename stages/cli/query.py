@@ -72,13 +72,13 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
 
     Without QUERY it opens a prompt. --views describes the views, among them examples, pairs, reference, rewards and runs. FOLDER is a config or its `out`; leave it out if runs/ has only one experiment. A query is one SELECT and reads the views only. CSV output holds texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
-    from prefcache import terminal_output
     from prefcache.commands.query import Experiment
     from prefcache.pipeline import views
+    from prefcache.terminal_output import choices
 
     if list_views:
         where = folder or query
-        terminal_output.print_views(Experiment(where).describe() if where else views.describe())
+        choices.print_views(Experiment(where).describe() if where else views.describe())
         return
     if query and folder is None and _exists(query):
         query, folder = None, query
@@ -113,12 +113,12 @@ def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql:
 
     FOLDER is a config or its `out`; leave it out if runs/ has only one experiment. A file of rows with an example_id selects training examples (train.only). CSV output holds texts unchanged, including those that a spreadsheet takes for formulas (=, +, -, @): import such columns as text.
     """
-    from prefcache import terminal_output
     from prefcache.commands import query
     from prefcache.pipeline import questions
+    from prefcache.terminal_output import choices
 
     if name is None:
-        terminal_output.print_questions(questions.QUESTIONS.values())
+        choices.print_questions(questions.QUESTIONS.values())
         return
     question = questions.get_question(name)
     if as_sql:
@@ -148,7 +148,8 @@ def _answer(
     timeout: float,
 ) -> None:
     """Print the answer to a query, or write it into a file."""
-    from prefcache import query_output, terminal_output
+    from prefcache import query_output
+    from prefcache.terminal_output import answer_rows
 
     if out is not None:
         query_output.check_output(Path(out), experiment.inputs, force)
@@ -157,7 +158,7 @@ def _answer(
         if out is not None:
             click.echo(visible(f"{out}: {count(query_output.save(result, Path(out)), 'row')}"))
         elif form == "table":
-            terminal_output.print_rows(result.columns, result.rows(), limit)
+            answer_rows.print_rows(result.columns, result.rows(), limit)
         else:
             query_output.print_answer(result, form)
         for line in result.explain_empty():

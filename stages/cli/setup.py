@@ -50,8 +50,8 @@ def config(key: str | None, schema: bool, as_json: bool) -> None:
     \b
         # yaml-language-server: $schema=prefcache.schema.json
     """
-    from prefcache import terminal_output
     from prefcache.commands.config import describe
+    from prefcache.terminal_output import config_text
 
     if schema:
         from prefcache.pipeline.config_settings import json_schema
@@ -62,7 +62,7 @@ def config(key: str | None, schema: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([vars(setting) for setting in settings], indent=1, ensure_ascii=False))
     else:
-        terminal_output.settings(settings)
+        config_text.print_settings(settings)
 
 
 def converter(function: Callable[..., None]) -> Callable[..., None]:

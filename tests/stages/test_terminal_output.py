@@ -9,6 +9,7 @@ import pytest
 from prefcache import command_results, terminal_output
 from prefcache.pipeline.model import architectures
 from prefcache.pipeline.stored.cache_maintenance import CollectedCache
+from prefcache.terminal_output import choices
 from tests.helpers.project import PREFCACHE
 
 REASON = "prompts are not shared, because the model carries a state from one token to the next, as Mamba does"
@@ -21,7 +22,7 @@ def test_lines_break_between_words_on_a_terminal_and_stay_whole_in_a_pipe(capsys
     command = f"prefcache train {'x' * 60} --set train.run=x"
     finding = command_results.Finding("reference", "absent", REASON, command)
     terminal_output.print_result(command_results.DoctorResult([finding], 0, None))
-    terminal_output.print_architectures(architectures.load("mamba"))
+    choices.print_architectures(architectures.load("mamba"))
     printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert f"     {command}\n" in printed  # to be copied
     lines = [line for line in printed.splitlines() if command not in line]

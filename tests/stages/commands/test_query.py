@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from prefcache import terminal_output
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.visible_text import visible
+from prefcache.terminal_output import answer_rows
 from tests.helpers.project import PREFCACHE, Done, invoke, write_config, write_pairs
 
 N = 40
@@ -273,10 +273,10 @@ def test_a_table_fits_to_the_last_character(capsys):
     # A pipe has 100: a blank on either side of both columns, and one between them, leave 95 to a value beside "a".
     widths = {}
     for n in (90, 93, 94, 95, 96, 97, 98, 99):
-        terminal_output.print_rows(["a", "b"], iter([("x", "y" * n)]), 5)
+        answer_rows.print_rows(["a", "b"], iter([("x", "y" * n)]), 5)
         widths[n] = "-- row 1" in capsys.readouterr().out
     assert widths[90] is False and widths[99] is True and list(widths.values()) == sorted(widths.values())
-    terminal_output.print_rows(["a", "long_name"], iter([("x\ny", "z" * 100)]), 5)
+    answer_rows.print_rows(["a", "long_name"], iter([("x\ny", "z" * 100)]), 5)
     assert capsys.readouterr().out == f"-- row 1\na          x\n           y\nlong_name  {'z' * 100}\n1 row\n"
 
 

@@ -1,0 +1,91 @@
+"""Caches and the files made from them or read into them."""
+
+from rich.text import Text
+
+from prefcache import command_results
+from prefcache.pipeline.visible_text import count, visible
+from prefcache.row_layout import start_table
+from prefcache.terminal_output.console import open_console, say
+
+
+def print_export(result: command_results.ExportResult) -> None:
+    say(f"{result.output}: {count(result.rows, 'row')}, {result.scored:,} with all log-probs")
+    for reason, n in result.without.items():
+        say(f"  {n:,} {reason}")
+
+
+def print_trl_export(result: command_results.TrlExportResult) -> None:
+    say(f"{result.output}: {count(result.rows, 'row')}, of which TRL makes the ids that were scored")
+    for reason, n in result.left_out.items():
+        first = f" (the first: {result.first[reason]})" if reason in result.first else ""
+        say(f"  {n:,} left out: {reason}{first}")
+    for reason, n in result.quarantined.items():
+        say(f"  {n:,} in quarantine: {reason}")
+    if result.kl_scored is not None:
+        say(f"  {result.kl_scored:,} have a mismatched answer that is scored, as KTOTrainer makes it")
+    say(f"TRL's settings: {', '.join(f'{name}={value!r}' for name, value in result.settings.items())}")
+    if result.chat_template:
+        say(f"TRL's tokenizer needs this chat template: {result.chat_template}")
+
+
+def print_import(result: command_results.ImportResult) -> None:
+    per_token = f", {result.with_tokens:,} of them per token" if result.with_tokens else ""
+    say(f"{result.cache}: {count(result.imported, 'sequence')} imported as {result.numerics_id}{per_token}")
+    for reason, n in result.refused.items():
+        say(f"  {n:,} refused, {reason}")
+    left = f", which computes {result.left:,} others" if result.left else ""
+    say(f"Score and train with them: {result.use}{left}")
+
+
+def print_parity(result: command_results.ParityResult) -> None:
+    console, deviations, margins = open_console(), result.deviations, result.margins
+    say(f"{result.a} and {result.b}: {deviations.tokens:,} tokens of {deviations.sequences:,} sequences, in nats")
+    table = start_table("deviation", ">p50", ">p99", ">max")
+    for label, quantiles in (("per token", deviations.token), ("per sequence (sum)", deviations.sequence)):
+        values = (quantiles.p50, quantiles.p99, quantiles.max)
+        table.add_row(label, *("-" if value is None else f"{value:.2e}" for value in values))
+    console.print(table)
+    if deviations.bias is not None:
+        say(f"bias: {deviations.bias:+.2e} nats per token (the first minus the second)")
+    if deviations.not_finite:
+        say(f"{deviations.not_finite:,} tokens have no finite value on one side")
+    if margins.pairs:
+        say(f"margins: {margins.flipped:,} of {margins.pairs:,} change sign")
+    table = start_table("furthest apart", "answer", ">position", "token", ">first", ">second")
+    for each in result.worst:
+        token = Text(visible(repr(each.token)))
+        table.add_row(each.example_id, each.answer, str(each.position), token, f"{each.a:.6f}", f"{each.b:.6f}")
+    console.print(table)
+
+
+def print_verify(result: command_results.VerifyResult) -> None:
+    for cache in result.caches:
+        # On a line of its own, so that a long name can be copied whole.
+        say(str(cache.folder))
+        table = start_table(">shards", ">rows", ">failed", ">doubled", ">bytes", ">orphans", ">leftovers", ">damaged")
+        counts = (cache.shards, cache.rows, cache.failed, cache.doubled, cache.n_bytes, cache.orphans, cache.leftovers)
+        table.add_row(*(f"{n:,}" for n in (*counts, len(cache.damaged))))
+        open_console().print(table)
+    _print_damage(result)
+
+
+def print_gc(result: command_results.GcResult) -> None:
+    would = "would be " if result.dry_run else ""
+    for cache in result.caches:
+        if not (cache.merged or cache.superseded or cache.orphans or cache.leftovers):
+            say(f"{cache.folder}: nothing to do, {count(cache.shards, 'shard')}")
+            continue
+        say(
+            f"{cache.folder}: {count(cache.merged, 'shard')} {would}merged into {cache.into:,}; {would}removed: "
+            f"{cache.superseded:,} that others replace, {cache.orphans:,} without a record, "
+            f"{count(cache.leftovers, 'leftover')}, {count(cache.doubled, 'doubled row')}. "
+            f"{count(cache.shards, 'shard')} in all"
+        )
+    _print_damage(result)
+
+
+def _print_damage(result: command_results.VerifyResult | command_results.GcResult) -> None:
+    for cache in result.caches:
+        for file, reason in cache.damaged.items():
+            names_itself = reason.startswith(str(cache.folder))
+            say(f"damaged: {reason if names_itself else f'{cache.folder}/{file}: {reason}'}")
