@@ -18,14 +18,14 @@ from prefcache.pipeline.views.database import (
     short_id,
 )
 from prefcache.pipeline.views.query import Result, ask
-from prefcache.pipeline.views.view_files import VIEWS, find_stored_tables
+from prefcache.pipeline.views.view_files import VIEWS, Extension, find_stored_tables
 
 __all__ = [
     "CHECKPOINTS",
     "MEMORY_LIMIT",
     "RUNS",
     "VIEWS",
-    "BrokenDatabase",
+    "Extension",
     "Reference",
     "Result",
     "Sources",

@@ -4,7 +4,7 @@ What the views read is in the schema `stored`, which queries do not see.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import duckdb
@@ -17,7 +17,7 @@ from prefcache.pipeline.stored import duckdb_connection
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import find_counted_sums
 from prefcache.pipeline.stored.prepared import CountedTokens, drop_ids
-from prefcache.pipeline.views.view_files import VIEWS, sort_for_creation
+from prefcache.pipeline.views.view_files import VIEWS, Extension, sort_for_creation
 
 MEMORY_LIMIT = "3GB"
 # Facts about each run: its folder, what turns log-probs into rewards, and what people ask about.
@@ -120,8 +120,8 @@ def short_id(model_id: str) -> str:
     return model_id[:_SHORT_ID]
 
 
-def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
-    """Open the views over these sources; nothing else can be read afterwards."""
+def connect(sources: Sources, extension: Extension | None = None) -> duckdb.DuckDBPyConnection:
+    """Open the views over these sources, and the tables of an extension; nothing else can be read afterwards."""
     con = duckdb_connection.connect()
     con.execute("set python_enable_replacements = false")
     con.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
@@ -143,6 +143,8 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
         con.execute("set schema = 'main'")
         for view in sort_for_creation():
             con.execute(f"create view {view.name} as {view.select}")
+        if extension is not None:
+            extension.create(con)
     except duckdb.IOException as error:
         raise translate_error(error, sources.files) from None
     duckdb_connection.lock(con)
@@ -151,8 +153,8 @@ def connect(sources: Sources) -> duckdb.DuckDBPyConnection:
 
 def _store_prepared(con: duckdb.DuckDBPyConnection, examples: pa.Table) -> None:
     """Store the examples with the columns of both pairs and labels, so that one view serves both."""
-    duckdb_connection.register(con, "examples", drop_ids(examples))
-    columns = pa.unify_schemas([drop_ids(schema.empty_table()).schema for schema in PREPARED.values()])
+    duckdb_connection.register(con, "examples", _number_rows(examples))
+    columns = pa.unify_schemas([_number_rows(schema.empty_table()).schema for schema in PREPARED.values()])
     duckdb_connection.register(con, "prepared_columns", columns.empty_table())
     con.execute("create view prepared as select * from prepared_columns union all by name select * from examples")
 
@@ -163,7 +165,7 @@ def _store_scored(con: duckdb.DuckDBPyConnection, sources: Sources) -> None:
     examples = sources.prepared if is_pairs else PREPARED["pairs"].empty_table()
     keys = [examples[f"{answer}_key"] for answer in ANSWERS["pairs"]]
     counted = [CountedTokens(examples, answer) for answer in ANSWERS["pairs"]]
-    pairs = drop_ids(examples)
+    pairs = _number_rows(examples)
     columns = pa.schema(
         [
             *pairs.schema,
@@ -190,6 +192,11 @@ def _store_scored(con: duckdb.DuckDBPyConnection, sources: Sources) -> None:
         # Before they are scored, pairs are listed without a margin.
         branches.append("select true as used, * from prepared where chosen_key is not null")
     con.execute(f"create view scored as {' union all by name '.join(branches)}")
+
+
+def _number_rows(examples: pa.Table) -> pa.Table:
+    """Leave out ids, and add each example's position in the prepared data."""
+    return drop_ids(examples).append_column("position", pa.array(np.arange(len(examples))))
 
 
 def _store_caches(con: duckdb.DuckDBPyConnection, references: Sequence[Reference]) -> None:
@@ -239,7 +246,9 @@ def describe(sources: Sources | None = None) -> Iterator[tuple[str, str, list[tu
         yield name, VIEWS[name].help, columns
 
 
-def describe_columns(con: duckdb.DuckDBPyConnection) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    for name in VIEWS:
+def describe_columns(
+    con: duckdb.DuckDBPyConnection, names: Iterable[str] = VIEWS
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    for name in names:
         columns = con.execute(f"select * from {name} limit 0").description or []
         yield name, [(column[0], str(column[1])) for column in columns]

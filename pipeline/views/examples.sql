@@ -4,6 +4,7 @@ select
     split,
     source,
     line,
+    position,
     prompt,
     chosen,
     rejected,

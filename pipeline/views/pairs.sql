@@ -7,6 +7,7 @@ select
     split,
     source,
     line,
+    position,
     prompt,
     chosen,
     rejected,

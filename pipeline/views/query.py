@@ -11,7 +11,7 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.views.database import describe_columns, translate_error
 from prefcache.pipeline.views.hints import explain_empty, suggest_column
 from prefcache.pipeline.views.query_check import Statement
-from prefcache.pipeline.views.view_files import VIEWS
+from prefcache.pipeline.views.view_files import VIEWS, Extension
 
 _BATCH_ROWS = 1 << 16
 
@@ -65,15 +65,23 @@ class Result:
 
 
 def ask(
-    con: duckdb.DuckDBPyConnection, query: str, files: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
+    con: duckdb.DuckDBPyConnection,
+    query: str,
+    files: Sequence[str] = (),
+    parameters: Mapping[str, Any] | None = None,
+    extension: Extension | None = None,
 ) -> Result:
-    """Run one SELECT, or raise an error that names what would have been right. `files` are those behind the views."""
-    statement = Statement(con, query, VIEWS)
+    """Run one SELECT, or raise an error that names what would have been right.
+
+    `files` are those behind the views; the tables of an extension may be read as well.
+    """
+    names = [*VIEWS, *(extension.names if extension else ())]
+    statement = Statement(con, query, names)
     try:
         return Result(con, statement, parameters, files)
     except (duckdb.Error, RuntimeError) as error:
         if isinstance(error, duckdb.BinderException):
-            columns = {name: [column for column, _ in columns] for name, columns in describe_columns(con)}
+            columns = {name: [column for column, _ in columns] for name, columns in describe_columns(con, names)}
             if hint := suggest_column(str(error), statement, columns):
                 raise UsageError(hint) from None
         raise translate_error(error, files) from None

@@ -1,6 +1,7 @@
 """The views, one .sql file each: name, help, and what each reads."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -32,6 +33,15 @@ class View:
         return {name for name in VIEWS if re.search(rf"(?<!\.)\b(from|join) {name}\b", self.select)}
 
 
+@dataclass(frozen=True)
+class Extension:
+    """Tables that a program adds next to the views, before the database is locked."""
+
+    names: tuple[str, ...]
+    views: frozenset[str]  # that they are made of
+    create: Callable[[duckdb.DuckDBPyConnection], None]
+
+
 def _read_select(file: Path) -> str:
     """Read a view's SQL, in which a comment stands for the columns that the data brings."""
     select = file.read_text(encoding="utf-8")
@@ -51,9 +61,14 @@ def sort_for_creation() -> list[View]:
     ]
 
 
-def find_stored_tables(query: str) -> set[str]:
-    """Find the tables of the schema `stored` that a query reads; UsageError unless it is a SELECT over the views."""
-    waiting, tables = list(Statement(duckdb.connect(), query, VIEWS).views), set[str]()
+def find_stored_tables(query: str, extension: Extension | None = None) -> set[str]:
+    """Find the tables of the schema `stored` that a query reads; UsageError unless it is a SELECT over the views.
+
+    With an extension, also those that its tables are made of, whether the query reads them or not.
+    """
+    known = [*VIEWS, *(extension.names if extension else ())]
+    read = Statement(duckdb.connect(), query, known).views | (extension.views if extension else set())
+    waiting, tables = [name for name in read if name in VIEWS], set[str]()
     while waiting:
         view = VIEWS[waiting.pop()]
         tables |= view.stored_tables

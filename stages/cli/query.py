@@ -166,6 +166,34 @@ def _answer(
 
 
 @main.command()
+@click.argument("folder", required=False)
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: 8790, or the next free one]")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Others than this machine's own are not encrypted.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print the address only.")
+def ui(folder: str | None, port: int | None, host: str, quiet: bool) -> None:
+    """Browse an experiment's examples in a web browser on this machine.
+
+    \b
+        prefcache ui runs/demo
+        prefcache ui my.yaml --port 9000
+
+    Prints an address with a token; whoever has it may read the experiment. The pages list examples by source, length, margin, outcome, text or SQL; show one with its tokens coloured by how likely each model finds them; answer the ready questions; and save selections for train.only in OUT/selections. Nothing else is written. FOLDER is a config or its `out`; leave it out if runs/ has only one experiment.
+
+    Needs starlette and uvicorn: pip install 'prefcache[ui]'. From another machine, use `ssh -L 8790:localhost:8790`.
+    """
+    from prefcache.commands.query import find_folder
+    from prefcache.pipeline.progress import Progress
+    from prefcache.ui import server
+
+    server.run(find_folder(folder), host, port, Progress(quiet))
+
+
+@main.command()
 @click.option(
     "--run", "names", multiple=True, metavar="RUN", help="A run of the experiment; repeat it to compare several."
 )

@@ -17,9 +17,9 @@ class Experiment:
 
     def __init__(self, where: str | None) -> None:
         """Open the folder or the config that is named; None for the only experiment in runs/."""
-        self.folder = _find_folder(where)
+        self.folder = find_folder(where)
         self.inputs = overwrite_guard.Inputs(experiment=self.folder).with_files(where)
-        self._worker = query_worker.Worker(lambda: _Database(self.folder))
+        self._worker = query_worker.Worker(lambda: Database(self.folder))
 
     def ask(
         self, query: str, parameters: Mapping[str, Any] | None = None, timeout: float | None = None
@@ -38,28 +38,28 @@ class Experiment:
         return views.describe(view_sources.collect(self.folder, {"metrics"}))
 
 
-class _Database:
-    """The parts of an experiment that queries have read so far."""
+class Database:
+    """The parts of an experiment that queries have read so far, and the tables of an extension."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, extension: views.Extension | None = None) -> None:
+        self._folder, self._extension = folder, extension
         self._opened: set[str] = set()
         self._sources = views.Sources()
         self._con: Any = None
 
     def open(self, query: str) -> None:
-        needed = views.find_stored_tables(query)
+        needed = views.find_stored_tables(query, self._extension)
         # A locked database cannot be extended, so open another when a query reads more than those before it.
         if self._con is None or not needed <= self._opened or duckdb_connection.find_missing(self._sources.files):
             needed |= self._opened
             sources = view_sources.collect(self._folder, needed)
-            self._con, self._sources, self._opened = views.connect(sources), sources, needed
+            self._con, self._sources, self._opened = views.connect(sources, self._extension), sources, needed
 
     def ask(self, query: str, parameters: Mapping[str, Any] | None) -> views.Result:
-        return views.ask(self._con, query, self._sources.files, parameters)
+        return views.ask(self._con, query, self._sources.files, parameters, self._extension)
 
 
-def _find_folder(where: str | None) -> Path:
+def find_folder(where: str | None) -> Path:
     if where is not None:
         folder = Path(where)
         if folder.is_file():

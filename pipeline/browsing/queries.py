@@ -1,0 +1,101 @@
+"""The queries behind a page of examples: a page of rows, their count, their positions, and histograms."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefcache.pipeline.browsing.browse_table import BROWSED, NUMBERS
+from prefcache.pipeline.browsing.filters import Catalog, Filter, RangeColumn, sort_sql, to_condition
+
+N_BINS = 40
+_EDGES = 0.005  # the share of values at each end that the outermost bins hold
+
+
+@dataclass(frozen=True)
+class Query:
+    sql: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Equally wide bins; the first also counts what is below `start`, and the last what is above the end."""
+
+    column: RangeColumn
+    start: float
+    width: float
+
+    @property
+    def end(self) -> float:
+        return self.start + N_BINS * self.width
+
+
+def make_bins(column: RangeColumn, low: float, high: float) -> Bins:
+    """Divide the values between two quantiles into bins; each bin of whole numbers holds as many of them."""
+    if column.is_whole:
+        return Bins(column, math.floor(low) - 0.5, max(1.0, math.ceil((high - low + 1) / N_BINS)))
+    if not high > low:
+        return Bins(column, low - 0.5, 1 / N_BINS)
+    return Bins(column, low, (high - low) / N_BINS)
+
+
+def count_rows(chosen: Filter, catalog: Catalog, table: str) -> Query:
+    condition, parameters = to_condition(chosen, catalog)
+    return Query(f"select count(*) from {table} where {condition}", parameters)
+
+
+def list_rows(
+    chosen: Filter, catalog: Catalog, table: str, columns: Sequence[str], order: "Order", limit: int, offset: int
+) -> Query:
+    """Select the positions and these columns of a page of rows."""
+    condition, parameters = to_condition(chosen, catalog)
+    selected = ", ".join(["position", *(sort_sql(name, catalog) for name in columns)])
+    sql = f"select {selected} from {table} where {condition} order by {order.to_sql(catalog)} limit {limit} offset {offset}"
+    return Query(sql, parameters)
+
+
+def list_positions(chosen: Filter, catalog: Catalog, table: str) -> Query:
+    condition, parameters = to_condition(chosen, catalog)
+    return Query(f"select position from {table} where {condition} order by position", parameters)
+
+
+@dataclass(frozen=True)
+class Order:
+    key: str = "position"
+    is_descending: bool = False
+
+    def to_sql(self, catalog: Catalog) -> str:
+        direction = "desc" if self.is_descending else "asc"
+        first = "" if self.key == "position" else f"{sort_sql(self.key, catalog)} {direction} nulls last, "
+        return f"{first}position" + (" desc" if self.key == "position" and self.is_descending else "")
+
+
+def find_edges(columns: Sequence[RangeColumn]) -> Query:
+    """Select, for each column, where its bins start and end: the quantiles near its ends, or null if it has no values."""
+    parts = [
+        f"select {n} as n, quantile_cont({column.sql}, [{_EDGES}, {1 - _EDGES}]) as edges "
+        f"from {NUMBERS} where isfinite({column.sql}::double)"
+        for n, column in enumerate(columns)
+    ]
+    return Query(f"{' union all '.join(parts)} order by n", {})
+
+
+def count_bins(chosen: Filter, catalog: Catalog, table: str, bins: Sequence[Bins]) -> Query:
+    """Count the rows in each bin of each histogram; bins without rows are left out."""
+    condition, parameters = to_condition(chosen, catalog)
+    parts = []
+    for n, each in enumerate(bins):
+        value = f"({each.column.sql})::double"
+        at = f"least(greatest(floor(({value} - {each.start!r}) / {each.width!r}), 0), {N_BINS - 1})::int"
+        parts.append(
+            f"select {n} as n, {at} as bin, count(*) as n_rows from {table} where isfinite({value}) and {condition} group by bin"
+        )
+    return Query(" union all ".join(parts), parameters)
+
+
+def tables_for(chosen: Filter) -> Sequence[str]:
+    """The tables that a filter can be asked of, the fastest first. A condition may read numbers only, which DuckDB knows."""
+    if chosen.text:
+        return (BROWSED,)
+    return (NUMBERS, BROWSED) if chosen.where else (NUMBERS,)

@@ -1,0 +1,68 @@
+"""Render pages from templates. Everything printed is escaped, and characters that cannot be seen are shown by name."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import jinja2
+from starlette.responses import HTMLResponse
+
+from prefcache.pipeline.visible_text import visible
+from prefcache.row_layout import format_value
+
+FOLDER = Path(__file__).parent
+_EXCERPT = 160  # characters of a text in a list
+
+# What stands in the navigation: address and name.
+SECTIONS = (("/pairs", "Pairs"), ("/questions", "Questions"), ("/runs", "Runs"), ("/selections", "Selections"))
+
+
+def render(template: str, *, section: str = "", status: int = 200, **context: Any) -> HTMLResponse:
+    """Render a whole page, or a part of one that a script asked for."""
+    shown = _ENVIRONMENT.get_template(f"{template}.html.j2").render(section=section, sections=SECTIONS, **context)
+    return HTMLResponse(shown, status)
+
+
+def address(path: str, query: Iterable[tuple[str, Any]] = (), **more: Any) -> str:
+    """Return an address with these parameters; those of `more` replace the ones of the same name, and None removes them."""
+    kept = [(name, value) for name, value in query if name not in more]
+    added = [(name, value) for name, value in more.items() if value is not None]
+    encoded = urlencode([*kept, *added])
+    return f"{path}?{encoded}" if encoded else path
+
+
+def excerpt(text: str, most: int = _EXCERPT) -> str:
+    """Return the beginning of a text in one line."""
+    line = " ".join(text[: most + 1].split())
+    return visible(line if len(text) <= most else f"{line[:most].rstrip()}…")
+
+
+def _signed(value: float) -> str:
+    """Adding 0.0 spares the reader a "-0.00"."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def _make_environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Runs before escaping. Markup, a subclass of str, is the template's own.
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    filters: Mapping[str, Any] = {
+        "excerpt": excerpt,
+        "visible": visible,
+        "value": format_value,
+        "signed": _signed,
+        "number": "{:,}".format,
+    }
+    environment.filters |= filters
+    environment.globals |= {"address": address}
+    return environment
+
+
+_ENVIRONMENT = _make_environment()

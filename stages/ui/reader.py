@@ -1,0 +1,244 @@
+"""Read an experiment for the pages: lists, counts and histograms of its examples under a filter, and their texts.
+
+Numbers and texts are asked of two processes, so that a search through all texts does not hold up a list sorted by numbers.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prefcache import view_sources
+from prefcache.commands.query import Database
+from prefcache.pipeline.browsing import browse_table, queries
+from prefcache.pipeline.browsing.browse_table import BROWSED, NUMBERS, RunColumn
+from prefcache.pipeline.browsing.filters import Catalog, Filter, RangeColumn
+from prefcache.pipeline.browsing.queries import N_BINS, Bins, Order, Query
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.schema import TRAIN
+from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.views import query_worker
+
+PAGE_ROWS = 50
+MOST_RUN_HISTOGRAMS = 4
+_SECONDS = 120.0  # for one query; a search through the texts of millions of pairs takes some ten
+_TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
+_RANGES = {
+    "pairs": {
+        "margin": ("reference margin", "margin"),
+        "margin_per_token": ("reference margin per token", "margin_per_token"),
+        "length_difference": ("length difference", "length_difference"),
+        "score_gap": ("gap of the grades", "score_gap"),
+        "n_prompt": ("prompt tokens", "n_prompt"),
+        "n_chosen": ("chosen tokens that count", "n_chosen_counted"),
+        "n_rejected": ("rejected tokens that count", "n_rejected_counted"),
+    },
+    "labels": {
+        "n_prompt": ("prompt tokens", "n_prompt"),
+        "n_completion": ("answer tokens that count", "n_completion_counted"),
+    },
+}
+# The numbers of the data that have a histogram.
+_HISTOGRAMS = {"pairs": ("margin", "margin_per_token", "length_difference"), "labels": ("n_completion",)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example in a list."""
+
+    position: int
+    example_id: str
+    texts: Mapping[str, str]  # the prompt and the answers
+    values: Mapping[str, Any]  # of the columns that were asked for
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many rows are in each bin, of all and of those under a filter."""
+
+    bins: Bins
+    all_counts: Sequence[int]
+    counts: Sequence[int]
+
+
+class Reader:
+    """An experiment as it was when it was opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        prepared = Prepared(folder / "prepared")
+        self.kind = prepared.kind
+        self.splits = prepared.manifest.splits
+        self.examples: pa.Table = prepared.table()
+        self.runs = [path.name for path in view_sources.list_runs(folder)]
+        extension = browse_table.make_extension(self.kind, self.runs)
+        self._asked = {table: _Asked(lambda: Database(folder, extension)) for table in (NUMBERS, BROWSED)}
+        self.count = lru_cache(256)(self._count)
+        self._find_table = lru_cache(256)(self._try_tables)
+
+    def open(self) -> None:
+        """Make the table of numbers, which takes a while if the experiment is large, so that pages do not wait for it."""
+        self.bins  # noqa: B018  # cached
+
+    def close(self) -> None:
+        for asked in self._asked.values():
+            asked.close()
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """What filters may name. Reading it opens the experiment, which takes a while if it is large."""
+        numbers = self._asked[NUMBERS]
+        columns = numbers.columns(f"select * from {NUMBERS} limit 0")
+        sources = numbers.rows(Query(f"select distinct source from {NUMBERS} order by source", {}))
+        taken = numbers.columns(f"select * from {'pairs' if self.kind == 'pairs' else 'examples'} limit 0")
+        runs = {column.run: column for column in browse_table.name_columns(self.kind, self.runs, taken)}
+        structs = {column.name for column in runs.values()}
+        fields = [f"{run}.{field}" for run in runs for field in browse_table.RUN_FIELDS[self.kind]]
+        return Catalog(
+            kind=self.kind,
+            sources=[source for (source,) in sources],
+            splits=self.splits,
+            runs=runs,
+            ranges={column.key: column for column in self._list_ranges(runs.values(), columns)},
+            sortable=[*(name for name in columns if name not in structs), *fields],
+        )
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.examples)
+
+    def page(self, chosen: Filter, order: Order, columns: Sequence[str], page: int) -> list[Row]:
+        """Return a page of rows, the first of which is page 1."""
+        table = self._find_table(chosen)
+        offset = (page - 1) * PAGE_ROWS
+        query = queries.list_rows(chosen, self.catalog, table, columns, order, PAGE_ROWS, offset)
+        rows = self._asked[table].rows(query)
+        texts = self.read_texts([position for position, *_ in rows])
+        return [
+            replace(text, values=dict(zip(columns, values, strict=True)))
+            for text, (_, *values) in zip(texts, rows, strict=True)
+        ]
+
+    def read_texts(self, positions: Sequence[int]) -> list[Row]:
+        """Return the examples at these positions. Only their own texts are read from the mapped files."""
+        names = _TEXTS[self.kind]
+        taken = self.examples.select(["example_id", *names]).take(pa.array(positions, pa.int64()))
+        rows = taken.to_pylist()
+        return [
+            Row(position, row["example_id"], {name: row[name] or "" for name in names}, {})
+            for position, row in zip(positions, rows, strict=True)
+        ]
+
+    def histograms(self, chosen: Filter) -> list[Histogram]:
+        """Return the histograms that have values: those of the data, then the rewards of the first runs."""
+        counts = self._count_bins(chosen) if chosen else self._all_counts
+        return [Histogram(*each) for each in zip(self.bins, self._all_counts, counts, strict=True)]
+
+    def list_ids(self, chosen: Filter) -> pa.ChunkedArray:
+        """Return the example_id of every row under the filter, in the order of the data."""
+        table = self._find_table(chosen)
+        positions = self._asked[table].column(queries.list_positions(chosen, self.catalog, table))
+        return self.examples["example_id"].take(positions)
+
+    def list_known(self, ids: Sequence[str]) -> pa.ChunkedArray:
+        """Return those of `ids` that are examples, in the order of the data; UsageError if one is not."""
+        column = self.examples["example_id"]
+        known = column.filter(pc.is_in(column, pa.array(ids, pa.string())))
+        if unknown := set(ids) - set(known.to_pylist()):
+            raise UsageError(f"There is no example {min(unknown)!r} in {self.folder}.")
+        return known
+
+    def list_other_ids(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Return the training examples that are not among `ids`."""
+        table = self.examples.select(["example_id", "split"])
+        is_other = pc.and_(
+            pc.equal(table["split"], TRAIN), pc.invert(pc.is_in(table["example_id"], ids.combine_chunks()))
+        )
+        return table["example_id"].filter(is_other)
+
+    def _list_ranges(self, runs: Iterable[RunColumn], columns: Sequence[str]) -> Iterator[RangeColumn]:
+        absent = {"score_gap"} if not self._has_grades else set[str]()
+        for key, (title, column) in _RANGES[self.kind].items():
+            if key not in absent and column in columns:
+                yield RangeColumn(key, title, column, is_whole=column.startswith(("n_", "length_")))
+        for run in runs:
+            yield RangeColumn(
+                f"reward.{run.run}", f"reward {'margin ' if self.kind == 'pairs' else ''}of {run.run}", run.reward
+            )
+
+    @property
+    def _has_grades(self) -> bool:
+        names = [column for column in self.examples.column_names if column.endswith("_score")]
+        return any(self.examples[name].null_count < len(self.examples) for name in names)
+
+    def _count(self, chosen: Filter) -> int:
+        table = self._find_table(chosen)
+        ((n,),) = self._asked[table].rows(queries.count_rows(chosen, self.catalog, table))
+        return int(n)
+
+    def _try_tables(self, chosen: Filter) -> str:
+        """Find the table that has the columns of the filter's own condition; UsageError if none has."""
+        candidates = queries.tables_for(chosen)
+        for table in candidates[:-1]:
+            query = queries.list_rows(chosen, self.catalog, table, [], Order(), 0, 0)
+            try:
+                self._asked[table].rows(query)
+                return table
+            except UsageError:
+                continue  # it may have a column of texts
+        return candidates[-1]
+
+    @cached_property
+    def bins(self) -> list[Bins]:
+        """The bins of every histogram that has values, the same under any filter."""
+        runs = [f"reward.{run}" for run in self.runs[:MOST_RUN_HISTOGRAMS]]
+        columns = [self.catalog.ranges[key] for key in (*_HISTOGRAMS[self.kind], *runs) if key in self.catalog.ranges]
+        edges = self._asked[NUMBERS].rows(queries.find_edges(columns))
+        return [queries.make_bins(columns[n], *ends) for n, ends in edges if ends and ends[0] is not None]
+
+    @cached_property
+    def _all_counts(self) -> list[list[int]]:
+        return self._count_bins(Filter())
+
+    def _count_bins(self, chosen: Filter) -> list[list[int]]:
+        table = self._find_table(chosen)
+        counts = [[0] * N_BINS for _ in self.bins]
+        if self.bins:
+            query = queries.count_bins(chosen, self.catalog, table, self.bins)
+            for n, at, n_rows in self._asked[table].rows(query):
+                counts[n][at] = n_rows
+        return counts
+
+
+class _Asked:
+    """A process with the experiment's tables, asked one query at a time."""
+
+    def __init__(self, database: Callable[[], query_worker.Database]) -> None:
+        self._worker, self._lock = query_worker.Worker(database), threading.Lock()
+        self._bounds = query_worker.Bounds(
+            "The query", _SECONDS, "Filter by numbers instead of texts.", "Filter by numbers instead of texts."
+        )
+
+    def rows(self, query: Query) -> list[tuple[Any, ...]]:
+        with self._lock, self._worker.ask(query.sql, query.parameters or None, self._bounds) as answer:
+            return list(answer.rows())
+
+    def column(self, query: Query) -> pa.ChunkedArray:
+        """Return the first column of the answer."""
+        with self._lock, self._worker.ask(query.sql, query.parameters or None, self._bounds) as answer:
+            columns = answer.arrow()
+            return pa.Table.from_batches(list(answer.batches(columns)), columns.schema).column(0)
+
+    def columns(self, sql: str) -> list[str]:
+        with self._lock, self._worker.ask(sql, None, self._bounds) as answer:
+            list(answer.rows())
+            return answer.columns
+
+    def close(self) -> None:
+        with self._lock:
+            self._worker.close()
