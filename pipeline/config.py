@@ -569,7 +569,9 @@ class Train(Section):
     checkpoint_every: Count = 200
     """Steps between checkpoints, from which an interrupted run resumes."""
     keep_checkpoints: Count = 2
-    """Number of newest checkpoints to keep, in addition to the best one (train.best)."""
+    """Number of newest checkpoints to keep while the run lasts, in addition to the best one (train.best)."""
+    checkpoints_at_end: Literal["remove", "keep"] = "remove"
+    """What happens to the checkpoints when the run is finished. remove: only its model stays. keep: they stay, so that a damaged model can be written again. A run that a callback stopped keeps the last one in any case, so that it can be continued."""
     report_to: Annotated[
         tuple[Tracker, ...], BeforeValidator(_as_list, json_schema_input_type=Tracker | list[Tracker])
     ] = ()

@@ -36,6 +36,15 @@ def visible_pieces(pieces: Sequence[str]) -> list[str]:
     return found
 
 
+def format_bytes(n: int) -> str:
+    """Return `1.6 GB`: a size of files in decimal units, as disks are sold and `ls --si` counts."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        # Below 999.5 it does not round up to 1,000.
+        if n >= size * 0.9995:
+            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:,.0f} {unit}"
+    return count(n, "byte")
+
+
 def count(n: int, singular: str, plural: str | None = None) -> str:
     """Return a number with its noun: `1 row`, `1,234 rows`."""
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"

@@ -43,7 +43,7 @@ FLOORS = {
         "config_file config_settings",
     ],
     "prefcache.pipeline.stored": [
-        "artifact claims duckdb_connection id_lists key_index",
+        "artifact claims disk_usage duckdb_connection id_lists key_index",
         "records",
         "memos overwrite_guard shards",
         "contradictions prepared row_writers verified_shards",

@@ -190,12 +190,33 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def discard_folder(path: Path) -> None:
+    """Delete a folder that counts as whole or as gone, however far this gets: rename it to a temporary first."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.replace(path, temporary)
+    shutil.rmtree(temporary)
+
+
+def find_leftovers(folder: Path) -> list[Path]:
+    """List the temporaries below `folder` of this machine's processes that have ended."""
+    if not Path("/proc/self").exists():
+        return []
+    found = []
+    for path in sorted(folder.rglob(f".*.{_HOST}-*.tmp")):
+        process = path.name.removesuffix(".tmp").rpartition("-")[2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            found.append(path)
+    return found
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporaries of this machine's processes that have ended."""
-    for path in list(folder.rglob(f".*.{_HOST}-*.tmp")):
-        process = path.name.removesuffix(".tmp").rpartition("-")[2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in find_leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # -- checksums and sealed JSON ---------------------------------------------------------------------------------------

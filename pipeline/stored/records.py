@@ -372,6 +372,7 @@ class Provenance(StoredRecord):
     quantization: Literal["4bit", "8bit"] | None = None
     device: str | None = None
     processes: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    steps: Step | None = None  # planned: a callback or train.best.patience may end the run before
     sharded: bool | None = None
 
 
@@ -444,6 +445,7 @@ class Evaluated(Entry):
 
 class RunManifest(Manifest):
     steps: Step
+    checkpoints: Literal["remove", "keep"] | None = None  # train.checkpoints_at_end; None: they were always kept
     stopped: StoppedEntry | None = None
     best: ChosenStep | None = None
     kind: Literal["pairs", "labels"] | None = None

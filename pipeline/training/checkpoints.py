@@ -2,23 +2,28 @@
 
 A checkpoint that names an earlier step as the best (best_checkpoint.py) needs that step's checkpoint: that one is kept for as long,
 and without it the later one counts as damaged.
+
+PyTorch is imported only where tensors are written or read: commands that list checkpoints do without it.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.model.trainable import read_tensors
-from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored import artifact, disk_usage
 from prefcache.pipeline.stored.records import BestEntry, CheckpointManifest, NewerError, StoppedEntry
 
+if TYPE_CHECKING:
+    import torch
+
 WEIGHTS = "weights.safetensors"
+MOVING_REFERENCE = "reference"  # folder with the weights of a moving reference, which each checkpoint has as well
 _OPTIMIZER = "optimizer.safetensors"
+_FOLDER = "checkpoints"
 _NAME = re.compile(r"step-[0-9]{8}")
 
 
@@ -51,11 +56,13 @@ class CheckpointState:
 def save(
     run: Path,
     save_weights: Callable[[Path], None],
-    optimizer: dict[str, torch.Tensor],
+    optimizer: dict[str, "torch.Tensor"],
     state: CheckpointState,
     keep: int,
 ) -> None:
     """Commit a checkpoint, then delete all but the newest `keep` and the best ones that those name."""
+    from safetensors.torch import save_file
+
     folder = path(run, state.step)
     with artifact.commit_folder(folder) as temporary:
         save_weights(temporary)
@@ -64,8 +71,33 @@ def save(
         state.manifest(files).commit(temporary / artifact.MANIFEST)
     # Later ones were passed over as damaged and must not push this one out.
     saved = [old for old in _newest_first(run) if old.name <= folder.name]
-    for old in set(saved) - {*saved[:keep], *map(_best_of, saved[:keep])}:
-        artifact.remove_folder(old)
+    for old in _superfluous(saved, keep):
+        artifact.discard_folder(old)
+
+
+def find_superfluous(run: Path, keep: int) -> list[Path]:
+    """List all checkpoints but the newest `keep` and the best ones that those name."""
+    return _superfluous(_newest_first(run), keep)
+
+
+def has_superfluous(run: Path, keep: int) -> bool:
+    """Whether `remove_superfluous` has anything to do."""
+    return bool(find_superfluous(run, keep) or _moving_reference(run) or artifact.find_leftovers(run / _FOLDER))
+
+
+def remove_superfluous(run: Path, keep: int) -> int:
+    """Delete all but the newest `keep` and the best ones that those name; return the bytes that this frees.
+
+    With them go the weights of a moving reference, and their folder if nothing else is in it.
+    """
+    artifact.remove_leftovers(run / _FOLDER)
+    folders = [*find_superfluous(run, keep), *_moving_reference(run)]
+    n_bytes = disk_usage.count_freed(folders)
+    for folder in folders:
+        artifact.discard_folder(folder)
+    with contextlib.suppress(OSError):
+        (run / _FOLDER).rmdir()
+    return n_bytes
 
 
 def find_newest(
@@ -91,22 +123,36 @@ def discard_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps, which `find_newest` passed over."""
     for folder in _newest_first(run):
         if folder > path(run, step):
-            artifact.remove_folder(folder)
+            artifact.discard_folder(folder)
 
 
 def path(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08}"
+    return run / _FOLDER / f"step-{step:08}"
 
 
-def read_optimizer(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_optimizer(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Yield one tensor after another: a process that holds a shard may have no room for all."""
+    from prefcache.pipeline.model.trainable import read_tensors
+
     return read_tensors(folder / _OPTIMIZER)
 
 
 def _newest_first(run: Path) -> list[Path]:
     """List the run's checkpoints. Folders under other names, such as a user's copies, are left alone."""
-    folders = (run / "checkpoints").glob("step-*")
+    folders = (run / _FOLDER).glob("step-*")
     return sorted((folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir()), reverse=True)
+
+
+def _moving_reference(run: Path) -> list[Path]:
+    """The folder of a moving reference's weights, if there is one and it holds nothing else."""
+    folder = run / MOVING_REFERENCE
+    is_ours = folder.is_dir() and not folder.is_symlink() and [each.name for each in folder.iterdir()] == [WEIGHTS]
+    return [folder] if is_ours else []
+
+
+def _superfluous(newest_first: list[Path], keep: int) -> list[Path]:
+    kept = newest_first[:keep]
+    return sorted(set(newest_first) - {*kept, *map(_best_of, kept)})
 
 
 def _best_of(folder: Path) -> Path | None:

@@ -10,7 +10,9 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import Difference, Freshness, find_differences
 from prefcache.pipeline.stored.records import Provenance, RunManifest
+from prefcache.pipeline.training import checkpoints
 from prefcache.pipeline.training.run_log import PARTS, PROVENANCE
+from prefcache.pipeline.visible_text import format_bytes
 
 
 def check(run: Path, inputs: dict[str, Any]) -> Freshness:
@@ -31,9 +33,49 @@ def _find_differences(run: Path, inputs: dict[str, Any]) -> tuple[Difference, ..
 
 
 def reopen_stopped(run: Path) -> None:
-    """Reopen a finished run that a callback stopped before its last step."""
-    if (manifest := RunManifest.find(run)) is not None and manifest.stopped:
-        artifact.retract_manifest(run)
+    """Reopen a finished run that a callback stopped before its last step; refuse one without a checkpoint to go on from."""
+    if (manifest := RunManifest.find(run)) is None or not manifest.stopped:
+        return
+    if not has_checkpoint(run):
+        raise UsageError(
+            f"{run} was {manifest.stopped.describe()}, and its last checkpoint is gone or damaged, so it cannot be continued. "
+            "Its model is whole. To take all steps, name another run (train.run) and train it without that callback."
+        )
+    artifact.retract_manifest(run)
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is a whole checkpoint to resume from. Hashes it."""
+    return checkpoints.find_newest(run, lambda damage: None) is not None
+
+
+def is_removal_unfinished(run: Path, manifest: RunManifest) -> bool:
+    """Whether a process died while it removed a finished run's checkpoints."""
+    return manifest.checkpoints == "remove" and checkpoints.has_superfluous(run, _count_needed(manifest))
+
+
+def remove_checkpoints(run: Path, manifest: RunManifest, progress: Progress) -> None:
+    """Remove the checkpoints that a finished run no longer needs, if its manifest says so.
+
+    The manifest is on disk by then: killed here, the run is finished, and the next train removes the rest.
+    """
+    if manifest.checkpoints != "remove":
+        return
+    try:
+        n_bytes = checkpoints.remove_superfluous(run, _count_needed(manifest))
+    except OSError as error:
+        progress.warn(f"{error.filename} cannot be removed ({error.strerror}); the run is finished all the same")
+        return
+    if n_bytes:
+        keeps = "all but the last checkpoint" if manifest.stopped else "the checkpoints"
+        progress.say(
+            f"train: removed {keeps}, {format_bytes(n_bytes)} (train.checkpoints_at_end: keep would keep them)"
+        )
+
+
+def _count_needed(manifest: RunManifest) -> int:
+    """How many of the newest checkpoints a finished run needs: the last, if it can be continued."""
+    return 1 if manifest.stopped else 0
 
 
 def retract_damaged(run: Path, progress: Progress) -> None:
@@ -41,15 +83,24 @@ def retract_damaged(run: Path, progress: Progress) -> None:
     if (manifest := RunManifest.find(run)) is None:
         return
     for file, reason, is_recoverable in damaged_files(run, manifest):
-        if not is_recoverable:
-            raise IntegrityError(f"{file} {reason}. Delete {run} and train again.")
+        if not is_recoverable or not has_checkpoint(run):
+            raise IntegrityError(f"{file} {reason}. {remedy(run, is_recoverable=is_recoverable)}")
         progress.warn(f"{file} {reason}; it is made again from the last checkpoint")
         artifact.retract_manifest(run)
         return
 
 
+def remedy(run: Path, *, is_recoverable: bool = True) -> str:
+    """What to do about a damaged file of a finished run; `is_recoverable`: a checkpoint, if there is one, can restore it."""
+    if not is_recoverable:
+        return f"Delete {run} and train again."
+    if has_checkpoint(run):
+        return "Train again (prefcache train CONFIG): only that is made again, from the last checkpoint."
+    return f"No checkpoint is left to make it again from (train.checkpoints_at_end): delete {run} and train again."
+
+
 def damaged_files(run: Path, manifest: RunManifest) -> Iterator[tuple[Path, str, bool]]:
-    """Yield files that differ from the manifest: path, reason, and whether the last checkpoint can restore it; those come last."""
+    """Yield files that differ from the manifest: path, reason, and whether a checkpoint could restore it; those come last."""
     entries = [(run / table, entry, False) for table in PARTS for entry in manifest.table_files(table)]
     entries += [(run / "model", entry, True) for entry in manifest.model]
     entries += [(run, entry, True) for entry in [manifest.tokens] if entry]

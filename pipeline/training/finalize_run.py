@@ -1,4 +1,7 @@
-"""Finish a run: write the model with its card, the samples, the tokens that moved most, and the manifest last."""
+"""Finish a run: write the model with its card, the samples, the tokens that moved most, and the manifest last.
+
+Only then are the checkpoints removed: killed at any point, the run is finished, or resumes from the last of them.
+"""
 
 from collections import Counter
 from typing import Any
@@ -13,6 +16,7 @@ from prefcache.pipeline.training import (
     best_checkpoint,
     checkpoints,
     evaluate,
+    existing_run,
     model_card,
     sample_answers,
     token_gains,
@@ -31,6 +35,8 @@ def finish(s: Session, before: Before, trained: Trained) -> RunManifest | None:
     # All processes take part in these, also where only the main one writes.
     answers, tokens, state = evaluate.generate_samples(s), evaluate.token_table(s, trained), s.policy.model_state()
     manifest = _commit(s, before, trained, answers, tokens, state) if s.main else None
+    if manifest is not None:
+        existing_run.remove_checkpoints(s.config.run, manifest, s.progress)
     s.policy.accelerator.wait_for_everyone()
     return manifest
 
@@ -59,6 +65,7 @@ def _commit(
     n_by_kind = Counter(event["kind"] for event in s.log.rows("events"))
     summary = {
         "steps": trained.steps,
+        "checkpoints": s.config.train.checkpoints_at_end,
         **({"stopped": trained.stopped.facts()} if trained.stopped else {}),
         **best_checkpoint.summarize(trained.best),
         "kind": s.objective.kind,

@@ -28,7 +28,7 @@ from prefcache.pipeline.model.stochastic_rounding import make_key, random_bits, 
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.training import dataset
-from prefcache.pipeline.training.checkpoints import WEIGHTS
+from prefcache.pipeline.training.checkpoints import MOVING_REFERENCE, WEIGHTS
 from prefcache.pipeline.training.dataset import Examples, Scores
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy, save_weights
@@ -55,7 +55,7 @@ class MovingReference:
         assert train.moving_reference is not None
         self._train, self._objective = train, objective
         self._examples, self._policy, self._run = examples, policy, run
-        self._folder = run / "reference"  # with the reference's weights
+        self._folder = run / MOVING_REFERENCE
         self._every, self._alpha = train.moving_reference.every, train.moving_reference.alpha
         self._n_steps = dataset.n_steps(len(examples[TRAIN]), train.batch_size, train.epochs, train.max_steps)
         self._scores: dict[str, Scores] = {}  # empty until the first move: the cache's log-probs are current

@@ -28,6 +28,7 @@ _HARMLESS = {
     "rows",
     "checkpoint_every",
     "keep_checkpoints",
+    "checkpoints_at_end",
     "eval_every",
     "alerts",
     "report_to",

@@ -49,6 +49,7 @@ def write_provenance(s: Session) -> None:
         quantization=s.start.quantization,
         device=str(s.policy.accelerator.device),
         processes=s.policy.accelerator.num_processes,
+        steps=s.n_steps,
         sharded=s.policy.sharded,
     ).commit(s.config.run / PROVENANCE)
     artifact.commit_bytes(s.config.run / "config.yaml", config_file.to_yaml(s.config).encode())

@@ -1,4 +1,4 @@
--- The checkpoints that each run can resume from: step, tokens trained on so far, size and folder.
+-- The checkpoints on disk, from which a run resumes: step, tokens trained on so far, size and folder. A finished run keeps none by default.
 select
     run,
     step,

@@ -34,7 +34,7 @@ from prefcache.pipeline.stored.prepared import Prepared, sequence_table
 from prefcache.pipeline.stored.records import Provenance, RunManifest, ScoredManifest
 from prefcache.pipeline.stored.scored import find_scored_cache
 from prefcache.pipeline.stored.scoring_plan import plan_scoring
-from prefcache.pipeline.training import existing_run
+from prefcache.pipeline.training import checkpoints, existing_run
 from prefcache.pipeline.training.run_log import PROVENANCE
 from prefcache.pipeline.visible_text import count
 
@@ -275,8 +275,6 @@ def _check_memory(config: Config) -> Iterator[Finding]:
 
 
 def _check_run(folder: Path) -> Iterator[Finding]:
-    from prefcache.pipeline.training import checkpoints
-
     provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
     # With the run's own settings, which the user need not repeat, but under its present name: a run that made room for
     # another one had a different name when it was made.
@@ -288,8 +286,9 @@ def _check_run(folder: Path) -> Iterator[Finding]:
         what = " ".join([f"{folder}: {provenance.loss}, not finished; it resumes at step {step}", *skipped])
         yield Finding("runs", "problem" if skipped else "absent", what, resume)
         return
-    for file, reason, is_remade in existing_run.damaged_files(folder, manifest):
-        remedy = resume if is_remade else f"Delete {folder} and train again."
+    for file, reason, is_recoverable in existing_run.damaged_files(folder, manifest):
+        is_remade = is_recoverable and existing_run.has_checkpoint(folder)
+        remedy = resume if is_remade else existing_run.remedy(folder, is_recoverable=is_recoverable)
         yield Finding("runs", "problem", f"{file} {reason}", remedy)
         return
     n_alerts = sum(manifest.alerts.values())

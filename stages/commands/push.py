@@ -10,6 +10,7 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import FileEntry, RunManifest
+from prefcache.pipeline.training import existing_run
 from prefcache.pipeline.training.run_log import PROVENANCE
 
 
@@ -38,9 +39,7 @@ def _verified_files(folder: Path) -> list[FileEntry]:
         raise UsageError(f"{folder} is not finished. Train it to its end (prefcache train CONFIG), then push it.")
     for entry in manifest.model:
         if reason := artifact.damage(folder / "model", entry):
-            raise IntegrityError(
-                f"{folder / 'model' / entry.file} {reason}. Train again (prefcache train CONFIG) to restore it."
-            )
+            raise IntegrityError(f"{folder / 'model' / entry.file} {reason}. {existing_run.remedy(folder)}")
     return manifest.model
 
 

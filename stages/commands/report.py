@@ -19,7 +19,7 @@ from prefcache.pipeline.schema import SAMPLES, TOKENS
 from prefcache.pipeline.stored import artifact, overwrite_guard
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Provenance, RunManifest, ScoredManifest
-from prefcache.pipeline.training import sample_answers, token_gains
+from prefcache.pipeline.training import existing_run, sample_answers, token_gains
 from prefcache.pipeline.training.run_log import PARTS, PROVENANCE
 
 
@@ -113,9 +113,7 @@ def _read_record(folder: Path) -> runs_section.Record:
         raise IntegrityError(f"{config} has no section train. {remedy}")
     tokens, samples = manifest and manifest.tokens, folder / sample_answers.FILE
     if tokens and (reason := artifact.damage(folder, tokens)):
-        raise IntegrityError(
-            f"{folder / tokens.file} {reason}. Train again (prefcache train CONFIG): only that is made again."
-        )
+        raise IntegrityError(f"{folder / tokens.file} {reason}. {existing_run.remedy(folder)}")
     # Only a manifest vouches for the samples: those in an unfinished run's folder may be an earlier run's.
     sample_rows = _read_rows(samples, SAMPLES, remedy) if manifest and samples.exists() else []
     token_rows = _read_rows(folder / token_gains.FILE, TOKENS, remedy) if tokens else []

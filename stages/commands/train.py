@@ -120,12 +120,16 @@ def run(
 
 
 def _find_finished(config: Config) -> RunManifest | None:
-    """Return the manifest of the run if it is finished, undamaged and what data, cache and config give now."""
+    """Return the manifest of the run if it is finished, undamaged and what data, cache and config give now.
+
+    Not if checkpoints wait to be removed: that is done under the claim.
+    """
     if not (config.run / artifact.MANIFEST).exists():
         return None
     try:
         inputs = run_inputs.collect(config).inputs
-        return RunManifest.find(config.run) if existing_run.check(config.run, inputs).is_fresh else None
+        manifest = RunManifest.find(config.run) if existing_run.check(config.run, inputs).is_fresh else None
+        return None if manifest and existing_run.is_removal_unfinished(config.run, manifest) else manifest
     except PrefcacheError:
         return None  # reported under the claim, where no other command is at work on the experiment
 
@@ -138,6 +142,7 @@ def _report_finished(config: Config, finished: RunManifest, progress: Progress, 
     progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
     if finished.stopped:
         remedy = "Take the remaining steps with prefcache.train(..., continue_stopped=True)."
+        remedy = remedy if existing_run.has_checkpoint(config.run) else "It has no checkpoint to be continued from."
         progress.say(f"train: it was {finished.stopped.describe()}. {remedy}")
     return TrainResult(manifest=finished, run=config.run, changed=False)
 
@@ -171,6 +176,8 @@ def _train(
     existing_run.retract_damaged(config.run, progress)
     # Another process may have finished the run before this one had the claim.
     if (finished := RunManifest.find(config.run)) is not None:
+        if devices.is_main_process:
+            existing_run.remove_checkpoints(config.run, finished, progress)
         return _report_finished(config, finished, progress, is_main=devices.is_main_process)
     own_prompts = _read_own_prompts(config, setup)
     examples = cache_join.load_examples(setup, progress)

@@ -163,7 +163,10 @@ def write_config(folder: Path, model: Path, **train: Any) -> Path:
         "out": "runs/tiny",
         "prepare": {"data": "pairs.jsonl", "held_out": 0.2},
         "score": {"tokens_per_shard": 400, "tokens_per_batch": 512},
-        "train": {"learning_rate": 1e-3, "batch_size": 8, "epochs": 2, "samples": 4, "sample_tokens": 8} | train,
+        # Tests go back to the checkpoints of a finished run, as if it had been interrupted there.
+        "train": {"learning_rate": 1e-3, "batch_size": 8, "epochs": 2, "samples": 4, "sample_tokens": 8}
+        | {"checkpoints_at_end": "keep"}
+        | train,
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
