@@ -66,7 +66,7 @@ def world(tmp_path_factory, model) -> Iterator[Path]:
     write_pairs(folder / "pairs.jsonl", 24)
     shutil.copytree(model, folder / "tiny")
     train = {"learning_rate": 1e-3, "batch_size": 4, "checkpoint_every": 2, "samples": 0, "eval_every": 2}
-    train["best"] = {"metric": "eval_loss"}
+    train |= {"best": {"metric": "eval_loss"}, "checkpoints_at_end": "keep"}
     tree = {"model": "tiny", "out": str(OUT), "prepare": {"data": "pairs.jsonl", "held_out": 0.2}, "train": train}
     (folder / "config.yaml").write_text(yaml.safe_dump({**tree, "score": {"tokens_per_shard": 400}}))
     for stage in ("prepare", "score", "train"):
