@@ -34,7 +34,7 @@ ROOMS = {
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
     "prefcache.pipeline": [
-        "errors stored_paths token_text schema spans visible_text",
+        "errors intervals stored_paths token_text schema spans visible_text",
         "foreign_programs model_config process_pool progress safetensors_files tokenizer",
         "gguf_files model_files",
         "config identity",

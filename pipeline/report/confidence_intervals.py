@@ -6,27 +6,18 @@ before and after are measured on the same examples.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-_Z = 1.959963984540054  # the normal distribution's 97.5% point
+from prefcache.pipeline import intervals
+from prefcache.pipeline.intervals import Estimate, Z
+
 _DRAWS, _SEED = 1000, 0
 
 
-@dataclass(frozen=True)
-class Estimate:
-    value: float
-    low: float
-    high: float
-
-
 def share(right: np.ndarray) -> Estimate:
-    """The share of true values. Wilson 1927: the interval stays within 0 and 1, and has a width even at 100%."""
-    n, p = len(right), float(right.mean())
-    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    reach = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Estimate(p, max(0.0, middle - reach), min(1.0, middle + reach))
+    """The share of true values."""
+    return intervals.share(int(right.sum()), len(right))
 
 
 def how_often_higher(good: np.ndarray, bad: np.ndarray) -> Estimate:
@@ -40,7 +31,7 @@ def how_often_higher(good: np.ndarray, bad: np.ndarray) -> Estimate:
 
     def is_within(p: float) -> bool:
         variance = p * (1 - p) * (1 + n * ((1 - p) / (2 - p) + p / (1 + p))) / (len(good) * len(bad))
-        return abs(p_higher - p) <= _Z * math.sqrt(variance)
+        return abs(p_higher - p) <= Z * math.sqrt(variance)
 
     def bisect(inside: float, outside: float) -> float:
         for _ in range(50):

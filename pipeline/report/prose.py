@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefcache.pipeline.report.confidence_intervals import Estimate
+from prefcache.pipeline.intervals import Estimate
 from prefcache.pipeline.report.data_section import Data
 from prefcache.pipeline.report.reference_section import Reference
 from prefcache.pipeline.report.runs_section import PREFERRED, Run

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 
-from prefcache.pipeline.report.confidence_intervals import Estimate, share
+from prefcache.pipeline.intervals import Estimate
+from prefcache.pipeline.report.confidence_intervals import share
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.records import Parity, ScoredManifest
 

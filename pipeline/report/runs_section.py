@@ -7,7 +7,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from prefcache.pipeline.report.confidence_intervals import Estimate, bootstrap, how_often_higher, mean, share
+from prefcache.pipeline.intervals import Estimate
+from prefcache.pipeline.report.confidence_intervals import bootstrap, how_often_higher, mean, share
 from prefcache.pipeline.schema import HELD_OUT, OWN_PROMPT, TRAIN
 from prefcache.pipeline.stored.records import FileEntry, Provenance, RunManifest
 

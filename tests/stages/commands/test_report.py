@@ -20,8 +20,8 @@ import pytest
 
 from prefcache.commands import report
 from prefcache.pipeline import views
+from prefcache.pipeline.intervals import Estimate
 from prefcache.pipeline.report import confidence_intervals, data_section, page, plots, prose, svg
-from prefcache.pipeline.report.confidence_intervals import Estimate
 from prefcache.pipeline.report.data_section import QuarantinedRecord, Reason, Source
 from prefcache.pipeline.report.runs_section import MovedExample, Sample, Token
 from prefcache.pipeline.schema import PREPARED
