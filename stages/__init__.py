@@ -6,6 +6,7 @@
     prefcache.score("my.yaml")
     run = prefcache.train("my.yaml", overrides={"train.beta": 0.2})
     prefcache.sql("select avg(margin) from rewards", "runs/my").df()
+    print(prefcache.ask("length-bias", "runs/my").verdict.sentence)
 
 Each function does what the command of its name does, and returns the record that `--json` prints, with absolute paths. `open_cache`
 looks log-probs up by token ids, and `prefcache.trl` puts them into TRL's trainers. Nothing heavy is imported before a function needs it.
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from prefcache.pipeline.config import Config
     from prefcache.pipeline.progress import Progress
     from prefcache.reference_cache import ReferenceCache
-    from prefcache.sql_result import SqlResult
+    from prefcache.sql_result import AskResult, SqlResult
 
     __version__: str
 
@@ -72,6 +73,7 @@ __all__ = [
     "TrainStep",
     "UsageError",
     "__version__",
+    "ask",
     "open_cache",
     "prepare",
     "report",
@@ -174,6 +176,26 @@ def sql(
     where = None if experiment is None else str(experiment)
     with Experiment(where).ask(query, config_file.to_plain(parameters), timeout) as answer:
         return SqlResult.read(answer)
+
+
+def ask(
+    question: str,
+    experiment: str | Path | None = None,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+) -> "AskResult":
+    """Answer a ready question, as `prefcache ask` does: rows, and a verdict with a sentence and its numbers.
+
+    `question` is its name, such as length-bias. `experiment` is as for `sql`.
+    """
+    from prefcache.commands.query import Experiment
+    from prefcache.pipeline import config_file
+    from prefcache.sql_result import AskResult
+
+    where = None if experiment is None else str(experiment)
+    with Experiment(where).ask_question(question, config_file.to_plain(parameters), timeout) as answered:
+        return AskResult.read_question(answered)
 
 
 def open_cache(

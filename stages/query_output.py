@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefcache.commands.query import AnsweredQuestion
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored import overwrite_guard, row_writers
 from prefcache.pipeline.views.query_worker import Answer
@@ -44,23 +45,27 @@ def print_answer(answer: Answer, form: str) -> None:
     _FORMS[form](answer)
 
 
+def print_question(answered: AnsweredQuestion) -> None:
+    """Print a ready question as one JSON object: its name and parameters, the rows, and the verdict."""
+    print(f'{{"question": {_to_json(answered.question.name)}, "parameters": {_to_json(answered.parameters)}, "rows":')
+    _print_json(answered.answer)
+    verdict = answered.verdict()
+    print(f', "verdict": {_to_json({"sentence": verdict.sentence, "numbers": verdict.numbers})}}}')
+
+
 def _print_json(answer: Answer) -> None:
     lead = "[\n "
     for record in _records(answer):
-        print(
-            lead,
-            visible_json(
-                json.dumps(
-                    record,
-                    ensure_ascii=False,
-                    default=lambda value: value.hex() if isinstance(value, bytes) else str(value),
-                )
-            ),
-            sep="",
-            end="",
-        )
+        print(lead, _to_json(record), sep="", end="")
         lead = ",\n "
     print("[]" if lead == "[\n " else "\n]")
+
+
+def _to_json(value: Any) -> str:
+    text = json.dumps(
+        value, ensure_ascii=False, default=lambda each: each.hex() if isinstance(each, bytes) else str(each)
+    )
+    return visible_json(text)
 
 
 def _records(answer: Answer) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,20 @@
-"""The answer to a query in Python: an Arrow table, and what other libraries and a notebook make of it."""
+"""The answer to a query or a ready question in Python: an Arrow table, and what other libraries and a notebook make of it."""
 
 import html
 import io
+import shutil
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from prefcache.commands.query import AnsweredQuestion
 from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.questions import Verdict
 from prefcache.pipeline.views.query_worker import Answer
-from prefcache.pipeline.visible_text import count
+from prefcache.pipeline.visible_text import count, visible
 
 _SHOWN_ROWS = 20
 _SHOWN_CHARACTERS = 300  # of a value
@@ -82,6 +86,25 @@ class SqlResult:
     def _count_rows(self) -> str:
         more = len(self) - _SHOWN_ROWS
         return count(more, "more row") if more > 0 else count(len(self), "row")
+
+
+@dataclass(frozen=True, repr=False)
+class AskResult(SqlResult):
+    """All rows of a ready question, and its verdict: a sentence, and the numbers behind it."""
+
+    verdict: Verdict
+
+    @classmethod
+    def read_question(cls, answered: AnsweredQuestion) -> "AskResult":
+        return cls(SqlResult.read(answered.answer).table, answered.verdict())
+
+    def __repr__(self) -> str:
+        width = shutil.get_terminal_size().columns
+        sentence = textwrap.fill(visible(self.verdict.sentence), width, break_long_words=False, break_on_hyphens=False)
+        return f"{super().__repr__()}\n{sentence}"
+
+    def _repr_html_(self) -> str:
+        return f"{super()._repr_html_()}<p><b>{html.escape(visible(self.verdict.sentence))}</b></p>"
 
 
 def _rows(table: pa.Table) -> list[tuple[Any, ...]]:

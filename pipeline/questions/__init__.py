@@ -1,9 +1,13 @@
-"""Ready questions about any data set and run: `prefcache ask`.
+"""Ready questions about any data set and run, each answered by rows and a verdict: `prefcache ask`.
 
 One .sql file each. Its first comment is its help; the comments after it declare its parameters as `-- name = default: help`,
-which the query reads as $name. To add a question, add a file.
+which the queries read as $name. Then come two SELECTs, with the line `-- verdict` between them: the rows, and one row of numbers
+about all the data, from which a function of the question's name (data_verdicts.py, reference_verdicts.py, run_verdicts.py) makes
+a sentence. The second may read the rows as the table `answer`, which has all of them: $limit is applied when they are listed. To
+add a question, add a file and a function.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from prefcache.pipeline.errors import UsageError, look_up
+from prefcache.pipeline.questions import data_verdicts, reference_verdicts, run_verdicts  # noqa: F401 - they register themselves
+from prefcache.pipeline.questions.verdict import JUDGES, Judge, Verdict
+
+__all__ = ["QUESTIONS", "Parameter", "Question", "Verdict", "get_question"]
 
 _PARAMETER = re.compile(r"-- (\w+) = ([^:]+): (.+)")
+_VERDICT = "\n-- verdict\n"
+_LIMIT = "limit"
 
 
 @dataclass(frozen=True)
@@ -21,19 +31,19 @@ class Parameter:
     default: Any
     help: str
 
-    def parse(self, name: str, text: str) -> Any:
+    def parse(self, name: str, value: Any) -> Any:
         """Parse a setting: a number if the default is one, else the text itself, since a run may be called 1. null is None."""
-        if text == "null":
+        if value is None or value == "null":
             return None
         if not isinstance(self.default, int | float):
-            return text
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"--set {name}={text}: expected a number, such as {json.dumps(self.default)}.")
-        return value
+            return str(value)
+        number = value
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                number = json.loads(value)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UsageError(f"--set {name}={value}: expected a number, such as {json.dumps(self.default)}.")
+        return number
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,31 @@ class Question:
     name: str
     help: str
     parameters: Mapping[str, Parameter]
-    sql: str
+    select: str  # all rows
+    numbers: str  # the numbers behind the verdict; may read the rows as `answer`
+    judge: Judge
 
-    def values(self, settings: Mapping[str, str]) -> dict[str, Any]:
+    @property
+    def sql(self) -> str:
+        """The SELECT of the rows to list."""
+        return self.select + (f"limit ${_LIMIT}\n" if _LIMIT in self.parameters else "")
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether the numbers read the rows, which are then computed once for both."""
+        return re.search(r"\banswer\b", self.numbers) is not None
+
+    @property
+    def listing(self) -> str:
+        """The SELECT of the rows to list, from the table `answer`."""
+        return "select * from answer" + (f" limit ${_LIMIT}" if _LIMIT in self.parameters else "")
+
+    def values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the value of every parameter: as set, or its default."""
         hint = "" if self.parameters else "It has none."
         values = {name: parameter.default for name, parameter in self.parameters.items()}
-        for name, text in settings.items():
-            values[name] = look_up(self.parameters, name, f"{self.name}.parameter", hint).parse(name, text)
+        for name, value in settings.items():
+            values[name] = look_up(self.parameters, name, f"{self.name}.parameter", hint).parse(name, value)
         return values
 
 
@@ -57,14 +84,22 @@ def get_question(name: str) -> Question:
 
 
 def _parse(file: Path) -> Question:
-    sql = file.read_text(encoding="utf-8")
-    help_line, *lines = sql.splitlines()
+    select, _, numbers = file.read_text(encoding="utf-8").partition(_VERDICT)
+    help_line, *lines = select.splitlines()
     parameters = {}
     for line in lines:
         if not (match := _PARAMETER.fullmatch(line)):
             break
         parameters[match[1]] = Parameter(json.loads(match[2]), match[3])
-    return Question(file.stem, help_line.removeprefix("--").strip(), parameters, sql)
+    help = help_line.removeprefix("--").strip()
+    return Question(
+        file.stem,
+        help,
+        parameters,
+        f"{select.rstrip()}\n",
+        numbers,
+        JUDGES.get(file.stem, lambda numbers, values: Verdict("No verdict yet.")),
+    )
 
 
 QUESTIONS = {file.stem: _parse(file) for file in sorted(Path(__file__).parent.glob("*.sql"))}

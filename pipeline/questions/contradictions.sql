@@ -1,30 +1,45 @@
 -- Pairs that contradict each other: the same prompt and answers, with chosen and rejected swapped.
 -- limit = 20: most rows to list
 with keyed as (
-    select example_id, source, line, hash(chosen_key) as chosen, hash(rejected_key) as rejected
+    select
+        example_id,
+        source,
+        line,
+        hash(chosen_key) as chosen,
+        hash(rejected_key) as rejected,
+        -- The same for both orders.
+        least(chosen, rejected) as first_answer,
+        greatest(chosen, rejected) as second_answer
     from examples
     where chosen_key is not null
 ),
 
+-- Join only these: answers that occur in one order only contradict nothing.
 both_ways as (
     select
-        -- Join only these: answers that occur in one order only contradict nothing.
-        least(chosen, rejected) as first_answer,
-        greatest(chosen, rejected) as second_answer
+        first_answer,
+        second_answer,
+        min({source: source, line: line, example_id: example_id}) filter (where chosen < rejected) as forwards,
+        min({source: source, line: line, example_id: example_id}) filter (where chosen > rejected) as backwards
     from keyed
-    group by all
-    having bool_or(chosen < rejected) and bool_or(chosen > rejected)
+    group by first_answer, second_answer
+    having forwards is not null and backwards is not null
 )
 
 select
-    one.source,
-    one.line,
-    one.example_id,
-    other.source as other_source,
-    other.line as other_line,
-    other.example_id as other_example_id
-from both_ways
-join keyed as one on one.chosen = first_answer and one.rejected = second_answer
-join keyed as other on other.chosen = second_answer and other.rejected = first_answer
-order by one.source, one.line, other.source, other.line
-limit $limit
+    example_id,
+    source,
+    line,
+    -- The first of those that it contradicts.
+    if(chosen < rejected, backwards, forwards).example_id as other_example_id,
+    if(chosen < rejected, backwards, forwards).source as other_source,
+    if(chosen < rejected, backwards, forwards).line as other_line
+from both_ways join keyed using (first_answer, second_answer)
+-- Those that contradict each other follow each other.
+order by least(forwards, backwards), source, line, example_id
+-- verdict
+select
+    (select count(*) from examples where chosen_key is not null) as pairs,
+    count(*) as contradictory,
+    (select count(label) from examples) as labels
+from answer

@@ -12,4 +12,3 @@ select
 from pairs
 where used and margin_per_token < 0
 order by margin_per_token, example_id
-limit $limit

@@ -23,4 +23,3 @@ select
 from hashed semi join repeated using (content)
 group by content
 order by times desc, first_source, first_line
-limit $limit

@@ -13,4 +13,3 @@ where margin is not null
 group by example_id
 having max(margin_per_token) < -$nats
 order by n_references desc, margin_per_token, example_id
-limit $limit

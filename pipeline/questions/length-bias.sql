@@ -12,3 +12,22 @@ from pairs
 where used
 group by source
 order by abs(longer_wins - 0.5) desc
+-- verdict
+with by_source as (
+    select
+        source,
+        count(*) as pairs,
+        count_if(length_difference <> 0) as differ,
+        count_if(length_difference > 0) as longer
+    from pairs
+    where used
+    group by source
+)
+
+select
+    sum(pairs)::bigint as pairs,
+    sum(differ)::bigint as differ,
+    sum(longer)::bigint as longer,
+    list(by_source) as sources,
+    (select count(label) from examples) as labels
+from by_source

@@ -44,4 +44,3 @@ select
 from compared
 where n_shared >= $similarity * (len(chosen_words) + len(rejected_words) - n_shared)
 order by similarity desc, example_id
-limit $limit

@@ -26,4 +26,3 @@ select
 from visited join examples using (example_id)
 where margin <= 0
 order by margin, run, example_id
-limit $limit

@@ -17,7 +17,7 @@ from prefcache.pipeline.views.database import (
     describe,
     short_id,
 )
-from prefcache.pipeline.views.query import Result, ask
+from prefcache.pipeline.views.query import Query, Result, ask
 from prefcache.pipeline.views.view_files import VIEWS, Extension, find_stored_tables
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RUNS",
     "VIEWS",
     "Extension",
+    "Query",
     "Reference",
     "Result",
     "Sources",

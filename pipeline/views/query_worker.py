@@ -29,7 +29,7 @@ import pyarrow as pa
 from prefcache.pipeline import process_pool
 from prefcache.pipeline.errors import ResourceError, UsageError
 from prefcache.pipeline.views.database import MEMORY_LIMIT, BrokenDatabase
-from prefcache.pipeline.views.query import Result
+from prefcache.pipeline.views.query import Query, Result
 
 T = TypeVar("T")
 _MEMORY = int(MEMORY_LIMIT.removesuffix("GB")) * 10**9
@@ -41,10 +41,10 @@ _ROWS_AT_ONCE = 256
 class Database(Protocol):
     """What answers queries in the child."""
 
-    def open(self, query: str) -> None:
+    def open(self, query: Query) -> None:
         """Verify and open what the query reads. Neither limit applies yet."""
 
-    def ask(self, query: str, parameters: Mapping[str, Any] | None) -> Result: ...
+    def ask(self, query: Query, parameters: Mapping[str, Any] | None) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Worker:
         self._child: _Child | None = None
 
     @contextlib.contextmanager
-    def ask(self, query: str, parameters: Mapping[str, Any] | None, bounds: Bounds) -> Iterator["Answer"]:
+    def ask(self, query: str | Query, parameters: Mapping[str, Any] | None, bounds: Bounds) -> Iterator["Answer"]:
         """Yield the answer to one query, to be read within the query's time."""
+        query = Query(query) if isinstance(query, str) else query
         child = self._child = self._child or _Child(lambda pipe: _serve(self._database(), pipe))
         try:
             child.send((query, parameters))
@@ -98,21 +99,23 @@ class Answer:
         self._child, self._bounds = child, bounds
         self.columns: list[str] = child.expect("columns", bounds)
         self.n_rows = 0  # read so far
+        self._form: str | None = None  # in which the answer was asked for: rows or batch
         self._hints: list[str] = []
+        self._numbers: dict[str, Any] | None = None
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
-        self._child.send("rows")
-        for block in self._blocks("rows"):
+        self._start("rows")
+        for block in self._blocks():
             self.n_rows += len(block)
             yield from block
 
     def arrow(self) -> "Columns":
         """Ask for the answer by columns, instead of rows()."""
-        self._child.send("batches")
+        self._start("batch")
         return Columns(pa.ipc.read_schema(pa.py_buffer(self._child.expect("schema", self._bounds))))
 
     def batches(self, columns: "Columns") -> Iterator[pa.RecordBatch]:
-        for stream in self._blocks("batch"):
+        for stream in self._blocks():
             for batch in pa.ipc.open_stream(stream):
                 self.n_rows += len(batch)
                 yield batch
@@ -121,11 +124,24 @@ class Answer:
         """Say which condition left no row, once the whole answer has been read and was empty."""
         return self._hints
 
-    def _blocks(self, kind: str) -> Iterator[Any]:
-        while (received := self._child.receive(self._bounds))[0] == kind:
+    def numbers(self) -> dict[str, Any]:
+        """Return the query's numbers about all the data. What is left of the answer is read first."""
+        if self._form is None:
+            self._start("rows")
+        if self._numbers is None:
+            for _ in self._blocks():
+                pass
+        return self._numbers or {}
+
+    def _start(self, form: str) -> None:
+        self._form = form
+        self._child.send(form)
+
+    def _blocks(self) -> Iterator[Any]:
+        while (received := self._child.receive(self._bounds))[0] == self._form:
             yield received[1]
         assert received[0] == "end", received[0]
-        self._hints = received[1]
+        self._hints, self._numbers = received[1]
 
 
 @dataclass(frozen=True)
@@ -247,7 +263,7 @@ def _serve(database: Database, pipe: Connection) -> None:
                     _send(pipe, "schema", reader.schema.serialize().to_pybytes())
                     for batch in result.batches(reader):
                         _send_in_parts(pipe, "batch", batch, _to_stream)
-                _send(pipe, "end", result.explain_empty())
+                _send(pipe, "end", (result.explain_empty(), result.numbers()))
         except UsageError as error:
             if isinstance(error, BrokenDatabase):
                 raise

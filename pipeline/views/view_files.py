@@ -1,7 +1,7 @@
 """The views, one .sql file each: name, help, and what each reads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -10,6 +10,8 @@ import duckdb
 
 from prefcache.pipeline.schema import PREPARED, data_columns
 from prefcache.pipeline.views.query_check import Statement
+
+ANSWER = "answer"  # the rows of a ready question, which its numbers may read
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ def sort_for_creation() -> list[View]:
     ]
 
 
-def find_stored_tables(query: str, extension: Extension | None = None) -> set[str]:
-    """Find the tables of the schema `stored` that a query reads; UsageError unless it is a SELECT over the views.
+def find_stored_tables(query: str, extension: Extension | None = None, kept: Collection[str] = ()) -> set[str]:
+    """Find the tables of the schema `stored` that a query reads; UsageError unless it is a SELECT over the views and `kept` tables.
 
     With an extension, also those that its tables are made of, whether the query reads them or not.
     """
-    known = [*VIEWS, *(extension.names if extension else ())]
+    known = [*VIEWS, *(extension.names if extension else ()), *kept]
     read = Statement(duckdb.connect(), query, known).views | (extension.views if extension else set())
     waiting, tables = [name for name in read if name in VIEWS], set[str]()
     while waiting:

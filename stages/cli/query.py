@@ -14,6 +14,8 @@ from prefcache.pipeline.visible_text import count, visible
 
 if TYPE_CHECKING:
     from prefcache.commands.query import Experiment
+    from prefcache.pipeline.questions import Question
+    from prefcache.pipeline.views.query_worker import Answer
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +85,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
     if query and folder is None and _exists(query):
         query, folder = None, query
     if query is not None:
-        _answer(Experiment(folder), query, None, **output)
+        _answer(Experiment(folder), query, **output)
         return
     if not sys.stdin.isatty():
         raise UsageError("No query. Ask one, as in `prefcache sql 'select * from rewards'`, or see --views.")
@@ -91,7 +93,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
 
     experiment = Experiment(folder)
     names = [name for view, _, columns in experiment.describe() for name in (view, *(column for column, _ in columns))]
-    sql_repl.run(lambda query: _answer(experiment, query, None, **output), names)
+    sql_repl.run(lambda query: _answer(experiment, query, **output), names)
 
 
 @main.command()
@@ -103,7 +105,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
 @click.option("--sql", "as_sql", is_flag=True, help="Print the SQL of the question, as a starting point.")
 @output_options
 def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql: bool, **output: Any) -> None:
-    """Ask a ready-made question; without NAME, list them.
+    """Ask a ready-made question; without NAME, list them. The rows are followed by a verdict: what was found, and what to do.
 
     \b
         prefcache ask
@@ -124,8 +126,8 @@ def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql:
     if as_sql:
         click.echo(question.sql, nl=False)
         return
-    values = question.values(dict(setting.partition("=")[::2] for setting in settings))
-    _answer(query.Experiment(folder), question.sql, values, **output)
+    values = dict(setting.partition("=")[::2] for setting in settings)
+    _answer_question(query.Experiment(folder), question, values, **output)
 
 
 def _exists(text: str) -> bool:
@@ -138,7 +140,6 @@ def _exists(text: str) -> bool:
 def _answer(
     experiment: "Experiment",
     query: str,
-    parameters: dict[str, Any] | None,
     *,
     form: str,
     as_json: bool,
@@ -149,20 +150,54 @@ def _answer(
 ) -> None:
     """Print the answer to a query, or write it into a file."""
     from prefcache import query_output
+
+    if out is not None:
+        query_output.check_output(Path(out), experiment.inputs, force)
+    form = "json" if as_json else form
+    with experiment.ask(query, None, timeout) as answer:
+        _write(answer, form, out, limit)
+        for line in answer.explain_empty():
+            click.echo(visible(line), err=True)
+
+
+def _answer_question(
+    experiment: "Experiment",
+    question: "Question",
+    settings: dict[str, str],
+    *,
+    form: str,
+    as_json: bool,
+    out: str | None,
+    force: bool,
+    limit: int,
+    timeout: float,
+) -> None:
+    """Print the rows of a ready question and its verdict. Formats for machines have the verdict on stderr, JSON has it inside."""
+    from prefcache import query_output
     from prefcache.terminal_output import answer_rows
 
     if out is not None:
         query_output.check_output(Path(out), experiment.inputs, force)
     form = "json" if as_json else form
-    with experiment.ask(query, parameters, timeout) as result:
-        if out is not None:
-            click.echo(visible(f"{out}: {count(query_output.save(result, Path(out)), 'row')}"))
-        elif form == "table":
-            answer_rows.print_rows(result.columns, result.rows(), limit)
-        else:
-            query_output.print_answer(result, form)
-        for line in result.explain_empty():
-            click.echo(visible(line), err=True)
+    with experiment.ask_question(question, settings, timeout) as answered:
+        if out is None and form == "json":
+            query_output.print_question(answered)
+            return
+        _write(answered.answer, form, out, limit)
+        verdict = answered.verdict()
+    answer_rows.print_verdict(verdict, err=out is None and form != "table")
+
+
+def _write(answer: "Answer", form: str, out: str | None, limit: int) -> None:
+    from prefcache import query_output
+    from prefcache.terminal_output import answer_rows
+
+    if out is not None:
+        click.echo(visible(f"{out}: {count(query_output.save(answer, Path(out)), 'row')}"))
+    elif form == "table":
+        answer_rows.print_rows(answer.columns, answer.rows(), limit)
+    else:
+        query_output.print_answer(answer, form)
 
 
 @main.command()

@@ -59,7 +59,7 @@ def folder(tmp_path_factory, model, other_model) -> Path:
 def ask(folder):
     def ask(name: str, *settings: str) -> list[dict]:
         sets = [word for setting in settings for word in ("--set", setting)]
-        return json.loads(invoke(folder, "ask", name, "config.yaml", "--json", *sets).stdout)
+        return json.loads(invoke(folder, "ask", name, "config.yaml", "--json", *sets).stdout)["rows"]
 
     return ask
 
@@ -143,7 +143,7 @@ def test_a_question_or_parameter_that_is_none_names_the_nearest(folder):
     ):
         assert said in invoke(folder, "ask", *arguments, code=2).stderr
     # A run may have a number for its name.
-    assert json.loads(invoke(folder, "ask", "small-gap", "runs/q", "--set", "run=1", "--json").stdout) == []
+    assert json.loads(invoke(folder, "ask", "small-gap", "runs/q", "--set", "run=1", "--json").stdout)["rows"] == []
 
 
 # -- the data and its references -------------------------------------------------------------------------------------
@@ -212,8 +212,10 @@ def test_duplicates(ask):
 
 
 def test_contradictions(ask):
-    (found,) = ask("contradictions")
-    assert {found["line"], found["other_line"]} == {2, 12} and found["source"] != found["other_source"]
+    one, other = ask("contradictions")
+    assert {one["line"], one["other_line"]} == {2, 12} and one["source"] != one["other_source"]
+    # Each of the two is a row, so that a file of the rows names both.
+    assert [one["example_id"], other["example_id"]] == [other["other_example_id"], one["other_example_id"]]
 
 
 def test_truncation(ask, pairs):
@@ -242,7 +244,7 @@ def test_turns(tmp_path, model, kind):
     sets = ["--set", f"model={model}", "--set", "out=runs/t", "--set", "prepare.data=[a.jsonl]"]
     sets += ["--set", "prepare.held_out=0", "--set", f"prepare.examples={kind}"]
     invoke(tmp_path, "prepare", *sets)
-    (found,) = json.loads(invoke(tmp_path, "ask", "turns", "runs/t", "--json").stdout)
+    (found,) = json.loads(invoke(tmp_path, "ask", "turns", "runs/t", "--json").stdout)["rows"]
     rows = Prepared(tmp_path / "runs/t/prepared").table().to_pylist()
     names = ("chosen", "rejected") if kind == "pairs" else ("completion",)
     n = [sum(row[f"n_{name}"] for name in names) for row in rows]

@@ -32,8 +32,8 @@ class Database:
     def __init__(self, found: views.Sources) -> None:
         self._con = views.connect(found)
 
-    def open(self, query: str) -> None:
-        views.find_stored_tables(query)
+    def open(self, query: views.Query) -> None:
+        query.find_stored_tables()
 
     def ask(self, query, parameters):
         return views.ask(self._con, query, (), parameters)
