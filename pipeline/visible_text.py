@@ -36,6 +36,12 @@ def visible_pieces(pieces: Sequence[str]) -> list[str]:
     return found
 
 
+def visible_tokens(texts: Sequence[str]) -> list[str]:
+    """Do the same to the tokens of a text, and mark line ends and tabs as well, which take part in the layout."""
+    marks = {"\n": "\N{RETURN SYMBOL}\n", "\t": "\N{RIGHTWARDS ARROW TO BAR}\t"}
+    return [piece.translate(str.maketrans(marks)) for piece in visible_pieces(texts)]
+
+
 def format_bytes(n: int) -> str:
     """Return `1.6 GB`: a size of files in decimal units, as disks are sold and `ls --si` counts."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

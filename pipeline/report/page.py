@@ -23,11 +23,11 @@ from prefcache.pipeline.report.runs_section import Measured, MovedExample, Run, 
 from prefcache.pipeline.report.svg import RUNS
 from prefcache.pipeline.schema import HELD_OUT
 from prefcache.pipeline.stored.records import FileEntry, PreparedManifest, ScoredManifest
-from prefcache.pipeline.visible_text import visible, visible_pieces
+from prefcache.pipeline.token_colours import RATIO_SHADES, choose_colour
+from prefcache.pipeline.visible_text import visible, visible_tokens
 
 MOST_RUNS = len(RUNS)  # compared on one page, each in a colour of its own
 _FOLDER = Path(__file__).parent
-_SHADES = (0.05, 0.2, 0.5, 2.0)  # nats from which a token has the next colour
 _MOST_CHARACTERS = 1500  # of one text
 _EXAMPLES_PER_RUN = 2  # of the largest gains, and of the largest losses, when several runs are compared
 
@@ -62,7 +62,7 @@ def render(facts: Facts) -> str:
         "number": lambda value, form: prose.NONE if value is None else form.format(value),
         "tiny": prose.tiny,
         "pieces": _pieces,
-        "colour": _colour,
+        "colour": lambda token: choose_colour(token.ratio, RATIO_SHADES),
     }
     return environment.get_template("report.html.j2").render(_build_context(facts))
 
@@ -187,15 +187,7 @@ def _list_moved(runs: Sequence[Run]) -> Iterator[_MovedGroup]:
 
 def _pieces(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     """Yield each token with its text, in which line ends and tabs are visible."""
-    for token, text in zip(tokens, visible_pieces([token.text for token in tokens]), strict=True):
-        yield token, text.replace("\n", "\N{RETURN SYMBOL}\n").replace("\t", "\N{RIGHTWARDS ARROW TO BAR}\t")
-
-
-def _colour(token: Token) -> str:
-    if token.ratio is None or abs(token.ratio) < _SHADES[0]:
-        return "even"
-    shade = sum(abs(token.ratio) >= least for least in _SHADES)
-    return f"{'up' if token.ratio > 0 else 'down'} by{shade}"
+    yield from zip(tokens, visible_tokens([token.text for token in tokens]), strict=True)
 
 
 # -- provenance ------------------------------------------------------------------------------------------------------

@@ -2,28 +2,22 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prefcache import example_tokens
 from prefcache.command_results import ShowAnswer, ShowResult, ShowToken
-from prefcache.pipeline import identity, model_files
+from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing.encoder import Encoder
-from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import ANSWERS, TokenSequence
+from prefcache.pipeline.schema import ANSWERS
 from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored.prepared import Prepared
-from prefcache.pipeline.stored.records import Provenance, RunManifest
-from prefcache.pipeline.stored.scored import open_scored
-from prefcache.pipeline.stored.token_logps import token_logps
-from prefcache.pipeline.training.run_log import PROVENANCE
 
 
 def run(config: Config, progress: Progress, example: str) -> ShowResult:
@@ -32,12 +26,11 @@ def run(config: Config, progress: Progress, example: str) -> ShowResult:
     example_row = _find_example(prepared.table(), example)
     (row,) = example_row.to_pylist()
     answers = [name for name in ANSWERS[prepared.kind] if row[f"{name}_ids"] is not None]
-    reference = _read_reference(config, example_row, answers)
+    reference = example_tokens.read_reference(config.scored, example_row, answers)
     policy = _compute_policy(config, row, answers, progress)
-    # A finished run has a tokenizer of its own, so that the reference need not be available.
-    is_finished = (config.run / "model").is_dir() and RunManifest.find(config.run) is not None
-    tokenizer = config.run / "model" if is_finished else identity.find_reference(config).tokenizer
-    encoder = Encoder(load_facts(tokenizer))
+    has_tokenizer = example_tokens.has_own_tokenizer(config.run)
+    tokenizer = config.run / example_tokens.MODEL if has_tokenizer else identity.find_reference(config).tokenizer
+    encoder = example_tokens.load_encoder(tokenizer)
     return ShowResult(
         example_id=row["example_id"],
         split=row["split"],
@@ -71,49 +64,16 @@ def _find_example(table: pa.Table, example: str) -> pa.Table:
     )
 
 
-def _read_reference(config: Config, row: pa.Table, answers: list[str]) -> dict[str, np.ndarray]:
-    """Read cached log-probs; {} if the data has not been scored."""
-    if (scored := open_scored(config.scored, every_byte=False)) is None:
-        return {}
-    manifest, cache = scored
-    keys = [row[f"{name}_key"] for name in answers]
-    sums = cache.logps(keys, manifest.accepted_numerics)
-    lists = token_logps(cache, keys, sums, manifest.accepted_numerics)
-    # An answer without a finite log-prob has no list.
-    return {name: logps[0] for name, logps in zip(answers, lists, strict=True) if len(logps[0])}
-
-
 def _compute_policy(
     config: Config, row: Mapping[str, Any], answers: list[str], progress: Progress
-) -> dict[str, np.ndarray]:
-    """Compute log-probs by the plain forward in float32; {} if the run has no model yet."""
-    folder = config.run / "model"
+) -> example_tokens.Logps:
+    """Compute the policy's log-probs; {} if the run has no model yet."""
+    folder = config.run / example_tokens.MODEL
     if not folder.is_dir():
         return {}
-    # These take seconds to load.
-    import torch
-    from transformers.utils import logging
-
-    from prefcache.pipeline.model import weights
-    from prefcache.pipeline.model.attention import choose_kernel
-    from prefcache.pipeline.model.logprobs import plain_logps
-
-    logging.disable_progress_bar()
     progress.say(f"show: computing with {folder}")
-    policy = Reference(folder)
-    if model_files.is_adapter(folder):
-        # On its base model, quantized as it was in training.
-        provenance = Provenance.read(config.run / PROVENANCE, f"Move {config.run} away.")
-        policy = replace(identity.find_adapter(folder), quantization=provenance.quantization)
-    model = weights.load_base(policy, "float32", choose_kernel(policy.folder, "sdpa"), "cpu")
-    if policy.adapter is not None:
-        model = weights.load_frozen_adapter(model, policy.adapter, "cpu")
-    prompt = np.asarray(row["prompt_ids"], np.int32)
-    with torch.inference_mode():
-        return {
-            name: plain_logps(model.eval(), TokenSequence(prompt, np.asarray(row[f"{name}_ids"], np.int32))).numpy()
-            for name in answers
-        }
+    model = example_tokens.load_policy(config.run)
+    return example_tokens.compute_logps(model, row["prompt_ids"], {name: row[f"{name}_ids"] for name in answers})
 
 
 def _combine(

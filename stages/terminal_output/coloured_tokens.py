@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from prefcache import command_results
-from prefcache.pipeline.visible_text import visible, visible_pieces
+from prefcache.pipeline.visible_text import visible, visible_tokens
 from prefcache.terminal_output.console import open_console
 
 _CUT_STYLE = "strike red"
@@ -52,7 +52,9 @@ def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
 def _preview_text(part: command_results.PreviewPart) -> Text:
     text = Text()
     colours = _TOKEN_COLOURS.get(part.name, _ANSWER_COLOURS)
-    for n, (token, piece) in enumerate(zip(part.tokens, _visible_tokens(part.tokens), strict=True)):
+    for n, (token, piece) in enumerate(
+        zip(part.tokens, visible_tokens([token.text for token in part.tokens]), strict=True)
+    ):
         if n == part.n_tokens:
             text.append("[cut here]", style="bold red")
         style = _CUT_STYLE if token.cut else "reverse magenta" if token.special else colours[n % 2]
@@ -107,15 +109,9 @@ def print_show(result: command_results.ShowResult) -> None:
 def _coloured_text(tokens: Sequence[command_results.ShowToken], values: Sequence[float], full: float) -> Text:
     """Print black on a coloured ground, which is readable on a dark and on a light terminal."""
     text = Text()
-    for token, piece, value in zip(tokens, _visible_tokens(tokens), values, strict=True):
+    for token, piece, value in zip(tokens, visible_tokens([token.text for token in tokens]), values, strict=True):
         strength = min(abs(value) / full, 1.0) if full else 0.0
         pale, strong = round(235 - 125 * strength), round(255 - 50 * strength)
         ground = f"rgb({pale},{strong},{pale})" if value > 0 else f"rgb({strong},{pale},{pale})"
         text.append(piece, style=f"black on {ground}" if strength > 0.02 else "" if token.counts else "dim")
     return text
-
-
-def _visible_tokens(tokens: Sequence[command_results.PreviewToken | command_results.ShowToken]) -> list[str]:
-    """Mark line ends and tabs as well, which take part in the layout."""
-    pieces = visible_pieces([token.text for token in tokens])
-    return [piece.replace("\n", "\u23ce\n").replace("\t", "\u21e5\t") for piece in pieces]
