@@ -38,8 +38,10 @@ def visible_pieces(pieces: Sequence[str]) -> list[str]:
 
 def visible_tokens(texts: Sequence[str]) -> list[str]:
     """Do the same to the tokens of a text, and mark line ends and tabs as well, which take part in the layout."""
-    marks = {"\n": "\N{RETURN SYMBOL}\n", "\t": "\N{RIGHTWARDS ARROW TO BAR}\t"}
-    return [piece.translate(str.maketrans(marks)) for piece in visible_pieces(texts)]
+    pieces = visible_pieces(texts)
+    return [
+        piece.replace("\n", "\N{RETURN SYMBOL}\n").replace("\t", "\N{RIGHTWARDS ARROW TO BAR}\t") for piece in pieces
+    ]
 
 
 def format_bytes(n: int) -> str:

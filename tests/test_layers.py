@@ -34,7 +34,7 @@ ROOMS = {
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
     "prefcache.pipeline": [
-        "errors intervals stored_paths token_text schema spans visible_text",
+        "errors intervals stored_paths token_colours token_text schema spans visible_text",
         "foreign_programs model_config process_pool progress safetensors_files tokenizer",
         "gguf_files model_files",
         "config identity",
@@ -103,15 +103,23 @@ FLOORS = {
         "page",
     ],
     "prefcache.pipeline.questions": ["verdict", "data_verdicts reference_verdicts run_verdicts", ""],
-    "prefcache.pipeline.browsing": ["browse_table", "filters", "queries"],
+    "prefcache.pipeline.browsing": ["browse_table neighbours", "filters", "queries"],
     "prefcache": [
-        "interrupts row_layout view_sources command_results guide",
+        "interrupts row_layout view_sources command_results example_tokens guide",
         "reference_cache sql_repl terminal_output commands",
         "query_output sql_result trl ui",
         "cli",
         "__main__",
     ],
-    "prefcache.ui": ["access reader", "histogram_svg pages", "pairs_page selections_page", "app", "server"],
+    "prefcache.ui": [
+        "access axis_ticks token_process",
+        "line_svg token_reader",
+        "reader",
+        "histogram_svg pages",
+        "pair_page pairs_page selections_page",
+        "app",
+        "server",
+    ],
     "prefcache.commands": [
         "config convert doctor export export_trl gc import_logps merge parity prepare preview push query report score show train verify",
     ],

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from prefcache.pipeline.errors import PrefcacheError
-from prefcache.ui import pages, pairs_page, selections_page
+from prefcache.ui import pages, pair_page, pairs_page, selections_page
 from prefcache.ui.access import Access, Guard
 from prefcache.ui.reader import Reader
 
@@ -44,10 +44,14 @@ def make_app(reader: Reader, access: Access) -> ASGIApp:
 
     routes = [
         Route("/", lambda request: RedirectResponse("/pairs")),
+        Route("/favicon.ico", lambda request: Response(status_code=204)),  # browsers ask for it
         Route("/static/{name}", _send_file),
         route("/pairs", pairs_page.show),
         route("/pairs/count", pairs_page.show_count),
         route("/pairs/histograms", pairs_page.show_histograms),
+        route("/pairs/{example_id}", pair_page.show),
+        route("/pairs/{example_id}/visits", pair_page.show_visits),
+        route("/pairs/{example_id}/neighbours", pair_page.show_neighbours),
         route("/selections", selections_page.show),
         route("/selections", selections_page.save, "POST"),
     ]

@@ -2,15 +2,14 @@
 
 import bisect
 import itertools
-import math
 from dataclasses import dataclass
 
 from prefcache.pipeline.browsing.filters import Range
 from prefcache.pipeline.browsing.queries import N_BINS
+from prefcache.ui.axis_ticks import choose_ticks, format_tick
 from prefcache.ui.reader import Histogram
 
 WIDTH, HEIGHT = 320, 88  # of the plot, in the units of its viewBox
-_TICKS = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def draw(histogram: Histogram, selected: Range | None) -> Drawing:
         start=bins.start,
         end=bins.end,
         bars=bars,
-        ticks=list(_make_ticks(bins.start, bins.end)),
+        ticks=_make_ticks(bins.start, bins.end),
         selected=_place(selected, bins.start, bins.end) if selected else None,
     )
 
@@ -72,13 +71,10 @@ def _place(selected: Range, start: float, end: float) -> tuple[float, float]:
 
 
 def _make_ticks(start: float, end: float) -> list[Tick]:
-    """Place a few ticks at round numbers."""
-    rough = (end - start) / _TICKS
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-    first = math.ceil(start / step)
-    values = [(first + n) * step for n in range(2 * _TICKS) if (first + n) * step <= end]
-    return [Tick(round((value - start) / (end - start) * WIDTH, 2), f"{round(value, 10):g}") for value in values]
+    return [
+        Tick(round((value - start) / (end - start) * WIDTH, 2), format_tick(value))
+        for value in choose_ticks(start, end)
+    ]
 
 
 def _describe(histogram: Histogram) -> str:

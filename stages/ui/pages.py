@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import jinja2
+from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from prefcache.pipeline.visible_text import visible
@@ -24,6 +25,12 @@ def render(template: str, *, section: str = "", status: int = 200, **context: An
     return HTMLResponse(shown, status)
 
 
+def render_part(request: Request, template: str, **context: Any) -> HTMLResponse:
+    """Render a part of a page for the script that asked for it, or as a page of its own for a reader without scripts."""
+    is_page = request.headers.get("sec-fetch-dest") == "document"
+    return render(template, layout="base.html.j2" if is_page else "part.html.j2", **context)
+
+
 def address(path: str, query: Iterable[tuple[str, Any]] = (), **more: Any) -> str:
     """Return an address with these parameters; those of `more` replace the ones of the same name, and None removes them."""
     kept = [(name, value) for name, value in query if name not in more]
@@ -38,9 +45,9 @@ def excerpt(text: str, most: int = _EXCERPT) -> str:
     return visible(line if len(text) <= most else f"{line[:most].rstrip()}…")
 
 
-def _signed(value: float) -> str:
+def _signed(value: float, digits: int = 2) -> str:
     """Adding 0.0 spares the reader a "-0.00"."""
-    return f"{round(value, 2) + 0.0:+.2f}"
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def _make_environment() -> jinja2.Environment:

@@ -23,6 +23,7 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.views import query_worker
+from prefcache.ui.token_reader import TokenReader
 
 PAGE_ROWS = 50
 MOST_RUN_HISTOGRAMS = 4
@@ -78,6 +79,7 @@ class Reader:
         self.runs = [path.name for path in view_sources.list_runs(folder)]
         extension = browse_table.make_extension(self.kind, self.runs)
         self._asked = {table: _Asked(lambda: Database(folder, extension)) for table in (NUMBERS, BROWSED)}
+        self.tokens = TokenReader(folder)
         self.count = lru_cache(256)(self._count)
         self._find_table = lru_cache(256)(self._try_tables)
 
@@ -88,6 +90,7 @@ class Reader:
     def close(self) -> None:
         for asked in self._asked.values():
             asked.close()
+        self.tokens.close()
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -133,6 +136,15 @@ class Reader:
             Row(position, row["example_id"], {name: row[name] or "" for name in names}, {})
             for position, row in zip(positions, rows, strict=True)
         ]
+
+    def find(self, example_id: str) -> int | None:
+        """Return the position of an example; None if there is none of this id."""
+        position = pc.index(self.examples["example_id"], example_id).as_py()
+        return None if position < 0 else int(position)
+
+    def ask(self, query: Query) -> list[tuple[Any, ...]]:
+        """Answer a query that reads numbers, of examples or of the runs' visits."""
+        return self._asked[NUMBERS].rows(query)
 
     def histograms(self, chosen: Filter) -> list[Histogram]:
         """Return the histograms that have values: those of the data, then the rewards of the first runs."""

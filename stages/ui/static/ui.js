@@ -99,6 +99,34 @@ function keepTicks(form) {
   say();
 }
 
+// -- parts of a page, such as the visits of a pair ------------------------------------------------------
+
+async function loadPart(part, signal) {
+  const began = performance.now(), name = part.textContent.trim();
+  const say = () => { part.textContent = `${name} …${performance.now() - began > 900 ? ` ${Math.round((performance.now() - began) / 1000)} s` : ""}`; };
+  say();
+  const clock = setInterval(say, 1000);
+  try {
+    const loaded = await fetchPart(part.dataset.src, signal);
+    part.replaceChildren(...loaded.childNodes);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    const message = document.createElement("p");
+    Object.assign(message, { className: "error", textContent: error.message });
+    part.replaceChildren(message);
+  } finally {
+    clearInterval(clock);
+  }
+}
+
+function copyOnClick(button) {
+  button.hidden = !navigator.clipboard;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(button.dataset.text);
+    button.firstChild.textContent = "Copied";
+  });
+}
+
 // -- the page ----------------------------------------------------------------------------------------
 
 function leaveOutEmpty(form) {
@@ -107,10 +135,12 @@ function leaveOutEmpty(form) {
   });
 }
 
+const leaving = new AbortController();
+addEventListener("pagehide", () => leaving.abort());
+for (const part of document.querySelectorAll(".part")) loadPart(part, leaving.signal);
+document.querySelectorAll(".copy").forEach(copyOnClick);
 const filter = document.getElementById("filter");
 if (filter) {
-  const leaving = new AbortController();
-  addEventListener("pagehide", () => leaving.abort());
   leaveOutEmpty(filter);
   const count = document.getElementById("count");
   loadCount(count, leaving.signal);
