@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import duckdb
+
 from prefcache.pipeline.browsing.browse_table import RunColumn, quote
 from prefcache.pipeline.errors import UsageError, look_up
+from prefcache.pipeline.views.query_check import parse_sql
 
 OUTCOMES = {"right": "{} is true", "wrong": "{} is false", "unvisited": "{} is null"}
 _TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
@@ -88,11 +91,14 @@ def parse_filter(query: Sequence[tuple[str, str]], catalog: Catalog) -> Filter:
     for name, known in (("source", catalog.sources), ("split", catalog.splits)):
         for value in values.get(name, ()):
             look_up(dict.fromkeys(known), value, name)
+    where = values.get("where", [""])[-1].rstrip("; \n")
+    if where:
+        _check_condition(where)
     return Filter(
         sources=tuple(dict.fromkeys(values.get("source", ()))),
         splits=tuple(dict.fromkeys(values.get("split", ()))),
         text=values.get("text", [""])[-1],
-        where=values.get("where", [""])[-1].rstrip("; \n"),
+        where=where,
         ranges=tuple(ranges),
         outcomes=tuple(outcomes),
     )
@@ -143,6 +149,17 @@ def sort_sql(key: str, catalog: Catalog) -> str:
     look_up(dict.fromkeys(catalog.sortable), key, "sort")
     run, dot, name = key.rpartition(".")
     return catalog.runs[run].field(name) if dot else quote(key)
+
+
+def _check_condition(where: str) -> None:
+    """Refuse what is not one expression. One that closes a bracket it has not opened does not parse in both kinds of brackets."""
+    con = duckdb.connect()
+    for brackets in ("()", "[]"):
+        tree = parse_sql(con, f"select {brackets[0]}\n{where}\n{brackets[1]}")
+        if tree["error"]:
+            raise UsageError(
+                f"SQL condition: {tree['error_message']}. Found {where!r}, expected one such as margin < 0."
+            )
 
 
 def _range_parameters(ranges: Sequence[Range]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 from prefcache.pipeline.browsing.browse_table import BROWSED, NUMBERS
 from prefcache.pipeline.browsing.filters import Catalog, Filter, RangeColumn, sort_sql, to_condition
 
-N_BINS = 40
+_MOST_BINS = 40
 _EDGES = 0.005  # the share of values at each end that the outermost bins hold
 
 
@@ -25,19 +25,22 @@ class Bins:
     column: RangeColumn
     start: float
     width: float
+    n: int
 
     @property
     def end(self) -> float:
-        return self.start + N_BINS * self.width
+        return self.start + self.n * self.width
 
 
 def make_bins(column: RangeColumn, low: float, high: float) -> Bins:
     """Divide the values between two quantiles into bins; each bin of whole numbers holds as many of them."""
     if column.is_whole:
-        return Bins(column, math.floor(low) - 0.5, max(1.0, math.ceil((high - low + 1) / N_BINS)))
+        low, high = math.floor(low), math.ceil(high)
+        width = math.ceil((high - low + 1) / _MOST_BINS)
+        return Bins(column, low - 0.5, width, math.ceil((high - low + 1) / width))
     if not high > low:
-        return Bins(column, low - 0.5, 1 / N_BINS)
-    return Bins(column, low, (high - low) / N_BINS)
+        return Bins(column, low - 0.5, 1.0, 1)
+    return Bins(column, low, (high - low) / _MOST_BINS, _MOST_BINS)
 
 
 def count_rows(chosen: Filter, catalog: Catalog, table: str) -> Query:
@@ -87,7 +90,7 @@ def count_bins(chosen: Filter, catalog: Catalog, table: str, bins: Sequence[Bins
     parts = []
     for n, each in enumerate(bins):
         value = f"({each.column.sql})::double"
-        at = f"least(greatest(floor(({value} - {each.start!r}) / {each.width!r}), 0), {N_BINS - 1})::int"
+        at = f"least(greatest(floor(({value} - {each.start!r}) / {each.width!r}), 0), {each.n - 1})::int"
         parts.append(
             f"select {n} as n, {at} as bin, count(*) as n_rows from {table} where isfinite({value}) and {condition} group by bin"
         )

@@ -5,7 +5,6 @@ import itertools
 from dataclasses import dataclass
 
 from prefcache.pipeline.browsing.filters import Range
-from prefcache.pipeline.browsing.queries import N_BINS
 from prefcache.ui.axis_ticks import choose_ticks, format_tick
 from prefcache.ui.reader import Histogram
 
@@ -41,7 +40,7 @@ class Drawing:
 def draw(histogram: Histogram, selected: Range | None) -> Drawing:
     bins = histogram.bins
     most = max([1, *histogram.all_counts])
-    width = WIDTH / N_BINS
+    width = WIDTH / bins.n
 
     def top(n: int) -> float:
         # A bin with a single row among millions can still be seen.

@@ -62,6 +62,7 @@ def _make_environment() -> jinja2.Environment:
     )
     filters: Mapping[str, Any] = {
         "excerpt": excerpt,
+        "file_name": lambda path: path.rstrip("/").rpartition("/")[2],
         "visible": visible,
         "value": format_value,
         "signed": _signed,

@@ -13,14 +13,15 @@ from prefcache.ui import histogram_svg, pages
 from prefcache.ui.reader import PAGE_ROWS, Reader
 
 _COLUMNS = {
-    "pairs": ("source", "split", "n_chosen_counted", "n_rejected_counted", "margin", "margin_per_token"),
-    "labels": ("source", "split", "n_completion_counted"),
+    "pairs": ("n_chosen_counted", "n_rejected_counted", "margin", "margin_per_token"),
+    "labels": ("n_completion_counted",),
 }
-_SHORT_NAMES = {
-    "n_chosen_counted": "chosen tokens",
-    "n_rejected_counted": "rejected tokens",
-    "n_completion_counted": "tokens",
-    "margin_per_token": "per token",
+_TITLES = {
+    "n_chosen_counted": "chosen tokens that count",
+    "n_rejected_counted": "rejected tokens that count",
+    "n_completion_counted": "answer tokens that count",
+    "margin": "reference margin",
+    "margin_per_token": "reference margin per token",
     "position": "data order",
 }
 _MOST_RUNS = 3  # with a column in the list
@@ -69,7 +70,7 @@ def show_histograms(reader: Reader, request: Request) -> Response:
 
 def name_column(column: str) -> str:
     """Return the title of a column, or of a run's field, such as `trained.margin`."""
-    return _SHORT_NAMES.get(column, column.replace("_", " "))
+    return _TITLES.get(column) or column.replace("_", " ").replace(".", ": ")
 
 
 def _group(query: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

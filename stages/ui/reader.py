@@ -18,7 +18,7 @@ from prefcache.commands.query import Database
 from prefcache.pipeline.browsing import browse_table, queries
 from prefcache.pipeline.browsing.browse_table import BROWSED, NUMBERS, RunColumn
 from prefcache.pipeline.browsing.filters import Catalog, Filter, RangeColumn
-from prefcache.pipeline.browsing.queries import N_BINS, Bins, Order, Query
+from prefcache.pipeline.browsing.queries import Bins, Order, Query
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored.prepared import Prepared
@@ -54,6 +54,8 @@ class Row:
 
     position: int
     example_id: str
+    source: str
+    split: str
     texts: Mapping[str, str]  # the prompt and the answers
     values: Mapping[str, Any]  # of the columns that were asked for
 
@@ -130,10 +132,10 @@ class Reader:
     def read_texts(self, positions: Sequence[int]) -> list[Row]:
         """Return the examples at these positions. Only their own texts are read from the mapped files."""
         names = _TEXTS[self.kind]
-        taken = self.examples.select(["example_id", *names]).take(pa.array(positions, pa.int64()))
-        rows = taken.to_pylist()
+        columns = ["example_id", "source", "split"]
+        rows = self.examples.select([*columns, *names]).take(pa.array(positions, pa.int64())).to_pylist()
         return [
-            Row(position, row["example_id"], {name: row[name] or "" for name in names}, {})
+            Row(position, *(row[name] for name in columns), {name: row[name] or "" for name in names}, {})
             for position, row in zip(positions, rows, strict=True)
         ]
 
@@ -219,7 +221,7 @@ class Reader:
 
     def _count_bins(self, chosen: Filter) -> list[list[int]]:
         table = self._find_table(chosen)
-        counts = [[0] * N_BINS for _ in self.bins]
+        counts = [[0] * bins.n for bins in self.bins]
         if self.bins:
             query = queries.count_bins(chosen, self.catalog, table, self.bins)
             for n, at, n_rows in self._asked[table].rows(query):

@@ -51,6 +51,7 @@ def _bind(host: str, port: int | None) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind((host, each))
+            bound.listen()  # whoever opens the address at once has to wait, and is not refused
             return bound
         except OSError as error:
             bound.close()

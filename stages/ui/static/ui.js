@@ -28,9 +28,9 @@ async function loadHistograms(form, address, signal) {
   const part = await fetchPart(address, signal).catch(() => null);
   if (part === null) return;
   for (const svg of part.querySelectorAll("svg")) {
-    const field = [...form.querySelectorAll(".histogram-field")].find((each) => each.dataset.key === svg.dataset.key);
-    if (!field) continue;
-    field.querySelector(".figure").replaceChildren(svg);
+    const figure = [...form.querySelectorAll(".figure")].find((each) => each.dataset.key === svg.dataset.key);
+    if (!figure) continue;
+    figure.replaceChildren(svg);
     dragRange(form, svg);
   }
 }
