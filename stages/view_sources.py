@@ -26,12 +26,20 @@ EVERYTHING = {"prepared", "quarantine", "runs", "checkpoints", *_REFERENCES, *_R
 
 
 def collect(
-    folder: Path, tables: set[str], *, only: Sequence[str] | None = None, other_references: bool = True
+    folder: Path,
+    tables: set[str],
+    *,
+    only: Sequence[str] | None = None,
+    other_references: bool = True,
+    prepared: Prepared | None = None,
 ) -> views.Sources:
-    """Open what these tables of the schema `stored` are made of; `only` names the runs to read, None for all."""
+    """Open what these tables of the schema `stored` are made of; `only` names the runs to read, None for all.
+
+    `prepared` is the preparation where it is open, and so verified, already.
+    """
     sources: dict[str, Any] = {}
     if tables & _PREPARED:
-        sources["prepared"] = Prepared(folder / "prepared").table()
+        sources["prepared"] = (prepared or Prepared(folder / "prepared")).table()
     if "quarantine" in tables:
         sources["quarantine"] = [_find_quarantine(folder / "prepared")]
     if tables & _REFERENCES:

@@ -43,11 +43,6 @@ def make_bins(column: RangeColumn, low: float, high: float) -> Bins:
     return Bins(column, low, (high - low) / _MOST_BINS, _MOST_BINS)
 
 
-def count_rows(chosen: Filter, catalog: Catalog, table: str) -> Query:
-    condition, parameters = to_condition(chosen, catalog)
-    return Query(f"select count(*) from {table} where {condition}", parameters)
-
-
 def list_rows(
     chosen: Filter, catalog: Catalog, table: str, columns: Sequence[str], order: "Order", limit: int, offset: int
 ) -> Query:
@@ -60,7 +55,7 @@ def list_rows(
 
 def list_positions(chosen: Filter, catalog: Catalog, table: str) -> Query:
     condition, parameters = to_condition(chosen, catalog)
-    return Query(f"select position from {table} where {condition} order by position", parameters)
+    return Query(f"select position from {table} where {condition}", parameters)
 
 
 @dataclass(frozen=True)
@@ -85,16 +80,15 @@ def find_edges(columns: Sequence[RangeColumn]) -> Query:
 
 
 def count_bins(chosen: Filter, catalog: Catalog, table: str, bins: Sequence[Bins]) -> Query:
-    """Count the rows in each bin of each histogram; bins without rows are left out."""
+    """Count the rows, as bin 0 of histogram -1, and those in each bin of each histogram, in one pass over the table."""
     condition, parameters = to_condition(chosen, catalog)
-    parts = []
+    values = "".join(f", ({each.column.sql})::double as value_{n}" for n, each in enumerate(bins))
+    parts = ["select -1 as n, 0 as bin, count(*) as n_rows from chosen"]
     for n, each in enumerate(bins):
-        value = f"({each.column.sql})::double"
-        at = f"least(greatest(floor(({value} - {each.start!r}) / {each.width!r}), 0), {each.n - 1})::int"
-        parts.append(
-            f"select {n} as n, {at} as bin, count(*) as n_rows from {table} where isfinite({value}) and {condition} group by bin"
-        )
-    return Query(" union all ".join(parts), parameters)
+        at = f"least(greatest(floor((value_{n} - {each.start!r}) / {each.width!r}), 0), {each.n - 1})::int"
+        parts.append(f"select {n}, {at} as bin, count(*) from chosen where isfinite(value_{n}) group by bin")
+    rows = f"select position{values} from {table} where {condition}"
+    return Query(f"with chosen as materialized ({rows}) {' union all '.join(parts)}", parameters)
 
 
 def tables_for(chosen: Filter) -> Sequence[str]:

@@ -11,6 +11,7 @@ from prefcache.pipeline import config_file, views
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.questions import Question, Verdict, get_question
 from prefcache.pipeline.stored import duckdb_connection, overwrite_guard
+from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.views import query_worker
 
 
@@ -70,8 +71,10 @@ class AnsweredQuestion:
 class Database:
     """The parts of an experiment that queries have read so far, and the tables of an extension."""
 
-    def __init__(self, folder: Path, extension: views.Extension | None = None) -> None:
-        self._folder, self._extension = folder, extension
+    def __init__(
+        self, folder: Path, extension: views.Extension | None = None, prepared: Prepared | None = None
+    ) -> None:
+        self._folder, self._extension, self._prepared = folder, extension, prepared
         self._opened: set[str] = set()
         self._sources = views.Sources()
         self._con: Any = None
@@ -81,7 +84,7 @@ class Database:
         # A locked database cannot be extended, so open another when a query reads more than those before it.
         if self._con is None or not needed <= self._opened or duckdb_connection.find_missing(self._sources.files):
             needed |= self._opened
-            sources = view_sources.collect(self._folder, needed)
+            sources = view_sources.collect(self._folder, needed, prepared=self._prepared)
             self._con, self._sources, self._opened = views.connect(sources, self._extension), sources, needed
 
     def ask(self, query: views.Query, parameters: Mapping[str, Any] | None) -> views.Result:

@@ -47,6 +47,7 @@ def make_app(reader: Reader, access: Access) -> ASGIApp:
         Route("/favicon.ico", lambda request: Response(status_code=204)),  # browsers ask for it
         Route("/static/{name}", _send_file),
         route("/pairs", pairs_page.show),
+        route("/pairs/rows", pairs_page.show_rows),
         route("/pairs/count", pairs_page.show_count),
         route("/pairs/histograms", pairs_page.show_histograms),
         route("/pairs/{example_id}", pair_page.show),

@@ -1,7 +1,8 @@
 """The list of examples: its filters, its order, its histograms, and the ticks from which selections are made."""
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,7 +11,7 @@ from prefcache.pipeline.browsing.filters import Filter, parse_filter, to_query
 from prefcache.pipeline.browsing.queries import Order
 from prefcache.pipeline.errors import PrefcacheError
 from prefcache.ui import histogram_svg, pages
-from prefcache.ui.reader import PAGE_ROWS, Reader
+from prefcache.ui.reader import PAGE_ROWS, Reader, Row
 
 _COLUMNS = {
     "pairs": ("n_chosen_counted", "n_rejected_counted", "margin", "margin_per_token"),
@@ -28,32 +29,53 @@ _MOST_RUNS = 3  # with a column in the list
 _MOST_PAGES = 20_000
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the address of a list asks for."""
+
+    chosen: Filter
+    order: Order
+    page: int
+    columns: list[str]
+
+    @property
+    def query(self) -> list[tuple[str, str]]:
+        """The parameters of the same list, without the page."""
+        direction = "desc" if self.order.is_descending else "asc"
+        return [*to_query(self.chosen), ("sort", self.order.key), ("order", direction)]
+
+
 def show(reader: Reader, request: Request) -> Response:
+    """Show the form and the list. A list that is searched for in all texts is loaded by the page itself."""
     query = request.query_params.multi_items()
-    values = _group(query)
-    error, rows, chosen, order, page = "", [], Filter(), Order(), 1
-    columns = _choose_columns(reader, values)
+    asked, error, rows = _Asked(Filter(), Order(), 1, _choose_columns(reader)), "", list[Row]()
     try:
-        chosen, order, page = parse_filter(query, reader.catalog), _parse_order(values), _parse_page(values)
-        if order.key not in columns and order.key != "position":
-            columns = [*columns, order.key]
-        rows = reader.page(chosen, order, columns, page)
+        asked = _parse(reader, query)
+        is_later = reader.reads_texts(asked.chosen) and "wait" not in request.query_params
+        rows = [] if is_later else _list_rows(reader, asked)
     except PrefcacheError as problem:
-        error = str(problem)
-    context = {
-        "values": values,
-        "chosen": chosen,
-        "filter_query": to_query(chosen),
-        "order": order,
-        "columns": columns,
-        "titles": {column: name_column(column) for column in [*columns, *reader.catalog.sortable]},
+        error, is_later = str(problem), False
+    context: dict[str, Any] = {
+        "values": _group(query),
+        "asked": asked,
+        "filter_query": to_query(asked.chosen),
+        "titles": {column: name_column(column) for column in [*asked.columns, *reader.catalog.sortable]},
         "rows": rows,
-        "page": page,
+        "is_later": is_later,
         "has_more": len(rows) == PAGE_ROWS,
-        "histograms": _list_histogram_keys(reader),
+        "histograms": [bins.column.key for bins in reader.bins],
         "error": error,
     }
     return pages.render("pairs", section="/pairs", status=400 if error else 200, reader=reader, **context)
+
+
+def show_rows(reader: Reader, request: Request) -> Response:
+    """Show only the list, for a page that waits for it."""
+    asked = _parse(reader, request.query_params.multi_items())
+    rows = _list_rows(reader, asked)
+    titles = {column: name_column(column) for column in asked.columns}
+    context: dict[str, Any] = {"asked": asked, "filter_query": to_query(asked.chosen), "titles": titles, "rows": rows}
+    return pages.render("rows", reader=reader, has_more=len(rows) == PAGE_ROWS, **context)
 
 
 def show_count(reader: Reader, request: Request) -> Response:
@@ -81,14 +103,21 @@ def _group(query: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     return values
 
 
-def _choose_columns(reader: Reader, values: dict[str, list[str]]) -> list[str]:
-    runs = [run for run in values.get("run", reader.runs) if run in reader.catalog.runs]
-    fields = (f"{run}.{'margin' if reader.kind == 'pairs' else 'completion_reward'}" for run in runs)
-    return [*_COLUMNS[reader.kind], *itertools.islice(fields, _MOST_RUNS)]
+def _choose_columns(reader: Reader) -> list[str]:
+    field = "margin" if reader.kind == "pairs" else "completion_reward"
+    return [*_COLUMNS[reader.kind], *(f"{run}.{field}" for run in reader.runs[:_MOST_RUNS])]
 
 
-def _list_histogram_keys(reader: Reader) -> list[str]:
-    return [each.column.key for each in reader.bins]
+def _parse(reader: Reader, query: Sequence[tuple[str, str]]) -> _Asked:
+    values = _group(query)
+    order, columns = _parse_order(values), _choose_columns(reader)
+    if order.key not in columns and order.key != "position":
+        columns = [*columns, order.key]
+    return _Asked(parse_filter(query, reader.catalog), order, _parse_page(values), columns)
+
+
+def _list_rows(reader: Reader, asked: _Asked) -> list[Row]:
+    return reader.page(asked.chosen, asked.order, asked.columns, asked.page)
 
 
 def _parse_order(values: dict[str, list[str]]) -> Order:

@@ -3,6 +3,7 @@
 Numbers and texts are asked of two processes, so that a search through all texts does not hold up a list sorted by numbers.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -69,6 +71,14 @@ class Histogram:
     counts: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How many rows a filter leaves, and how many in each bin of each histogram."""
+
+    n: int
+    bins: Sequence[Sequence[int]]
+
+
 class Reader:
     """An experiment as it was when it was opened."""
 
@@ -80,10 +90,11 @@ class Reader:
         self.examples: pa.Table = prepared.table()
         self.runs = [path.name for path in view_sources.list_runs(folder)]
         extension = browse_table.make_extension(self.kind, self.runs)
-        self._asked = {table: _Asked(lambda: Database(folder, extension)) for table in (NUMBERS, BROWSED)}
+        self._asked = {table: _Asked(lambda: Database(folder, extension, prepared)) for table in (NUMBERS, BROWSED)}
         self.tokens = TokenReader(folder)
-        self.count = lru_cache(256)(self._count)
         self._find_table = lru_cache(256)(self._try_tables)
+        self._counts = lru_cache(256)(self._count)
+        self._counting = threading.Lock()
 
     def open(self) -> None:
         """Make the table of numbers, which takes a while if the experiment is large, so that pages do not wait for it."""
@@ -132,12 +143,22 @@ class Reader:
     def read_texts(self, positions: Sequence[int]) -> list[Row]:
         """Return the examples at these positions. Only their own texts are read from the mapped files."""
         names = _TEXTS[self.kind]
-        columns = ["example_id", "source", "split"]
-        rows = self.examples.select([*columns, *names]).take(pa.array(positions, pa.int64())).to_pylist()
-        return [
-            Row(position, *(row[name] for name in columns), {name: row[name] or "" for name in names}, {})
-            for position, row in zip(positions, rows, strict=True)
-        ]
+        examples = self.examples.select(["example_id", "source", "split", *names])
+
+        def read_row(position: int) -> Row:
+            # A slice, since `take` would first join the chunks of each column, which for texts may be many gigabytes.
+            (row,) = examples.slice(position, 1).to_pylist()
+            texts = {name: row[name] or "" for name in names}
+            return Row(position, row["example_id"], row["source"], row["split"], texts, {})
+
+        return [read_row(position) for position in positions]
+
+    def reads_texts(self, chosen: Filter) -> bool:
+        """Tell whether the filter is asked of all texts, which takes seconds if there are millions."""
+        return self._find_table(chosen) == BROWSED
+
+    def count(self, chosen: Filter) -> int:
+        return self._count_once(chosen).n
 
     def find(self, example_id: str) -> int | None:
         """Return the position of an example; None if there is none of this id."""
@@ -150,14 +171,15 @@ class Reader:
 
     def histograms(self, chosen: Filter) -> list[Histogram]:
         """Return the histograms that have values: those of the data, then the rewards of the first runs."""
-        counts = self._count_bins(chosen) if chosen else self._all_counts
-        return [Histogram(*each) for each in zip(self.bins, self._all_counts, counts, strict=True)]
+        counts = (self._count_once(each).bins for each in (Filter(), chosen))
+        return [Histogram(*each) for each in zip(self.bins, *counts, strict=True)]
 
     def list_ids(self, chosen: Filter) -> pa.ChunkedArray:
         """Return the example_id of every row under the filter, in the order of the data."""
         table = self._find_table(chosen)
-        positions = self._asked[table].column(queries.list_positions(chosen, self.catalog, table))
-        return self.examples["example_id"].take(positions)
+        is_chosen = np.zeros(self.n_examples, bool)
+        is_chosen[self._asked[table].column(queries.list_positions(chosen, self.catalog, table)).to_numpy()] = True
+        return self.examples["example_id"].filter(pa.array(is_chosen))
 
     def list_known(self, ids: Sequence[str]) -> pa.ChunkedArray:
         """Return those of `ids` that are examples, in the order of the data; UsageError if one is not."""
@@ -190,22 +212,34 @@ class Reader:
         names = [column for column in self.examples.column_names if column.endswith("_score")]
         return any(self.examples[name].null_count < len(self.examples) for name in names)
 
-    def _count(self, chosen: Filter) -> int:
+    def _count_once(self, chosen: Filter) -> Counts:
+        """A page asks for the count and for the histograms at the same time: the second waits for what the first computes."""
+        with self._counting:
+            return self._counts(chosen)
+
+    def _count(self, chosen: Filter) -> Counts:
         table = self._find_table(chosen)
-        ((n,),) = self._asked[table].rows(queries.count_rows(chosen, self.catalog, table))
-        return int(n)
+        n_rows, counts = 0, [[0] * bins.n for bins in self.bins]
+        for n, at, n_in_bin in self._asked[table].rows(queries.count_bins(chosen, self.catalog, table, self.bins)):
+            if n < 0:
+                n_rows = n_in_bin
+            else:
+                counts[n][at] = n_in_bin
+        return Counts(n_rows, counts)
 
     def _try_tables(self, chosen: Filter) -> str:
-        """Find the table that has the columns of the filter's own condition; UsageError if none has."""
-        candidates = queries.tables_for(chosen)
-        for table in candidates[:-1]:
-            query = queries.list_rows(chosen, self.catalog, table, [], Order(), 0, 0)
-            try:
-                self._asked[table].rows(query)
+        """Find the first table that has the columns of the filter's own condition; the last one's error if none has."""
+        *candidates, last = queries.tables_for(chosen)
+        for table in candidates:
+            with contextlib.suppress(UsageError):
+                self._bind(chosen, table)
                 return table
-            except UsageError:
-                continue  # it may have a column of texts
-        return candidates[-1]
+        self._bind(chosen, last)
+        return last
+
+    def _bind(self, chosen: Filter, table: str) -> None:
+        """Let DuckDB check the query without computing anything."""
+        self._asked[NUMBERS].rows(queries.list_rows(chosen, self.catalog, table, [], Order(), 0, 0))
 
     @cached_property
     def bins(self) -> list[Bins]:
@@ -214,19 +248,6 @@ class Reader:
         columns = [self.catalog.ranges[key] for key in (*_HISTOGRAMS[self.kind], *runs) if key in self.catalog.ranges]
         edges = self._asked[NUMBERS].rows(queries.find_edges(columns))
         return [queries.make_bins(columns[n], *ends) for n, ends in edges if ends and ends[0] is not None]
-
-    @cached_property
-    def _all_counts(self) -> list[list[int]]:
-        return self._count_bins(Filter())
-
-    def _count_bins(self, chosen: Filter) -> list[list[int]]:
-        table = self._find_table(chosen)
-        counts = [[0] * bins.n for bins in self.bins]
-        if self.bins:
-            query = queries.count_bins(chosen, self.catalog, table, self.bins)
-            for n, at, n_rows in self._asked[table].rows(query):
-                counts[n][at] = n_rows
-        return counts
 
 
 class _Asked:

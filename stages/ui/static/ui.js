@@ -10,17 +10,19 @@ async function fetchPart(address, signal) {
   return new DOMParser().parseFromString(text, "text/html").body;
 }
 
-async function loadCount(count, signal) {
-  const began = performance.now();
+// Replaces the element's content by the part at its data-src; until it comes, the seconds are counted.
+async function loadPart(element, signal) {
+  const began = performance.now(), doing = element.textContent;
   const clock = setInterval(() => {
-    count.textContent = `counting … ${Math.round((performance.now() - began) / 1000)} s`;
+    element.textContent = `${doing} ${Math.round((performance.now() - began) / 1000)} s`;
   }, 1000);
   try {
-    count.replaceChildren(...(await fetchPart(count.dataset.src, signal)).childNodes);
-  } catch (error) {
-    if (error.name !== "AbortError") count.textContent = `not counted: ${error.message}`;
-  } finally {
+    const part = await fetchPart(element.dataset.src, signal);
     clearInterval(clock);
+    element.replaceChildren(...part.childNodes);
+  } catch (error) {
+    clearInterval(clock);
+    if (error.name !== "AbortError") element.textContent = error.message;
   }
 }
 
@@ -143,7 +145,9 @@ const filter = document.getElementById("filter");
 if (filter) {
   leaveOutEmpty(filter);
   const count = document.getElementById("count");
-  loadCount(count, leaving.signal);
+  const rows = document.getElementById("rows"), select = document.getElementById("select");
+  const list = rows ? loadPart(rows, leaving.signal) : Promise.resolve();
+  list.then(() => keepTicks(select));
+  loadPart(count, leaving.signal);
   loadHistograms(filter, count.dataset.src.replace("/pairs/count", "/pairs/histograms"), leaving.signal);
-  keepTicks(document.getElementById("select"));
 }

@@ -71,8 +71,8 @@ def positions(tmp_path_factory):
         query = queries.list_rows(chosen, CATALOG, table, ["margin", "trained.margin"], order or Order(), 50, 0)
         rows = views.ask(con, query.sql, (), query.parameters or None, extension).rows()
         positions = [position for position, *_ in rows]
-        count = queries.count_rows(chosen, CATALOG, table)
-        assert [*views.ask(con, count.sql, (), count.parameters or None, extension).rows()] == [(len(positions),)]
+        count = queries.count_bins(chosen, CATALOG, table, [])
+        assert [*views.ask(con, count.sql, (), count.parameters or None, extension).rows()] == [(-1, 0, len(positions))]
         return positions
 
     return ask
