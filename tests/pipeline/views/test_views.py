@@ -200,7 +200,7 @@ def test_examples_are_the_prepared_pairs(con):
     # What labels have, and what was not said of this pair, is null.
     shown = {name: value for name, value in PAIRS[0].items() if not name.endswith("_spans")}
     turns = {f"n_{name}_turns": len(PAIRS[0][f"{name}_spans"]) // 2 for name in ("chosen", "rejected")}
-    assert {name: value for name, value in first.items() if value is not None} == shown | keys | turns
+    assert {name: value for name, value in first.items() if value is not None} == shown | keys | turns | {"position": 0}
 
 
 def test_examples_are_the_prepared_labels_too(tmp_path):
