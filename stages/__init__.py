@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from prefcache.pipeline.config import Config
     from prefcache.pipeline.progress import Progress
+    from prefcache.pipeline.training.run_summary import RunSummary
     from prefcache.reference_cache import ReferenceCache
     from prefcache.sql_result import AskResult, SqlResult
 
@@ -77,6 +78,7 @@ __all__ = [
     "open_cache",
     "prepare",
     "report",
+    "runs",
     "score",
     "sql",
     "train",
@@ -156,6 +158,17 @@ def report(
     named = str(experiment) if isinstance(experiment, str | Path) else None
     with _open_config(experiment, None) as loaded:
         return _make_absolute(command.run_config(loaded, named or "CONFIG", runs, path, _progress(quiet), force, named))
+
+
+def runs(experiment: str | Path | None = None) -> "list[RunSummary]":
+    """List an experiment's runs: state, steps, held-out figures, bytes on disk, as `prefcache runs` does.
+
+    `experiment` is its folder or config; None means the only one in runs/.
+    """
+    from prefcache.commands import runs as command
+
+    found = command.run(None if experiment is None else str(experiment))
+    return [_make_absolute(run) for run in found.runs]
 
 
 def sql(

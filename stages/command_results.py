@@ -3,6 +3,7 @@
 They stand apart from the stages so that printing a result loads no stage, and so no PyTorch.
 """
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from prefcache.pipeline.stored.cache_maintenance import CollectedCache, VerifiedCache
 from prefcache.pipeline.stored.freshness import Difference
 from prefcache.pipeline.stored.records import Entry, Parity, RunManifest, StoppedEntry
+from prefcache.pipeline.training.removable import LeftAlone, Removable
+from prefcache.pipeline.training.run_summary import RunSummary
 from prefcache.pipeline.visible_text import visible_json
 
 _OMIT_NONE, _FLATTEN = {"omit_none": True}, {"flatten": True}
@@ -43,6 +46,8 @@ def _to_plain(value: Any) -> Any:
         return {key: _to_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_to_plain(part) for part in value]
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(timespec="seconds")
     return str(value) if isinstance(value, Path) else value
 
 
@@ -222,6 +227,23 @@ class PushResult:
     url: str
     commit: str
     files: int
+
+
+@dataclass(frozen=True)
+class RunsResult:
+    folder: Path
+    runs: Sequence[RunSummary]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanResult:
+    folder: Path
+    removed: bool  # False: `items` would be removed with --yes
+    bytes: int  # of items
+    items: Sequence[Removable]
+    optional: Sequence[Removable]  # removed only if their kind is named
+    left_alone: Sequence[LeftAlone]
+    failed: Mapping[str, str]  # paths that could not be removed, and why
 
 
 # -- what is in it ---------------------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefcache.pipeline import views
+from prefcache.pipeline import config_file, views
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact, cache_maintenance
 from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
@@ -58,9 +58,34 @@ def collect(
     return views.Sources(**sources)
 
 
+def find_experiment(where: str | None) -> Path:
+    """Return the folder of the experiment that a config or its `out` names; without a name, the only one in runs/."""
+    if where is not None:
+        folder = Path(where)
+        if folder.is_file():
+            folder = (config_file.base_of_run_config(where) or Path()) / config_file.load(where).out
+        if not (folder / "prepared").is_dir():
+            raise UsageError(f"{folder} is not an experiment: it has no prepared/. Name a config, or its `out`.")
+        return folder
+    folders = sorted(path.parent.parent for path in Path("runs").glob("*/prepared/manifest.json"))
+    if len(folders) == 1:
+        return folders[0]
+    if not folders:
+        raise UsageError("No experiment in runs/. Prepare one (prefcache prepare CONFIG), or name its folder.")
+    names = ", ".join(path.name for path in folders)
+    raise UsageError(f"runs/ has several experiments: {names}. Name one, such as {folders[0]}.")
+
+
 def list_runs(folder: Path) -> list[Path]:
     """Return the folders of all runs, finished or not."""
     return [path.parent for path in sorted(folder.glob(f"*/{PROVENANCE}"))]
+
+
+def refuse_unknown_runs(folder: Path, names: Collection[str]) -> None:
+    """UsageError if the experiment has no run of one of these names."""
+    known = [path.name for path in list_runs(folder)]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"{folder} has no run {unknown[0]!r}. It has {', '.join(known) or 'none yet'}.")
 
 
 def _find_quarantine(prepared: Path) -> str:

@@ -84,6 +84,8 @@ LIGHT = [
     "score|{c}|--dry-run",
     "verify|{p}/cache",
     "gc|{p}/cache|--dry-run",
+    "runs|{x}",
+    "clean|{x}",
 ]
 HEAVY = [
     "report|{c}|--output|{o}/a.html",

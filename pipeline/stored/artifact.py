@@ -190,9 +190,9 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def discard_folder(path: Path) -> None:
-    """Delete a folder that counts as whole or as gone, however far this gets: rename it to a temporary first."""
-    if path.is_symlink():
+def discard(path: Path) -> None:
+    """Delete a file or folder that counts as whole or as gone, however far this gets: a folder becomes a temporary first."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
     temporary = _temporary(path)
@@ -205,12 +205,22 @@ def find_leftovers(folder: Path) -> list[Path]:
     """List the temporaries below `folder` of this machine's processes that have ended."""
     if not Path("/proc/self").exists():
         return []
-    found = []
-    for path in sorted(folder.rglob(f".*.{_HOST}-*.tmp")):
-        process = path.name.removesuffix(".tmp").rpartition("-")[2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
-            found.append(path)
-    return found
+    own = filter(is_own_temporary, find_temporaries(folder))
+    return [path for path in own if not Path(f"/proc/{_process(path)}").exists()]
+
+
+def find_temporaries(folder: Path) -> list[Path]:
+    """List the temporaries below `folder` of any machine's processes."""
+    return sorted(path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
+
+
+def is_own_temporary(path: Path) -> bool:
+    """Whether a process of this machine wrote the temporary."""
+    return path.name.endswith(f".{_HOST}-{_process(path)}.tmp")
+
+
+def _process(temporary: Path) -> str:
+    return temporary.name.removesuffix(".tmp").rpartition("-")[2]
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -301,8 +311,8 @@ class Vouched(Protocol):
     def xxh3_128(self) -> str: ...
 
 
-def damage(folder: Path, entry: Vouched) -> str | None:
-    """What is wrong with the file of a manifest entry; None if it is as it was written."""
+def damage(folder: Path, entry: Vouched, *, every_byte: bool = True) -> str | None:
+    """What is wrong with the file of a manifest entry; None if it is as it was written, or else at least of the size."""
     path = folder / entry.file
     if not is_inside(folder, entry.file):
         return "is not a file of its folder, or is a link that leads out of it"
@@ -310,7 +320,11 @@ def damage(folder: Path, entry: Vouched) -> str | None:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"has {size} bytes, {entry.bytes} were written"
-        return None if checksum(path) == entry.xxh3_128 else "has other bytes than were written (checksum)"
+        return (
+            None
+            if not every_byte or checksum(path) == entry.xxh3_128
+            else "has other bytes than were written (checksum)"
+        )
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -153,6 +153,29 @@ def find_holders(folder: Path, stage: str) -> list[tuple[Path, Holder | None]]:
     return held
 
 
+def probe_holder(folder: Path, stage: str) -> Holder | None:
+    """Return who is at work on a stage, without writing anything: for commands that only look.
+
+    A process of this machine that has ended holds nothing, so that the lock, which a starting stage needs, is tried rarely.
+    """
+    path = claim_path(folder, stage)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        holder = _read_holder(path)
+        if holder and holder.host == _to_word(socket.gethostname()) and not _may_live(holder.pid):
+            return None
+        return None if _try_lock(descriptor, fcntl.LOCK_EX) else holder or Holder(0, "?", "-")
+    finally:
+        os.close(descriptor)
+
+
+def _may_live(pid: int) -> bool:
+    return not Path("/proc/self").exists() or Path(f"/proc/{pid}").exists()
+
+
 def _entry(path: Path) -> contextlib.AbstractContextManager[bool]:
     """The second lock, held while a process enters or leaves."""
     return claim(path.with_name(f"{path.name}.entry"), wait=True)

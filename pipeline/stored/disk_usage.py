@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def measure(path: Path) -> int:
-    """Count the bytes of a file, or of all files in a folder; a file with several names there counts once."""
-    return sum({(facts.st_dev, facts.st_ino): facts.st_size for facts in _walk(path)}.values())
+def measure(*paths: Path) -> int:
+    """Count the bytes of files, and of all files in folders; one with several names there counts once."""
+    return sum({(facts.st_dev, facts.st_ino): facts.st_size for path in paths for facts in _walk(path)}.values())
 
 
 def count_freed(paths: Iterable[Path]) -> int:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 MOVING_REFERENCE = "reference"  # folder with the weights of a moving reference, which each checkpoint has as well
+REFERENCE_WEIGHTS, REFERENCE_SCORES = "reference.safetensors", "reference-scores.safetensors"  # of a moving reference
 _OPTIMIZER = "optimizer.safetensors"
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"
 _NAME = re.compile(r"step-[0-9]{8}")
 
 
@@ -72,7 +73,7 @@ def save(
     # Later ones were passed over as damaged and must not push this one out.
     saved = [old for old in _newest_first(run) if old.name <= folder.name]
     for old in _superfluous(saved, keep):
-        artifact.discard_folder(old)
+        artifact.discard(old)
 
 
 def find_superfluous(run: Path, keep: int) -> list[Path]:
@@ -82,7 +83,7 @@ def find_superfluous(run: Path, keep: int) -> list[Path]:
 
 def has_superfluous(run: Path, keep: int) -> bool:
     """Whether `remove_superfluous` has anything to do."""
-    return bool(find_superfluous(run, keep) or _moving_reference(run) or artifact.find_leftovers(run / _FOLDER))
+    return bool(find_superfluous(run, keep) or find_moving_reference(run) or artifact.find_leftovers(run / FOLDER))
 
 
 def remove_superfluous(run: Path, keep: int) -> int:
@@ -90,27 +91,39 @@ def remove_superfluous(run: Path, keep: int) -> int:
 
     With them go the weights of a moving reference, and their folder if nothing else is in it.
     """
-    artifact.remove_leftovers(run / _FOLDER)
-    folders = [*find_superfluous(run, keep), *_moving_reference(run)]
+    artifact.remove_leftovers(run / FOLDER)
+    folders = [*find_superfluous(run, keep), *find_moving_reference(run)]
     n_bytes = disk_usage.count_freed(folders)
     for folder in folders:
-        artifact.discard_folder(folder)
-    with contextlib.suppress(OSError):
-        (run / _FOLDER).rmdir()
+        artifact.discard(folder)
+    remove_empty_folder(run)
     return n_bytes
 
 
+def remove_empty_folder(run: Path) -> None:
+    """Delete the folder of a run's checkpoints if nothing is in it."""
+    with contextlib.suppress(OSError):
+        (run / FOLDER).rmdir()
+
+
 def find_newest(
-    run: Path, warn: Callable[[str], None], more_files: Callable[[int], set[str]] = lambda step: set()
+    run: Path,
+    warn: Callable[[str], None],
+    more_files: Callable[[int], set[str]] = lambda step: set(),
+    *,
+    every_byte: bool = True,
 ) -> tuple[Path, CheckpointState] | None:
-    """Return the newest whole checkpoint; warn of damaged ones and pass them over. `more_files` names a step's further files."""
+    """Return the newest whole checkpoint; warn of damaged ones and pass them over. `more_files` names a step's further files.
+
+    Without `every_byte`, for a listing: files of the right size count as whole.
+    """
     for folder in _newest_first(run):
         try:
-            manifest = _verified_manifest(folder)
+            manifest = _verified_manifest(folder, every_byte)
             if missing := more_files(manifest.step) - {entry.file for entry in manifest.files}:
                 raise IntegrityError(f"{folder} has a manifest that does not list {min(missing)}.")
             if (best := _best_of(folder)) is not None:
-                _verified_manifest(best)
+                _verified_manifest(best, every_byte)
             return folder, CheckpointState.from_manifest(manifest)
         except NewerError:
             raise
@@ -123,11 +136,11 @@ def discard_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps, which `find_newest` passed over."""
     for folder in _newest_first(run):
         if folder > path(run, step):
-            artifact.discard_folder(folder)
+            artifact.discard(folder)
 
 
 def path(run: Path, step: int) -> Path:
-    return run / _FOLDER / f"step-{step:08}"
+    return run / FOLDER / f"step-{step:08}"
 
 
 def read_optimizer(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -139,11 +152,17 @@ def read_optimizer(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
 
 def _newest_first(run: Path) -> list[Path]:
     """List the run's checkpoints. Folders under other names, such as a user's copies, are left alone."""
-    folders = (run / _FOLDER).glob("step-*")
+    folders = (run / FOLDER).glob("step-*")
     return sorted((folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir()), reverse=True)
 
 
-def _moving_reference(run: Path) -> list[Path]:
+def find_foreign_file(folder: Path) -> str | None:
+    """Name a file in a checkpoint's folder that no checkpoint has; None if there is none."""
+    own = {artifact.MANIFEST, WEIGHTS, _OPTIMIZER, REFERENCE_WEIGHTS, REFERENCE_SCORES}
+    return min((path.name for path in folder.iterdir() if path.name not in own or path.is_dir()), default=None)
+
+
+def find_moving_reference(run: Path) -> list[Path]:
     """The folder of a moving reference's weights, if there is one and it holds nothing else."""
     folder = run / MOVING_REFERENCE
     is_ours = folder.is_dir() and not folder.is_symlink() and [each.name for each in folder.iterdir()] == [WEIGHTS]
@@ -164,7 +183,7 @@ def _best_of(folder: Path) -> Path | None:
     return path(folder.parent.parent, manifest.best.step) if manifest and manifest.best else None
 
 
-def _verified_manifest(folder: Path) -> CheckpointManifest:
+def _verified_manifest(folder: Path, every_byte: bool) -> CheckpointManifest:
     manifest = CheckpointManifest.find(folder)
     if manifest is None:
         raise IntegrityError(f"{folder} has no manifest.")
@@ -175,6 +194,6 @@ def _verified_manifest(folder: Path) -> CheckpointManifest:
     if missing := {WEIGHTS, _OPTIMIZER} - {entry.file for entry in manifest.files}:
         raise IntegrityError(f"{folder} has a manifest that does not list {min(missing)}.")
     for entry in manifest.files:
-        if reason := artifact.damage(folder, entry):
+        if reason := artifact.damage(folder, entry, every_byte=every_byte):
             raise IntegrityError(f"{folder / entry.file} {reason}.")
     return manifest

@@ -28,14 +28,10 @@ from prefcache.pipeline.model.stochastic_rounding import make_key, random_bits, 
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.training import dataset
-from prefcache.pipeline.training.checkpoints import MOVING_REFERENCE, WEIGHTS
+from prefcache.pipeline.training.checkpoints import MOVING_REFERENCE, REFERENCE_SCORES, REFERENCE_WEIGHTS, WEIGHTS
 from prefcache.pipeline.training.dataset import Examples, Scores
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.policy import Policy, save_weights
-
-# In a checkpoint.
-_WEIGHTS = "reference.safetensors"
-_SCORES = "reference-scores.safetensors"
 
 
 def refuse_never(train: Train, n_examples: int) -> None:
@@ -82,12 +78,12 @@ class MovingReference:
 
     def restore(self, checkpoint: Path | None) -> None:
         """Restore the reference from a checkpoint of this run; without one, start with the policy's initial weights."""
-        if checkpoint and (checkpoint / _SCORES).exists():
-            self._replace_scores(_read_scores(checkpoint / _SCORES, self._objective))
+        if checkpoint and (checkpoint / REFERENCE_SCORES).exists():
+            self._replace_scores(_read_scores(checkpoint / REFERENCE_SCORES, self._objective))
         if self._mixes and self._policy.accelerator.is_main_process:
             with artifact.commit_folder(self._folder) as folder:
                 if checkpoint:
-                    _link_or_copy(checkpoint / _WEIGHTS, folder / WEIGHTS)
+                    _link_or_copy(checkpoint / REFERENCE_WEIGHTS, folder / WEIGHTS)
                 else:
                     save_weights(folder, self._policy.parameters)
         self._policy.accelerator.wait_for_everyone()
@@ -109,13 +105,13 @@ class MovingReference:
     def save(self, checkpoint: Path) -> None:
         """Write what a run resumed from this checkpoint needs. The weights are a second name of the file, not a copy."""
         if self._scores:
-            _write_scores(checkpoint / _SCORES, self._scores)
+            _write_scores(checkpoint / REFERENCE_SCORES, self._scores)
         if self._mixes:
-            _link_or_copy(self._folder / WEIGHTS, checkpoint / _WEIGHTS)
+            _link_or_copy(self._folder / WEIGHTS, checkpoint / REFERENCE_WEIGHTS)
 
     def checkpoint_files(self, step: int) -> set[str]:
         """The files that `save` adds to the checkpoint of a step."""
-        return ({_WEIGHTS} if self._mixes else set()) | ({_SCORES} if step > self._every else set())
+        return ({REFERENCE_WEIGHTS} if self._mixes else set()) | ({REFERENCE_SCORES} if step > self._every else set())
 
     def _mix_weights(self, done: int) -> None:
         """Put the reference's new weights into the policy's parameters, in place and one after another, and on disk."""

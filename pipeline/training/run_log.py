@@ -17,6 +17,7 @@ from prefcache.pipeline.schema import EVENTS, METRICS, STEPS, THROUGHPUT
 from prefcache.pipeline.stored import artifact
 
 PROVENANCE = "provenance.json"  # what a run was made from, next to its tables
+BEFORE = "before.json"  # what the policy did before the first step
 # Tables whose parts a finished run's manifest lists, under these keys.
 PARTS = {"steps": "parts", "events": "events", "metrics": "metrics", "throughput": "throughput"}
 
@@ -60,6 +61,13 @@ class RunLog:
         """Yield a table's rows on disk, in order."""
         for part in self._parts(name):
             yield from self._read(part).to_pylist()
+
+    def newest_row(self, table: str, column: str) -> dict[str, Any] | None:
+        """Return the last row of a table in which this column has a value."""
+        for part in reversed(self._parts(table)):
+            if rows := [row for row in self._read(part).to_pylist() if row.get(column) is not None]:
+                return dict(rows[-1])
+        return None
 
     def visits(self, step: int, split: str) -> pa.Table:
         """Return the visits of a step at whose end the log was flushed."""

@@ -12,9 +12,8 @@ from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import Before, Provenance, ScoredManifest
 from prefcache.pipeline.training import best_checkpoint, evaluate, metrics, optimizers
 from prefcache.pipeline.training.run_context import Session
-from prefcache.pipeline.training.run_log import PROVENANCE
+from prefcache.pipeline.training.run_log import BEFORE, PROVENANCE
 
-BEFORE = "before.json"
 # Mean deviation per token, between the policy at its start and the cached reference, that rounding explains.
 START_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 START_SAMPLE = 32

@@ -33,6 +33,7 @@ _OUT_OF_MEMORY = (
 _SECTIONS = {
     "Pipeline": ("prepare", "score", "train", "merge", "push"),
     "Query": ("preview", "show", "sql", "ask", "ui", "report"),
+    "Runs": ("runs", "clean"),
     "Cache": ("export", "import", "parity", "verify", "gc"),
     "Setup": ("init", "config", "from-trl", "from-axolotl", "from-llamafactory", "completion"),
     "Info": ("guide", "losses", "formats", "architectures", "doctor"),

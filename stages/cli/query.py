@@ -221,11 +221,11 @@ def ui(folder: str | None, port: int | None, host: str, quiet: bool) -> None:
 
     Needs starlette and uvicorn: pip install 'prefcache[ui]'. From another machine, use `ssh -L 8790:localhost:8790`.
     """
-    from prefcache.commands.query import find_folder
+    from prefcache import view_sources
     from prefcache.pipeline.progress import Progress
     from prefcache.ui import server
 
-    server.run(find_folder(folder), host, port, Progress(quiet))
+    server.run(view_sources.find_experiment(folder), host, port, Progress(quiet))
 
 
 @main.command()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefcache import view_sources
-from prefcache.pipeline import config_file, views
-from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline import views
 from prefcache.pipeline.questions import Question, Verdict, get_question
 from prefcache.pipeline.stored import duckdb_connection, overwrite_guard
 from prefcache.pipeline.stored.prepared import Prepared
@@ -20,7 +19,7 @@ class Experiment:
 
     def __init__(self, where: str | None) -> None:
         """Open the folder or the config that is named; None for the only experiment in runs/."""
-        self.folder = find_folder(where)
+        self.folder = view_sources.find_experiment(where)
         self.inputs = overwrite_guard.Inputs(experiment=self.folder).with_files(where)
         self._worker = query_worker.Worker(lambda: Database(self.folder))
 
@@ -89,22 +88,3 @@ class Database:
 
     def ask(self, query: views.Query, parameters: Mapping[str, Any] | None) -> views.Result:
         return views.ask(self._con, query, self._sources.files, parameters, self._extension)
-
-
-def find_folder(where: str | None) -> Path:
-    if where is not None:
-        folder = Path(where)
-        if folder.is_file():
-            folder = (config_file.base_of_run_config(where) or Path()) / config_file.load(where).out
-        if not (folder / "prepared").is_dir():
-            raise UsageError(f"{folder} is not an experiment: it has no prepared/. Name a config, or its `out`.")
-        return folder
-    folders = sorted(path.parent.parent for path in Path("runs").glob("*/prepared/manifest.json"))
-    if len(folders) == 1:
-        return folders[0]
-    if not folders:
-        raise UsageError(
-            "No experiment in runs/. Prepare one (prefcache prepare CONFIG), or name its folder after the query."
-        )
-    names = ", ".join(path.name for path in folders)
-    raise UsageError(f"runs/ has several experiments: {names}. Name one after the query, such as {folders[0]}.")

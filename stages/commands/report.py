@@ -66,9 +66,7 @@ def _run(
     force: bool,
     inputs: overwrite_guard.Inputs,
 ) -> ReportResult:
-    known = [path.name for path in view_sources.list_runs(folder)]
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"{folder} has no run {unknown[0]!r}. It has {', '.join(known) or 'none yet'}.")
+    view_sources.refuse_unknown_runs(folder, names)
     if len(names) > page.MOST_RUNS:
         raise UsageError(
             f"{len(names)} runs are too many for one page, which compares up to {page.MOST_RUNS}. Name some (--run): "

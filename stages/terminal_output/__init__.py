@@ -12,6 +12,7 @@ from prefcache.terminal_output import (
     config_text,
     data_and_scores,
     machine,
+    runs_on_disk,
     training_plan,
     training_runs,
 )
@@ -42,6 +43,8 @@ for _printer in (
     caches_and_exports.print_parity,
     caches_and_exports.print_verify,
     caches_and_exports.print_gc,
+    runs_on_disk.print_runs,
+    runs_on_disk.print_clean,
     machine.print_doctor,
 ):
     print_result.register(_printer)

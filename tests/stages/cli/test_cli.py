@@ -248,7 +248,7 @@ def test_sql_joins_examples_reference_and_rewards(sql):
 def test_sql_needs_no_folder_where_there_is_one_experiment_and_asks_where_there_are_more(sql, trained):
     assert "30 rows" in sql("select example_id from examples").stdout
     other = shutil.copytree(trained / "runs/tiny", trained / "runs/other")
-    assert "Name one after the query" in sql("select 1", code=2).stderr
+    assert "Name one, such as runs/other" in sql("select 1", code=2).stderr
     shutil.rmtree(other)
 
 
