@@ -113,10 +113,10 @@ FLOORS = {
     ],
     "prefcache.ui": [
         "access axis_ticks token_process",
-        "line_svg token_reader",
+        "line_svg questioner token_reader",
         "reader",
         "histogram_svg pages",
-        "pair_page pairs_page selections_page",
+        "pair_page pairs_page questions_page selections_page",
         "app",
         "server",
     ],

@@ -25,6 +25,7 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.views import query_worker
+from prefcache.ui.questioner import Questioner
 from prefcache.ui.token_reader import TokenReader
 
 PAGE_ROWS = 50
@@ -91,7 +92,7 @@ class Reader:
         self.runs = [path.name for path in view_sources.list_runs(folder)]
         extension = browse_table.make_extension(self.kind, self.runs)
         self._asked = {table: _Asked(lambda: Database(folder, extension, prepared)) for table in (NUMBERS, BROWSED)}
-        self.tokens = TokenReader(folder)
+        self.tokens, self.questions = TokenReader(folder), Questioner(folder)
         self._find_table = lru_cache(256)(self._try_tables)
         self._counts = lru_cache(256)(self._count)
         self._counting = threading.Lock()
