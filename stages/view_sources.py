@@ -85,7 +85,8 @@ def refuse_unknown_runs(folder: Path, names: Collection[str]) -> None:
     """UsageError if the experiment has no run of one of these names."""
     known = [path.name for path in list_runs(folder)]
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"{folder} has no run {unknown[0]!r}. It has {', '.join(known) or 'none yet'}.")
+        has = f"It has {', '.join(known)}." if known else "It has none yet: train one (prefcache train CONFIG)."
+        raise UsageError(f"{folder} has no run {unknown[0]!r}. {has}")
 
 
 def _find_quarantine(prepared: Path) -> str:

@@ -250,7 +250,7 @@ def report(
         prefcache report data/demo/config.yaml
         prefcache report runs/demo --run trained --run ipo --output ab.html
 
-    CONFIG is a config (its run) or its `out` (all runs in it). Unfinished runs, and data that is only prepared, get a page too: it names what is missing and the command that makes it. The page needs no other file, no network and no script. For several runs, or none, the default is OUT/report.html.
+    CONFIG is a config (its run) or its `out` (all runs in it). Unfinished runs, and data that no run has used yet, get a page too: it names what is missing and the command that makes it. A run that does not exist is an error, which names those that do. The page needs no other file, no network and no script. For several runs, or none, the default is OUT/report.html.
     """
     from prefcache.commands import report
     from prefcache.pipeline.progress import Progress
@@ -265,7 +265,8 @@ def report(
     else:
         with open_config(config, overrides, quiet) as (settings, progress):
             arguments = shlex.join([*([config] if config else []), *(f"--set={override}" for override in overrides)])
-            result = report.run_config(settings, arguments, names, path, progress, force, config)
+            names_run = any(override.startswith("train.run=") for override in overrides)
+            result = report.run_config(settings, arguments, names, path, progress, force, config, names_run=names_run)
     print_result(result, as_json)
 
 

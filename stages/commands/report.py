@@ -39,14 +39,17 @@ def run_config(
     progress: Progress,
     force: bool = False,
     path: str | None = None,
+    *,
+    names_run: bool = False,
 ) -> ReportResult:
-    """Report on the named runs; without names, on the config's own run if it has begun.
+    """Report on the named runs; without names, on the config's own run.
 
-    `arguments` name the config on a command line; `path` is its file.
+    `arguments` name the config on a command line; `path` is its file; `names_run`: they set train.run. A run that has not
+    begun is an error, except before the first one, when the page is about the data.
     """
-    own = [config.train.run] if (config.run / PROVENANCE).exists() else []
+    names = names or ([config.train.run] if names_run or view_sources.list_runs(Path(config.out)) else [])
     inputs = overwrite_guard.Inputs.from_config(config, path)
-    return _run(Path(config.out), arguments, names or own, output, progress, force, inputs)
+    return _run(Path(config.out), arguments, names, output, progress, force, inputs)
 
 
 def run_folder(

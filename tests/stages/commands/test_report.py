@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from prefcache.commands import report
 from prefcache.pipeline import views
@@ -169,6 +170,11 @@ def test_labels_have_their_page(tmp_path, monkeypatch, model):
 def test_what_it_cannot_do_is_said(prefcache, experiment, monkeypatch):
     monkeypatch.chdir(experiment)
     assert "has no run 'x'. It has hot, trained." in prefcache("report", "runs/tiny", "--run", "x", code=2).stderr
+    for named in (("--set", "train.run=x"), ("--run", "x"), ("--run", "trained", "--run", "x")):
+        assert "has no run 'x'. It has hot, trained." in prefcache("report", "config.yaml", *named, code=2).stderr
+    # A config of its own, without a word about the run on the command line.
+    Path("later.yaml").write_text(Path("config.yaml").read_text() + "  run: later\n")
+    assert "has no run 'later'. It has hot, trained." in prefcache("report", "later.yaml", code=2).stderr
     assert "Leave one of them out" in prefcache("report", "runs/tiny", "--set", "out=y", code=2).stderr
     assert "no finished preparation" in prefcache("report", "config.yaml", "--set", "out=nowhere", code=2).stderr
     assert "is a folder" in prefcache("report", "config.yaml", "--out", "runs", code=2).stderr
@@ -447,7 +453,7 @@ def test_the_page_is_whole_in_a_browser_on_a_phone_and_a_desk_by_day_and_by_nigh
     names = [word for run in runs.split() for word in ("--run", run)]
     written("runs/tiny", *names, "--out", file := tmp_path / "report.html")
     browser.events.clear()
-    for width, dark in ((390, False), (1440, True)):
+    for width, dark in ((390, False), (390, True), (1440, False), (1440, True)):
         browser.open(file, width, dark=dark)
         assert browser.value("document.documentElement.scrollWidth <= innerWidth") is True
         assert browser.value(OVERFLOWING) == []
@@ -463,6 +469,46 @@ def test_the_page_is_whole_in_a_browser_on_a_phone_and_a_desk_by_day_and_by_nigh
     links = browser.value("[...document.links].map(a => a.getAttribute('href'))")
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
     quiet(browser, file)
+
+
+# Of every table that goes on beyond the screen, the brightness of its left and right edge at both ends, without its text.
+EDGES = """
+(async () => {
+  const tables = [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1);
+  document.querySelectorAll('table').forEach(e => e.style.visibility = 'hidden');
+  return tables.map(e => (e.scrollLeft = %s, [e.getBoundingClientRect().x + scrollX, e.getBoundingClientRect().y + scrollY,
+    e.clientWidth, Math.min(e.clientHeight, 60)]));
+})()
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_table_that_goes_on_beyond_a_phones_screen_shows_it(browser, tmp_path, dark):
+    """On the side where it goes on there is a shadow, and none where it ends; at a desk nothing is cut."""
+    written("runs/tiny", "--out", file := tmp_path / "report.html")
+    browser.open(file, 1440, dark=dark)
+    assert browser.value(EDGES % 0) == []
+    browser.open(file, 390, dark=dark)
+    assert browser.value("[...document.querySelectorAll('table')].every(e => e.closest('.scroll[tabindex]'))") is True
+    shades = {}
+    for end, left in (("start", "0"), ("end", "1e6")):
+        boxes = browser.value(EDGES % left)
+        assert len(boxes) >= 3
+        browser.picture(picture := tmp_path / f"{end}.png")
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened.convert("L"), float)
+        page_shade = pixels[5, 5]
+        for n, box in enumerate(boxes):
+            x, y, width, height = (int(each) for each in box)
+            strip = pixels[y + 2 : y + height - 2]
+            shades[end, n] = [
+                page_shade - strip[:, x + 1 : x + 4].mean(),
+                page_shade - strip[:, x + width - 4 : x + width - 1].mean(),
+            ]
+    for (end, _), (at_left, at_right) in shades.items():
+        cut, whole = (at_right, at_left) if end == "start" else (at_left, at_right)
+        assert abs(whole) < 2 and abs(cut) > 25, shades
 
 
 CONTRASTS = """
