@@ -14,6 +14,8 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import stat
 import tempfile
 import threading
 import time
@@ -234,6 +236,7 @@ def _main(serve: Callable[[Connection], None], pipe: Connection, folder: str) ->
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
+    _drop_connections(nothing)
     tempfile.tempdir = folder
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     try:
@@ -244,6 +247,20 @@ def _main(serve: Callable[[Connection], None], pipe: Connection, folder: str) ->
         _send(pipe, "large", None)
     except BaseException as error:
         _send(pipe, "failed", _portable(error))
+
+
+def _drop_connections(nothing: int) -> None:
+    """Drop a server's connections, which would otherwise stay open while this process lives, even after the server closed them."""
+    for fd in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        # Those that listing the folder opened are closed by now.
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode) and _is_connection(fd):
+                os.dup2(nothing, fd)  # and not close: an object that was inherited too may close this number later
+
+
+def _is_connection(fd: int) -> bool:
+    with socket.socket(fileno=os.dup(fd)) as inherited:
+        return inherited.family in (socket.AF_INET, socket.AF_INET6)
 
 
 def _serve(database: Database, pipe: Connection) -> None:

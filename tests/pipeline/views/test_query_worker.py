@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -265,3 +266,13 @@ def test_it_ends_with_us_and_says_nothing(sent, tmp_path):
     assert (out, err) == ("" if sent == signal.SIGKILL else "ended\n", "")
     psutil.wait_procs(found, timeout=10)
     assert not found[0].is_running() and not list(tmp_path.iterdir())
+
+
+def test_a_servers_connection_ends_when_the_server_closes_it_though_a_query_began_meanwhile(asked):
+    # A forked process inherits the connection; while it kept it open, a browser waited for the answer to its next request.
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        connection, _ = server.accept()
+        assert rows(asked, "select 1") == [(1,)]
+        connection.close()
+        client.settimeout(5)
+        assert client.recv(1) == b""
