@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from prefcache.pipeline.report.line_points import NOISY, average_points, pick_points, smooth
 from prefcache.pipeline.visible_text import visible
 
 RUNS = tuple(f"run-{n}" for n in range(1, 9))  # the colours of compared runs
@@ -27,8 +28,6 @@ _ROLES = (INK, _FAINT, CHOSEN, REJECTED, ALERT, *RUNS)
 _COLOURS = {role: f"#0f0f{n:02x}" for n, role in enumerate(_ROLES, 16)}
 
 _SIZE = 5.0, 3.0  # inches; 360 by 216 points, as wide as a phone's column
-_MOST_POINTS = 240  # of a line; longer ones are averaged
-_NOISY = 24  # points from which a line is drawn faintly, under its running mean
 
 _STYLE = {
     "axes.axisbelow": True,
@@ -187,33 +186,11 @@ def _draw_line(axes: Axes, line: Line) -> None:
     style: dict[str, Any] = {"color": _COLOURS[line.colour], "linestyle": (0, (4, 2)) if line.dashed else "solid"}
     if line.dots:
         axes.plot(x, y, color=style["color"], linestyle="none", marker="o", markersize=4.5, label=line.label or None)
-    elif line.exact or len(x) < _NOISY:
+    elif line.exact or len(x) < NOISY:
         axes.plot(x, y, **style, linewidth=1.6, label=line.label or None)
     else:
         axes.plot(x, y, color=style["color"], linewidth=0.9, alpha=0.35)
         axes.plot(x, smooth(y), **style, linewidth=1.8, label=line.label or None)
-
-
-def average_points(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a line to as many points as can be told apart, each the mean of its neighbours."""
-    if len(x) <= _MOST_POINTS:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), _MOST_POINTS)
-    return np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])
-
-
-def pick_points(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a line to evenly spaced points of its own, including the first and the last."""
-    if len(x) <= _MOST_POINTS:
-        return x, y
-    at = np.linspace(0, len(x) - 1, _MOST_POINTS).round().astype(int)
-    return x[at], y[at]
-
-
-def smooth(y: np.ndarray) -> np.ndarray:
-    """Replace each value by the mean over a window of about a twelfth of the line."""
-    reach = len(y) // 24
-    return np.array([y[max(0, i - reach) : i + reach + 1].mean() for i in range(len(y))])
 
 
 def _legend(axes: Axes, labels: Sequence[str]) -> None:

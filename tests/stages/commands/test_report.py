@@ -22,7 +22,7 @@ from PIL import Image
 from prefcache.commands import report
 from prefcache.pipeline import views
 from prefcache.pipeline.intervals import Estimate
-from prefcache.pipeline.report import confidence_intervals, data_section, page, plots, prose, svg
+from prefcache.pipeline.report import confidence_intervals, data_section, line_points, page, plots, prose, svg
 from prefcache.pipeline.report.data_section import QuarantinedRecord, Reason, Source
 from prefcache.pipeline.report.runs_section import MovedExample, Sample, Token
 from prefcache.pipeline.schema import PREPARED
@@ -265,17 +265,17 @@ def test_numbers_are_written_for_a_reader(value, unit, text):
 
 
 def test_a_long_line_is_drawn_by_means_of_neighbours():
-    x, y = svg.average_points(np.arange(480.0), np.arange(480.0) * 2)
+    x, y = line_points.average_points(np.arange(480.0), np.arange(480.0) * 2)
     assert len(x) == 240 and (x[0], y[0]) == (0.5, 1) and (x[-1], y[-1]) == (478.5, 957)
-    assert svg.average_points(np.arange(5.0), np.arange(5.0))[0].tolist() == [0, 1, 2, 3, 4]
+    assert line_points.average_points(np.arange(5.0), np.arange(5.0))[0].tolist() == [0, 1, 2, 3, 4]
     # Of 48 values, two neighbours on either side: 6 becomes 6 / 5 in five places.
-    assert svg.smooth(np.array([0.0] * 20 + [6] + [0] * 27))[17:24] == pytest.approx([0] + [1.2] * 5 + [0])
+    assert line_points.smooth(np.array([0.0] * 20 + [6] + [0] * 27))[17:24] == pytest.approx([0] + [1.2] * 5 + [0])
 
 
 def test_the_learning_rate_is_drawn_as_it_was():
     # A warm-up of 10 steps and a decay: a running mean over 20 neighbours would cut the peak of 1 off.
     rate = np.concatenate([np.arange(1, 11) / 10, np.linspace(1, 0, 470)])
-    x, y = svg.pick_points(np.arange(480.0), rate)
+    x, y = line_points.pick_points(np.arange(480.0), rate)
     assert len(x) == 240 and set(y) <= set(rate) and (x[0], x[-1]) == (0, 479) and y.max() > 0.99
     drawn = []
     axes = SimpleNamespace(plot=lambda x, y, **_: drawn.append(y))
