@@ -97,6 +97,7 @@ FLOORS = {
     ],
     "prefcache.pipeline.views": ["query_check", "hints view_files", "database", "query", "", "query_worker"],
     "prefcache.pipeline.report": [
+        "line_points",
         "svg confidence_intervals",
         "data_section reference_section runs_section",
         "plots prose",
@@ -116,7 +117,7 @@ FLOORS = {
         "line_svg questioner token_reader",
         "reader",
         "histogram_svg pages",
-        "pair_page pairs_page questions_page selections_page",
+        "pair_page pairs_page questions_page runs_page selections_page",
         "app",
         "server",
     ],

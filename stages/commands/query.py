@@ -49,6 +49,10 @@ class Experiment:
         )
         return self._worker.ask(query, parameters, bounds)
 
+    def close(self) -> None:
+        """End the process. The next query starts another."""
+        self._worker.close()
+
     def describe(self) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
         """Describe every view, including the columns for the metrics of this experiment's runs."""
         return views.describe(view_sources.collect(self.folder, {"metrics"}))

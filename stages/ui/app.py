@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from prefcache.pipeline.errors import PrefcacheError
-from prefcache.ui import pages, pair_page, pairs_page, questions_page, selections_page
+from prefcache.ui import pages, pair_page, pairs_page, questions_page, runs_page, selections_page
 from prefcache.ui.access import Access, Guard
 from prefcache.ui.reader import Reader
 
@@ -57,6 +57,8 @@ def make_app(reader: Reader, access: Access) -> ASGIApp:
         route("/questions/{name}", questions_page.show_question),
         route("/questions/{name}/answer", questions_page.show_answer),
         route("/questions/{name}/verdict", questions_page.show_verdict),
+        route("/runs", runs_page.show),
+        route("/runs/curves", runs_page.show_curves),
         route("/selections", selections_page.show),
         route("/selections", selections_page.save, "POST"),
     ]

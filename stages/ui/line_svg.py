@@ -1,14 +1,16 @@
 """Draw lines over the steps of runs as SVG whose looks are classes: the pages allow no styles but those of their style sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from prefcache.pipeline.report.line_points import NOISY, average_points, smooth
 from prefcache.ui.axis_ticks import choose_ticks, format_tick
 
 WIDTH, HEIGHT = 360, 190  # of the whole figure, in the units of its viewBox
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 352, 8, 168  # of the plot
 _N_COLOURS = 8
-_MOST_DOTS = 24  # points from which a line has no dots
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Path:
-    run: str
-    colour: str
+    colour: str  # classes
     shape: str  # the d of a path
     dots: Sequence[tuple[float, float]]
 
@@ -56,7 +57,7 @@ def draw(title: str, lines: Sequence[Line]) -> Chart:
     return Chart(
         title=title,
         description=" ".join(_describe(line) for line in lines if line.points),
-        paths=[_make_path(line, x, y) for line in lines if line.points],
+        paths=[path for line in lines if line.points for path in _make_paths(line, x, y)],
         x_ticks=[Tick(x.place(each), format_tick(each)) for each in _choose_steps(min(steps), max(steps))],
         y_ticks=[Tick(y.place(each), format_tick(each)) for each in choose_ticks(y.start, y.end)],
         zero=y.place(0) if y.start < 0 < y.end else None,
@@ -81,13 +82,23 @@ def _widen(low: float, high: float, share: float) -> tuple[float, float]:
 
 def _choose_steps(first: float, last: float) -> list[float]:
     """Mark whole numbers only."""
-    return [first] if first == last else [each for each in choose_ticks(first, last) if each == round(each)]
+    return [first] if first == last else [each for each in choose_ticks(first, last, 6) if each == round(each)]
 
 
-def _make_path(line: Line, x: _Axis, y: _Axis) -> Path:
-    dots = [(x.place(step), y.place(value)) for step, value in line.points]
-    shape = "M" + "L".join(f"{a:g},{b:g}" for a, b in dots)
-    return Path(line.run, line.colour, shape, dots if len(dots) <= _MOST_DOTS else [])
+def _make_paths(line: Line, x: _Axis, y: _Axis) -> Iterator[Path]:
+    """Draw a line; a noisy one faintly, under its running mean."""
+    steps, values = (np.array(each, np.float64) for each in zip(*line.points, strict=True))
+    steps, values = average_points(steps, values)
+    is_noisy = len(values) >= NOISY
+    dots = [(x.place(step), y.place(value)) for step, value in zip(steps, values, strict=True)]
+    if is_noisy:
+        yield Path(f"{line.colour} faint", _shape(dots), [])
+        dots = [(a, y.place(value)) for (a, _), value in zip(dots, smooth(values), strict=True)]
+    yield Path(line.colour, _shape(dots), [] if is_noisy else dots)
+
+
+def _shape(dots: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{a:g},{b:g}" for a, b in dots)
 
 
 def _describe(line: Line) -> str:

@@ -9,7 +9,7 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from prefcache.pipeline.visible_text import visible
+from prefcache.pipeline.visible_text import format_bytes, visible
 from prefcache.row_layout import format_value
 
 FOLDER = Path(__file__).parent
@@ -67,6 +67,7 @@ def _make_environment() -> jinja2.Environment:
         "value": format_value,
         "signed": _signed,
         "number": "{:,}".format,
+        "bytes": format_bytes,
     }
     environment.filters |= filters
     environment.globals |= {"address": address}

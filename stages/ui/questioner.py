@@ -27,6 +27,9 @@ class Questioner:
     def __init__(self, folder: Path) -> None:
         self._experiment, self._lock = Experiment(str(folder)), threading.Lock()
 
+    def close(self) -> None:
+        self._experiment.close()
+
     def ask(self, question: Question, settings: Mapping[str, str]) -> Answer:
         with self._lock, self._experiment.ask_question(question, settings, _SECONDS) as answered:
             rows, n_rows = [], 0

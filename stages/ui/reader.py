@@ -105,6 +105,7 @@ class Reader:
         for asked in self._asked.values():
             asked.close()
         self.tokens.close()
+        self.questions.close()
 
     @cached_property
     def catalog(self) -> Catalog:

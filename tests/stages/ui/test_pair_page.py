@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.pages import Site, serve
 from tests.helpers.project import invoke, options, write_config, write_pairs
-from tests.helpers.ui_server import Site, serve
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +67,19 @@ def test_tokens_have_the_values_that_show_computes(experiment, site):
     shown = json.loads(invoke(experiment, "show", example, "config.yaml", "--json").stdout)
     page = site.get(f"/pairs/{example}?run=trained&compute=yes")
     assert page.status == 200
-    for answer, rows in zip(shown["answers"], tables(page.html), strict=True):
+    for answer, rows in zip(shown["answers"], tables(page.text), strict=True):
         assert len(rows) == answer["n_tokens"]
         for token, (_, _, reference, policy, difference, counts) in zip(answer["tokens"], rows, strict=True):
             assert [reference, policy, difference] == [
                 f"{round(token[name], 3) + 0.0:+.3f}" for name in ("reference", "policy", "log_ratio")
             ]
             assert counts == "yes" and token["counts"]
-        assert f"sum {answer['log_ratio_sum']:+.3f} nats" in page.html
+        assert f"sum {answer['log_ratio_sum']:+.3f} nats" in page.text
 
 
 def test_neighbours_are_the_duplicate_the_contradiction_and_the_other_answer(experiment, site):
     first, duplicate, swapped, other = ids(experiment, "line in (1, 58, 59, 60)")
-    part = site.get(f"/pairs/{first}/neighbours").html
+    part = site.get(f"/pairs/{first}/neighbours").text
     titles = re.findall(r"<h3>(\w[\w ]*\w)", part)
     found = [re.findall(r'href="/pairs/([^"]*)"', group) for group in part.split("<h3>")[1:]]
     assert dict(zip(titles, found, strict=True)) == {
@@ -88,9 +88,9 @@ def test_neighbours_are_the_duplicate_the_contradiction_and_the_other_answer(exp
         "Same prompt": [other],
     }
     (alone,) = ids(experiment, "line = 7")
-    assert "No other example has the same prompt or answers." in site.get(f"/pairs/{alone}/neighbours").html
+    assert "No other example has the same prompt or answers." in site.get(f"/pairs/{alone}/neighbours").text
 
 
 def test_an_id_that_no_example_has_is_not_found(site):
     page = site.get("/pairs/nothing")
-    assert page.status == 404 and "There is no example" in page.html
+    assert page.status == 404 and "There is no example" in page.text

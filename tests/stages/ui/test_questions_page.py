@@ -11,8 +11,8 @@ import pytest
 
 from prefcache.pipeline.questions import QUESTIONS
 from prefcache.ui.questioner import MOST_ROWS
+from tests.helpers.pages import Answer, Site, serve
 from tests.helpers.project import invoke, write_config, write_pairs
-from tests.helpers.ui_server import Page, Site, serve
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,17 @@ def ask(folder: Path, question: str) -> dict:
     return json.loads(invoke(folder, "ask", question, "runs/tiny", "--json").stdout)
 
 
-def ids(page: Page) -> list[str]:
-    return re.findall(r'name="id" value="([^"]*)"', page.html)
+def ids(page: Answer) -> list[str]:
+    return re.findall(r'name="id" value="([^"]*)"', page.text)
 
 
 def test_every_question_is_listed_with_its_help_and_has_a_page(site):
-    listing = html.unescape(site.get("/questions").html)
+    listing = html.unescape(site.get("/questions").text)
     for question in QUESTIONS.values():
         assert f'href="/questions/{question.name}"' in listing and question.help in listing
         page = site.get(f"/questions/{question.name}")
-        assert page.status == 200 and f'data-src="/questions/{question.name}/answer"' in page.html
-        assert all(f'name="{name}"' in page.html for name in question.parameters)
+        assert page.status == 200 and f'data-src="/questions/{question.name}/answer"' in page.text
+        assert all(f'name="{name}"' in page.text for name in question.parameters)
 
 
 @pytest.mark.parametrize("question", ["contradictions", "length-bias"])
@@ -57,16 +57,16 @@ def test_the_answer_is_that_of_the_command(experiment, site, question):
     expected = ask(experiment, question)
     sentence = expected["verdict"]["sentence"]
     page = site.get(f"/questions/{question}/answer")
-    assert sentence in html.unescape(page.html)
-    assert len(re.findall(r"<tr>", page.html)) == len(expected["rows"]) + 1  # and the head
-    assert sentence in html.unescape(site.get(f"/questions/{question}/verdict").html)
+    assert sentence in html.unescape(page.text)
+    assert len(re.findall(r"<tr>", page.text)) == len(expected["rows"]) + 1  # and the head
+    assert sentence in html.unescape(site.get(f"/questions/{question}/verdict").text)
 
 
 def test_examples_of_an_answer_lead_to_their_pages_and_become_a_selection(experiment, site):
     expected = [row["example_id"] for row in ask(experiment, "contradictions")["rows"]]
     page = site.get("/questions/contradictions/answer")
     assert len(expected) == 4 and ids(page) == expected
-    assert all(f'href="/pairs/{each}"' in page.html for each in expected)
+    assert all(f'href="/pairs/{each}"' in page.text for each in expected)
     form = [*(("id", each) for each in ids(page)), ("which", "ticked"), ("use", "exclude"), ("name", "clean")]
     assert site.post("/selections", form).status == 303
     saved = pq.read_table(experiment / "runs/tiny/selections/clean.parquet")["example_id"].to_pylist()
@@ -76,7 +76,7 @@ def test_examples_of_an_answer_lead_to_their_pages_and_become_a_selection(experi
 def test_a_parameter_of_the_address_is_asked_with_and_a_wrong_one_is_explained(site):
     assert len(ids(site.get("/questions/contradictions/answer?limit=1"))) == 1
     wrong = site.get("/questions/contradictions?limit=many")
-    assert wrong.status == 400 and "expected a number" in wrong.html
+    assert wrong.status == 400 and "expected a number" in wrong.text
     assert site.get("/questions/nothing").status == 400
 
 
@@ -84,11 +84,11 @@ def test_a_long_answer_shows_its_first_rows_and_how_many_there_are(experiment, s
     page = site.get("/questions/disagreements/answer?limit=100000")
     query = "select count(*) as n from pairs where margin_per_token < 0"
     (row,) = json.loads(invoke(experiment, "sql", "--json", query, "runs/tiny").stdout)
-    shown = len(re.findall(r"<tr>", page.html)) - 1
+    shown = len(re.findall(r"<tr>", page.text)) - 1
     assert shown == min(row["n"], MOST_ROWS)
-    assert f"{row['n']:,} rows" in page.html
+    assert f"{row['n']:,} rows" in page.text
 
 
 def test_without_scripts_an_answer_is_a_page_of_its_own(site):
     page = site.get("/questions/length-bias/answer", **{"sec-fetch-dest": "document"})
-    assert page.html.startswith("<!doctype html>") and "<title>length-bias" in page.html
+    assert page.text.startswith("<!doctype html>") and "<title>length-bias" in page.text
