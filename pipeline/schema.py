@@ -179,13 +179,17 @@ PREPARED = {"pairs": PAIRS, "labels": LABELS}
 # The answers of an example, each of which makes a sequence with the prompt.
 ANSWERS = {"pairs": ("chosen", "rejected"), "labels": ("completion", "kl")}
 
-# One row per record that could not become an example.
+# One row per record that could not become an example. What differs from record to record is in columns of its own, so that reasons
+# and details can be counted.
 QUARANTINE = pa.schema(
     [
         ("source", pa.string()),
         ("line", pa.int64()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("n_found", pa.int64()),  # what was counted: tokens, characters or answers, as the detail says
+        ("n_limit", pa.int64()),  # how many there may be, or must be
+        ("n_tokens", pa.int64()),  # of the prompt and the longest answer, of records that are too long
         ("raw", pa.binary()),
     ]
 )

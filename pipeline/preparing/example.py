@@ -72,11 +72,29 @@ Example = Pair | Label
 
 
 class Unusable(Exception):
-    """Send a record to quarantine, with a reason that can be counted and a detail."""
+    """Send a record to quarantine. Reason and detail can be counted; what was found, and the limit, are numbers of their own."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        n_found: int | None = None,
+        n_limit: int | None = None,
+        n_tokens: int | None = None,
+    ) -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
+        self.n_found, self.n_limit, self.n_tokens = n_found, n_limit, n_tokens
+
+    @property
+    def description(self) -> str:
+        """The detail with its numbers: `tokens in prompt and answer, against prepare.max_length: 1,203, limit 1,024`."""
+        named = [
+            *([f"{self.n_found:,}"] if self.n_found is not None else []),
+            *([f"limit {self.n_limit:,}"] if self.n_limit is not None else []),
+        ]
+        return ": ".join(filter(None, (self.detail, ", ".join(named))))
 
 
 def plain_text(turns: Turns) -> str:

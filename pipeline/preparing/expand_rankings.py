@@ -19,9 +19,9 @@ def expand(record: Pair | Label | Ranking, *, pairing: Pairing, ties: bool, as_l
 def _to_pairs(ranking: Ranking, pairing: Pairing, ties: bool) -> Iterator[Pair]:
     n = len(ranking.answers)
     if n < 2:
-        raise Unusable("nothing to compare", f"{n} answers; a ranking needs two")
+        raise Unusable("nothing to compare", "answers, of which a ranking needs two", n_found=n, n_limit=2)
     if pairing == "all" and n > _MOST_ANSWERS:
-        raise Unusable("too many answers", f"{n}; prepare.pairing: all takes at most {_MOST_ANSWERS}")
+        raise Unusable("too many answers", "answers, for prepare.pairing: all", n_found=n, n_limit=_MOST_ANSWERS)
     # Stable: answers that tie stay in the record's order.
     ordered = sorted(ranking.answers, key=lambda answer: -answer.standing)
     compared: dict[str, list[tuple[Candidate, Candidate]]] = {
@@ -32,7 +32,7 @@ def _to_pairs(ranking: Ranking, pairing: Pairing, ties: bool) -> Iterator[Pair]:
     }
     decided = [(a, b) for a, b in compared[pairing] if ties or a.standing != b.standing]
     if not decided:
-        raise Unusable("tie", f"{n} answers of equal standing")
+        raise Unusable("tie", "answers of equal standing", n_found=n)
     for better, worse in decided:
         scores = {"chosen_score": better.score, "rejected_score": worse.score}
         pair = Pair(**ranking.context(), chosen=better.turns, rejected=worse.turns)

@@ -77,6 +77,8 @@ def commit_quarantine(path: Path, parts: Parts) -> dict[str, Any]:
             for record in parts.records:
                 if record.quarantine.rows:
                     table = artifact.open_arrow_stream(parts.folder / record.quarantine.file)
+                    # A part of an earlier version lacks columns.
+                    table = pa.concat_tables([QUARANTINE.empty_table(), table], promote_options="default")
                     writer.write_table(table)
                     n_rows += len(table)
     return stream.entry(path, rows=n_rows)

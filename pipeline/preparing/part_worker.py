@@ -244,9 +244,12 @@ class PartWorker:
     def _render(self, example: Example) -> ExampleText:
         # Spare the template, and the tokenizer, whose time can grow with the square of a word's length, an obviously
         # overlong text.
-        n, most = max(map(_count_characters, (example.prompt, *example.answers))), self.resolved.prepare.max_length
-        if n > (most * CHARACTERS_PER_TOKEN if self.resolved.prepare.too_long == "drop" else MOST_CHARACTERS):
-            raise Unusable("too long", f"{n:,} characters, prepare.max_length is {most} tokens")
+        n, prepare = max(map(_count_characters, (example.prompt, *example.answers))), self.resolved.prepare
+        most = prepare.max_length * CHARACTERS_PER_TOKEN if prepare.too_long == "drop" else MOST_CHARACTERS
+        if n > most:
+            raise Unusable(
+                "too long", "more characters than prepare.max_length tokens can have", n_found=n, n_limit=most
+            )
         if self._rendered_text and not example.rendered:
             self._rendered_text.check(example.prompt, example.answers)
         return self.renderer.render(example)
@@ -270,11 +273,22 @@ class Quarantine:
 
     def add(self, line: Line, unusable: Unusable) -> None:
         # A lone surrogate in a key or a value can reach the detail; it must not keep the quarantine from being written.
-        detail = unusable.detail.encode("utf-8", "backslashreplace").decode()
+        detail, description = (
+            text.encode("utf-8", "backslashreplace").decode() for text in (unusable.detail, unusable.description)
+        )
         self.reasons[unusable.reason] += 1
-        self.first.setdefault(unusable.reason, f"line {line.number}{': ' if detail else ''}{detail}")
+        self.first.setdefault(unusable.reason, f"line {line.number}{': ' if description else ''}{description}")
         self.rows.append(
-            {"source": line.source, "line": line.number, "reason": unusable.reason, "detail": detail, "raw": line.raw}
+            {
+                "source": line.source,
+                "line": line.number,
+                "reason": unusable.reason,
+                "detail": detail,
+                "n_found": unusable.n_found,
+                "n_limit": unusable.n_limit,
+                "n_tokens": unusable.n_tokens,
+                "raw": line.raw,
+            }
         )
 
     def table(self) -> pa.Table:

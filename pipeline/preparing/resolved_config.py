@@ -136,7 +136,7 @@ def _check_texts(source: DataSource, chosen: Format, records: list[Record], rend
             if not is_rendered:
                 rendered_text.check(prompt, answers)
         except Unusable as unusable:
-            found.append(unusable.detail)
+            found.append(unusable.description)
     if len(found) > _BULK * len(examples):
         remedy = (
             "Take it out of the messages." if n_messages else "Set prepare.template: none, which takes text as it is."

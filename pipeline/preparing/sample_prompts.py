@@ -93,7 +93,7 @@ def _read_prompt(entry: Any) -> Label:
 
 
 def _refusal(path: Path, number: int, unusable: Unusable) -> UsageError:
-    detail = f" ({unusable.detail})" if unusable.detail else ""
+    detail = f" ({unusable.description})" if unusable.description else ""
     return UsageError(
         f"train.samples_from: {path}, prompt {number} cannot be used: {unusable.reason}{detail}. {_EXPECTED}"
     )

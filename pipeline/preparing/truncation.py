@@ -55,13 +55,27 @@ def truncate(example: Example, tokens: ExampleTokens, prepare: Prepare, encode: 
 def _find_excess(tokens: ExampleTokens, prepare: Prepare) -> Unusable | None:
     n_prompt, n_answer = len(tokens.prompt), max(map(len, tokens.answers))
     most = prepare.max_prompt_length
+    n_tokens = n_prompt + n_answer
     if most and n_prompt > most:
-        return Unusable("prompt too long", f"{n_prompt} tokens, prepare.max_prompt_length is {most}")
+        detail = "tokens in the prompt, against prepare.max_prompt_length"
+        return Unusable("prompt too long", detail, n_found=n_prompt, n_limit=most, n_tokens=n_tokens)
     if n_prompt >= prepare.max_length:
-        return Unusable("prompt too long", f"{n_prompt} tokens, prepare.max_length is {prepare.max_length}")
-    if n_prompt + n_answer > prepare.max_length:
-        return Unusable("too long", f"{n_prompt} + {n_answer} tokens, prepare.max_length is {prepare.max_length}")
+        detail = "tokens in the prompt, against prepare.max_length"
+        return Unusable("prompt too long", detail, n_found=n_prompt, n_limit=prepare.max_length, n_tokens=n_tokens)
+    if n_tokens > prepare.max_length:
+        detail = "tokens in prompt and answer, against prepare.max_length"
+        return Unusable("too long", detail, n_found=n_tokens, n_limit=prepare.max_length, n_tokens=n_tokens)
     return None
+
+
+def _explain(excess: Unusable, why: str) -> Unusable:
+    return Unusable(
+        excess.reason,
+        f"{why}; {excess.detail}",
+        n_found=excess.n_found,
+        n_limit=excess.n_limit,
+        n_tokens=excess.n_tokens,
+    )
 
 
 def _drop_oldest_turns(
@@ -70,7 +84,7 @@ def _drop_oldest_turns(
     """Leave out as few turns as possible, found by bisection, because a long conversation has many."""
     shorter = shorter_prompts(example)
     if not shorter:
-        raise Unusable(excess.reason, f"{excess.detail}; the prompt is one turn, which is never cut")
+        raise _explain(excess, "the prompt is one turn, which is never cut")
     low, high, best = 0, len(shorter) - 1, None
     while low <= high:
         middle = (low + high) // 2
@@ -85,7 +99,7 @@ def _drop_oldest_turns(
         else:
             low, excess = middle + 1, problem
     if best is None:
-        raise Unusable(excess.reason, f"{excess.detail}; that is with the last turn alone")
+        raise _explain(excess, "even with the last turn alone")
     shortened, kept = best
     n_cut = len(tokens.prompt) - len(kept.prompt)
     return TruncatedExample(kept, shortened, n_cut, tuple(to_ids([]) for _ in kept.answers))

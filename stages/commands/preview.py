@@ -42,7 +42,9 @@ def _preview_line(worker: PartWorker, line: Line, source: int) -> Iterator[Previ
         try:
             yield _preview_example(line, worker, example)
         except Unusable as unusable:
-            yield PreviewUnusable(source=line.source, line=line.number, reason=unusable.reason, detail=unusable.detail)
+            yield PreviewUnusable(
+                source=line.source, line=line.number, reason=unusable.reason, detail=unusable.description
+            )
     for row in quarantine.rows:
         yield PreviewUnusable(source=line.source, line=line.number, reason=row["reason"], detail=row["detail"])
 

@@ -127,12 +127,31 @@ def test_after_a_failure_there_is_no_half_shard(tmp_path, monkeypatch):
 
 def test_the_quarantine_is_that_of_all_parts_in_order(tmp_path):
     raw = [b"\xff\x00{", b"x", b""]
-    bad = [{"source": "a", "line": i, "reason": "r", "detail": "", "raw": raw[i % 3]} for i in range(5)]
+    numbers = {"n_found": 2, "n_limit": 1, "n_tokens": None}
+    bad = [{"source": "a", "line": i, "reason": "r", "detail": "", **numbers, "raw": raw[i % 3]} for i in range(5)]
     made = parts_of(tmp_path, [pair(0), pair(1), pair(2)], (1, 2), bad=[bad[:2], [], bad[2:]])
     entry = finalize.commit_quarantine(tmp_path / "quarantine.parquet", made)
     table = pq.read_table(tmp_path / entry["file"])
     assert table.schema.equals(QUARANTINE) and table.to_pylist() == bad
     assert entry["rows"] == 5 and artifact.damage(tmp_path, entry_of(entry)) is None
+
+
+def test_the_quarantine_of_a_part_that_an_earlier_version_made_has_no_numbers(tmp_path):
+    bad = {"source": "a", "line": 1, "reason": "too long", "detail": "5 + 6 tokens", "raw": b"x"}
+    made = parts_of(tmp_path, [pair(0)], (1,), bad=[[bad]])
+    file = tmp_path / ".parts" / made.records[0].quarantine.file
+    earlier = pa.Table.from_pylist([bad], schema=pa.schema([field for field in QUARANTINE if field.name in bad]))
+    file.write_bytes(_stream(earlier))
+    entry = finalize.commit_quarantine(tmp_path / "quarantine.parquet", made)
+    (row,) = pq.read_table(tmp_path / entry["file"]).to_pylist()
+    assert row == bad | {"n_found": None, "n_limit": None, "n_tokens": None}
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
 # -- duplicates and weights ------------------------------------------------------------------------------------------

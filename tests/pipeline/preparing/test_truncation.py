@@ -37,7 +37,7 @@ def tokens(n_prompt: int, *n_answers: int, exact: bool = True) -> ExampleTokens:
 def refusal(given: ExampleTokens, example: Example = PAIR, encode: Any = never, **settings: Any) -> tuple[str, str]:
     with pytest.raises(Unusable) as caught:
         truncate(example, given, prepare(**settings), encode)
-    return caught.value.reason, caught.value.detail
+    return caught.value.reason, caught.value.description
 
 
 # -- what fits is left as it is --------------------------------------------------------------------------------------
@@ -63,11 +63,17 @@ def test_without_tokens_there_is_nothing_to_score(too_long):
 
 def test_drop_says_both_numbers():
     # 4 + max(3, 7) = 11, one more than 10
-    assert refusal(tokens(4, 3, 7), max_length=10) == ("too long", "4 + 7 tokens, prepare.max_length is 10")
-    assert refusal(tokens(10, 3, 7), max_length=10) == ("prompt too long", "10 tokens, prepare.max_length is 10")
+    assert refusal(tokens(4, 3, 7), max_length=10) == (
+        "too long",
+        "tokens in prompt and answer, against prepare.max_length: 11, limit 10",
+    )
+    assert refusal(tokens(10, 3, 7), max_length=10) == (
+        "prompt too long",
+        "tokens in the prompt, against prepare.max_length: 10, limit 10",
+    )
     assert refusal(tokens(5, 1, 1), max_length=10, max_prompt_length=4) == (
         "prompt too long",
-        "5 tokens, prepare.max_prompt_length is 4",
+        "tokens in the prompt, against prepare.max_prompt_length: 5, limit 4",
     )
 
 
@@ -132,11 +138,11 @@ def test_keep_end_says_that_even_the_last_turn_is_too_long():
     # 3 of the last turn and 4 of the answer are 7
     assert refusal(given, example, words, max_length=6, too_long="keep_end") == (
         "too long",
-        "3 + 4 tokens, prepare.max_length is 6; that is with the last turn alone",
+        "even with the last turn alone; tokens in prompt and answer, against prepare.max_length: 7, limit 6",
     )
     assert refusal(given, example, words, max_prompt_length=2, too_long="keep_end") == (
         "prompt too long",
-        "3 tokens, prepare.max_prompt_length is 2; that is with the last turn alone",
+        "even with the last turn alone; tokens in the prompt, against prepare.max_prompt_length: 3, limit 2",
     )
 
 
@@ -159,7 +165,9 @@ def test_one_turn_is_never_cut(prompt):
     example = Pair(prompt=prompt, chosen="x", rejected="y")
     reason, detail = refusal(tokens(9, 2, 4), example, max_length=10, too_long="keep_end")
     assert reason == "too long"
-    assert detail == "9 + 4 tokens, prepare.max_length is 10; the prompt is one turn, which is never cut"
+    assert detail == (
+        "the prompt is one turn, which is never cut; tokens in prompt and answer, against prepare.max_length: 13, limit 10"
+    )
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=41), room=st.integers(5, 120))
@@ -240,15 +248,18 @@ def test_what_is_dropped_is_in_quarantine_with_the_arithmetic():
     made = rows([record, record | {"chosen": "b"}], max_length=whole["n_prompt"] + 4)
     assert len(made.table) == 1
     (bad,) = made.quarantine.to_pylist()
-    assert bad["detail"] == f"{whole['n_prompt']} + 5 tokens, prepare.max_length is {whole['n_prompt'] + 4}"
     assert (bad["reason"], bad["line"]) == ("too long", 1)
+    # The numbers have columns of their own, so that records of one reason have one detail.
+    assert bad["detail"] == "tokens in prompt and answer, against prepare.max_length"
+    assert bad["n_found"] == bad["n_tokens"] == whole["n_prompt"] + 5 and bad["n_limit"] == whole["n_prompt"] + 4
 
 
 def test_what_is_far_too_long_is_not_even_encoded():
     record = {"prompt": "why?", "chosen": "x" * 10_000, "rejected": "a"}
     made = rows([record], max_length=16)
     (bad,) = made.quarantine.to_pylist()
-    assert (bad["reason"], bad["detail"]) == ("too long", "10,000 characters, prepare.max_length is 16 tokens")
+    assert (bad["reason"], bad["detail"]) == ("too long", "more characters than prepare.max_length tokens can have")
+    assert (bad["n_found"], bad["n_tokens"]) == (10_000, None) and bad["n_limit"] % 16 == 0
 
 
 def test_the_templater_merges_a_system_message_into_what_is_left():
