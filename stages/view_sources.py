@@ -22,7 +22,7 @@ from prefcache.pipeline.training.run_log import PROVENANCE
 _PREPARED = {"prepared", "scored"}
 _REFERENCES = {"scored", "cached", "caches", "numerics"}
 _RUN_PARTS = {"visits": "steps", "metrics": "metrics", "events": "events", "timed": "throughput"}
-EVERYTHING = {"prepared", "quarantine", "runs", "checkpoints", *_REFERENCES, *_RUN_PARTS}
+EVERYTHING = {"prepared", "quarantine", "runs", "checkpoints", "tokens", *_REFERENCES, *_RUN_PARTS}
 
 
 def collect(
@@ -48,13 +48,15 @@ def collect(
             for reference in references:
                 cache_maintenance.refuse_contradictions(reference.cache)
     runs = [path for path in list_runs(folder) if only is None or path.name in only]
-    if tables & {"runs", *_RUN_PARTS}:
+    if tables & {"runs", "tokens", *_RUN_PARTS}:
         sources["runs"] = pa.Table.from_pylist([_describe_run(run) for run in runs], schema=views.RUNS)
     if "checkpoints" in tables:
         rows = [row for run in runs for row in _describe_checkpoints(run)]
         sources["checkpoints"] = pa.Table.from_pylist(rows, schema=views.CHECKPOINTS)
     for name in sorted(tables & set(_RUN_PARTS)):
         sources[_RUN_PARTS[name]] = [part for run in runs for part in _verify_parts(run, _RUN_PARTS[name])]
+    if "tokens" in tables:
+        sources["tokens"] = [file for run in runs for file in _find_tokens(run)]
     return views.Sources(**sources)
 
 
@@ -154,6 +156,17 @@ def _verify_parts(run: Path, table: str) -> list[str]:
             reason = str(error).partition("\n")[0]
             raise IntegrityError(f"{part} cannot be read ({reason}). {remedy}") from error
     return [str(part) for part in parts]
+
+
+def _find_tokens(run: Path) -> Iterator[str]:
+    """Yield the verified file of the examples that a finished run moved most, token by token."""
+    manifest = RunManifest.find(run)
+    if manifest is not None and manifest.tokens is not None:
+        if reason := artifact.damage(run, manifest.tokens):
+            raise IntegrityError(
+                f"{run / manifest.tokens.file} {reason}. Delete {run} and train it again, or move it away."
+            )
+        yield str(run / manifest.tokens.file)
 
 
 def _describe_checkpoints(run: Path) -> Iterator[dict[str, Any]]:

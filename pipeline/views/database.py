@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
-from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
+from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT, TOKENS
 from prefcache.pipeline.stored import duckdb_connection
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import find_counted_sums
@@ -69,6 +69,9 @@ _NUMERICS = pa.schema(
         ("used", pa.bool_()),
     ]
 )
+# What queries may use to show the beginning of a text, on one line.
+_SHORTEN = r"""create macro shorten(text, most := 60) as
+    if(length(text) > most, left(text, most) || '…', text).regexp_replace('\s+', ' ', 'g')"""
 _SHORT_ID = 12  # characters of a model_id, as in the names of caches
 
 
@@ -106,6 +109,7 @@ class Sources:
     metrics: Sequence[str] = ()
     events: Sequence[str] = ()
     throughput: Sequence[str] = ()
+    tokens: Sequence[str] = ()
 
     @property
     def shards(self) -> list[str]:
@@ -113,7 +117,15 @@ class Sources:
 
     @property
     def files(self) -> list[str]:
-        return [*self.shards, *self.quarantine, *self.steps, *self.metrics, *self.events, *self.throughput]
+        return [
+            *self.shards,
+            *self.quarantine,
+            *self.steps,
+            *self.metrics,
+            *self.events,
+            *self.throughput,
+            *self.tokens,
+        ]
 
 
 def short_id(model_id: str) -> str:
@@ -140,7 +152,9 @@ def connect(sources: Sources, extension: Extension | None = None) -> duckdb.Duck
         duckdb_connection.define(con, "metrics", sources.metrics, METRICS)
         duckdb_connection.define(con, "events", sources.events, EVENTS)
         duckdb_connection.define(con, "timed", sources.throughput, THROUGHPUT)
+        duckdb_connection.define(con, "tokens", sources.tokens, TOKENS)
         con.execute("set schema = 'main'")
+        con.execute(_SHORTEN)
         for view in sort_for_creation():
             con.execute(f"create view {view.name} as {view.select}")
         if extension is not None:

@@ -11,7 +11,7 @@ import pytest
 from prefcache.pipeline import views
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.questions import get_question
-from prefcache.pipeline.schema import EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT
+from prefcache.pipeline.schema import EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT, TOKENS
 from tests.helpers.experiments import KEYS, N0, N1, N2, PAIRS, SCORES, cache, parquet, run_of, sources, visit
 
 
@@ -352,7 +352,7 @@ def test_pairs_are_learnt_or_forgotten_once_for_all_or_go_back_and_forth(tmp_pat
 def test_a_margin_of_exactly_0_is_not_unlearned(tmp_path):
     """It is that of a policy that is still its reference."""
     margins = {"still": [0, 0], "wrong, then back at 0": [-2, 0], "forgotten": [0, 1, -1], "right": [0, 1]}
-    found = {row[1]: row[4:7] for row in ask_ready(tmp_path, "unlearned", margins)}
+    found = {row[0]: row[5:8] for row in ask_ready(tmp_path, "unlearned", margins)}
     assert found == {
         "wrong, then back at 0": (1, "never right", pytest.approx(-2)),
         "forgotten": (2, "forgotten", pytest.approx(-1)),
@@ -380,6 +380,30 @@ def test_quarantine_shows_what_was_read_as_text(tmp_path):
     assert ask(con, "select line, reason, raw from quarantine") == [(3, "tie", "né"), (4, "tie", "\\xFF\\x00a")]
 
 
+def test_the_quarantine_of_an_earlier_version_has_no_numbers(tmp_path):
+    row = {"source": "a.jsonl", "line": 3, "reason": "too long", "detail": "5 + 6 tokens", "raw": b"x"}
+    earlier = pa.schema([field for field in QUARANTINE if field.name in row])
+    con = views.connect(views.Sources(quarantine=[parquet(tmp_path / "quarantine.parquet", [row], earlier)]))
+    assert ask(con, "select reason, n_found, n_limit, n_tokens from quarantine") == [("too long", None, None, None)]
+
+
+def test_a_shortened_text_is_one_line_and_says_that_it_goes_on():
+    con = views.connect(views.Sources())
+    assert ask(con, "select shorten('a\n\n b'), shorten('abcdef', most := 3), shorten(null)") == [("a b", "abc…", None)]
+
+
+def test_single_tokens_are_those_that_a_run_stored(tmp_path):
+    made = sources(tmp_path, {"trained": 0.1})
+    file = tmp_path / "trained" / "tokens.parquet"
+    row = {"example_id": "x", "gain": 1.0, "answer": "chosen", "tokens": ["a", "b"], "logps": [-1.0, None]}
+    parquet(file, [row | {"ref_logps": [-1.5, None]}], TOKENS)
+    con = views.connect(dataclasses.replace(made, tokens=[str(file)]))
+    assert ask(con, "select run, example_id, answer, place, token, logp, ref_logp, log_ratio from tokens") == [
+        ("trained", "x", "chosen", 0, "a", -1.0, -1.5, 0.5),
+        ("trained", "x", "chosen", 1, "b", None, None, None),
+    ]
+
+
 def test_alerts_and_throughput_are_those_of_every_run_by_hand(tmp_path):
     alert = {"step": 30, "kind": "kl", "severity": "warning", "metric": "kl", "value": 120.0}
     alert |= {"seen": "kl is 120", "why": "it drifts", "try": "a larger train.beta"}
@@ -405,7 +429,7 @@ def test_before_anything_is_prepared_the_views_are_empty():
 
 VIEWS = [
     *("alerts", "checkpoints", "examples", "metrics", "pairs", "quarantine", "reference", "rewards", "runs"),
-    *("sequences", "steps", "throughput"),
+    *("sequences", "steps", "throughput", "tokens"),
 ]
 
 
