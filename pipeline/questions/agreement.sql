@@ -2,6 +2,7 @@
 select
     reference,
     model_id,
+    bool_or(used) as used,
     source,
     count(margin) as pairs,
     avg((margin > 0)::int) as agrees,
@@ -11,3 +12,17 @@ select
 from pairs
 group by reference, model_id, source
 order by agrees
+-- verdict
+select
+    (select count(*) from pairs where used) as pairs,
+    (select count(label) from examples) as labels,
+    list({
+        reference: reference,
+        used: used,
+        source: source,
+        n: pairs,
+        -- A share times its count is the whole number that it was made of.
+        n_agrees: round(pairs * agrees)::bigint,
+        n_agrees_per_token: round(pairs * agrees_per_token)::bigint
+    }) filter (where pairs > 0) as groups
+from answer

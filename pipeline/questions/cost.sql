@@ -21,3 +21,10 @@ select
 from numbered
 group by source
 order by tokens_to_read desc
+-- verdict
+select
+    sum(examples)::bigint as examples,
+    sum(sequences)::bigint as sequences,
+    sum(tokens)::bigint as tokens,
+    sum(tokens_to_read)::bigint as tokens_to_read
+from answer

@@ -23,3 +23,9 @@ select
 from hashed semi join repeated using (content)
 group by content
 order by times desc, first_source, first_line
+-- verdict
+select
+    (select count(*) from examples) as examples,
+    count(*) as repeated,
+    coalesce(sum(times - 1), 0)::bigint as copies
+from answer

@@ -27,3 +27,15 @@ from answers
 where log_ratio is not null
 group by run, answer, from_tokens
 order by run, answer, from_tokens
+-- verdict
+select
+    (select count(label) from examples) as labels,
+    (select count(*) from runs) as runs,
+    list({
+        run: run,
+        answer: answer,
+        from_tokens: from_tokens,
+        answers: answers,
+        log_ratio_per_token: log_ratio_per_token
+    } order by run, answer, from_tokens) as groups
+from answer

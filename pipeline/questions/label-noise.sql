@@ -13,3 +13,11 @@ where margin is not null
 group by example_id
 having max(margin_per_token) < -$nats
 order by n_references desc, margin_per_token, example_id
+-- verdict
+select
+    (select count(*) from pairs where used) as pairs,
+    (select count(label) from examples) as labels,
+    (select count(margin) from pairs where used) as scored,
+    (select count(distinct reference) from pairs where margin is not null) as n_references,
+    count(*) as doubtful
+from answer

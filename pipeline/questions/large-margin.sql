@@ -45,3 +45,19 @@ select example_id, preference, implicit, external
 from combined
 where preference >= (select quantile_disc(preference, 1 - $share) from combined)
 order by preference desc, example_id
+-- verdict
+select
+    (select count(*) from examples where split = 'train') as examples,
+    (select count(label) from examples) as labels,
+    (select count(*) from runs) as runs,
+    coalesce($run, (select min(run) from steps)) as run,
+    -- Of the run's visits: at most 1 if each example was visited once.
+    (
+        select max(epoch)
+        from steps
+        where split = 'train' and run = coalesce($run, (select min(run) from steps))
+    ) as epochs,
+    count(*) as kept,
+    min(preference) as lowest,
+    max(preference) as highest
+from answer

@@ -39,8 +39,14 @@ select
     source,
     line,
     n_shared / greatest(len(chosen_words) + len(rejected_words) - n_shared, 1) as similarity,
-    left(chosen, 50) as chosen,
-    left(rejected, 50) as rejected
+    shorten(chosen) as chosen,
+    shorten(rejected) as rejected
 from compared
 where n_shared >= $similarity * (len(chosen_words) + len(rejected_words) - n_shared)
 order by similarity desc, example_id
+-- verdict
+select
+    (select count(*) from examples where chosen is not null) as pairs,
+    (select count(label) from examples) as labels,
+    count(*) as alike
+from answer

@@ -10,3 +10,12 @@ select example_id, margin_per_token
 from scored
 where margin_per_token >= (select quantile_disc(margin_per_token, 1 - $share) from scored)
 order by margin_per_token desc, example_id
+-- verdict
+select
+    (select count(*) from examples where split = 'train') as examples,
+    (select count(label) from examples) as labels,
+    (select count(margin) from pairs where used and split = 'train') as scored,
+    count(*) as kept,
+    min(margin_per_token) as lowest,
+    max(margin_per_token) as highest
+from answer

@@ -14,3 +14,19 @@ select example_id, gap
 from gaps
 where gap <= (select quantile_disc(gap, $share) from gaps)
 order by gap, example_id
+-- verdict
+select
+    (select count(*) from examples where split = 'train') as examples,
+    (select count(label) from examples) as labels,
+    (select count(*) from runs) as runs,
+    coalesce($run, (select min(run) from steps)) as run,
+    -- Of the run's visits: at most 1 if each example was visited once.
+    (
+        select max(epoch)
+        from steps
+        where split = 'train' and run = coalesce($run, (select min(run) from steps))
+    ) as epochs,
+    count(*) as kept,
+    min(gap) as lowest,
+    max(gap) as highest
+from answer

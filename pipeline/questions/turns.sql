@@ -22,3 +22,11 @@ select
 from answers
 group by source
 order by of_several_turns desc, source
+-- verdict
+select
+    coalesce(sum(examples), 0)::bigint as examples,
+    coalesce(sum(of_several_turns), 0)::bigint as of_several_turns,
+    max(most_turns) as most_turns,
+    sum(examples * share_counted) / sum(examples) as share_counted,
+    sum(of_several_turns * share_counted_of_these) / nullif(sum(of_several_turns), 0) as share_counted_of_these
+from answer

@@ -4,7 +4,7 @@ A verdict is about all the data, not about the rows that are listed. It says wha
 project's own settings and commands.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ class Verdict:
     numbers: Mapping[str, Any] = field(default_factory=dict)  # what the sentence says, and the intervals of shares
 
 
-Judge = Callable[[Numbers, Mapping[str, Any]], Verdict]
+Values = Mapping[str, Any]  # of the question's parameters
+Judge = Callable[[Numbers, Values], Verdict]
 JUDGES: dict[str, Judge] = {}
 
 
@@ -73,6 +74,10 @@ class Share:
         """`71% of 5,904 pairs (95% interval 70% to 72%)`."""
         return f"{self.percent} of {count(self.n, what)} ({self.interval})"
 
+    def count_of(self, what: str) -> str:
+        """`12 of 5,904 pairs (0.2%, 95% interval 0.1% to 0.4%)`."""
+        return f"{self.n_right:,} of {count(self.n, what)} ({self.percent}, {self.interval})"
+
     def numbers(self, name: str) -> dict[str, Any]:
         estimate = self.estimate
         return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
@@ -104,19 +109,37 @@ def find_worst(
 # -- phrases ---------------------------------------------------------------------------------------------------------
 
 
+def conclude(numbers: Numbers, *parts: str, **more: Any) -> Verdict:
+    """Make a verdict of sentences, without those that are empty, and of the numbers, without the lists."""
+    plain = {name: value for name, value in numbers.items() if not isinstance(value, list)}
+    return Verdict(" ".join(filter(None, parts)), plain | more)
+
+
 def without_pairs(numbers: Numbers) -> Verdict | None:
-    """Say that there are no pairs to ask about; None if there are some. Reads the numbers `pairs` and `labels`."""
-    if numbers["pairs"]:
-        return None
-    if numbers["labels"]:
-        labels = count(numbers["labels"], "label")
-        return Verdict(
-            f"The data has no pairs but {labels} (one answer each, good or bad). This question compares the two answers of a pair.",
+    """Say that there are no pairs to ask about, by the number `labels` and perhaps `pairs`; None if there may be some."""
+    if labels := numbers["labels"]:
+        return conclude(
             numbers,
+            f"This data has no pairs but {count(labels, 'label')}: one answer each, good or bad. The question compares the two "
+            "answers of a pair.",
         )
-    return Verdict("Nothing is prepared.", numbers)
+    if not numbers.get("pairs", True):
+        return conclude(numbers, "No pairs are prepared.")
+    return None
 
 
-def join(parts: Iterable[str]) -> str:
-    """Make one text of sentences, without those that are empty."""
-    return " ".join(filter(None, parts))
+def without_scores(numbers: Numbers, n_scored: int) -> Verdict | None:
+    if n_scored:
+        return None
+    return conclude(numbers, "No reference has scored these pairs yet: prefcache score CONFIG.")
+
+
+def without_runs(numbers: Numbers) -> Verdict | None:
+    """Say that no run can be asked about, by the number `runs`; None if there is one."""
+    if numbers["runs"]:
+        return None
+    return conclude(numbers, "No such run has been trained on this data yet: prefcache train CONFIG.")
+
+
+def list_names(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""

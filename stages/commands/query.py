@@ -31,7 +31,7 @@ class Experiment:
         if isinstance(question, str):
             question = get_question(question)
         values = question.values(settings or {})
-        query = views.Query(question.sql, question.numbers or None)
+        query = views.Query(question.sql, question.numbers)
         if question.shares_rows:
             query = views.Query(question.listing, question.numbers, answer=question.select)
         with self.ask(query, values, timeout) as answer:

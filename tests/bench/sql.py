@@ -1,4 +1,4 @@
-"""How long the ready questions take over many examples, and how much memory.
+"""How long the ready questions take over many examples, with their verdicts, and how much memory.
 
     make bench-sql
     python -m tests.bench.sql --examples 1000000 --folder /tmp/bench-sql
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 SHARD = 100_000
 MODEL, NUMERICS = "a" * 64, "nf20656a5048dd3e"  # of {"engine": "bench"}
-OVER_TEXT = {"near-identical", "duplicates", "contradictions", "cost"}
+OVER_TEXT = {"near-identical", "duplicates", "contradictions", "cost", "disagreements"}
 MOST_SECONDS = {True: 60, False: 3}
 WORDS = 4096
 _MEAN = {"prompt": 124, "chosen": 41, "rejected": 51}
@@ -66,8 +66,9 @@ def measure(folder: Path) -> None:
         list(result.rows())
     _say("(opening)", used, "")
     for name, question in QUESTIONS.items():
-        with _Used() as used, experiment.ask(question.sql, question.values({}), 600) as result:
-            n_rows = sum(1 for _ in result.rows())
+        with _Used() as used, experiment.ask_question(question, timeout=600) as answered:
+            n_rows = sum(1 for _ in answered.answer.rows())
+            answered.verdict()
         over = "texts" if name in OVER_TEXT else "numbers"
         late = "" if used.seconds <= MOST_SECONDS[name in OVER_TEXT] else "  too slow"
         _say(name, used, f"{n_rows:>9,} rows, over {over}{late}")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -159,8 +160,33 @@ def test_agreement(ask, pairs, model):
 
 
 def test_disagreements(ask, pairs):
-    expected = sorted((row["per_token"], row["example_id"]) for row in pairs if row["per_token"] < 0)[:5]
-    assert [row["example_id"] for row in ask("disagreements", "limit=5")] == [name for _, name in expected]
+    expected = sorted((row["per_token"], row["example_id"]) for row in pairs if row["per_token"] < 0)
+    found = ask("disagreements", "limit=5")
+    assert [row["example_id"] for row in found] == [name for _, name in expected[:5]]
+    texts = {row["example_id"]: row for row in pairs}
+    # Both answers are shown, their beginnings if they are long.
+    for row in ask("disagreements", "limit=100"):
+        for side in ("chosen", "rejected"):
+            whole = texts[row["example_id"]][side]
+            assert row[side] == (whole if len(whole) <= 60 else f"{whole[:60]}…")
+
+
+def test_reference_conflicts(ask, pairs, sums, model, other_model):
+    expected = {}
+    for row in pairs:
+        mine, theirs = (
+            sums[str(each)][row["chosen_key"]] / row["n_chosen"]
+            - sums[str(each)][row["rejected_key"]] / row["n_rejected"]
+            for each in (model, other_model)
+        )
+        if (mine > 0) != (theirs > 0):
+            expected[row["example_id"]] = (pytest.approx(mine), pytest.approx(theirs))
+    found = ask("reference-conflicts", "limit=100")
+    assert expected and expected == {
+        row["example_id"]: (row["margin_per_token"], row["other_margin_per_token"]) for row in found
+    }
+    clear = [min(abs(row["margin_per_token"]), abs(row["other_margin_per_token"])) for row in found]
+    assert clear == sorted(clear, reverse=True)
 
 
 def test_label_noise(ask, pairs, sums):
@@ -216,6 +242,22 @@ def test_contradictions(ask):
     assert {one["line"], one["other_line"]} == {2, 12} and one["source"] != one["other_source"]
     # Each of the two is a row, so that a file of the rows names both.
     assert [one["example_id"], other["example_id"]] == [other["other_example_id"], one["other_example_id"]]
+
+
+def test_training_cost(ask, folder, pairs):
+    """What training counts for each example by itself, when it plans its forwards."""
+    from prefcache.pipeline.training.dataset import Examples, SplitData
+
+    table = Prepared(folder / "runs/q/prepared").table("train")
+    answers = ("chosen", "rejected")
+    examples = Examples(SplitData(table, {}, answers))
+    rows = ask("training-cost")
+    for layout, column in (("shared", "tokens_shared"), ("packed", "tokens_unshared")):
+        assert sum(row[column] for row in rows) == examples.sizes(np.arange(len(table)), layout).sum()
+    counted = sum(row["n_chosen_counted"] + row["n_rejected_counted"] for row in pairs if row["split"] == "train")
+    assert sum(row["tokens_counted"] for row in rows) == counted
+    twice = ask("training-cost", "epochs=2.5")
+    assert sum(row["tokens_counted"] for row in twice) == pytest.approx(2.5 * counted, abs=2)
 
 
 def test_truncation(ask, pairs):
@@ -298,7 +340,7 @@ def test_learning(ask, visits):
         for (split, _), rows in by([row for row in visits if row["margin"]], "split", "example_id").items()
     )
     found = ask("learning")
-    assert {(row["split"], row["became"]): row["pairs"] for row in found} == counted
+    assert {(row["split"], row["became"]): row["examples"] for row in found} == counted
     assert len({name for _, name in counted}) >= 3  # or the example shows nothing
     for split in ("train", "held_out"):
         assert sum(row["share"] for row in found if row["split"] == split) == pytest.approx(1)
@@ -317,6 +359,33 @@ def test_unlearned(ask, visits):
     found = ask("unlearned", "limit=100", f"run={RUN}")
     assert expected and {row["example_id"]: (row["became"], row["visits"], row["margin"]) for row in found} == expected
     assert ask("unlearned", "run=another") == []
+
+
+def test_learned_first(ask, visits, pairs):
+    sources = {row["example_id"]: row["source"] for row in pairs}
+    trained = [row for row in visits if row["split"] == "train" and row["step"]]
+    last, expected = trained[-1]["step"], defaultdict(list)
+    for row in trained:
+        tenth = 1 + 10 * (row["step"] - 1) // last
+        length = 2 ** int(math.log2((row["n_chosen_counted"] + row["n_rejected_counted"]) / 2))
+        expected["source", sources[row["example_id"]], tenth].append(row["margin"])
+        expected["length", str(length), tenth].append(row["margin"])
+    found = {(row["kind"], row["part"], row["tenth"]): row for row in ask("learned-first")}
+    assert found.keys() == expected.keys()
+    for key, margins in expected.items():
+        assert (found[key]["visits"], found[key]["margin"]) == (len(margins), mean(margins))
+        assert found[key]["correct"] == mean([margin > 0 for margin in margins])
+
+
+def test_margin_tokens(ask, folder):
+    gains, examples = defaultdict(float), set()
+    for row in pq.read_table(folder / f"runs/q/{RUN}/tokens.parquet").to_pylist():
+        examples.add(row["example_id"])
+        for token, logp, ref_logp in zip(row["tokens"], row["logps"], row["ref_logps"], strict=True):
+            gains[token] += (logp - ref_logp) * (1 if row["answer"] == "chosen" else -1)
+    found = ask("margin-tokens", f"run={RUN}", "limit=1000")
+    assert {row["token"]: row["gain"] for row in found} == pytest.approx(gains, abs=1e-5)
+    assert [abs(row["gain"]) for row in found] == sorted((abs(row["gain"]) for row in found), reverse=True)
 
 
 def test_reward_hacking(ask, visits):
@@ -348,7 +417,7 @@ def test_by_source(ask, pairs, latest):
     assert found.keys() == grouped.keys()
     for key, rows in grouped.items():
         margins = [latest[row["example_id"]]["margin"] for row in rows]
-        assert (found[key]["pairs"], found[key]["correct"]) == (len(rows), mean([margin > 0 for margin in margins]))
+        assert (found[key]["examples"], found[key]["correct"]) == (len(rows), mean([margin > 0 for margin in margins]))
         assert found[key]["reward_margin"] == mean(margins)
         assert found[key]["reference_margin"] == mean([row["margin"] for row in rows])
 
