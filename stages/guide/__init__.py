@@ -14,6 +14,7 @@ _ORDER = (
     "scoring",
     "training",
     "losses",
+    "questions",
     "sql",
     "report",
     "python",
