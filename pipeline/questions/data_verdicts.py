@@ -33,7 +33,7 @@ def length_bias(numbers: Numbers, values: Values) -> Verdict:
         for values in ([longer.estimate.value], [longer.estimate.low, longer.estimate.high])
     )
     if not longer.excludes(0.5) and at_most >= 0.1:
-        return conclude(numbers, f"{found}: no length bias can be told from so many.", most_biased, **facts)
+        return conclude(numbers, f"{found}: no length bias can be told from so few.", most_biased, **facts)
     if beyond_chance < 0.1:
         return conclude(numbers, f"{found}: no length bias worth acting on.", most_biased, **facts)
     strength = "strong" if beyond_chance >= 0.3 else "clear"

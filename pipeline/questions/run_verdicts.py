@@ -169,6 +169,9 @@ def unlearned(numbers: Numbers, values: Values) -> Verdict:
     groups = numbers["groups"] or []
     if not groups:
         return conclude(numbers, "No example has been visited yet with a reward that could be right or wrong.")
+    visited_again = {group["run"] for group in groups if group["split"] == TRAIN and group["most_visits"] > 1}
+    is_once = not visited_again
+    groups = [group for group in groups if is_once or group["run"] in visited_again]
     splits = {
         name: Share(_sum(of_split, "n_wrong"), _sum(of_split, "n"))
         for name, of_split in (
@@ -179,8 +182,8 @@ def unlearned(numbers: Numbers, values: Values) -> Verdict:
     }
     wrong = [share.count_of(f"{name} example") for name, share in splits.items()]
     found = f"Wrong at their last visit: {list_names(wrong)}."
-    if max(group["most_visits"] for group in groups) == 1:
-        once = "Each was visited once, perhaps before the policy had learnt much, so that it cannot be said which are unlearned."
+    if is_once:
+        once = "Each training example was visited once, perhaps before the policy had learnt much, so that it cannot be said which are unlearned."
         return conclude(numbers, found, once, f"{_MORE_VISITS}.")
     worst = _find_worst_run(
         groups,
@@ -247,11 +250,10 @@ def _describe_parts(name: str, groups: list[Numbers]) -> str:
         return name.format(part if "{} " not in name else f"{part} to {2 * int(part) - 1}")
 
     first, last = min(learnt, key=learnt.__getitem__), max(learnt, key=learnt.__getitem__)
-    text = f"{label(first)} in tenth {learnt[first]}"
-    if learnt[last] > learnt[first]:
-        text += f", {label(last)} in tenth {learnt[last]}"
+    ends = [first, last] if learnt[last] > learnt[first] else [first]
+    text = ", ".join(f"{label(part)} from tenth {learnt[part]} on" for part in ends)
     never = [label(part) for part in learnt_in if part not in learnt]
-    return text + (f", not clearly {list_names(never[:3])}" if never else "")
+    return text + (f"; not clearly: {list_names(never[:3])}" if never else "")
 
 
 @judge

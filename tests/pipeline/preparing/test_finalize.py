@@ -138,8 +138,8 @@ def test_the_quarantine_is_that_of_all_parts_in_order(tmp_path):
 
 def test_the_quarantine_of_a_part_that_an_earlier_version_made_has_no_numbers(tmp_path):
     bad = {"source": "a", "line": 1, "reason": "too long", "detail": "5 + 6 tokens", "raw": b"x"}
-    made = parts_of(tmp_path, [pair(0)], (1,), bad=[[bad]])
-    file = tmp_path / ".parts" / made.records[0].quarantine.file
+    made = parts_of(tmp_path, [pair(0)], bad=[[bad]])
+    file = tmp_path / made.records[0].quarantine.file
     earlier = pa.Table.from_pylist([bad], schema=pa.schema([field for field in QUARANTINE if field.name in bad]))
     file.write_bytes(_stream(earlier))
     entry = finalize.commit_quarantine(tmp_path / "quarantine.parquet", made)

@@ -68,7 +68,7 @@ def test_a_length_bias_is_strong_clear_absent_or_not_to_be_told():
     assert strong.numbers["longer_wins"] == pytest.approx(4192 / 5904) and strong.numbers["longer_wins_low"] < 0.7
     assert "towards shorter answers is clear" in length_bias(400, 1000).sentence
     assert "no length bias worth acting on" in length_bias(2050, 4000).sentence
-    assert "no length bias can be told" in length_bias(74, 137).sentence
+    assert "no length bias can be told from so few" in length_bias(74, 137).sentence
     assert length_bias(12, 20).sentence.endswith("too few to say whether there is a length bias.")
     assert "the same length in all 7 pairs" in judge("length-bias", {"pairs": 7, "differ": 0, "labels": 0}).sentence
 
@@ -96,6 +96,27 @@ def test_one_visit_of_each_example_is_no_verdict_about_learning():
     selected = {"runs": 1, "run": "a", "labels": 0, "examples": 90, "kept": 9, "highest": 0.1, "epochs": 1.0}
     assert "Each pair was visited once" in judge("small-gap", selected).sentence
     assert "Each pair was visited once" not in judge("small-gap", selected | {"epochs": 2.0}).sentence
+
+
+def test_a_run_of_one_visit_does_not_count_as_unlearned_next_to_one_of_several():
+    once = {"run": "once", "split": "train", "n": 100, "n_wrong": 90, "most_visits": 1}
+    thrice = {"run": "trained", "split": "train", "n": 100, "n_wrong": 0, "most_visits": 3}
+    # Held-out examples are visited at the run's end, however often before.
+    held_out = {"run": "trained", "split": "held_out", "n": 40, "n_wrong": 20, "most_visits": 1}
+    said = judge("unlearned", {"runs": 2, "groups": [once, thrice, held_out]}).sentence
+    assert "0 of 100 training examples" in said and "20 of 40 held-out examples" in said and "by heart" in said
+
+
+def test_what_is_learnt_first_last_and_not_is_named():
+    def group(part: str, tenth: int, n_right: int) -> dict[str, Any]:
+        return {"run": "a", "kind": "length", "part": part, "tenth": tenth, "n": 100, "n_right": n_right}
+
+    rights = {"8": (55, 80), "16": (75, 90), "32": (50, 55)}
+    groups = [group(part, 1 + at, n) for part, both in rights.items() for at, n in enumerate(both)]
+    said = judge("learned-first", {"runs": 1, "labels": 0, "groups": groups}).sentence
+    assert said.startswith(
+        "Run a: answers of 16 to 31 tokens from tenth 1 on, answers of 8 to 15 tokens from tenth 2 on; not clearly: answers of 32 to 63 tokens."
+    )
 
 
 def test_nothing_found_is_a_sentence_too():
