@@ -73,7 +73,7 @@ def test_every_answer_is_kept_from_other_pages_and_runs_only_its_own_script(site
         assert "default-src 'none'" in policy and "script-src 'self';" in policy and "style-src 'self';" in policy
         assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["referrer-policy"] == "same-origin"
         assert answer.headers["cache-control"] == "no-store"
         assert "server" not in answer.headers
 
