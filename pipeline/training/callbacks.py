@@ -55,7 +55,7 @@ class TrainCheckpoint:
     run: Path
     step: int
     n_steps: int
-    folder: Path  # deleted once train.keep_checkpoints newer ones exist
+    folder: Path  # deleted once train.keep_checkpoints newer ones exist, and at the end (train.checkpoints_at_end)
 
 
 @dataclass(frozen=True, kw_only=True)

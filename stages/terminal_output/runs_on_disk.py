@@ -74,6 +74,7 @@ def _tabulate(runs: Sequence[RunSummary], is_wide: bool) -> Table:
     """The held-out figures are those after training; a wide table has those before, the alerts and the last change as well."""
     narrow = ("run", "state", ">steps", "loss", ">accuracy", ">margin", ">eval loss", ">disk")
     table = start_table(*narrow, *((">checkpoints", ">alerts", "last change") if is_wide else ()))
+    table.padding = (0, 1, 0, 0)  # eight columns and the name of a run fit in 80 characters
     for run in runs:
         before, after = run.before, run.after
         row: list[str | Text] = [
@@ -87,7 +88,11 @@ def _tabulate(runs: Sequence[RunSummary], is_wide: bool) -> Table:
             format_bytes(run.bytes.total),
         ]
         if is_wide:
-            row += [format_bytes(run.bytes.checkpoints), f"{sum(run.alerts.values()):,}", _when(run)]
+            row += [
+                format_bytes(run.bytes.checkpoints) if run.bytes.checkpoints else "-",
+                f"{sum(run.alerts.values()):,}",
+                _when(run),
+            ]
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 

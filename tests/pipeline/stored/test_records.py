@@ -29,6 +29,7 @@ SQL = {
     name: ["sql", f"select * from {name}", OUT, "--json"] for name in ("examples", "reference", "runs", "checkpoints")
 }
 SCORE, VERIFY, DOCTOR = ["score", "config.yaml", "--dry-run"], ["verify", "cache"], ["doctor", "config.yaml"]
+RUNS, CLEAN = ["runs", OUT], ["clean", OUT]
 # These take a second or more: in the sweep of all that a field may hold.
 REPORT = ["report", OUT, "--output", "report.html"]
 SLOW = (REPORT, DOCTOR)
@@ -39,13 +40,13 @@ KINDS: dict[str, tuple[type[records.StoredRecord], str, list[list[Any]]]] = {
     "removal": (records.RemovalRecord, "cache/tiny-*/.removing", [VERIFY]),
     "prepared": (records.PreparedManifest, "runs/tiny/prepared/manifest.json", [SQL["examples"], SCORE, REPORT]),
     "scored": (records.ScoredManifest, "runs/tiny/scored/manifest.json", [SQL["reference"], DOCTOR, REPORT]),
-    "run": (records.RunManifest, "runs/tiny/trained/manifest.json", [SQL["runs"], DOCTOR, REPORT]),
-    "provenance": (records.Provenance, "runs/tiny/trained/provenance.json", [SQL["runs"], DOCTOR, REPORT]),
-    "before": (records.Before, "runs/tiny/begun/before.json", []),
+    "run": (records.RunManifest, "runs/tiny/trained/manifest.json", [SQL["runs"], RUNS, CLEAN, DOCTOR, REPORT]),
+    "provenance": (records.Provenance, "runs/tiny/trained/provenance.json", [SQL["runs"], RUNS, DOCTOR, REPORT]),
+    "before": (records.Before, "runs/tiny/begun/before.json", [RUNS]),
     "checkpoint": (
         records.CheckpointManifest,
         "runs/tiny/begun/checkpoints/step-00000004/manifest.json",
-        [SQL["checkpoints"], DOCTOR],
+        [SQL["checkpoints"], RUNS, CLEAN, DOCTOR],
     ),
     "trackers": (records.TrackerRecord, "runs/tiny/begun/trackers.json", []),
     "part": (records.PartRecord, "parts/part-000000.json", []),
