@@ -16,6 +16,7 @@ _ORDER = (
     "losses",
     "questions",
     "sql",
+    "ui",
     "report",
     "python",
     "trl",

@@ -13,6 +13,7 @@ from prefcache.guide import CHAPTERS
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.training.losses import LOSSES
 from tests.helpers.documents import README, SCRIPTS, blocks, commands, shown
+from tests.helpers.pages import serve
 from tests.helpers.project import ROOT, Clone, invoke, write_pairs
 
 # The documents' commands that the test below does not run, and why.
@@ -23,6 +24,7 @@ NOT_RUN = {
     "make prepare score train": "the demo fixture has run it",
     "make test": "it runs this test; CI runs it",
     "pip install .": "the environment has it installed; the wheel test installs it in a fresh one",
+    "pip install '.[ui]'": "the environment has it installed",
     "pip install 'prefcache[quantized]'": "bitsandbytes needs a GPU",
     "prefcache score my.yaml --set score.quantization=4bit": "bitsandbytes needs a GPU",
     "prefcache train my.yaml --set score.quantization=4bit --set train.lora.r=16": "bitsandbytes needs a GPU",
@@ -203,7 +205,10 @@ def run_as_written(demo: Clone, line: str) -> None:
         program, *arguments = shlex.split(command)
         if arguments[:1] == ["train"] and "--dry-run" not in arguments and "max_steps" not in command:
             arguments += FEW_STEPS
-        if program == "prefcache" and ">" not in arguments:
+        if (program, *arguments[:1]) == ("prefcache", "ui"):
+            with serve(demo.folder, *arguments[1:]) as site:  # it would go on until Ctrl-C
+                assert site.get("/pairs").status == 200
+        elif program == "prefcache" and ">" not in arguments:
             invoke(demo.folder, *arguments)
         else:
             demo.run(f'PATH="$PWD/.venv/bin:$PATH"; {command}')
