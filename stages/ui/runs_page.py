@@ -33,6 +33,7 @@ def show(reader: Reader, request: Request) -> Response:
         reader=reader,
         runs=runs,
         chosen=chosen,
+        evaluated=_name_split(next((run.evaluated for run in runs if run.evaluated), HELD_OUT)),
         curves=pages.address("/runs/curves", [("run", name) for name in chosen]),
         colours={name: line_svg.choose_colour(number) for number, name in enumerate(names)},
     )
@@ -83,4 +84,8 @@ def _title_metrics(columns: Sequence[str]) -> Iterator[tuple[str, str]]:
         for metric, title in _METRICS.items():
             if column.startswith(EVALUATION) and column.endswith(metric):
                 split = column.removeprefix(EVALUATION).removesuffix(metric).removesuffix("_") or HELD_OUT
-                yield column, f"{split.replace('_', '-') if split == HELD_OUT else split}: {title}"
+                yield column, f"{_name_split(split)} {title}"
+
+
+def _name_split(split: str) -> str:
+    return "held-out" if split == HELD_OUT else split

@@ -29,6 +29,7 @@ from prefcache.pipeline.schema import PREPARED
 from prefcache.pipeline.stored.records import PreparedManifest
 from prefcache.pipeline.visible_text import visible
 from tests.helpers.chromium import CHROMIUM, Page, chromium
+from tests.helpers.hostile_texts import HOSTILE
 from tests.helpers.project import PREFCACHE, invoke, write_config, write_pairs
 
 # -- a small real experiment -----------------------------------------------------------------------------------------
@@ -304,60 +305,6 @@ def test_a_figure_is_drawn_in_the_pages_colours_and_tells_itself_in_words():
 # -- in a real browser -----------------------------------------------------------------------------------------------
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: how the page behaves was not looked at")
-
-FLAG = "window.struck=1"
-HOSTILE = [
-    f"<script>{FLAG}</script>",
-    f"<SCRIPT SRC=//evil.example/x.js></SCRIPT><script>{FLAG}",
-    f"</script><script>{FLAG}</script>",
-    f"</style><script>{FLAG}</script>",
-    "</style><style>*{display:none}</style>",
-    f"</title><script>{FLAG}</script>",
-    f"</textarea></pre></code><script>{FLAG}</script>",
-    f"</svg></desc></title><script>{FLAG}</script>",
-    f"<img src=x onerror={FLAG}>",
-    f"<img src='//evil.example/pixel.png' onload='{FLAG}'>",
-    f"<svg onload={FLAG}>",
-    f"<svg><script>{FLAG}</script></svg>",
-    f"<svg><animate onbegin={FLAG} attributeName=x dur=1s>",
-    f"<svg><foreignObject><body onload={FLAG}></foreignObject></svg>",
-    f"<math><mtext><table><mglyph><style><img src=x onerror={FLAG}>",
-    f"<iframe srcdoc='<script>parent.{FLAG}</script>'></iframe>",
-    "<iframe src=https://evil.example></iframe>",
-    f"<object data='data:text/html,<script>{FLAG}</script>'></object>",
-    "<embed src=//evil.example/x.swf>",
-    "<link rel=stylesheet href=//evil.example/x.css>",
-    "<meta http-equiv=refresh content='0;url=https://evil.example'>",
-    "<base href=//evil.example/>",
-    "<form action=//evil.example><input name=x autofocus onfocus=window.struck=1></form>",
-    f"<details open ontoggle={FLAG}>",
-    f"<video><source onerror={FLAG}></video>",
-    f"<body onpageshow={FLAG}>",
-    f"<a href='javascript:{FLAG}'>press</a>",
-    f"[press](javascript:{FLAG})",
-    f"javascript:{FLAG}",
-    f"data:text/html,<script>{FLAG}</script>",
-    f'" onmouseover="{FLAG}" x="',
-    f"' autofocus onfocus='{FLAG}' tabindex=0 x='",
-    f"`onclick={FLAG}`",
-    "&lt;b&gt;&amp;&#60;&#x3c;script&#62;&nbsp;&NotAnEntity;",
-    f"&lt;script&gt;{FLAG}&lt;/script&gt;",
-    "{{ 7 * 7 }}{% raw %}{{ config }}{# x #}",
-    "{{ ''.__class__.__mro__ }}{% include '/etc/passwd' %}",
-    "${7*7}#{7*7}<%= 7*7 %>[[7*7]]",
-    "<!--><script>window.struck=1</script-->",
-    "<![CDATA[<b>bold</b>]]><?xml version='1.0'?><!DOCTYPE html>",
-    "@import url(//evil.example); body{background:url(//evil.example/x)} expression(1)",
-    "<div style='position:fixed;inset:0;background:red'>over everything</div>",
-    "\u202eright to left override\u202c \u2066isolate \u2067and never closed",
-    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 with digits 123",
-    "\x1b[2J\x1b]0;title\x07\x1b[31mred",
-    "null\x00byte\x08\x7f\x9b\ufffe\ud83d",
-    "word" * 500,
-    "\u00a0" * 300 + "\t" * 50,
-    "Z\u0351\u036b\u0343\u036a\u0302\u036b\u033d\u034f\u0334\u0319\u0324\u031e\u0349" * 12,
-    "\ufdfd" * 40 + "\U00012031" * 20,
-]
 
 
 def facts_of(texts: list[str]) -> page.Facts:
