@@ -58,7 +58,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-gpu gpu-ledger compare-tokenizers real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-gpu gpu-ledger compare-tokenizers real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -182,6 +182,8 @@ gpu-ledger: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.gpu.ledger
 bench-sql: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.sql
+bench-ui: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.ui
 # Does fastokens give this model's tokenizer the same ids? A quarter of an hour, mostly of random texts.
 compare-tokenizers: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.tokenizers $(MODEL) $(if $(DATA),--data $(DATA))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import corpus, startup
+from tests.bench import corpus, startup, ui
 from tests.helpers.project import ROOT, build_model
 from tests.helpers.real_tokenizers import fetch_or_skip
 
@@ -73,6 +73,13 @@ def test_bench_prepare_measures_memory(name):
     assert re.search(
         rf"^{name}, ours, 300 pairs: [\d,]+ MiB in the parent", bench("tests.bench.prepare", *options.split())
     )
+
+
+def test_bench_ui_clicks_everything(tmp_path: Path):
+    printed = bench("tests.bench.ui", "--examples", "3000", "--folder", str(tmp_path))
+    rows = dict(re.findall(r"^  (.+?) +[\d.]+ s +[\d,]+ MiB +([\d,]+) rows$", printed, re.MULTILINE))
+    assert list(rows) == list(ui.CLICKS)
+    assert rows["everything"] == "3,000" and int(rows["drag a range of margins"].replace(",", "")) < 3000
 
 
 @pytest.mark.slow
