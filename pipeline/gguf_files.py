@@ -6,7 +6,6 @@ file is recognized without reading it. Here a folder is only found; stored/gguf_
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import io
 import tempfile
@@ -17,7 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.safetensors_files import shorten_list, stamp_file
+from prefcache.pipeline.progress import working
+from prefcache.pipeline.safetensors_files import hash_file, shorten_list, stamp_file
 
 SUFFIX = ".gguf"
 CONVERTED = ".gguf"  # folder of the cache that holds the converted models
@@ -59,11 +59,6 @@ def find_converted(file: Path, cache: Path) -> tuple[Path, Note] | None:
     return next(((folder, note) for folder, note in same_size.items() if note.sha256 == sha256), None)
 
 
-def hash_file(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _refuse_other(file: Path) -> None:
     try:
         with open(file, "rb") as opened:
@@ -97,7 +92,7 @@ def _describe(file: Path, stamp: str) -> tempfile.TemporaryDirectory[str]:
 
 def write_model(file: Path, folder: Path) -> None:
     """Write the model with float32 weights, its tokenizer and its chat template, as save_pretrained does."""
-    with _read_alone(file) as source:
+    with working(f"convert {file.name}"), _read_alone(file) as source:
         import torch
         from transformers import AutoModelForCausalLM, GgufConfig
 

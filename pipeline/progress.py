@@ -1,181 +1,141 @@
-"""Progress of a stage: bars with rate and time left on a terminal and in a notebook, plain lines elsewhere.
+"""Progress of a command: bars with rate and time left on a terminal and in a notebook, plain lines elsewhere.
 
-It goes to stderr, so that stdout has results only. A notebook shows stderr as if something were wrong, so there all but warnings goes
-to the cell's output.
+It goes to stderr, so that stdout has results only (a notebook has no use for stderr: see progress_display.Notebook). A front
+door makes it the running command's, and then nothing is silent for more than a few seconds:
+
+    with Progress(command="score") as progress:
+        progress.say("score: loading m")
+        with progress.count("score", 2000, "tokens") as counter:
+            counter.add(500)
+
+Work deep inside, such as hashing a file, reports to the running command without being handed its Progress:
+
+    with counting("hash model.safetensors", n_bytes, "bytes") as counter: ...
+    with working("load m"): ...    # for what cannot report how far it is
 """
 
-import html
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Self
 
-from prefcache.pipeline.visible_text import visible
+from prefcache.pipeline import progress_display
+from prefcache.pipeline.progress_display import Counter, Display
 
-_SECONDS_BETWEEN_LINES = 5.0
-_SECONDS_BETWEEN_UPDATES = 0.2  # of a bar in a notebook, each of which is sent to the browser
+__all__ = ["Counter", "Progress", "counting", "working"]
+
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Progress:
-    """Prints lines and counts work. If `quiet`, it prints only warnings."""
+    """Prints lines and counts work. If `quiet`, it prints only warnings; if `silent`, as in all processes but the main one, nothing.
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._bar: Any = None
-        self._in_notebook = _is_notebook()
+    `label` comes before what is said, as in "run 2 of 8".
+    """
+
+    def __init__(
+        self, quiet: bool = False, *, command: str = "prefcache", label: str = "", silent: bool = False
+    ) -> None:
+        self.quiet, self.silent = quiet or silent, silent
+        self._command, self._label = command, label
+        self._lock = threading.RLock()
+        self._display: Display | None = None
+        self._token: Token[Progress | None] | None = None
+        self._is_over = threading.Event()
+
+    # -- the running command -----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._token = _running.set(self)
+        if not self.quiet:
+            self._display = progress_display.choose_display()
+            self._is_over.clear()
+            threading.Thread(target=self._watch, name="progress", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._is_over.set()
+            self._display = None
+        assert self._token is not None
+        _running.reset(self._token)
+
+    def _watch(self) -> None:
+        """Show how far the work is where it has not reported for a while: a forward or a disk may be slow."""
+        while not self._is_over.wait(_SECONDS_BETWEEN_LOOKS):
+            with self._lock:
+                if self._display is not None:
+                    self._display.show_if_due(self._command)
+
+    # -- lines -------------------------------------------------------------------------------------------------------
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            self._print(line, sys.stdout if self._in_notebook else sys.stderr)
+            with self._lock:
+                self._show().print(self._labelled(line))
 
     def warn(self, line: str) -> None:
-        self._print(f"warning: {line}", sys.stderr)
+        if not self.silent:
+            with self._lock:
+                self._show().print(f"warning: {self._labelled(line)}", is_warning=True)
 
-    def _print(self, line: str, file: Any) -> None:
-        if self._bar is not None:
-            self._bar.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(visible(line), file=file, flush=True)
+    def _show(self) -> Display:
+        """The display of the running command; outside of one, where streams may have been replaced, the one for now."""
+        return self._display or progress_display.choose_display()
+
+    def _labelled(self, text: str) -> str:
+        return f"{self._label}: {text}" if self._label else text
+
+    # -- work --------------------------------------------------------------------------------------------------------
+
+    def count(self, what: str, total: int | None, unit: str, *, done: int = 0) -> AbstractContextManager[Counter]:
+        """Show how much of the command's own work is done, `done` units of it before now."""
+        return self._count(Counter(self._labelled(what), total, unit, done=done))
+
+    def count_aside(self, what: str, total: int | None, unit: str) -> AbstractContextManager[Counter]:
+        """Show work on the side while it takes, if it takes long."""
+        return self._count(Counter(self._labelled(f"{self._command}: {what}"), total, unit, is_main=False))
 
     @contextmanager
-    def count(self, what: str, total: int | None, unit: str) -> Iterator["Counter"]:
-        """Show progress up to `total` units of work."""
+    def _count(self, counter: Counter) -> Iterator[Counter]:
         if self.quiet:
-            yield Counter(total)
-        elif self._in_notebook:
-            display = _NotebookDisplay()
-            counter = _TextCounter(total, what, unit, display.show, _SECONDS_BETWEEN_UPDATES)
-            if total:
-                counter.show()
             yield counter
-            counter.finish()
-        elif sys.stderr.isatty():
-            with self._rich_bar() as self._bar:
-                try:
-                    task = self._bar.add_task(what, total=total, unit=unit, note="")
-                    yield _BarCounter(total, self._bar, task)
-                finally:
-                    bar, self._bar = self._bar, None
-                    bar.refresh()
-        else:
-            counter = _TextCounter(total, what, unit, lambda line, _: self.say(line), _SECONDS_BETWEEN_LINES)
+            return
+        is_running, is_finished = self._display is not None, False
+        self._display = display = self._show()
+
+        def change(counter: Counter) -> None:
+            with self._lock:
+                display.change(counter)
+
+        with self._lock:
+            display.open(counter)
+        counter.changed = change
+        try:
             yield counter
-            counter.finish()
-
-    @staticmethod
-    def _rich_bar() -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        return RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            _rate_column(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            # What a callback prints goes through the bar's console, but not into it if it is redirected to a file.
-            redirect_stdout=sys.stdout.isatty(),
-        )
+            is_finished = True
+        finally:
+            with self._lock:
+                display.close(counter, is_finished=is_finished)
+            if not is_running:
+                self._display = None
 
 
-class Counter:
-    """Counts finished units of work."""
-
-    def __init__(self, total: int | None) -> None:
-        self.total, self.done = total, 0
-
-    def add(self, n: int, note: str = "") -> None:
-        self.done += n
+_running: ContextVar[Progress | None] = ContextVar("running", default=None)
 
 
-class _BarCounter(Counter):
-    def __init__(self, total: int | None, bar: Any, task: Any) -> None:
-        super().__init__(total)
-        self._bar, self._task = bar, task
-
-    def add(self, n: int, note: str = "") -> None:
-        super().add(n)
-        self._bar.update(self._task, advance=n, note=note)
+def counting(what: str, total: int | None, unit: str) -> AbstractContextManager[Counter]:
+    """Count work on the side of the running command, if one is running in this process."""
+    return (_running.get() or _NOBODY).count_aside(what, total, unit)
 
 
-class _TextCounter(Counter):
-    """Describes the work in a line every few seconds, and at its end. `show` gets the line and the share that is done, if known."""
-
-    def __init__(
-        self, total: int | None, what: str, unit: str, show: Callable[[str, float | None], None], seconds: float
-    ) -> None:
-        super().__init__(total)
-        self._what, self._unit, self._show, self._seconds, self._note = what, unit, show, seconds, ""
-        self._start = self._shown_at = time.monotonic()
-        self._shown_done = 0
-
-    def add(self, n: int, note: str = "") -> None:
-        super().add(n)
-        self._note = note
-        if time.monotonic() - self._shown_at >= self._seconds:
-            self.show()
-
-    def finish(self) -> None:
-        if self.done != self._shown_done:
-            self.show()
-
-    def show(self) -> None:
-        self._shown_at, self._shown_done = time.monotonic(), self.done
-        seconds = max(self._shown_at - self._start, 1e-9)
-        rate = self.done / seconds
-        of = f"/{self.total:,}" if self.total else ""
-        speed = f", {_number(rate)}/s" if self.done else ""
-        left = f", {_clock((self.total - self.done) / rate)} left" if self.total and 0 < self.done < self.total else ""
-        note = f"  {self._note}" if self._note else ""
-        share = self.done / self.total if self.total else None
-        self._show(f"{self._what}: {self.done:,}{of} {self._unit}{speed}{left}{note}", share)
+def working(what: str) -> AbstractContextManager[Counter]:
+    """Show for how long something takes that cannot report how far it is."""
+    return counting(what, None, "")
 
 
-class _NotebookDisplay:
-    """An output of a cell that is replaced by the next one. It needs no widgets, only what every kernel has."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    def show(self, line: str, share: float | None) -> None:
-        from IPython.display import display
-
-        shown = visible(line)
-        bar = "" if share is None else f"<progress value='{share:.4f}' max='1'></progress> "
-        bundle = {"text/html": f"{bar}{html.escape(shown)}", "text/plain": shown}
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
-
-
-def _is_notebook() -> bool:
-    """Whether this process is a Jupyter kernel. A shell of IPython in a terminal is none."""
-    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
-    return getattr(get_shell(), "kernel", None) is not None
-
-
-def _rate_column() -> Any:
-    from rich.progress import ProgressColumn
-    from rich.text import Text
-
-    class RateColumn(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{_number(speed)} {task.fields['unit']}/s" if speed else "")
-
-    return RateColumn()
-
-
-def _number(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+_NOBODY = Progress(silent=True)

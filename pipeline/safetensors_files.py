@@ -8,11 +8,13 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.progress import Counter, counting
 
 _LARGEST_HEADER = 100_000_000  # as the safetensors library has it
 _MOST_DIMENSIONS = 64
@@ -60,9 +62,22 @@ class Digests:
         stamp = stamp_file(file)
         if stamp not in self.files:
             _forget(self.files, file)
-            with open(file, "rb") as opened:
-                self.files[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()
+            self.files[stamp] = hash_file(file)
         return self.files[stamp]
+
+
+def hash_file(file: Path) -> str:
+    """Return the sha256 of a whole file."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with open(file, "rb", buffering=0) as opened, _counting_bytes(file) as counter:
+        while n := opened.readinto(buffer):
+            digest.update(buffer[:n])
+            counter.add(n)
+    return digest.hexdigest()
+
+
+def _counting_bytes(file: Path) -> AbstractContextManager[Counter]:
+    return counting(f"hash {file.name}", file.stat().st_size, "bytes")
 
 
 def stamp_file(file: Path) -> str:
@@ -81,7 +96,7 @@ def _forget(known: MutableMapping[str, Any], file: Path) -> None:
 def hash_tensors(file: Path) -> dict[str, Tensor]:
     """Hash all tensors in one pass over the file."""
     tensors, buffer = {}, memoryview(bytearray(_BLOCK))
-    with open(file, "rb", buffering=0) as opened:
+    with open(file, "rb", buffering=0) as opened, _counting_bytes(file) as counter:
         for span in _spans(file, opened):
             digest, left = hashlib.sha256(), span.end - span.start
             opened.seek(span.start)
@@ -90,6 +105,7 @@ def hash_tensors(file: Path) -> dict[str, Tensor]:
                 if not n:
                     raise _unreadable(file, f"it ends within tensor {span.name}")
                 digest.update(buffer[:n])
+                counter.add(n)
                 left -= n
             tensors[span.name] = Tensor(span.dtype, span.shape, digest.hexdigest())
     return tensors

@@ -4,9 +4,12 @@ Characters that would control a terminal, reorder the text around them or stay i
 Escaping markup is up to the caller.
 """
 
+import os
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TextIO
 
 _MOST_MARKS = 4  # on one character; more would reach over the lines around it
 _PICTURES = 0x2400  # where Unicode's pictures of the first 32 characters begin
@@ -18,9 +21,8 @@ _JOINED = ("ADLAM", "ARABIC", "HANIFI", "MANDAIC", "MANICHAEAN", "MONGOLIAN", "N
 
 def visible(text: str, most: int | None = None) -> str:
     """Replace control, format, separator, private and unassigned characters by their names; cut after `most` characters."""
-    more = 0 if most is None else len(text) - most
-    if more > 0:
-        return f"{visible(text[:most])} ... ({more:,} more characters)"
+    if most is not None and len(text) > most:
+        return f"{visible(text[:most])}…"
     return text if _is_plain(text) else "".join(_show(text))
 
 
@@ -56,6 +58,35 @@ def format_bytes(n: int) -> str:
 def count(n: int, singular: str, plural: str | None = None) -> str:
     """Return a number with its noun: `1 row`, `1,234 rows`."""
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
+def wrap_for(file: TextIO, text: str, indent: int = 0) -> str:
+    """Wrap text between words if the file is a terminal. A pipe gets lines whole, so that grep finds all of one."""
+    if not file.isatty():
+        return text
+    try:
+        width = int(os.environ.get("COLUMNS", "")) or 80
+    except ValueError:
+        try:
+            width = os.get_terminal_size(file.fileno()).columns or 80
+        except OSError:
+            width = 80
+    return wrap_words(text, width, indent)
+
+
+def wrap_words(text: str, width: int, indent: int = 0) -> str:
+    """Break lines that are too wide between words, never within one: commands, ids and paths are copied whole.
+
+    Lines that follow begin with as many blanks as their first one, and `indent` more.
+    """
+    return "\n".join(_wrap_line(line, width, indent) for line in text.split("\n"))
+
+
+def _wrap_line(line: str, width: int, indent: int) -> str:
+    blanks = " " * (len(line) - len(line.lstrip(" ")) + indent)
+    return textwrap.fill(
+        line, width, subsequent_indent=blanks, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
 
 
 def visible_json(text: str) -> str:

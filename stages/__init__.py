@@ -98,8 +98,8 @@ def prepare(
     """
     from prefcache.commands import prepare as command
 
-    with _open_config(config, overrides) as loaded:
-        return _make_absolute(command.run(loaded, _progress(quiet)))
+    with _progress("prepare", quiet) as progress, _open_config(config, overrides) as loaded:
+        return _make_absolute(command.run(loaded, progress))
 
 
 def score(
@@ -112,8 +112,8 @@ def score(
     """Score every prepared sequence that the cache lacks; with `dry_run`, only say what there is to score."""
     from prefcache.commands import score as command
 
-    with _open_config(config, overrides) as loaded:
-        return _make_absolute(command.run(loaded, _progress(quiet), dry_run))
+    with _progress("score", quiet) as progress, _open_config(config, overrides) as loaded:
+        return _make_absolute(command.run(loaded, progress, dry_run))
 
 
 def train(
@@ -133,9 +133,11 @@ def train(
     the others return None.
     """
     from prefcache.commands import train as command
+    from prefcache.pipeline.process_pool import rank_and_world
 
-    with _open_config(config, overrides) as loaded:
-        result = command.run(loaded, _progress(quiet), callbacks, continue_stopped=continue_stopped)
+    silent = rank_and_world()[0] != 0  # the main process prints for all
+    with _progress("train", quiet, silent) as progress, _open_config(config, overrides) as loaded:
+        result = command.run(loaded, progress, callbacks, continue_stopped=continue_stopped)
         return None if result is None else _make_absolute(result)
 
 
@@ -154,10 +156,11 @@ def report(
     if isinstance(experiment, str | Path):
         command.refuse_unprepared(Path(experiment))
         if Path(experiment).is_dir():
-            return _make_absolute(command.run_folder(Path(experiment), runs, path, _progress(quiet), force))
+            with _progress("report", quiet) as progress:
+                return _make_absolute(command.run_folder(Path(experiment), runs, path, progress, force))
     named = str(experiment) if isinstance(experiment, str | Path) else None
-    with _open_config(experiment, None) as loaded:
-        return _make_absolute(command.run_config(loaded, named or "CONFIG", runs, path, _progress(quiet), force, named))
+    with _progress("report", quiet) as progress, _open_config(experiment, None) as loaded:
+        return _make_absolute(command.run_config(loaded, named or "CONFIG", runs, path, progress, force, named))
 
 
 def runs(experiment: str | Path | None = None) -> "list[RunSummary]":
@@ -227,7 +230,7 @@ def open_cache(
     """
     from prefcache.reference_cache import ReferenceCache
 
-    return ReferenceCache.open(cache, model, adapter, revision, score or {}, _progress(quiet))
+    return ReferenceCache.open(cache, model, adapter, revision, score or {}, _progress("score", quiet))
 
 
 @contextmanager
@@ -265,7 +268,7 @@ if not TYPE_CHECKING:  # a type checker would take every name for an attribute
         raise AttributeError(f"module 'prefcache' has no attribute {name!r}")
 
 
-def _progress(quiet: bool) -> "Progress":
+def _progress(command: str, quiet: bool, silent: bool = False) -> "Progress":
     from prefcache.pipeline.progress import Progress
 
-    return Progress(quiet)
+    return Progress(quiet, command=command, silent=silent)

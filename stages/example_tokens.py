@@ -17,6 +17,7 @@ from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.preparing.tokenizer_facts import load_facts
+from prefcache.pipeline.progress import counting, working
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.stored.records import PreparedManifest, Provenance, RunManifest, ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored
@@ -41,11 +42,11 @@ def read_reference(scored: Path, row: pa.Table, answers: Sequence[str]) -> Logps
 
 def load_policy(run: Path) -> Any:
     """Load a run's model in float32; an adapter on its base model, quantized as it was in training."""
-    # These take seconds to load.
-    from transformers.utils import logging
+    with working("load PyTorch and Transformers"):
+        from transformers.utils import logging
 
-    from prefcache.pipeline.model import weights
-    from prefcache.pipeline.model.attention import choose_kernel
+        from prefcache.pipeline.model import weights
+        from prefcache.pipeline.model.attention import choose_kernel
 
     logging.disable_progress_bar()
     policy = find_policy(run)
@@ -70,12 +71,12 @@ def compute_logps(model: Any, prompt_ids: Sequence[int], answers: Mapping[str, S
 
     from prefcache.pipeline.model.logprobs import plain_logps
 
-    prompt = np.asarray(prompt_ids, np.int32)
-    with torch.inference_mode():
-        return {
-            name: plain_logps(model, TokenSequence(prompt, np.asarray(ids, np.int32))).numpy()
-            for name, ids in answers.items()
-        }
+    prompt, logps = np.asarray(prompt_ids, np.int32), {}
+    with torch.inference_mode(), counting("forward passes", len(answers), "answers") as counter:
+        for name, ids in answers.items():
+            logps[name] = plain_logps(model, TokenSequence(prompt, np.asarray(ids, np.int32))).numpy()
+            counter.add(1)
+    return logps
 
 
 def find_tokenizer(experiment: Path) -> Path | None:

@@ -37,13 +37,14 @@ class ReferenceCache:
 
     def __init__(self, config: Config, progress: Progress) -> None:
         refuse_unused(config.score)
-        convert_models(config, progress)
         self.config, self.progress = config, progress
-        self.reference = identity.find_reference(config)
         root = Path(config.cache)
-        # The hashes of the weights are remembered only where a cache exists: a mere lookup creates nothing.
-        self._described = identify(self.reference, root, remember=root.is_dir())
-        self._cache = self._open()
+        with progress:
+            convert_models(config, progress)
+            self.reference = identity.find_reference(config)
+            # The hashes of the weights are remembered only where a cache exists: a mere lookup creates nothing.
+            self._described = identify(self.reference, root, remember=root.is_dir())
+            self._cache = self._open()
         self._numerics: dict[str, str] | None = None
         self._scorer: Scorer | None = None
         self._keeps_model = False
@@ -154,7 +155,10 @@ class ReferenceCache:
 
         Started by torchrun or accelerate, the processes share the work, and each returns when all of it is done.
         """
-        sequences = read_sequences(prompt_ids, completion_ids)
+        with self.progress:
+            return self._score(read_sequences(prompt_ids, completion_ids))
+
+    def _score(self, sequences: pa.Table) -> ScoreResult:
         examples = _as_examples(sequences)
         table = sequence_table(examples)
         self._cache = create_cache(Path(self.config.cache), self.config.model, self._described)

@@ -35,7 +35,9 @@ ROOMS = {
 FLOORS = {
     "prefcache.pipeline": [
         "errors intervals stored_paths token_colours token_text schema spans visible_text",
-        "foreign_programs model_config process_pool progress safetensors_files tokenizer",
+        "progress_display",
+        "progress",
+        "foreign_programs model_config process_pool safetensors_files tokenizer",
         "gguf_files model_files",
         "config identity",
         "older_ids",
@@ -107,8 +109,8 @@ FLOORS = {
     "prefcache.pipeline.browsing": ["browse_table neighbours", "filters", "queries"],
     "prefcache": [
         "interrupts row_layout view_sources command_results example_tokens guide",
-        "reference_cache sql_repl terminal_output commands",
-        "query_output sql_result trl ui",
+        "reference_cache terminal_output commands",
+        "query_output sql_repl sql_result trl ui",
         "cli",
         "__main__",
     ],

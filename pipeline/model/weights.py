@@ -23,6 +23,7 @@ from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model_files import ADAPTER_WEIGHTS
+from prefcache.pipeline.progress import working
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.tokenizer import refuse_own_code
 
@@ -34,10 +35,11 @@ def load_base(reference: Reference, dtype: str, kernel: str, device: torch.devic
     reference.refuse_unconverted()
     options: dict[str, Any] = {"attn_implementation": kernel, "use_safetensors": True, "device_map": {"": device}}
     try:
-        if reference.quantization is None:
-            model = _from_pretrained(reference.folder, dtype=getattr(torch, dtype), **options)
-        else:
-            model = _load_quantized(reference.folder, reference.quantization, getattr(torch, dtype), options)
+        with working(f"load {reference.folder}"):
+            if reference.quantization is None:
+                model = _from_pretrained(reference.folder, dtype=getattr(torch, dtype), **options)
+            else:
+                model = _load_quantized(reference.folder, reference.quantization, getattr(torch, dtype), options)
     except Exception as error:  # Transformers raises many kinds for a broken folder.
         if is_out_of_memory(error) or isinstance(error, PrefcacheError):
             raise
@@ -165,7 +167,7 @@ def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, traina
     from peft import PeftModel, set_peft_model_state_dict
 
     try:
-        with ignore_pattern_warnings():
+        with working(f"load {adapter}"), ignore_pattern_warnings():
             # PEFT only warns about weights that the adapter's config asks for and its file lacks.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(

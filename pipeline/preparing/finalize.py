@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import DataError
 from prefcache.pipeline.preparing import part_table, part_worker
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import HELD_OUT, PREPARED, QUARANTINE, TRAIN, key_of_bytes
 from prefcache.pipeline.spans import clip_spans, count_tokens
 from prefcache.pipeline.stored import artifact
@@ -107,6 +108,7 @@ def commit_shards(
     mismatched = _MismatchedAnswers(parts, ids, whole_ids, copies > 0, rings, prepare) if kind == "labels" else None
     earlier_copies = _sum_earlier(ids, copies)
     with contextlib.ExitStack() as stack:
+        counter = stack.enter_context(counting("put together", parts.n_rows, "examples"))
         shards = {
             split: stack.enter_context(_ShardWriter(folder, split, generation, kind, prepare.rows_per_shard))
             for split in names
@@ -123,6 +125,7 @@ def commit_shards(
                         block = _name_copies(table.take(rows[some] - begin), copy_numbers[some])
                         block = mismatched.add_columns(block, rows[some]) if mismatched else block
                         shards[split].write(block.select(PREPARED[kind].names))
+            counter.add(int(end - begin))
     if mismatched and prepare.kl_pairs:
         done["unmatched"] = mismatched.n_without
     return [entry for writer in shards.values() for entry in writer.entries], done

@@ -30,6 +30,7 @@ from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, rename_
 from prefcache.pipeline.preparing.sources import Chunk, Limits, Line, group_by_size
 from prefcache.pipeline.preparing.template_cache import TemplateCacheMismatch
 from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import QUARANTINE
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import NewerError, PartRecord
@@ -98,10 +99,13 @@ class PartWorker:
         kind, prepare = self.resolved.kind, self.resolved.prepare
         quarantine, done = Quarantine(), Counter[str]()
         batches: list[pa.RecordBatch] = []
-        for batch in self._tokenize_batches(lines, source, quarantine):
-            read, rows = [line for line, _ in batch], [row for _, row in batch]
-            batches.append(part_table.build_batch(read, rows, kind, prepare.held_out, prepare.source_splits[source]))
-            done += self._count_events(rows)
+        with counting("tokenize", None, "examples") as counter:
+            for batch in self._tokenize_batches(lines, source, quarantine):
+                read, rows = [line for line, _ in batch], [row for _, row in batch]
+                split = prepare.source_splits[source]
+                batches.append(part_table.build_batch(read, rows, kind, prepare.held_out, split))
+                done += self._count_events(rows)
+                counter.add(len(batch))
         table = pa.Table.from_batches(batches, schema=part_table.SCHEMAS[kind]).combine_chunks()
         return PreparedPart(
             table,

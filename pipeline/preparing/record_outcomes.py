@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from prefcache.pipeline.config import Config, Source
 from prefcache.pipeline.errors import IdentityError
 from prefcache.pipeline.preparing.sources import STDIN, DataSource, Line, arrow_tables, open_source
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored.prepared import Prepared
 
 # The column for a line that is not a record.
@@ -112,6 +113,14 @@ def read_batches(sources: Iterable[DataSource]) -> Iterator[Batch]:
         for chunk in source.chunks():
             is_table = chunk.parse is arrow_tables.read_rows
             yield Batch(list(chunk.lines()), pa.ipc.open_stream(chunk.payload).read_all() if is_table else None)
+
+
+def count_records(batches: Iterable[Batch], what: str, total: int) -> Iterator[Batch]:
+    """Yield the batches, and show how many of their records have been read."""
+    with counting(what, total, "records") as counter:
+        for batch in batches:
+            yield batch
+            counter.add(len(batch.lines))
 
 
 def common_types(batches: Iterable[Batch]) -> Types:

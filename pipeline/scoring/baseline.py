@@ -15,6 +15,7 @@ from prefcache.pipeline.model.forward import refuse_lookahead
 from prefcache.pipeline.model.logprobs import plain_logps
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model.weights import load_base, load_frozen_adapter
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import TokenSequence
 
 logging.disable_progress_bar()
@@ -41,7 +42,12 @@ def score_plainly(reference: Reference, sequences: Sequence[TokenSequence]) -> l
         with torch.inference_mode():
             if sequences:
                 refuse_lookahead(plain, sequences, "float32")
-            return [plain_logps(plain, sequence).cpu().numpy() for sequence in sequences]
+            scores = []
+            with counting("plain float32 forward", len(sequences), "sequences") as counter:
+                for sequence in sequences:
+                    scores.append(plain_logps(plain, sequence).cpu().numpy())
+                    counter.add(1)
+            return scores
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from prefcache.pipeline import stored_paths
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
+from prefcache.pipeline.progress import counting
 
 MANIFEST = "manifest.json"
 SEAL = "seal_xxh3_128"
@@ -238,9 +239,10 @@ def checksum_bytes(data: bytes | memoryview) -> str:
 
 def checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file, counting(f"read {path.name}", path.stat().st_size, "bytes") as counter:
         while block := file.read(1 << 22):
             digest.update(block)
+            counter.add(len(block))
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IdentityError, IntegrityError
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.contradictions import Contradictions, tolerance
 from prefcache.pipeline.stored.key_index import KeyIndex, Keys, concat, read_keys
@@ -132,29 +133,35 @@ class Cache:
     def _scan(self, every_byte: bool = False) -> None:
         """List the shards, and tell whole ones from damaged ones."""
         self.records, self.damaged, self.malformed, self.newer, self.listed = [], {}, set(), set(), set()
-        verified = VerifiedShards(self.folder, self._remember)
-        for path in shards.list_records(self.folder):
-            self.listed.add(path.name)
-            reason = None
-            try:
-                record = ShardRecord.read(path, _REMOVE)
-                if damage := verified.find_damage(record, every_byte):
-                    reason = f"{self.folder / record.file} {damage}"
-            except MalformedError as error:
-                self.malformed.add(path)
-                if isinstance(error, NewerError):
-                    self.newer.add(path)
-                reason = str(error)
-            except IntegrityError as error:
-                reason = str(error).removesuffix(f" {_REMOVE}")
-            if not reason:
-                self.records.append(record)
-            elif path.exists():
-                self.damaged[path] = reason
-            else:
-                # Merged since the listing, which may lack the shard that replaced it.
-                raise _Changed
+        verified, paths = VerifiedShards(self.folder, self._remember), shards.list_records(self.folder)
+        with counting(f"open {self.folder}", len(paths), "shards") as counter:
+            for path in paths:
+                self._add(path, verified, every_byte)
+                counter.add(1)
         verified.save()
+
+    def _add(self, path: Path, verified: VerifiedShards, every_byte: bool) -> None:
+        """Add the shard of a record to the whole ones or to the damaged ones."""
+        self.listed.add(path.name)
+        reason = None
+        try:
+            record = ShardRecord.read(path, _REMOVE)
+            if damage := verified.find_damage(record, every_byte):
+                reason = f"{self.folder / record.file} {damage}"
+        except MalformedError as error:
+            self.malformed.add(path)
+            if isinstance(error, NewerError):
+                self.newer.add(path)
+            reason = str(error)
+        except IntegrityError as error:
+            reason = str(error).removesuffix(f" {_REMOVE}")
+        if not reason:
+            self.records.append(record)
+        elif path.exists():
+            self.damaged[path] = reason
+        else:
+            # Merged since the listing, which may lack the shard that replaced it.
+            raise _Changed
 
     def _retry(self, read: Callable[[], T], *, rescan: bool = True) -> T:
         """Return what `read` returns; start over, with a new listing, where a shard was merged before it was read."""
@@ -258,14 +265,16 @@ class Cache:
         """Yield ranks and values of the rows whose keys are in the index, many shards at once."""
         parts: list[tuple[Keys, np.ndarray]] = []
         n_rows, records = 0, [record for record in self.records if record.numerics_id == numerics_id]
-        for i, record in enumerate(records):
-            if (values := self._read_values(record)) is not None:
-                parts.append(values)
-                n_rows += len(values[1])
-            if i + 1 == len(records) or n_rows >= _ROWS_AT_ONCE:
-                places, ranks = index.find(concat([keys for keys, _ in parts]))
-                yield ranks, np.concatenate([np.empty(0), *(sums for _, sums in parts)])[places]
-                parts, n_rows = [], 0
+        with counting(f"look up in {self.folder}", sum(record.rows for record in records), "rows") as counter:
+            for i, record in enumerate(records):
+                if (values := self._read_values(record)) is not None:
+                    parts.append(values)
+                    n_rows += len(values[1])
+                counter.add(record.rows)
+                if i + 1 == len(records) or n_rows >= _ROWS_AT_ONCE:
+                    places, ranks = index.find(concat([keys for keys, _ in parts]))
+                    yield ranks, np.concatenate([np.empty(0), *(sums for _, sums in parts)])[places]
+                    parts, n_rows = [], 0
 
     def _read_values(self, record: ShardRecord) -> tuple[Keys, np.ndarray] | None:
         """The values of a shard; None if it turns out to be damaged, which is noted."""

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import CACHE
 from prefcache.pipeline.stored import artifact, claims, shards
 from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
@@ -125,23 +126,30 @@ def refuse_contradictions(cache: Cache) -> None:
 def _check_content(cache: Cache) -> tuple[list[ShardRecord], dict[str, str]]:
     """Tell shards whose rows a scorer can have written from others; the latter by file, with what is wrong."""
     whole, wrong = [], {}
-    for record in cache.records:
-        try:
-            keys, _ = shards.read_values(cache.folder, record)
-            reason = None if keys.is_ascending() else "its keys are not in order, or one is there twice"
-            for batch in shards.read_batches(cache.folder, record):
-                if reason:
-                    break
-                reason = _check_rows(batch, record)
-        except (IntegrityError, FileNotFoundError) as error:
-            reason = str(error)
-        except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException):
-            reason = "it has other columns than a cache has"
-        if reason:
-            wrong[record.file] = reason
-        else:
-            whole.append(record)
+    with counting(f"check {cache.folder}", sum(record.rows for record in cache.records), "rows") as counter:
+        for record in cache.records:
+            if reason := _check_shard(cache, record, counter):
+                wrong[record.file] = reason
+            else:
+                whole.append(record)
     return whole, wrong
+
+
+def _check_shard(cache: Cache, record: ShardRecord, counter: Counter) -> str | None:
+    """What no scorer would have written into a shard; None if all is well."""
+    try:
+        keys, _ = shards.read_values(cache.folder, record)
+        reason = None if keys.is_ascending() else "its keys are not in order, or one is there twice"
+        for batch in shards.read_batches(cache.folder, record):
+            if reason:
+                break
+            reason = _check_rows(batch, record)
+            counter.add(len(batch))
+    except (IntegrityError, FileNotFoundError) as error:
+        reason = str(error)
+    except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException):
+        reason = "it has other columns than a cache has"
+    return reason
 
 
 def _check_rows(rows: pa.Table, record: ShardRecord) -> str | None:

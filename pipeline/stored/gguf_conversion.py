@@ -8,7 +8,7 @@ from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.gguf_files import CONVERTED, NOTE, Note
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.safetensors_files import stamp_file
+from prefcache.pipeline.safetensors_files import hash_file, stamp_file
 from prefcache.pipeline.stored import artifact, claims
 
 
@@ -38,7 +38,7 @@ def _convert(file: Path, root: Path, progress: Progress) -> None:
 
 
 def _write_folder(file: Path, root: Path, progress: Progress) -> None:
-    sha256 = gguf_files.hash_file(file)
+    sha256 = hash_file(file)
     folder = root / f"{file.stem}-{sha256[:12]}"
     progress.say(f"model: {file} is converted once, into float32 safetensors in {folder}")
     with artifact.commit_folder(folder) as temporary:

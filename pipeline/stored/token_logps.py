@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
 
@@ -97,26 +98,28 @@ def served_lists(cache: Cache, index: KeyIndex, sum_K: np.ndarray, accepted: Seq
     """Yield, shard by shard, the list of each key that has a sum; at the end SumsOnlyError, if rows have sums alone."""
     is_read_K, file_without = np.isnan(sum_K), ""
     # The numerics named first win, as they do for the sums.
-    records = (record for id_ in accepted for record in cache.records if record.numerics_id == id_)
-    for record in records:
-        table = cache.read(record, ["key", "logp_sum"])
-        rows, ranks = index.find(read_keys([table["key"]]))
-        # If a sequence was scored twice: only the row whose sum is served, and only once.
-        is_served = (table["logp_sum"].to_numpy()[rows] == sum_K[ranks]) & ~is_read_K[ranks]
-        if not is_served.any():
-            continue
-        table = cache.read(record, ["n_completion", "logps"])
-        has_tokens = is_served & table["logps"].is_valid().to_numpy()[rows]
-        file_without = file_without or (record.file if (is_served & ~has_tokens).any() else "")
-        lists = table["logps"].take(pa.array(rows[has_tokens])).combine_chunks()
-        lengths = lists.value_lengths().to_numpy()
-        if (lengths != table["n_completion"].to_numpy()[rows[has_tokens]]).any():
-            raise IntegrityError(
-                f"{cache.folder / record.file} has a row with another number of log-probs than its answer has tokens. "
-                f"Remove {cache.record_path(record)} and score again (prefcache score CONFIG): only what it held is computed."
-            )
-        is_read_K[ranks[has_tokens]] = True
-        yield ServedLists(ranks[has_tokens], lengths, lists.flatten().to_numpy())
+    records = [record for id_ in accepted for record in cache.records if record.numerics_id == id_]
+    with counting(f"read tokens of {cache.folder}", sum(record.rows for record in records), "rows") as counter:
+        for record in records:
+            counter.add(record.rows)
+            table = cache.read(record, ["key", "logp_sum"])
+            rows, ranks = index.find(read_keys([table["key"]]))
+            # If a sequence was scored twice: only the row whose sum is served, and only once.
+            is_served = (table["logp_sum"].to_numpy()[rows] == sum_K[ranks]) & ~is_read_K[ranks]
+            if not is_served.any():
+                continue
+            table = cache.read(record, ["n_completion", "logps"])
+            has_tokens = is_served & table["logps"].is_valid().to_numpy()[rows]
+            file_without = file_without or (record.file if (is_served & ~has_tokens).any() else "")
+            lists = table["logps"].take(pa.array(rows[has_tokens])).combine_chunks()
+            lengths = lists.value_lengths().to_numpy()
+            if (lengths != table["n_completion"].to_numpy()[rows[has_tokens]]).any():
+                raise IntegrityError(
+                    f"{cache.folder / record.file} has a row with another number of log-probs than its answer has tokens. "
+                    f"Remove {cache.record_path(record)} and score again (prefcache score CONFIG): only what it held is computed."
+                )
+            is_read_K[ranks[has_tokens]] = True
+            yield ServedLists(ranks[has_tokens], lengths, lists.flatten().to_numpy())
     if not is_read_K.all():
         if file_without:
             raise SumsOnlyError(str(cache.folder / file_without))

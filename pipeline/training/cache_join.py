@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import DataError
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import CountedLogps, counted_sums, wrong_length
@@ -24,7 +24,7 @@ from prefcache.pipeline.training.selection import Selection
 
 def load_examples(setup: RunSetup, progress: Progress) -> dict[str, Examples]:
     """Return the examples of each split; report those that are left out, and refuse to train on none."""
-    with retract_if_damaged(setup.config.scored) if setup.scored else nullcontext():
+    with working("join data and cache"), retract_if_damaged(setup.config.scored) if setup.scored else nullcontext():
         examples = join_cache(
             setup.objective,
             setup.prepared,

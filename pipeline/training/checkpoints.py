@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.progress import working
 from prefcache.pipeline.stored import artifact, disk_usage
 from prefcache.pipeline.stored.records import BestEntry, CheckpointManifest, NewerError, StoppedEntry
 
@@ -65,7 +66,7 @@ def save(
     from safetensors.torch import save_file
 
     folder = path(run, state.step)
-    with artifact.commit_folder(folder) as temporary:
+    with working(f"save {folder.name}"), artifact.commit_folder(folder) as temporary:
         save_weights(temporary)
         save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer.items()}, temporary / _OPTIMIZER)
         files = [artifact.describe(file) for file in sorted(temporary.iterdir())]

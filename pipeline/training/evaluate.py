@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, PrefcacheError
-from prefcache.pipeline.schema import EVALUATION, metric_prefix
+from prefcache.pipeline.schema import EVALUATION, HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.records import Before
 from prefcache.pipeline.training import metrics, sample_answers, token_gains
 from prefcache.pipeline.training.objective import RunningStats
@@ -22,7 +22,8 @@ def evaluate(s: Session, step: int, epoch: float, running_stats: RunningStats, *
     evaluation: dict[str, float] = {}
     for split, examples in s.evaluated.items():
         indices = np.arange(len(examples))
-        visit, logged = s.policy.evaluate(examples, indices, s.objective, running_stats)
+        what = "evaluate" if split == HELD_OUT else f"evaluate {split}"
+        visit, logged = s.policy.evaluate(examples, indices, s.objective, running_stats, what)
         if log:
             s.log.add_visit(step, epoch, split, examples.example_ids(indices), visit)
         prefix = metric_prefix(split)

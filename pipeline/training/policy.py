@@ -28,6 +28,7 @@ from prefcache.pipeline.model.device import kind_of
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.lm_head import choose_head_dtype, set_head_dtype
 from prefcache.pipeline.model.stochastic_rounding import make_key
+from prefcache.pipeline.progress import working
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.tokenizer import load_tokenizer
@@ -122,7 +123,7 @@ class Policy:
         )
 
     def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
-        with self.accelerator.autocast():
+        with working("try the layouts of rows"), self.accelerator.autocast():
             self._calls.choose_layout(like)
 
     def _change_kernels(self, like: Sequence[TokenSequence]) -> None:
@@ -141,7 +142,7 @@ class Policy:
                 self.notes.append(f"train.{setting} is not followed: {reason}")
 
     def _adopt(self, change: Callable[[], Callable[[], None]], like: Sequence[TokenSequence]) -> str | None:
-        with self.accelerator.autocast():
+        with working("try faster kernels"), self.accelerator.autocast():
             return self._calls.adopt(change, like)
 
     def _make_budget(self, like: Sequence[TokenSequence], say: Callable[[str], None]) -> micro_batch_size.Budget:
@@ -150,9 +151,10 @@ class Policy:
             # Each process would stop where its own memory ends, and the others wait for it.
             self.notes.append(f"{budget.tokens:,} tokens in one forward and backward: not tried on a sharded model")
         elif budget.wants_trial:
-            budget.tokens = micro_batch_size.find_budget(
-                self.forward, like, self._parameters, self.train, self.accelerator
-            )
+            with working("try how many tokens fit in memory"):
+                budget.tokens = micro_batch_size.find_budget(
+                    self.forward, like, self._parameters, self.train, self.accelerator
+                )
             self.notes.append(
                 f"{budget.tokens:,} tokens in one forward and backward fit (train.tokens_per_micro_batch)"
             )
@@ -188,11 +190,16 @@ class Policy:
     # -- examples ----------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, examples: Examples, indices: np.ndarray, objective: Objective, running_stats: RunningStats
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        objective: Objective,
+        running_stats: RunningStats,
+        what: str = "evaluate",
     ) -> tuple[Visit, dict[str, float]]:
-        """Visit examples as one batch, without learning from them."""
+        """Visit examples as one batch, without learning from them. `what` names the work as its progress is shown."""
         columns = self._logps.retry_smaller(
-            lambda: self._logps.visit(examples, indices, objective, objective.visited), examples, indices
+            lambda: self._logps.visit(examples, indices, objective, objective.visited, what=what), examples, indices
         )
         statistics = objective.compute_statistics(columns, running_stats, learning=False)
         losses = objective.compute_losses(columns, statistics.values)
@@ -269,7 +276,7 @@ class Policy:
         return distributed.gather_tensors(tensors, keep=self.accelerator.is_main_process)
 
     def save_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        with self.forward.native_attention():
+        with working("save the model"), self.forward.native_attention():
             self._trained.save(folder, state)
         self.tokenizer.save_pretrained(folder)
 
@@ -286,8 +293,9 @@ class Policy:
             raise _other_weights(folder, f"{shorten_list(list(parameters))} is missing")
 
     def restore(self, folder: Path, optimizer: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
-        optimizers.restore(self._optimizer, optimizer, folder)
-        self.load_weights(folder)
+        with working(f"restore {folder.name}"):
+            optimizers.restore(self._optimizer, optimizer, folder)
+            self.load_weights(folder)
         self._n_updates = step
 
 

@@ -20,6 +20,7 @@ from prefcache.pipeline.config import Train
 from prefcache.pipeline.model.device import copy_together
 from prefcache.pipeline.model.forward import Forward, flatten, split_on_host
 from prefcache.pipeline.model.logprobs import Logps
+from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import STEPS, TokenSequence
 from prefcache.pipeline.training import flops
 from prefcache.pipeline.training.dataset import Batch, Examples, Scores
@@ -45,6 +46,10 @@ class Turn(NamedTuple):
 
     part: np.ndarray
     counts: bool
+
+    @property
+    def n_counted(self) -> int:
+        return len(self.part) if self.counts else 0
 
 
 @dataclass(frozen=True)
@@ -119,18 +124,29 @@ class PolicyLogps:
     # -- many examples, on every process the same --------------------------------------------------------------------
 
     def visit(
-        self, examples: Examples, indices: np.ndarray, objective: Objective, answers: Sequence[str], epoch: int = 0
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        objective: Objective,
+        answers: Sequence[str],
+        epoch: int = 0,
+        what: str = "visit",
     ) -> Columns:
-        """The columns of examples with the log-probs of some answers, without gradients."""
+        """The columns of examples with the log-probs of some answers, without gradients. `what` names the work."""
         columns = copy_together(examples.batch(indices).columns, self.accelerator.device)
         if not answers:
             return columns
         parts = []
-        with torch.no_grad():
-            for turn in self.turns(examples, indices):
+        with torch.no_grad(), self._counting(what, turns := self.turns(examples, indices)) as counter:
+            for turn in turns:
                 with contextlib.nullcontext() if turn.counts or not self.routers else self.routers.paused():
                     parts.append((turn, self.columns(examples, turn.part, objective, answers, epoch)))
+                counter.add(turn.n_counted)
         return columns | self.gather(indices, parts)
+
+    def _counting(self, what: str, turns: Sequence[Turn]) -> contextlib.AbstractContextManager[Counter]:
+        own = " of this process's" if self.accelerator.num_processes > 1 else ""
+        return counting(f"{what}{own}", sum(turn.n_counted for turn in turns), "examples")
 
     def gather(self, indices: np.ndarray, parts: Sequence[tuple[Turn, Columns]]) -> Columns:
         """The columns of all processes' parts, in the order of `indices`. Every process has a turn, so it knows their names."""
@@ -158,8 +174,11 @@ class PolicyLogps:
         apart = [name for name in answers if name in WITHOUT_GRADIENT]
         together = [name for name in answers if name not in apart]
         own: dict[tuple[str, int], np.ndarray] = {}
-        with torch.no_grad(), self.routers.paused() if self.routers else contextlib.nullcontext():
-            for part, counts in self.turns(examples, indices):
+        unobserved = self.routers.paused() if self.routers else contextlib.nullcontext()
+        turns = self.turns(examples, indices)
+        with torch.no_grad(), unobserved, self._counting("log-probs", turns) as counter:
+            for turn in turns:
+                part, counts = turn
                 batch = examples.batch(part, answers)
                 for names in filter(None, (together, apart)):
                     plan = self._plan(batch, names)
@@ -168,6 +187,7 @@ class PolicyLogps:
                         asked = [(name, int(part[i])) for name in names for i in plan.has]
                         lists = zip(flatten(plan.groups), split_on_host(logps), strict=True)
                         own |= {asked[k]: logps_N for k, logps_N in lists}
+                counter.add(turn.n_counted)
         everyone = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         known, missing = ChainMap(*everyone), np.empty(0, np.float32)
         by_answer = {name: [known.get((name, int(i)), missing) for i in indices] for name in answers}

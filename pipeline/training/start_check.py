@@ -98,7 +98,7 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
     """Measure a sample with the initial policy; if it is the reference, refuse a cache that holds other log-probs."""
     examples = s.examples[TRAIN]
     sample = np.arange(min(START_SAMPLE, len(examples)))
-    visit, logged = s.policy.evaluate(examples, sample, s.objective, {})
+    visit, logged = s.policy.evaluate(examples, sample, s.objective, {}, "check the start")
     start = {**metrics.visit_metrics(visit, s.objective), **logged}
     if scored is None:
         s.progress.say("train: no reference is read, so there is nothing to check the start against")

@@ -62,7 +62,7 @@ def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
     remaining = dataset.steps(
         len(examples), train.batch_size, train.epochs, train.seed, state.step, examples.ranks, train.max_steps
     )
-    with s.progress.count("train", s.n_steps - state.step, "steps") as counter:
+    with s.progress.count("train", s.n_steps, "steps", done=state.step) as counter:
         while not is_over and (following := next(remaining, None)):
             step, epoch, indices = following
             if s.moving:

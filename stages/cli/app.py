@@ -15,10 +15,11 @@ import click
 from prefcache import interrupts
 from prefcache.pipeline.errors import PrefcacheError, ResourceError, UsageError
 from prefcache.pipeline.model.oom import is_out_of_memory
-from prefcache.pipeline.visible_text import visible, visible_json
+from prefcache.pipeline.visible_text import visible, visible_json, wrap_for
 
 if TYPE_CHECKING:
     from prefcache.pipeline.config import Config
+    from prefcache.pipeline.progress import Progress
 
 # PyTorch reads this when it loads. Threads that spin while they wait slow a busy machine several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,7 +50,15 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {visible(self.message)}", file=file, err=file is None)
+        click.echo(wrap_for(sys.stderr, f"error: {visible(self.message)}"), file=file, err=file is None)
+
+
+class _UsageFailure(click.UsageError):
+    """A usage error whose message wraps between words, as other errors do."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        message = wrap_for(sys.stderr, f"Error: {self.format_message()}").removeprefix("Error: ")
+        click.UsageError(message, self.ctx).show(file)
 
 
 class Commands(click.Group):
@@ -84,7 +93,7 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except click.UsageError as error:
             # It quotes arguments, which may be anything.
-            raise click.UsageError(visible(error.format_message()), error.ctx) from None
+            raise _UsageFailure(visible(error.format_message()), error.ctx) from None
         except PrefcacheError as error:
             raise _failure(error) from None
         except (KeyboardInterrupt, click.Abort):
@@ -156,20 +165,25 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def open_config(path: str | None, overrides: tuple[str, ...], quiet: bool) -> Iterator[tuple["Config", Any]]:
+def open_config(
+    path: str | None, overrides: tuple[str, ...], quiet: bool, *, label: str = "", silent: bool = False
+) -> Iterator[tuple["Config", "Progress"]]:
     """Load a config, and work in the folder that its paths are relative to; report the time it took at the end."""
     from prefcache.pipeline import config_file
     from prefcache.pipeline.progress import Progress
 
     if path is None and not overrides:
         raise UsageError("No config. Name one (`prefcache init my.yaml` writes one to start from), or --set its keys.")
-    progress, began = Progress(quiet), time.monotonic()
+    began, command = time.monotonic(), str(click.get_current_context().info_name)
     absolute = path and Path(path).absolute()
-    with config_file.open_config(path, overrides) as (config, base):
+    with (
+        Progress(quiet, command=command, label=label, silent=silent) as progress,
+        config_file.open_config(path, overrides) as (config, base),
+    ):
         if base is not None:
             progress.say(f"{absolute} is a run's own config: its paths are relative to {base}")
         yield config, progress
-    progress.say(f"{click.get_current_context().info_name}: {time.monotonic() - began:.1f} s in total")
+        progress.say(f"{command}: {time.monotonic() - began:.1f} s in total")
 
 
 _FORCE = "Replace an existing file, but never data, a model, a cache or an experiment's files."

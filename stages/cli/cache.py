@@ -121,7 +121,8 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     from prefcache.commands import verify
     from prefcache.pipeline.progress import Progress
 
-    result = verify.run(caches or ["cache"], Progress(quiet))
+    with Progress(quiet, command="verify") as progress:
+        result = verify.run(caches or ["cache"], progress)
     print_result(result, as_json)
     verify.refuse_damage(result)
 
@@ -150,6 +151,7 @@ def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, a
     from prefcache.commands import gc, verify
     from prefcache.pipeline.progress import Progress
 
-    result = gc.run(caches or ["cache"], Progress(quiet), target_mib, dry_run)
+    with Progress(quiet, command="gc") as progress:
+        result = gc.run(caches or ["cache"], progress, target_mib, dry_run)
     print_result(result, as_json)
     verify.refuse_damage(result)

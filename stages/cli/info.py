@@ -93,12 +93,15 @@ def doctor(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json:
     Lists packages, machine, GPU and disk. With a config, also its reference, the engines that can score it and why the others cannot, and whether data, scores and runs are complete and undamaged. Each problem comes with its remedy. Changes nothing. The exit code is 0 whatever is found; --json counts the problems.
     """
     from prefcache.commands import doctor
+    from prefcache.pipeline.progress import Progress
 
     if config is None and not overrides and not why:
-        print_result(doctor.run(None), as_json)
-        return
-    with open_config(config, overrides, quiet=True) as (settings, _):
-        print_result(doctor.run(settings, why), as_json)
+        with Progress(quiet, command="doctor"):
+            result = doctor.run(None)
+    else:
+        with open_config(config, overrides, quiet) as (settings, _):
+            result = doctor.run(settings, why)
+    print_result(result, as_json)
 
 
 @main.command()

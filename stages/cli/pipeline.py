@@ -193,6 +193,7 @@ def train(
     """
     from prefcache.command_results import SweepResult
     from prefcache.commands import train
+    from prefcache.pipeline import process_pool
     from prefcache.pipeline.training.sweep import combinations
 
     if dry_run:
@@ -212,8 +213,11 @@ def train(
             with open_config(config, each, quiet=True) as (settings, _):
                 train.check(settings)
     results = []
-    for each in runs:
-        with open_config(config, each, quiet) as (settings, progress):
+    # Of several processes only the main one prints.
+    silent = process_pool.rank_and_world()[0] != 0
+    for n, each in enumerate(runs, start=1):
+        label = "" if sweep is None else f"run {n} of {len(runs)}"
+        with open_config(config, each, quiet, label=label, silent=silent) as (settings, progress):
             # Only the process that wrote has a result.
             if (result := train.run(settings, progress)) is not None:
                 results.append(result)
@@ -243,7 +247,8 @@ def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json:
     from prefcache.commands import merge
     from prefcache.pipeline.progress import Progress
 
-    result = merge.run(Path(run), Path(output) if output else None, dtype, Progress(quiet))
+    with Progress(quiet, command="merge") as progress:
+        result = merge.run(Path(run), Path(output) if output else None, dtype, progress)
     print_result(result, as_json)
 
 
@@ -265,4 +270,6 @@ def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
     from prefcache.commands import push
     from prefcache.pipeline.progress import Progress
 
-    print_result(push.run(Path(run), name, public, Progress(quiet)), as_json)
+    with Progress(quiet, command="push") as progress:
+        result = push.run(Path(run), name, public, progress)
+    print_result(result, as_json)

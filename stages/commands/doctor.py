@@ -23,6 +23,7 @@ from prefcache.pipeline import identity, model_files
 from prefcache.pipeline.config import Config, engine_names
 from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.preparing import prepared_inputs, record_outcomes
+from prefcache.pipeline.progress import working
 from prefcache.pipeline.scoring import scored_inputs
 from prefcache.pipeline.scoring.engines import find_engine
 from prefcache.pipeline.stored import cache_maintenance
@@ -52,16 +53,18 @@ def run(config: Config | None, why: bool = False) -> DoctorResult:
         findings += _guard("training", _check_memory(config))
         for path in sorted(Path(config.out).glob(f"*/{PROVENANCE}")):
             findings += _guard("runs", _check_run(path.parent))
-    reasons = [*_check_freshness(config)] if config is not None and why else None
+    with working("look for what is out of date"):
+        reasons = [*_check_freshness(config)] if config is not None and why else None
     return DoctorResult(findings, sum(finding.state == "problem" for finding in findings), reasons)
 
 
 def _guard(area: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     """Yield the findings; an error that ends them is a problem of its area."""
-    try:
-        yield from findings
-    except PrefcacheError as error:
-        yield Finding(area, "problem", str(error))
+    with working(f"look at the {area}"):
+        try:
+            yield from findings
+        except PrefcacheError as error:
+            yield Finding(area, "problem", str(error))
 
 
 # -- the environment -------------------------------------------------------------------------------------------------

@@ -60,10 +60,12 @@ def run(
         )
     expander = _Expander(Outcomes(prepared, columns.examples), values)
     # JSON Lines alone needs no columns that are the same in every row.
-    types = {} if kind == ".jsonl" else record_outcomes.common_types(record_outcomes.read_batches(sources))
+    n_records = prepared.manifest.records
+    batches = record_outcomes.count_records(record_outcomes.read_batches(sources), "find the columns", n_records)
+    types = {} if kind == ".jsonl" else record_outcomes.common_types(batches)
     _refuse_taken(types, columns.schema)
     batches = record_outcomes.read_batches(sources)
-    with progress.count("export", None, "rows") as counter:
+    with progress.count("export", n_records, "records") as counter:
         if kind in row_writers.BY_COLUMNS:
             schema = pa.schema([*((name, dtype or pa.string()) for name, dtype in types.items()), *columns.schema])
             with row_writers.open_columns(output, schema) as file:
@@ -72,7 +74,7 @@ def run(
                     own = batch.as_table(types).take(pa.array([row.record for row in rows], pa.int64()))
                     added = values.take(rows)
                     file.write_table(pa.Table.from_arrays([*own.columns, *added.columns], schema=schema))
-                    counter.add(len(rows))
+                    counter.add(len(batch.lines))
         else:
             with row_writers.open_rows(output, [*types, *columns.schema.names]) as lines:
                 for batch in batches:
@@ -80,7 +82,7 @@ def run(
                     _refuse_taken(batch.names, columns.schema)
                     pairs = zip(rows, values.take(rows).to_pylist(), strict=True)
                     lines.write([batch.dicts[row.record] | added for row, added in pairs])
-                    counter.add(len(rows))
+                    counter.add(len(batch.lines))
     return ExportResult(
         output=output,
         cache=cache.folder,

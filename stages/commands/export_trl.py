@@ -52,11 +52,14 @@ def run(
     worker = PartWorker(resolve_config(config.prepare, tokenizer, sources, Progress(quiet=True)))
     trl = TrlRows(worker.resolved, worker.renderer, tokenizer, _takes_text(worker, sources))
     exporter = _Exporter(prepared, cache, scored.accepted_numerics, worker, trl)
+    n_bytes, n_read = sum(source.estimate_bytes() for source in sources), 0
     with row_writers.open_columns(output, exporter.schema) as file, progress.count("export", None, "rows") as counter:
         tables = []
         for number, source in enumerate(sources):
             for chunk in source.chunks():
                 table = exporter.export(number, chunk)
+                n_read += chunk.n_bytes
+                counter.estimate(n_read / max(n_bytes, 1))
                 counter.add(len(table))
                 if exporter.has_kl:
                     tables.append(table)

@@ -49,7 +49,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
     prepared = Prepared(config.prepared)
     sources = record_outcomes.reopen_sources(config, prepared)
     reader = _Reader(prepared, columns)
-    with progress.count("import", None, "records") as counter:
+    with progress.count("import", prepared.manifest.records, "records") as counter:
         for batch in record_outcomes.read_batches(sources):
             reader.read(batch)
             counter.add(len(batch.lines))

@@ -16,7 +16,7 @@ from prefcache.pipeline.model import weights
 from prefcache.pipeline.model.attention import choose_kernel
 from prefcache.pipeline.model.forward import ROUNDING
 from prefcache.pipeline.model.logprobs import plain_logps
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, counting, working
 from prefcache.pipeline.schema import ANSWERS, TokenSequence
 from prefcache.pipeline.stored import artifact, overwrite_guard
 from prefcache.pipeline.stored.prepared import Prepared
@@ -53,7 +53,8 @@ def run(folder: Path, output: Path | None, dtype: str | None, progress: Progress
     progress.say(f"merge: {adapter} into {reference.folder}, as {dtype}")
     merged, unmerged, without = _merge(reference, sequences)
     with artifact.commit_folder(output, replace=False) as temporary:
-        merged.to(getattr(torch, dtype)).save_pretrained(temporary)
+        with working("save the model"):
+            merged.to(getattr(torch, dtype)).save_pretrained(temporary)
         del merged
         load_tokenizer(reference.tokenizer).save_pretrained(temporary)
         deviation = np.abs(_logps(_load(Reference(temporary)), sequences) - unmerged)
@@ -134,11 +135,16 @@ def _merge(reference: Reference, sequences: Sequence[TokenSequence]) -> tuple[An
         weights.fold_head_adapter(base)
         base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
     unmerged = _logps(base, sequences)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    with working("merge the adapter"):
+        merged = adapted.merge_and_unload(safe_merge=True)
     weights.fix_generation_config(merged.generation_config)
     return merged, unmerged, without
 
 
 def _logps(model: Any, sequences: Sequence[TokenSequence]) -> np.ndarray:
-    with torch.inference_mode():
-        return np.concatenate([plain_logps(model, sequence).numpy() for sequence in sequences])
+    logps = []
+    with torch.inference_mode(), counting("forward passes", len(sequences), "sequences") as counter:
+        for sequence in sequences:
+            logps.append(plain_logps(model, sequence).numpy())
+            counter.add(1)
+    return np.concatenate(logps)

@@ -24,7 +24,7 @@ from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, resolve
 from prefcache.pipeline.preparing.sources import Chunk, DataSource, open_source
 from prefcache.pipeline.preparing.tokenizer_facts import load_backend
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored import artifact, claims, prepared
 from prefcache.pipeline.stored.freshness import check_preparation
@@ -70,7 +70,8 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
         progress.say(f"prepare: {freshness.explain()}")
     _refuse_in_use(config)
     pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
-    resolved = resolve_config(config.prepare, model, sources, progress)
+    with working("load the tokenizer and look at the data"):
+        resolved = resolve_config(config.prepare, model, sources, progress)
     resolved, n_workers = _plan_workers(resolved, sources, progress)
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
     worker = part_worker.PartWorker(resolved)
@@ -186,13 +187,15 @@ def _prepare_missing_parts(
     artifact.remove_leftovers(folder.parent)
     part_sources: list[int] = []
     reasons: set[str] = set()  # why the fast tokenizer cannot be used
-    n_prepared = n_finished = 0
+    n_prepared = n_finished = n_bytes_read = 0
+    n_bytes = sum(source.estimate_bytes() for source in sources)
 
     def tasks() -> Iterator[tuple[int, int, Chunk]]:
-        nonlocal n_prepared, n_finished
+        nonlocal n_prepared, n_finished, n_bytes_read
         for source, chunk in ((n, chunk) for n, each in enumerate(sources) for chunk in each.chunks()):
             number = len(part_sources)
             part_sources.append(source)
+            n_bytes_read += chunk.n_bytes
             if number % world == rank:
                 if _find_finished_part(folder, number, source):
                     n_finished += 1
@@ -202,7 +205,9 @@ def _prepare_missing_parts(
 
     with progress.count("prepare", None, "records") as counter:
         start = partial(part_worker.start_worker, worker.resolved, folder)
-        for record in process_pool.run(start, tasks(), n_workers, worker.task(folder)):
+        for n_done, record in enumerate(process_pool.run(start, tasks(), n_workers, worker.task(folder)), start=1):
+            # Some of what was read is still being prepared.
+            counter.estimate(n_done / n_prepared * n_bytes_read / max(n_bytes, 1))
             counter.add(record.records)
             reasons.add(record.fast_tokenizer_unavailable)
     if n_finished and len(part_sources) > n_prepared:

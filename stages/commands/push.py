@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 
 from prefcache.command_results import PushResult
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import FileEntry, RunManifest
 from prefcache.pipeline.training import existing_run
@@ -21,12 +21,13 @@ def run(folder: Path, name: str, public: bool, progress: Progress) -> PushResult
     try:
         api = HfApi()
         repository = api.create_repo(name, private=not public, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=folder / "model",
-            allow_patterns=[entry.file for entry in entries],
-            commit_message=f"{folder.name}, trained by prefcache",
-        )
+        with working("upload"):
+            commit = api.upload_folder(
+                repo_id=repository.repo_id,
+                folder_path=folder / "model",
+                allow_patterns=[entry.file for entry in entries],
+                commit_message=f"{folder.name}, trained by prefcache",
+            )
     except (OfflineModeIsEnabled, LocalTokenNotFoundError, HTTPError, ValueError) as error:
         raise UsageError(f"{folder / 'model'} was not pushed to {name}: {_explain(error)}") from error
     return PushResult(run=folder, hub=repository.repo_id, url=str(repository), commit=commit.oid, files=len(entries))

@@ -13,7 +13,7 @@ from prefcache.pipeline import views
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.config_file import read_yaml
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.report import data_section, page, reference_section, runs_section
 from prefcache.pipeline.schema import SAMPLES, TOKENS
 from prefcache.pipeline.stored import artifact, overwrite_guard
@@ -77,7 +77,8 @@ def _run(
         )
     path = output or (folder / names[0] if len(names) == 1 else folder) / overwrite_guard.REPORT
     overwrite_guard.refuse_overwrite(path, inputs, force=force, is_report=True)
-    text = page.render(gather_facts(folder, arguments, names)).encode()
+    with working("read the experiment and draw the page"):
+        text = page.render(gather_facts(folder, arguments, names)).encode()
     overwrite_guard.write_bytes(path, text)
     progress.say(f"report: {', '.join(names) if names else 'no run yet'} of {folder}")
     return ReportResult(report=path, runs=list(names), bytes=len(text))

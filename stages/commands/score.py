@@ -15,7 +15,7 @@ from prefcache.pipeline.errors import IdentityError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing import prepared_inputs
 from prefcache.pipeline.preparing.tokenizer_fingerprint import read_fingerprint
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.scoring import actors, refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scored_inputs import find_inputs
@@ -57,7 +57,9 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
             manifest = ScoredManifest.read(config.scored / artifact.MANIFEST)
             return _summarize(manifest, n_scored=0, n_tokens=0, changed=False)
         _explain(freshness, progress)
-        return _score(_Task.load(config, prepared, reference), cache, inputs, progress)
+        with working(f"read {config.prepared}"):
+            task = _Task.load(config, prepared, reference)
+        return _score(task, cache, inputs, progress)
 
 
 def _explain(freshness: Freshness, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import PrefcacheError, UsageError
 from prefcache.pipeline.preparing import prepared_inputs, sample_prompts
 from prefcache.pipeline.process_pool import rank_and_world
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.schema import EVALUATION, TRAIN
 from prefcache.pipeline.stored import artifact, claims
 from prefcache.pipeline.stored.gguf_conversion import convert_models
@@ -55,7 +55,8 @@ def estimate(config: Config, progress: Progress, gpu: str | None, processes: int
     check(config)
     chosen = run_estimate.choose_gpu(gpu)
     progress.say("train: tracing a step of this model as on a GPU; nothing is trained")
-    found = run_estimate.RunEstimate(config, chosen, processes)
+    with working("trace a step"):
+        found = run_estimate.RunEstimate(config, chosen, processes)
     plan, (parameters, trained), (flops, passes) = found.plan, found.parameters, found.flops
     sizes: list[tuple[str | None, int]] = [(None, size * 10**9) for size in run_estimate.SIZES]
     sizes += [(here.name, here.total_memory) for here in run_estimate.find_gpus_here()]
@@ -108,11 +109,13 @@ def run(
     if finished is not None and not (continue_stopped and finished.stopped):
         return _report_finished(config, finished, progress, is_main=is_main)
     # Imported only now: a finished run is recognized without accelerate and transformers, which take seconds.
-    from prefcache.pipeline.training.distributed import make_accelerator
+    with working("load PyTorch and Transformers"):
+        from prefcache.pipeline.training.distributed import make_accelerator
 
-    devices = make_accelerator(config.train)
+        devices = make_accelerator(config.train)
     if not devices.is_main_process:
-        return _train(config, devices, Progress(quiet=True), callbacks, continue_stopped)
+        with Progress(silent=True) as silent:
+            return _train(config, devices, silent, callbacks, continue_stopped)
     # The main process outlasts the others' work and claims the run for all of them.
     remedy = "name another run (--set train.run=NAME)"
     with claims.claim_stage(config.run.parent, f"train-{config.run.name}", remedy):
@@ -154,16 +157,17 @@ def _train(
     callbacks: Sequence[TrainCallback],
     continue_stopped: bool,
 ) -> TrainResult | None:
-    from prefcache.pipeline.training import (
-        cache_join,
-        finalize_run,
-        moving_reference,
-        start_check,
-        trackers,
-        train_loop,
-    )
-    from prefcache.pipeline.training.policy import Policy
-    from prefcache.pipeline.training.run_context import Session
+    with working("load PyTorch and Transformers"):
+        from prefcache.pipeline.training import (
+            cache_join,
+            finalize_run,
+            moving_reference,
+            start_check,
+            trackers,
+            train_loop,
+        )
+        from prefcache.pipeline.training.policy import Policy
+        from prefcache.pipeline.training.run_context import Session
 
     check(config)
     setup = run_inputs.collect(config)
@@ -183,7 +187,8 @@ def _train(
     examples = cache_join.load_examples(setup, progress)
     moving_reference.refuse_never(config.train, len(examples[TRAIN]))
     longest, template = examples[TRAIN].longest(TRIED), setup.prepared.manifest.template
-    policy = Policy(setup.start, template, config.train, devices, longest, progress.say)
+    with working("set up the policy"):
+        policy = Policy(setup.start, template, config.train, devices, longest, progress.say)
     moving = None
     if config.train.moving_reference:
         moving = moving_reference.MovingReference(config.train, objective, examples, policy, config.run)

@@ -37,7 +37,7 @@ def test_in_a_terminal_it_is_a_table_or_lines_where_that_is_too_wide(monkeypatch
     wide = SqlResult(pa.table({f"column_{i}": ["x" * 400] for i in range(2)}))
     assert repr(wide).splitlines() == [
         "-- row 1",
-        *(f"column_{i}  {'x' * 300} ... (100 more characters)" for i in range(2)),
+        *(f"column_{i}  {'x' * 300}\u2026" for i in range(2)),
         "1 row",
     ]
     assert repr(answer(0)).endswith("\n0 rows")

@@ -25,6 +25,7 @@ import numpy as np
 from prefcache.pipeline.config import Score, Server
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter
 
@@ -59,7 +60,9 @@ class ServerEngine:
             if failures:
                 return np.empty(0)  # never read
             try:
-                return self._score(sequence)
+                logps = self._score(sequence)
+                counter.add(1)
+                return logps
             except BaseException as error:
                 # Recorded in this thread, so that it starts no other request. The first failure is the cause: those of
                 # the requests that it ends only follow from it.
@@ -67,7 +70,10 @@ class ServerEngine:
                 self._client.stop()
                 raise
 
-        with ThreadPoolExecutor(min(self._concurrency, max(len(sequences), 1))) as pool:
+        with (
+            counting("the server", len(sequences), "sequences") as counter,
+            ThreadPoolExecutor(min(self._concurrency, max(len(sequences), 1))) as pool,
+        ):
             futures = [pool.submit(score_unless_failed, sequence) for sequence in sequences]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)

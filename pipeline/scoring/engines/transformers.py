@@ -13,6 +13,7 @@ from prefcache.pipeline.config import Score
 from prefcache.pipeline.errors import ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model.oom import is_out_of_memory
+from prefcache.pipeline.progress import counting, working
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.scoring.engines import EngineSpec, resolve_dtype
 
@@ -71,7 +72,8 @@ class TransformersEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         if self._forward.layout is None:
-            self._forward.choose_layout(sequences, self._score)
+            with working("try the layouts of rows"):
+                self._forward.choose_layout(sequences, self._score)
             reason = {"why": self._forward.layout_reason} if self._forward.layout_reason else {}
             self.facts = {"rows": self._forward.layout, **reason, **self.facts}
         return self._score(sequences)
@@ -87,15 +89,17 @@ class TransformersEngine:
         """Score all of them in forwards that fit the budget, which is halved whenever memory runs out."""
         scores: dict[int, np.ndarray] = {}
         missing = list(range(len(sequences)))
-        while missing:
-            for part in self._forward.plan_batches([sequences[i] for i in missing], self._budget):
-                rows = [[missing[i] for i in row] for row in part]
-                logps = self._run_forward(sequences, rows)
-                if logps is None:
-                    self._halve_budget([sequences[i] for row in rows for i in row])
-                    break
-                scores.update(zip([i for row in rows for i in row], logps, strict=True))
-            missing = [i for i in missing if i not in scores]
+        with counting("forward passes", len(sequences), "sequences") as counter:
+            while missing:
+                for part in self._forward.plan_batches([sequences[i] for i in missing], self._budget):
+                    rows = [[missing[i] for i in row] for row in part]
+                    logps = self._run_forward(sequences, rows)
+                    if logps is None:
+                        self._halve_budget([sequences[i] for row in rows for i in row])
+                        break
+                    scores.update(zip([i for row in rows for i in row], logps, strict=True))
+                    counter.add(len(logps))
+                missing = [i for i in missing if i not in scores]
         return [scores[i] for i in range(len(sequences))]
 
     def _run_forward(self, sequences: Sequence[TokenSequence], rows: list[list[int]]) -> list[np.ndarray] | None:

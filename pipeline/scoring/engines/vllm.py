@@ -28,6 +28,7 @@ from prefcache.pipeline.config import Score, Vllm
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model_files import longest_sequence
+from prefcache.pipeline.progress import working
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, resolve_dtype
@@ -257,7 +258,8 @@ class VllmEngine:
             "n_prompt": [len(sequence.prompt_ids) for sequence in sequences],
             "n_tokens": [sequence.n_tokens for sequence in sequences],
         }
-        reply, body = worker.ask(request, np.concatenate(ids).astype(np.int32).tobytes())
+        with working(f"vLLM computes {len(sequences):,} sequences"):
+            reply, body = worker.ask(request, np.concatenate(ids).astype(np.int32).tobytes())
         if self._score.vllm.prefix_caching:
             self.facts["asked_again"] = self.facts.get("asked_again", 0) + reply["asked_again"]
         return check_reply(sequences, reply["n_logps"], body)
@@ -297,7 +299,8 @@ class VllmEngine:
             "suffix_call": has_suffix_call,
             "prefix_caching": self._score.vllm.prefix_caching,
         }
-        facts, _ = worker.ask(request)
+        with working(f"vLLM loads {self._reference.folder}"):
+            facts, _ = worker.ask(request)
         self.facts |= {"kv_block": facts["kv_block"], "call": "suffix" if has_suffix_call else "whole prompt"}
         for name, remedy in _MISMATCH_REMEDIES.items():
             if facts[name] != self._numerics[name]:
