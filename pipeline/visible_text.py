@@ -60,7 +60,7 @@ def count(n: int, singular: str, plural: str | None = None) -> str:
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
-def wrap_for(file: TextIO, text: str, indent: int = 0) -> str:
+def wrap_for(file: TextIO, text: str, indent: int | None = None) -> str:
     """Wrap text between words if the file is a terminal. A pipe gets lines whole, so that grep finds all of one."""
     if not file.isatty():
         return text
@@ -74,16 +74,16 @@ def wrap_for(file: TextIO, text: str, indent: int = 0) -> str:
     return wrap_words(text, width, indent)
 
 
-def wrap_words(text: str, width: int, indent: int = 0) -> str:
+def wrap_words(text: str, width: int, indent: int | None = None) -> str:
     """Break lines that are too wide between words, never within one: commands, ids and paths are copied whole.
 
-    Lines that follow begin with as many blanks as their first one, and `indent` more.
+    Lines that follow begin with `indent` blanks, or with as many as the first one.
     """
     return "\n".join(_wrap_line(line, width, indent) for line in text.split("\n"))
 
 
-def _wrap_line(line: str, width: int, indent: int) -> str:
-    blanks = " " * (len(line) - len(line.lstrip(" ")) + indent)
+def _wrap_line(line: str, width: int, indent: int | None) -> str:
+    blanks = " " * (len(line) - len(line.lstrip(" ")) if indent is None else indent)
     return textwrap.fill(
         line, width, subsequent_indent=blanks, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )

@@ -166,9 +166,15 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def open_config(
-    path: str | None, overrides: tuple[str, ...], quiet: bool, *, label: str = "", silent: bool = False
+    path: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    *,
+    label: str = "",
+    silent: bool = False,
+    timed: bool = True,
 ) -> Iterator[tuple["Config", "Progress"]]:
-    """Load a config, and work in the folder that its paths are relative to; report the time it took at the end."""
+    """Load a config, and work in the folder that its paths are relative to; report the time it took at the end, if `timed`."""
     from prefcache.pipeline import config_file
     from prefcache.pipeline.progress import Progress
 
@@ -183,7 +189,8 @@ def open_config(
         if base is not None:
             progress.say(f"{absolute} is a run's own config: its paths are relative to {base}")
         yield config, progress
-        progress.say(f"{command}: {time.monotonic() - began:.1f} s in total")
+        if timed:
+            progress.say(f"{command}: {time.monotonic() - began:.1f} s in total")
 
 
 _FORCE = "Replace an existing file, but never data, a model, a cache or an experiment's files."

@@ -99,7 +99,7 @@ def doctor(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json:
         with Progress(quiet, command="doctor"):
             result = doctor.run(None)
     else:
-        with open_config(config, overrides, quiet) as (settings, _):
+        with open_config(config, overrides, quiet, timed=False) as (settings, _):
             result = doctor.run(settings, why)
     print_result(result, as_json)
 

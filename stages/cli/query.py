@@ -92,8 +92,7 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
     from prefcache import sql_repl
 
     experiment = Experiment(folder)
-    names = [name for view, _, columns in experiment.describe() for name in (view, *(column for column, _ in columns))]
-    sql_repl.run(lambda query: _answer(experiment, query, **output), names)
+    sql_repl.run(lambda query: _answer(experiment, query, **output), list(experiment.describe()))
 
 
 @main.command()
@@ -261,7 +260,8 @@ def report(
     if config is not None and Path(config).is_dir():
         if overrides:
             raise UsageError(f"--set changes a config, and {config} is an experiment's folder. Leave one of them out.")
-        result = report.run_folder(Path(config), names, path, Progress(quiet), force)
+        with Progress(quiet, command="report") as progress:
+            result = report.run_folder(Path(config), names, path, progress, force)
     else:
         with open_config(config, overrides, quiet) as (settings, progress):
             arguments = shlex.join([*([config] if config else []), *(f"--set={override}" for override in overrides)])

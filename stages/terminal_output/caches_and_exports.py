@@ -1,10 +1,8 @@
 """Caches and the files made from them or read into them."""
 
-from rich.text import Text
-
 from prefcache import command_results
-from prefcache.pipeline.visible_text import count, visible
-from prefcache.row_layout import start_table
+from prefcache.pipeline.visible_text import count
+from prefcache.row_layout import print_table
 from prefcache.terminal_output.console import open_console, say
 
 
@@ -40,32 +38,39 @@ def print_import(result: command_results.ImportResult) -> None:
 def print_parity(result: command_results.ParityResult) -> None:
     console, deviations, margins = open_console(), result.deviations, result.margins
     say(f"{result.a} and {result.b}: {deviations.tokens:,} tokens of {deviations.sequences:,} sequences, in nats")
-    table = start_table("deviation", ">p50", ">p99", ">max")
+    rows = []
     for label, quantiles in (("per token", deviations.token), ("per sequence (sum)", deviations.sequence)):
         values = (quantiles.p50, quantiles.p99, quantiles.max)
-        table.add_row(label, *("-" if value is None else f"{value:.2e}" for value in values))
-    console.print(table)
+        rows.append([label, *("-" if value is None else f"{value:.2e}" for value in values)])
+    print_table(console, ["deviation", ">p50", ">p99", ">max"], rows)
     if deviations.bias is not None:
         say(f"bias: {deviations.bias:+.2e} nats per token (the first minus the second)")
     if deviations.not_finite:
         say(f"{deviations.not_finite:,} tokens have no finite value on one side")
     if margins.pairs:
         say(f"margins: {margins.flipped:,} of {margins.pairs:,} change sign")
-    table = start_table("furthest apart", "answer", ">position", "token", ">first", ">second")
-    for each in result.worst:
-        token = Text(visible(repr(each.token)))
-        table.add_row(each.example_id, each.answer, str(each.position), token, f"{each.a:.6f}", f"{each.b:.6f}")
-    console.print(table)
+    rows = [
+        [each.example_id, each.answer, str(each.position), repr(each.token), f"{each.a:.6f}", f"{each.b:.6f}"]
+        for each in result.worst
+    ]
+    print_table(console, ["furthest apart", "answer", ">position", "token", ">first", ">second"], rows)
 
 
 def print_verify(result: command_results.VerifyResult) -> None:
     for cache in result.caches:
         # On a line of its own, so that a long name can be copied whole.
         say(str(cache.folder))
-        table = start_table(">shards", ">rows", ">failed", ">doubled", ">bytes", ">orphans", ">leftovers", ">damaged")
-        counts = (cache.shards, cache.rows, cache.failed, cache.doubled, cache.n_bytes, cache.orphans, cache.leftovers)
-        table.add_row(*(f"{n:,}" for n in (*counts, len(cache.damaged))))
-        open_console().print(table)
+        counts = {
+            "shards": cache.shards,
+            "rows": cache.rows,
+            "failed": cache.failed,
+            "doubled": cache.doubled,
+            "bytes": cache.n_bytes,
+            "orphans": cache.orphans,
+            "leftovers": cache.leftovers,
+            "damaged": len(cache.damaged),
+        }
+        print_table(open_console(), [f">{name}" for name in counts], [[f"{n:,}" for n in counts.values()]])
     _print_damage(result)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from prefcache.terminal_output.console import say, wrap
+from prefcache.terminal_output.console import say
 
 if TYPE_CHECKING:
     from prefcache.pipeline.model.architectures import Table as Architectures
@@ -81,15 +81,13 @@ def print_architectures(table: "Architectures") -> None:
         facts += [] if row.gradient is None else [f"gradients within {row.gradient:.1e}"]
         print(f"{row.model_type}{setting}: {row.model_class}")
         for text in filter(None, (", ".join(facts), row.reason, row.training)):
-            print(wrap(f"    {text}", indent=4))
+            say(f"    {text}")
     n_per_layout = Counter(row.layout for row in table.rows)
     totals = ", ".join(f"{n_per_layout[layout]} {what}" for layout, what in _LAYOUTS.items() if n_per_layout[layout])
     print()
-    print(
-        wrap(
-            f"{len(table.rows)} architectures: {totals}. Measured {table.measured['date']} with torch "
-            f"{table.measured['torch']} and transformers {table.measured['transformers']}, on tiny random models in float32 on a CPU."
-        )
+    say(
+        f"{len(table.rows)} architectures: {totals}. Measured {table.measured['date']} with torch "
+        f"{table.measured['torch']} and transformers {table.measured['transformers']}, on tiny random models in float32 on a CPU."
     )
 
 

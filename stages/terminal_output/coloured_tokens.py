@@ -6,7 +6,7 @@ from rich.text import Text
 
 from prefcache import command_results
 from prefcache.pipeline.visible_text import visible, visible_tokens
-from prefcache.terminal_output.console import open_console
+from prefcache.terminal_output.console import open_console, print_text
 
 _CUT_STYLE = "strike red"
 
@@ -22,16 +22,16 @@ def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
     """Print tokens in alternating colours, with special and cut ones in colours of their own, and dim what does not count."""
     console = open_console()
     for example in result.examples:
-        console.print(Text(visible(f"{example.source}, line {example.line}"), style="bold"))
+        print_text(console, Text(visible(f"{example.source}, line {example.line}"), style="bold"))
         if isinstance(example, command_results.PreviewUnusable):
             reason = f"{example.reason}: {example.detail}" if example.detail else example.reason
-            console.print(Text(visible(f"  to quarantine: {reason}\n"), style="red"))
+            print_text(console, Text(visible(f"  to quarantine: {reason}\n"), style="red"))
             continue
         facts = [f"boundary {example.boundary}"]
         facts += ["plain text as one turn of the chat template (prepare.template)"] if example.plain_text else []
         facts += [f"label {str(example.label).lower()}"] if example.label is not None else []
         facts += [f"{example.cut_prompt:,} tokens of its oldest turns left out"] if example.cut_prompt else []
-        console.print(Text("  " + ", ".join(facts), style="dim"))
+        print_text(console, Text("  " + ", ".join(facts), style="dim"))
         for part in example.parts:
             facts = [f"{part.n_tokens:,} tokens"]
             facts += (
@@ -40,12 +40,14 @@ def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
                 else []
             )
             facts += [f"{part.n_cut:,} more cut"] if part.n_cut else []
-            console.print(Text(f"  {part.name} ({', '.join(facts)})", style="bold"))
+            print_text(console, Text(f"  {part.name} ({', '.join(facts)})", style="bold"))
             if part.cut_turns:
-                console.print(Text(visible(part.cut_turns), style=_CUT_STYLE))
-            console.print(_preview_text(part))
+                print_text(console, Text(visible(part.cut_turns), style=_CUT_STYLE))
+            print_text(console, _preview_text(part))
             if ids:
-                console.print(Text(" ".join(str(token.id) for token in part.tokens if not token.cut), style="dim"))
+                print_text(
+                    console, Text(" ".join(str(token.id) for token in part.tokens if not token.cut), style="dim")
+                )
         console.print()
 
 
@@ -79,8 +81,8 @@ def print_show(result: command_results.ShowResult) -> None:
     console = open_console()
     label = "" if result.label is None else f", label {str(result.label).lower()}"
     where = f"{result.example_id}, {result.split}: {result.source}, line {result.line}{label}"
-    console.print(Text(visible(where), style="bold"))
-    console.print(Text(f"{visible(result.prompt)}\n", style="dim"))
+    print_text(console, Text(visible(where), style="bold"))
+    print_text(console, Text(f"{visible(result.prompt)}\n", style="dim"))
     tokens = [token for answer in result.answers for token in answer.tokens if token.counts]
     name = next((name for name in _COLOURED_BY if all(getattr(token, name) is not None for token in tokens)), None)
     full = max((abs(getattr(token, name)) for token in tokens), default=0.0) if name else 0.0
@@ -89,21 +91,21 @@ def print_show(result: command_results.ShowResult) -> None:
         facts = ", ".join(f"{label} {value:.3f}" for label, value in sums.items() if value is not None)
         count = f", of which {answer.n_counted:,} count" if answer.n_counted < answer.n_tokens else ""
         title = f"{answer.name} ({answer.n_tokens:,} tokens{count}{f': {facts}' if facts else ''})"
-        console.print(Text(title, style="bold"))
+        print_text(console, Text(title, style="bold"))
         values = [getattr(token, name) if name and token.counts else 0.0 for token in answer.tokens]
-        console.print(_coloured_text(answer.tokens, values, full))
+        print_text(console, _coloured_text(answer.tokens, values, full))
         if name:
             form = "{:+.2f}" if name == "log_ratio" else "{:.2f}"
             counted = [pair for pair in zip(answer.tokens, values, strict=True) if pair[0].counts]
             most = sorted(counted, key=lambda pair: -abs(pair[1]))[:_N_LISTED]
             listed = ", ".join(f"{visible(repr(token.text))} {form.format(value)}" for token, value in most)
-            console.print(Text(f"most: {listed}", style="dim"))
+            print_text(console, Text(f"most: {listed}", style="dim"))
         console.print()
     legend = [f"{_COLOURED_BY[name]}; full colour at {full:.2f} nats."] if name else []
     legend += [] if result.scored else ["The reference has not been scored (prefcache score CONFIG)."]
     legend += ["No run of that name has a model yet (prefcache train CONFIG)."] if result.run is None else []
     for line in legend:
-        console.print(Text(line, style="dim"))
+        print_text(console, Text(line, style="dim"))
 
 
 def _coloured_text(tokens: Sequence[command_results.ShowToken], values: Sequence[float], full: float) -> Text:

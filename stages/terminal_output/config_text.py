@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Iterable
-from textwrap import fill
 
 from rich.text import Text
 
 from prefcache import command_results
 from prefcache.pipeline.config_settings import Setting
 from prefcache.pipeline.visible_text import visible
-from prefcache.terminal_output.console import open_console
+from prefcache.terminal_output.console import open_console, print_text, say
 
 
 def print_converted(result: command_results.ConvertResult) -> None:
@@ -30,5 +29,5 @@ def print_settings(settings: Iterable[Setting]) -> None:
             line += Text(f" = {setting.default}")
         elif setting.default is None:
             line += Text(" required", style="bold")
-        console.print(line, soft_wrap=True)
-        console.print(fill(setting.meaning, console.width, initial_indent=4 * " ", subsequent_indent=4 * " "))
+        print_text(console, line)
+        say(f"    {setting.meaning}")

@@ -1,37 +1,26 @@
-"""Where lines and tables go: names and paths made visible, and the width of a terminal or a pipe."""
+"""Lines for a person on stdout: names and paths made visible, and wrapped between words on a terminal."""
 
-import shutil
 import sys
-from textwrap import fill
 
 from rich.console import Console
+from rich.text import Text
 
-from prefcache.pipeline.visible_text import visible
+from prefcache.pipeline.visible_text import visible, wrap_for
+from prefcache.row_layout import open_console
 
-PIPE_WIDTH = 100
+__all__ = ["open_console", "print_text", "say", "wrap"]
 
 
-def say(text: str) -> None:
+def say(text: str, indent: int | None = None) -> None:
     """Print a line. Names and paths in it may come from anywhere, so they are made visible."""
-    print(visible(text))
+    print(wrap(text, indent))
 
 
-def wrap(text: str, indent: int = 0) -> str:
-    """Break a line between words at the terminal's width. A pipe gets it whole, so that grep finds all of it."""
-    text = visible(text)
-    if not sys.stdout.isatty():
-        return text
-    width = shutil.get_terminal_size().columns
-    return fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+def print_text(console: Console, text: Text) -> None:
+    """Print text with styles, wrapped between words on a terminal."""
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Raise what every other write to a closed pipe raises: rich would exit with code 1."""
-        raise BrokenPipeError
-
-
-def open_console() -> Console:
-    """Return a console as wide as the terminal, or of a fixed width for a pipe."""
-    console = _Console(markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else _Console(markup=False, highlight=False, emoji=False, width=PIPE_WIDTH)
+def wrap(text: str, indent: int | None = None) -> str:
+    """Break lines between words on a terminal; those that follow begin with `indent` blanks, or with as many as the first."""
+    return wrap_for(sys.stdout, visible(text), indent)

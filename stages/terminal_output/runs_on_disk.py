@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from prefcache import command_results
@@ -10,7 +9,7 @@ from prefcache.pipeline.schema import HELD_OUT
 from prefcache.pipeline.training.removable import Removable
 from prefcache.pipeline.training.run_summary import HeldOut, RunSummary
 from prefcache.pipeline.visible_text import count, format_bytes, visible
-from prefcache.row_layout import start_table
+from prefcache.row_layout import fits, print_table
 from prefcache.terminal_output.console import open_console, wrap
 
 _STATE_STYLES = {"running": "green", "unfinished": "yellow", "damaged": "bold red"}
@@ -22,11 +21,10 @@ def print_runs(result: command_results.RunsResult) -> None:
     if not runs:
         print(wrap(f"{result.folder} has no runs yet. Train one (prefcache train CONFIG)."))
         return
-    table = next(
-        (table for table in map(_tabulate, (runs, runs), (True, False)) if _width(table) <= console.width), None
-    )
+    tables = map(_tabulate, (runs, runs), (True, False))
+    table = next((table for table in tables if fits(console, *table)), None)
     if table is not None:
-        console.print(table)
+        print_table(console, *table)
     for run in runs:
         if table is None:
             _print_block(run)
@@ -65,23 +63,18 @@ def _print_removable(each: Removable, option: str) -> None:
         print(wrap(f"              {path}", indent=14))
 
 
-def _width(table: Table) -> int:
-    console = open_console()
-    return console.measure(table, options=console.options.update(width=1 << 20)).maximum
-
-
-def _tabulate(runs: Sequence[RunSummary], is_wide: bool) -> Table:
+def _tabulate(runs: Sequence[RunSummary], is_wide: bool) -> tuple[list[str], list[list[str | Text]]]:
     """The held-out figures are those after training; a wide table has those before, the alerts and the last change as well."""
-    narrow = ("run", "state", ">steps", "loss", ">accuracy", ">margin", ">eval loss", ">disk")
-    table = start_table(*narrow, *((">checkpoints", ">alerts", "last change") if is_wide else ()))
-    table.padding = (0, 1, 0, 0)  # eight columns and the name of a run fit in 80 characters
+    columns = ["run", "state", ">steps", "loss", ">accuracy", ">margin", ">eval loss", ">disk"]
+    columns += [">checkpoints", ">alerts", "last change"] if is_wide else []
+    rows = []
     for run in runs:
         before, after = run.before, run.after
         row: list[str | Text] = [
-            visible(run.run),
+            run.run,
             Text(run.state, style=_STATE_STYLES.get(run.state, "")),
             _steps(run),
-            visible(run.loss or "-"),
+            run.loss or "-",
             _share(after),
             _change(before if is_wide else None, after, "reward_margin", "{:.3f}"),
             _change(before if is_wide else None, after, "loss", "{:.4f}"),
@@ -93,8 +86,8 @@ def _tabulate(runs: Sequence[RunSummary], is_wide: bool) -> Table:
                 f"{sum(run.alerts.values()):,}",
                 _when(run),
             ]
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return table
+        rows.append(row)
+    return columns, rows
 
 
 def _print_block(run: RunSummary) -> None:

@@ -1,10 +1,12 @@
 """The plan of a run (`train --dry-run`): its size, its memory, and the time it needs."""
 
+from collections.abc import Sequence
+
 from rich.text import Text
 
 from prefcache import command_results
 from prefcache.pipeline.visible_text import count
-from prefcache.row_layout import start_table
+from prefcache.row_layout import print_table
 from prefcache.terminal_output.console import open_console, say
 
 _GIB = 1 << 30
@@ -38,26 +40,24 @@ def print_train_plan(plan: command_results.TrainPlan) -> None:
 
 def _print_plan_memory(plan: command_results.TrainPlan) -> None:
     console = open_console()
-    table = start_table(f"a step with {plan.micro_batch_tokens:,} tokens a micro-batch", ">GiB")
-    for part, n_bytes in plan.memory.items():
-        table.add_row(part, f"{n_bytes / _GIB:.1f}")
-    table.add_row(Text("at its peak", style="bold"), Text(f"{plan.peak_bytes / _GIB:.1f}", style="bold"))
-    console.print(table)
-    table = start_table("on a GPU of", ">tokens of a micro-batch that fit")
+    parts: list[Sequence[str | Text]] = [(part, f"{n_bytes / _GIB:.1f}") for part, n_bytes in plan.memory.items()]
+    parts.append((Text("at its peak", style="bold"), Text(f"{plan.peak_bytes / _GIB:.1f}", style="bold")))
+    print_table(console, [f"~a step with {plan.micro_batch_tokens:,} tokens a micro-batch", ">GiB"], parts)
+    rows: list[Sequence[str]] = []
     for fit in plan.fits:
         size = f"{fit.memory_bytes / 1e9:.0f} GB" + (f" (here: {fit.gpu})" if fit.gpu else "")
         note = " or more" if fit.tokens == plan.most_tokens else ""
         note = ", less than the longest example" if 0 < fit.tokens < plan.longest else note
-        table.add_row(size, f"{fit.tokens:,}{note}" if fit.tokens else "none")
-    console.print(table)
-    table = start_table("to need less", ">GiB", ">fits")
+        rows.append((size, f"{fit.tokens:,}{note}" if fit.tokens else "none"))
+    print_table(console, ["on a GPU of", ">tokens of a micro-batch that fit"], rows)
+    rows = []
     for saving in plan.savings:
         lead = "+ " if len(saving.added) < len(saving.settings) else ""
         several = f" on {saving.processes} processes" if saving.processes > plan.processes else ""
         several += f" ({saving.tokens:,} tokens at once)" if saving.tokens != plan.micro_batch_tokens else ""
         fits = f"{saving.fits_gb} GB" if saving.fits_gb else "none"
-        table.add_row(f"{lead}{' '.join(saving.added)}{several}", f"{saving.peak_bytes / _GIB:.1f}", fits)
-    console.print(table)
+        rows.append((f"{lead}{' '.join(saving.added)}{several}", f"{saving.peak_bytes / _GIB:.1f}", fits))
+    print_table(console, ["~to need less", ">GiB", ">fits"], rows)
 
 
 def _duration(seconds: float) -> str:

@@ -2,14 +2,14 @@
 
 import math
 
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from prefcache import command_results
 from prefcache.pipeline.schema import HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.records import RunManifest
 from prefcache.pipeline.visible_text import count, visible
-from prefcache.row_layout import start_table
+from prefcache.row_layout import print_block, print_table
 from prefcache.terminal_output.console import open_console, say
 
 # Label, name among the metrics, format.
@@ -29,7 +29,7 @@ def print_train(result: command_results.TrainResult) -> None:
     if run.stopped:
         say(run.stopped.describe())
     for split, n in _evaluated(run).items():
-        console.print(_evaluation_table(run, split, n))
+        _print_evaluation(console, run, split, n)
     shown = run.samples[:3]
     if shown:
         # Prompts of the user's own come first, whether their answers changed or not.
@@ -37,10 +37,9 @@ def print_train(result: command_results.TrainResult) -> None:
         lead = some if run.changed_answers else "The answers are still:"
         console.print(f"{count(run.changed_answers, 'greedy answer')} changed. {lead}\n")
     for sample in shown:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for label, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after), ("", "")):
-            table.add_row(label, Text(visible(text) or ("(nothing)" if label else "")))
-        console.print(table)
+        texts = (sample.prompt, sample.before, sample.after)
+        print_block(console, ["asked", "before", "after"], [Text(visible(text) or "(nothing)") for text in texts])
+        console.print()
     best = f", of step {run.best.step:,}, the best by {run.best.metric}" if run.best else ""
     say(f"model: {result.run}/model{best}")
 
@@ -54,15 +53,15 @@ def _evaluated_kind(run: RunManifest, split: str, n: int) -> str:
     return f"{n:,} held-out {run.kind}" if split == HELD_OUT else f"{n:,} {run.kind} of {split}"
 
 
-def _evaluation_table(run: RunManifest, split: str, n_examples: int) -> Table:
-    table = start_table(_evaluated_kind(run, split, n_examples), ">before", ">after")
+def _print_evaluation(console: Console, run: RunManifest, split: str, n_examples: int) -> None:
+    rows: list[tuple[str, str, str]] = []
     before, after, prefix = run.before, run.after, metric_prefix(split)
     # The answers are to prompts of the first split.
     is_first = split == next(iter(_evaluated(run)))
     if is_first and before.kinds and after.kinds and (n := sum(before.kinds.values())):
         for kind in before.kinds:
             label = f"greedy answers of {kind if kind == 'neither' else 'the ' + kind} kind (of {n:,})"
-            table.add_row(label, f"{before.kinds[kind] / n:.1%}", f"{after.kinds[kind] / n:.1%}")
+            rows.append((label, f"{before.kinds[kind] / n:.1%}", f"{after.kinds[kind] / n:.1%}"))
     for label, metric, form in _HELD_OUT:
         if (name := f"{prefix}{metric}") in after.evaluation:
             # Adding 0.0 after rounding spares the reader a "-0.000".
@@ -70,8 +69,8 @@ def _evaluation_table(run: RunManifest, split: str, n_examples: int) -> Table:
             # Before the first step all rewards are 0, so their accuracy means nothing.
             if metric == "rewards/accuracies" and abs(before.evaluation[f"{prefix}rewards/margins"]) < 1e-4:
                 old = "-"
-            table.add_row(label, old, new)
-    return table
+            rows.append((label, old, new))
+    print_table(console, [f"~{_evaluated_kind(run, split, n_examples)}", ">before", ">after"], rows)
 
 
 # Label, name among the metrics, format, whether more is better in every loss.
@@ -95,10 +94,9 @@ def print_sweep(result: command_results.SweepResult) -> None:
         for row, values in zip(rows, held_out, strict=True):
             text = form.format(values[name]) if name in values else "-"
             row.append(Text(text, style="bold" if values.get(name) == best else ""))
-    table = start_table(_evaluated_kind(first.manifest, split, n), *(f">{label}" for label, *_ in _SWEEP))
-    for row in rows:
-        table.add_row(*row)
-    open_console().print(table)
+    print_table(
+        open_console(), [_evaluated_kind(first.manifest, split, n), *(f">{label}" for label, *_ in _SWEEP)], rows
+    )
     say(f"models: {first.run.parent}/RUN/model")
 
 

@@ -23,9 +23,7 @@ class Output:
     text: str
     stdout: str
     code: int
-    silences: list[
-        tuple[float, str]
-    ]  # each pause in seconds, with what was written before it; not that before the first
+    silences: list[tuple[float, str]]  # each pause in seconds, between two outputs, with what was written before it
 
     @property
     def longest_silence(self) -> tuple[float, str]:
@@ -117,9 +115,9 @@ def _read(descriptor: int) -> tuple[str, list[tuple[float, str]]]:
                 block = os.read(descriptor, 65536)
             except OSError:  # the terminal's other end is closed
                 block = b""
+            if not block:
+                return data.decode(), silences
             if data:
                 silences.append((time.monotonic() - last, data[-100:].decode(errors="replace")))
             last = time.monotonic()
-            if not block:
-                return data.decode(), silences
             data += block

@@ -110,6 +110,38 @@ def test_ctrl_c_cancels_a_query_without_end_and_what_is_typed(terminal):
     terminal.leave()
 
 
+def test_commands_work_with_and_without_a_semicolon(terminal):
+    for line in ("help", "help;", "\\h"):
+        terminal.send(f"{line}\n")
+        shown = " ".join(terminal.until("prefcache> ").split())
+        assert "ends with a semicolon: select * from pairs limit 5;" in shown and "quarantine" in shown
+    for line in ("help pairs", "help pairs;", "\\d pairs"):
+        terminal.send(f"{line}\n")
+        assert "chosen_logp double" in terminal.until("prefcache> ")
+    terminal.send("help pears\n")
+    assert "There is no view pears; the nearest is pairs." in terminal.until("prefcache> ")
+    terminal.send("views\n")
+    assert "examples: " in terminal.until("prefcache> ")
+
+
+def test_a_word_that_is_no_query_gets_a_hint_at_once(terminal):
+    terminal.send("pairs\n")
+    expected = "`pairs` is not a query, nor a command. Ask in SQL, as in `select * from pairs limit 5;`"
+    assert expected in " ".join(terminal.until("prefcache> ").split())
+    # A query may begin with a word on a line of its own.
+    terminal.send("select\n")
+    terminal.until("... ")
+    terminal.send("6 * 7;\n")
+    terminal.until("42")
+    terminal.until("prefcache> ")
+
+
+@pytest.mark.parametrize("word", ["exit", "quit;", "\\q"])
+def test_the_usual_words_leave(terminal, word):
+    terminal.send(f"{word}\n")
+    assert terminal.process.wait(30) == 0
+
+
 def test_tab_completes_views_and_columns(terminal):
     terminal.send(f"select count(length_diff{TAB}) from quaran{TAB};\n")
     terminal.until("count(length_difference) from quarantine")

@@ -270,12 +270,18 @@ def test_a_table_that_does_not_fit_is_printed_row_by_row_with_nothing_cut(sql):
 
 
 def test_a_table_fits_to_the_last_character(capsys):
-    # A pipe has 100: a blank on either side of both columns, and one between them, leave 95 to a value beside "a".
-    widths = {}
-    for n in (90, 93, 94, 95, 96, 97, 98, 99):
-        answer_rows.print_rows(["a", "b"], iter([("x", "y" * n)]), 5)
-        widths[n] = "-- row 1" in capsys.readouterr().out
-    assert widths[90] is False and widths[99] is True and list(widths.values()) == sorted(widths.values())
+    # A pipe has 100: two blanks between the columns and one on either side leave 56 next to a value of 40.
+    answer_rows.print_rows(["a", "b"], iter([("x" * 40, "y" * 56)]), 5)
+    table = capsys.readouterr().out.splitlines()
+    assert f" {'x' * 40}  {'y' * 56}" in table and max(map(len, table)) <= 100
+    answer_rows.print_rows(["a", "b"], iter([("x" * 40, "y" * 57)]), 5)
+    assert capsys.readouterr().out == f"-- row 1\na  {'x' * 40}\nb  {'y' * 57}\n1 row\n"
+
+
+def test_long_texts_are_never_in_a_table(capsys):
+    for value, is_table in (("y" * 80, True), ("y" * 81, False), ("y\ny", False)):
+        answer_rows.print_rows(["b"], iter([(value,)]), 5)
+        assert ("-- row 1" not in capsys.readouterr().out) == is_table
     answer_rows.print_rows(["a", "long_name"], iter([("x\ny", "z" * 100)]), 5)
     assert capsys.readouterr().out == f"-- row 1\na          x\n           y\nlong_name  {'z' * 100}\n1 row\n"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from prefcache import row_layout
 from prefcache.pipeline import config_file
-from prefcache.terminal_output import console
 from tests.helpers.project import invoke, options, write_config, write_pairs
 from tests.helpers.shapes import LLAMA_8B, PARAMETERS, QWEN_7B, write_shape
 
@@ -51,7 +51,7 @@ def test_every_suggestion_can_be_set_and_adds_to_the_one_before(planned, scored_
 
 
 def test_a_person_can_read_it_at_80_columns(scored_once, monkeypatch):
-    monkeypatch.setattr(console, "PIPE_WIDTH", 80)
+    monkeypatch.setattr(row_layout, "PIPE_WIDTH", 80)
     settings = options("train.gradient_checkpointing=true", "train.weights=bfloat16", "train.shard=fsdp")
     text = invoke(scored_once, "train", "config.yaml", "--dry-run", *settings).stdout
     assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80  # but for the model's folder
