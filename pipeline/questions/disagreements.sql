@@ -1,5 +1,14 @@
 -- Pairs whose rejected answer is likelier per token under the reference, the clearest first.
 -- limit = 20: most rows to list
+-- Only the texts of the pairs to list are shortened.
+with clearest as (
+    select *
+    from pairs
+    where used and margin_per_token < 0
+    order by margin_per_token, example_id
+    limit $limit
+)
+
 select
     example_id,
     source,
@@ -11,8 +20,7 @@ select
     shorten(prompt) as prompt,
     shorten(chosen) as chosen,
     shorten(rejected) as rejected
-from pairs
-where used and margin_per_token < 0
+from clearest
 order by margin_per_token, example_id
 -- verdict
 with by_source as (

@@ -19,20 +19,28 @@ visited as (
     -- A margin of exactly 0 means that the policy is still its reference: nothing could have been learnt yet.
     where margin <> 0
     group by run, example_id
+),
+
+-- Only the texts of the examples to list are read.
+worst as (
+    select *
+    from visited
+    where margin <= 0
+    order by margin, run, example_id
+    limit $limit
 )
 
 select
     example_id,
     run,
-    visited.split,
+    worst.split,
     source,
     line,
     visits,
     if(ever_right, 'forgotten', 'never right') as became,
     margin,
     shorten(prompt) as prompt
-from visited join examples using (example_id)
-where margin <= 0
+from worst join examples using (example_id)
 order by margin, run, example_id
 -- verdict
 with scored as (

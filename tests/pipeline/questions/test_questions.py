@@ -488,6 +488,19 @@ def test_large_margin(ask, pairs, latest):
     assert abs(len(found) - 0.2 * len(expected)) <= 1
 
 
+def test_both_sides_of_a_contradiction_are_trained_on_and_shown(folder, ask, visits):
+    invoke(folder, "ask", "contradictions", "config.yaml", "--out", "both.csv")
+    both = {row["example_id"] for row in ask("contradictions")}
+    assert both == {row["other_example_id"] for row in ask("contradictions")} and len(both) == 2
+    trained = both & {row["example_id"] for row in visits if row["split"] == "train"}
+    only = ("train.run=both", "train.only=both.csv", "train.epochs=1")
+    invoke(folder, "train", "config.yaml", *(word for setting in only for word in ("--set", setting)))
+    rows = [row for part in folder.glob("runs/q/both/steps/*.parquet") for row in pq.read_table(part).to_pylist()]
+    assert trained and {row["example_id"] for row in rows if row["split"] == "train"} == trained
+    for example in both:
+        assert invoke(folder, "show", example, "config.yaml", "--set", f"train.run={RUN}").stdout.startswith(example)
+
+
 @pytest.mark.parametrize("ending", [".parquet", ".arrow", ".jsonl.gz", ".csv"])
 def test_an_answer_is_saved_and_trained_on(folder, ask, visits, ending):
     """The pairs of small-gap, and no others, are visited; all the held-out ones are evaluated."""

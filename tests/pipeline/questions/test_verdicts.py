@@ -91,7 +91,7 @@ def test_one_visit_of_each_example_is_no_verdict_about_learning():
     wrong = {"run": "a", "split": "train", "n": 100, "n_wrong": 10, "most_visits": 1}
     said = judge("unlearned", {"runs": 1, "groups": [wrong]}).sentence
     assert said.startswith(
-        "Wrong at their last visit: 10 of 100 training examples (10%, 95% interval 6% to 17%). Each was visited once"
+        "Wrong at their last visit: 10 of 100 training examples (10%, 95% interval 6% to 17%). Each training example was visited once"
     )
     selected = {"runs": 1, "run": "a", "labels": 0, "examples": 90, "kept": 9, "highest": 0.1, "epochs": 1.0}
     assert "Each pair was visited once" in judge("small-gap", selected).sentence
