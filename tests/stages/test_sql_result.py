@@ -33,7 +33,7 @@ def test_in_a_terminal_it_is_a_table_or_lines_where_that_is_too_wide(monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     header, rule, *rows, last = repr(answer(23)).splitlines()
     assert header.split() == ["<i>text", "value", "none"] and set(rule.strip()) == {"─"}
-    assert rows == [" <img src=x onerror=alert(1)>\u241b[31m<U+202E>   1.23457"] * 20 and last == "3 more rows"
+    assert rows == [" <img src=x onerror=alert(1)>\u241b[31m<U+202E>  1.23457"] * 20 and last == "3 more rows"
     wide = SqlResult(pa.table({f"column_{i}": ["x" * 400] for i in range(2)}))
     assert repr(wide).splitlines() == [
         "-- row 1",
