@@ -84,7 +84,10 @@ def find_superfluous(run: Path, keep: int) -> list[Path]:
 
 def has_superfluous(run: Path, keep: int) -> bool:
     """Whether `remove_superfluous` has anything to do."""
-    return bool(find_superfluous(run, keep) or find_moving_reference(run) or artifact.find_leftovers(run / FOLDER))
+    folder = run / FOLDER
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        return True
+    return bool(find_superfluous(run, keep) or find_moving_reference(run) or artifact.find_leftovers(folder))
 
 
 def remove_superfluous(run: Path, keep: int) -> int:

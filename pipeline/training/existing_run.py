@@ -1,6 +1,7 @@
 """The folder of a run: whether it is finished and whole, and what happens to a run with other settings."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ def damaged_files(run: Path, manifest: RunManifest) -> Iterator[tuple[Path, str,
     for folder, entry, is_recoverable in entries:
         if reason := artifact.damage(folder, entry):
             yield folder / entry.file, reason, is_recoverable
+
+
+def resume_command(run: Path) -> str:
+    """The command that resumes a run with its own settings, under its present name: it may have made room for another run."""
+    return shlex.join(["prefcache", "train", str(run / "config.yaml"), "--set", f"train.run={run.name}"])
 
 
 def make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None:

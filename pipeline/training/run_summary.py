@@ -16,7 +16,7 @@ from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.schema import EVALUATION, HELD_OUT, metric_prefix
 from prefcache.pipeline.stored import claims, disk_usage
 from prefcache.pipeline.stored.records import Before, Provenance, RunManifest
-from prefcache.pipeline.training import alerts, checkpoints
+from prefcache.pipeline.training import alerts, checkpoints, existing_run
 from prefcache.pipeline.training.run_log import BEFORE, PARTS, PROVENANCE, RunLog
 
 State = Literal["finished", "stopped", "running", "unfinished", "damaged"]
@@ -55,6 +55,7 @@ class RunSummary:
     after: HeldOut | None  # of an unfinished run: its latest evaluation on disk
     alerts: dict[str, int]  # by kind
     note: str | None  # where and why it was stopped, what ended it, what is damaged
+    resume: str | None  # the command that resumes an unfinished run
     bytes: RunBytes
     changed: datetime.datetime | None  # when training last wrote to it
 
@@ -62,7 +63,7 @@ class RunSummary:
 def summarize(folder: Path) -> RunSummary:
     """Summarize a run, finished or not; one whose records cannot be read is a damaged run with the reason."""
     is_running = claims.probe_holder(folder.parent, f"train-{folder.name}") is not None
-    facts: dict[str, Any] = dict.fromkeys(("loss", "beta", "planned", "evaluated", "before", "after", "note"))
+    facts: dict[str, Any] = dict.fromkeys(("loss", "beta", "planned", "evaluated", "before", "after", "note", "resume"))
     facts |= {"steps": 0, "alerts": {}, "state": "running" if is_running else "unfinished"}
     try:
         provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
@@ -96,6 +97,7 @@ def _describe_unfinished(folder: Path, is_running: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "steps": newest[1].step if newest else 0,
         "alerts": dict(sorted(Counter(event["kind"] for event in events).items())),
+        "resume": None if is_running else existing_run.resume_command(folder),
         "note": None if is_running else " ".join([*_explain_end(folder, events), *skipped]) or None,
     }
     if not (folder / BEFORE).exists():

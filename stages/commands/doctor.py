@@ -8,7 +8,6 @@ import ctypes
 import importlib.util
 import os
 import runpy
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -279,9 +278,7 @@ def _check_memory(config: Config) -> Iterator[Finding]:
 
 def _check_run(folder: Path) -> Iterator[Finding]:
     provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
-    # With the run's own settings, which the user need not repeat, but under its present name: a run that made room for
-    # another one had a different name when it was made.
-    resume = shlex.join(["prefcache", "train", str(folder / "config.yaml"), "--set", f"train.run={folder.name}"])
+    resume = existing_run.resume_command(folder)
     if (manifest := RunManifest.find(folder)) is None:
         skipped: list[str] = []
         checkpoint = checkpoints.find_newest(folder, skipped.append)

@@ -10,7 +10,7 @@ from prefcache.pipeline.training.removable import Removable
 from prefcache.pipeline.training.run_summary import HeldOut, RunSummary
 from prefcache.pipeline.visible_text import count, format_bytes, visible
 from prefcache.row_layout import fits, print_table
-from prefcache.terminal_output.console import open_console, wrap
+from prefcache.terminal_output.console import open_console, say, wrap
 
 _STATE_STYLES = {"running": "green", "unfinished": "yellow", "damaged": "bold red"}
 
@@ -30,6 +30,9 @@ def print_runs(result: command_results.RunsResult) -> None:
             _print_block(run)
         for line in _notes(run):
             print(wrap(f"{run.run}: {line}" if table is not None else f"  {line}", indent=2))
+        if run.resume:  # whole, to be copied
+            print(wrap(f"{run.run} resumes at step {run.steps:,}:"))
+            say(f"  {run.resume}")
     n_bytes = sum(run.bytes.total for run in runs)
     n_checkpoints = sum(run.bytes.checkpoints for run in runs)
     can_go = (
@@ -111,9 +114,6 @@ def _notes(run: RunSummary) -> list[str]:
         notes.append(
             f"{count(sum(run.alerts.values()), 'alert')}: {', '.join(f'{n} {kind}' for kind, n in run.alerts.items())}"
         )
-    if run.state == "unfinished":
-        resume = f"prefcache train {run.folder / 'config.yaml'} --set train.run={run.run}"
-        notes.append(f"resumes at step {run.steps:,}: {resume}")
     return notes
 
 

@@ -199,8 +199,8 @@ def kill_training(folder: Path, first: str, nth: int) -> bool:
 @pytest.mark.parametrize(
     ("first", "points"),
     [
-        # Before the manifest, before the first checkpoint, within it, within the second.
-        ("manifest.json", (1, 3, 5, 10)),
+        # Before the manifest, before the first checkpoint, within it, within the second, before their empty folder.
+        ("manifest.json", (1, 3, 5, 10, 13)),
         pytest.param("model", range(1, 100), marks=pytest.mark.slow),
     ],
 )

@@ -98,8 +98,8 @@ def test_bytes_are_those_on_disk(experiment):
 
 def test_the_command_that_it_shows_resumes(prefcache, experiment):
     said = prefcache("runs").stdout
-    (line,) = [line for line in said.splitlines() if "resumes at step 6" in line]
-    command = line.partition("prefcache ")[2].split()
+    command = said.partition("killed resumes at step 6:\n  prefcache ")[2].splitlines()[0].split()
+    assert listed()["killed"]["resume"].split() == ["prefcache", *command]
     assert "resuming from step 6" in prefcache(*command).stderr
     assert listed()["killed"]["state"] == "finished"
 
