@@ -23,7 +23,9 @@ def length_bias(numbers: Numbers, values: Values) -> Verdict:
         pairs = count(numbers["pairs"], "pair")
         return conclude(numbers, f"Both answers have the same length in all {pairs}: there is no length bias.")
     longer = Share(numbers["longer"], numbers["differ"])
-    found, facts = f"The longer answer wins in {longer.of('pair')}", longer.numbers("longer_wins")
+    n_equal = numbers["pairs"] - numbers["differ"]
+    equal = f", not counting {n_equal:,} whose answers are equally long" if n_equal else ""
+    found, facts = f"The longer answer wins in {longer.of('pair')}{equal}", longer.numbers("longer_wins")
     if longer.is_too_few:
         return conclude(numbers, f"{found}: too few to say whether there is a length bias.", **facts)
     most_biased = _name_most_biased(numbers["sources"], longer)
