@@ -224,7 +224,7 @@ def ui(folder: str | None, port: int | None, host: str, quiet: bool) -> None:
     from prefcache.pipeline.progress import Progress
     from prefcache.ui import server
 
-    server.run(view_sources.find_experiment(folder), host, port, Progress(quiet))
+    server.run(view_sources.find_experiment(folder), host, port, Progress(quiet, command="ui"))
 
 
 @main.command()

@@ -6,6 +6,7 @@ may give its own name our address (DNS rebinding); the origin, because it may se
 
 import hmac
 import secrets
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
@@ -39,7 +40,8 @@ class Access:
 
     @classmethod
     def for_address(cls, host: str, port: int) -> "Access":
-        names = {host, "localhost", "127.0.0.1", "::1"}
+        # The machine's own name is for servers that listen at every address.
+        names = {host, socket.gethostname(), "localhost", "127.0.0.1", "::1"}
         return cls(port, frozenset(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names))
 
     @property

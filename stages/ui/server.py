@@ -2,20 +2,24 @@
 
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.progress import Progress
+from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.visible_text import count
 
+if TYPE_CHECKING:
+    from prefcache.ui.access import Access
+
 _PORT, _N_PORTS = 8790, 20  # the first that is free
-_WILDCARDS = {"0.0.0.0", "::", ""}
+_WILDCARDS = {"0.0.0.0", "::"}
 
 
 def run(folder: Path, host: str, port: int | None, progress: Progress) -> None:
     try:
         import uvicorn
 
-        from prefcache.ui.access import TOKEN, Access
+        from prefcache.ui.access import Access
         from prefcache.ui.app import make_app
         from prefcache.ui.reader import Reader
     except ModuleNotFoundError as error:
@@ -24,22 +28,28 @@ def run(folder: Path, host: str, port: int | None, progress: Progress) -> None:
         ) from None
     bound = _bind(host, port)
     if host in _WILDCARDS:
-        progress.warn(f"{host or 'every address'} can be reached from other machines, without encryption")
-    reader = Reader(folder)
-    try:
-        progress.say(f"ui: opening {count(reader.n_examples, 'example')} of {folder}")
+        progress.warn(f"{host}: other machines can reach the pages, and what is sent is not encrypted")
+    with progress, working(f"open {folder}"):
+        reader = Reader(folder)
         reader.open()
-        access = Access.for_address(host, bound.getsockname()[1])
-        named = host if host not in _WILDCARDS else socket.gethostname()
-        named = f"[{named}]" if ":" in named else named
-        print(f"http://{named}:{access.port}/?{TOKEN}={access.token}", flush=True)
-        progress.say("ui: open this address in a browser on this machine; Ctrl-C ends it")
-        config = uvicorn.Config(make_app(reader, access), log_level="warning", server_header=False, lifespan="off")
+    access = Access.for_address(host, bound.getsockname()[1])
+    progress.say(
+        f"ui: {count(reader.n_examples, 'example')} and {count(len(reader.runs), 'run')} of {folder}; Ctrl-C ends it"
+    )
+    print(_address(host, access), flush=True)
+    config = uvicorn.Config(make_app(reader, access), log_level="warning", server_header=False, lifespan="off")
+    try:
         uvicorn.Server(config).run(sockets=[bound])
     except KeyboardInterrupt:
         pass  # how it is meant to end
     finally:
         reader.close()
+
+
+def _address(host: str, access: "Access") -> str:
+    """Return the address to open, with the token."""
+    name = socket.gethostname() if host in _WILDCARDS else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{access.port}/?token={access.token}"
 
 
 def _bind(host: str, port: int | None) -> socket.socket:
