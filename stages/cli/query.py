@@ -199,7 +199,7 @@ def _write(answer: "Answer", form: str, out: str | None, limit: int) -> None:
         query_output.print_answer(answer, form)
 
 
-@main.command()
+@main.command(short_help="Browse the examples in a web browser.")
 @click.argument("folder", required=False)
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: 8790, or the next free one]")
 @click.option(
