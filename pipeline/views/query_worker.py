@@ -79,6 +79,7 @@ class Worker:
         child = self._child = self._child or _Child(lambda pipe: _serve(self._database(), pipe))
         try:
             child.send((query, parameters))
+            child.start_clock(None)  # that of the query before may have run out meanwhile
             child.expect("opened", bounds)
             child.start_clock(bounds.seconds)
             answer = Answer(child, bounds)

@@ -276,3 +276,11 @@ def test_a_servers_connection_ends_when_the_server_closes_it_though_a_query_bega
         connection.close()
         client.settimeout(5)
         assert client.recv(1) == b""
+
+
+def test_a_query_has_its_whole_time_however_long_ago_the_last_one_was(asked):
+    assert rows(asked, "select 1", seconds=2) == [(1,)]
+    (child,) = children()
+    time.sleep(2.1)
+    assert rows(asked, "select 2", seconds=2) == [(2,)]
+    assert children() == [child]
