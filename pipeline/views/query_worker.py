@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import stat
 import tempfile
 import threading
@@ -237,7 +236,7 @@ def _main(serve: Callable[[Connection], None], pipe: Connection, folder: str) ->
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    _drop_connections(nothing)
+    _drop_connections(nothing, pipe)
     tempfile.tempdir = folder
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     try:
@@ -250,18 +249,20 @@ def _main(serve: Callable[[Connection], None], pipe: Connection, folder: str) ->
         _send(pipe, "failed", _portable(error))
 
 
-def _drop_connections(nothing: int) -> None:
-    """Drop a server's connections, which would otherwise stay open while this process lives, even after the server closed them."""
-    for fd in [int(path.name) for path in Path("/dev/fd").iterdir()]:
-        # Those that listing the folder opened are closed by now.
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(fd).st_mode) and _is_connection(fd):
+def _drop_connections(nothing: int, pipe: Connection) -> None:
+    """Drop the parent's sockets and its pipes to other processes, which a fork inherits.
+
+    While they are open here, whoever is at the other end does not notice that the parent closed them: a browser waits for an answer,
+    and a process that another thread is starting waits to be started.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    kept = {pipe.fileno(), parent.sentinel}
+    for fd in {int(path.name) for path in Path("/dev/fd").iterdir()} - kept:
+        with contextlib.suppress(OSError):  # listing the folder opened one, which is closed by now
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
                 os.dup2(nothing, fd)  # and not close: an object that was inherited too may close this number later
-
-
-def _is_connection(fd: int) -> bool:
-    with socket.socket(fileno=os.dup(fd)) as inherited:
-        return inherited.family in (socket.AF_INET, socket.AF_INET6)
 
 
 def _serve(database: Database, pipe: Connection) -> None:

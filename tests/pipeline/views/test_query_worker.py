@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -284,3 +285,12 @@ def test_a_query_has_its_whole_time_however_long_ago_the_last_one_was(asked):
     time.sleep(2.1)
     assert rows(asked, "select 2", seconds=2) == [(2,)]
     assert children() == [child]
+
+
+def test_a_pipe_to_another_process_ends_when_it_is_closed_here(asked):
+    # As in subprocess.Popen, which another thread may be in the middle of: it reads until the new process has begun.
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe:
+        assert rows(asked, "select 1") == [(1,)]
+        os.close(writing)
+        assert select.select([pipe], [], [], 5)[0] and pipe.read() == b""
