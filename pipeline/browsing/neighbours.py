@@ -59,8 +59,11 @@ def _find_prompts(examples: pa.Table, position: int) -> Positions:
     prompt = examples["prompt"][position]
     if prompt.as_py() is None:
         return np.empty(0, np.int64)
-    lengths = pc.binary_length(examples["prompt"]).to_numpy()
-    return _keep_equal(examples, np.flatnonzero(lengths == lengths[position]), {"prompt": prompt})
+    # The whole prompt's tokens, however many truncation left, and its bytes.
+    n_tokens = examples["n_prompt"].to_numpy() + examples["cut_prompt"].to_numpy()
+    n_bytes = pc.binary_length(examples["prompt"]).to_numpy()
+    at = np.flatnonzero((n_tokens == n_tokens[position]) & (n_bytes == n_bytes[position]))
+    return _keep_equal(examples, at, {"prompt": prompt})
 
 
 def _keep_equal(examples: pa.Table, at: Positions, values: dict[str, pa.Scalar]) -> Positions:

@@ -126,13 +126,13 @@ class _Colouring:
     @classmethod
     def choose(cls, choice: _Choice, reference: Logps, runs: Mapping[str, RunLogps]) -> "_Colouring":
         if not choice.run:
-            return cls("how likely the reference finds them", reference) if reference else cls()
+            return cls("how likely the reference finds the tokens", reference) if reference else cls()
         policy = runs[choice.run].logps
         other, name = (runs[choice.minus].logps, choice.minus) if choice.minus else (reference, "the reference")
         if policy and other:
             ratios = {answer: _subtract(policy[answer], other[answer]) for answer in policy if answer in other}
-            return cls(f"how much more likely {choice.run} finds them than {name}", ratios, is_ratio=True)
-        return cls(f"how likely {choice.run} finds them", policy) if policy and not choice.minus else cls()
+            return cls(f"how much more likely {choice.run} finds the tokens than {name}", ratios, is_ratio=True)
+        return cls(f"how likely {choice.run} finds the tokens", policy) if policy and not choice.minus else cls()
 
     def colour(self, value: float | None) -> str:
         return choose_colour(value, RATIO_SHADES if self.is_ratio else SURPRISE_SHADES)

@@ -99,6 +99,7 @@ class Reader:
 
     def open(self) -> None:
         """Make the table of numbers, which takes a while if the experiment is large, so that pages do not wait for it."""
+        self.tokens.open()
         self.bins  # noqa: B018  # cached
 
     def close(self) -> None:

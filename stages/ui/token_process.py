@@ -38,6 +38,12 @@ class TokenProcess:
         self._lock = threading.Lock()
         self.models: list[Path] = []  # the runs whose models it holds
 
+    def open(self, experiment: Path) -> None:
+        """Start to load an experiment's tokenizer, and do not wait for it."""
+        with self._lock:
+            self._process = self._process or _start()
+            _send(self._process, {"do": "open", "experiment": str(experiment)})
+
     def decode(
         self, experiment: Path, answers: Mapping[str, Sequence[int]], seconds: float
     ) -> dict[str, list[str]] | None:
@@ -99,9 +105,8 @@ def _start() -> subprocess.Popen[bytes]:
 
 def _exchange(process: "subprocess.Popen[bytes]", request: dict[str, Any], until: float) -> dict[str, Any]:
     """Send a request and read the answer, a line, by its time."""
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(request).encode() + b"\n")
-    process.stdin.flush()
+    _send(process, request)
+    assert process.stdout is not None
     parts: list[bytes] = []
     while not parts or not parts[-1].endswith(b"\n"):
         ready, _, _ = select.select([process.stdout], [], [], max(until - time.monotonic(), 0))
@@ -113,6 +118,12 @@ def _exchange(process: "subprocess.Popen[bytes]", request: dict[str, Any], until
         parts.append(part)
     answer: dict[str, Any] = json.loads(b"".join(parts))
     return answer
+
+
+def _send(process: "subprocess.Popen[bytes]", request: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
 
 
 # -- in the process --------------------------------------------------------------------------------------------------
@@ -127,7 +138,10 @@ def serve(requests: Any, answers: Any) -> None:
     threading.Thread(target=_read, args=(requests, lines), daemon=True).start()
     worker = _Worker()
     while True:
-        print(json.dumps(worker.answer(json.loads(lines.get()))), file=pipe, flush=True)
+        request = json.loads(lines.get())
+        answer = worker.answer(request)
+        if request["do"] != "open":
+            print(json.dumps(answer), file=pipe, flush=True)
 
 
 def _read(requests: Any, lines: "queue.SimpleQueue[str]") -> None:
@@ -143,6 +157,7 @@ class _Worker:
         self._models: OrderedDict[str, Any] = OrderedDict()
         self._encoders: dict[str, Any] = {}
         self._do: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "open": lambda request: self._decode(request | {"answers": {}}),
             "decode": self._decode,
             "compute": self._compute,
         }

@@ -43,6 +43,10 @@ class TokenReader:
         self._folder = folder
         self._texts, self._models = TokenProcess(), TokenProcess()
 
+    def open(self) -> None:
+        """Start to load the tokenizer, so that the first page does not wait for it."""
+        self._texts.open(self._folder)
+
     def close(self) -> None:
         self._texts.close()
         self._models.close()

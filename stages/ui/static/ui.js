@@ -12,7 +12,8 @@ async function fetchPart(address, signal) {
 
 // Replaces the element's content by the part at its data-src; until it comes, the seconds are counted.
 async function loadPart(element, signal) {
-  const began = performance.now(), doing = element.textContent;
+  const began = performance.now(), doing = element.textContent.trim();
+  if (element.children.length) element.textContent = `${doing} …`;  // the link for readers without scripts
   const clock = setInterval(() => {
     element.textContent = `${doing} ${Math.round((performance.now() - began) / 1000)} s`;
   }, 1000);
@@ -22,7 +23,10 @@ async function loadPart(element, signal) {
     element.replaceChildren(...part.childNodes);
   } catch (error) {
     clearInterval(clock);
-    if (error.name !== "AbortError") element.textContent = error.message;
+    if (error.name === "AbortError") return;
+    const message = document.createElement("p");
+    Object.assign(message, { className: "error", textContent: error.message });
+    element.replaceChildren(message);
   }
 }
 
@@ -101,25 +105,7 @@ function keepTicks(form) {
   say();
 }
 
-// -- parts of a page, such as the visits of a pair ------------------------------------------------------
-
-async function loadPart(part, signal) {
-  const began = performance.now(), name = part.textContent.trim();
-  const say = () => { part.textContent = `${name} …${performance.now() - began > 900 ? ` ${Math.round((performance.now() - began) / 1000)} s` : ""}`; };
-  say();
-  const clock = setInterval(say, 1000);
-  try {
-    const loaded = await fetchPart(part.dataset.src, signal);
-    part.replaceChildren(...loaded.childNodes);
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    const message = document.createElement("p");
-    Object.assign(message, { className: "error", textContent: error.message });
-    part.replaceChildren(message);
-  } finally {
-    clearInterval(clock);
-  }
-}
+// -- keys, to be copied ------------------------------------------------------------------------------
 
 function copyOnClick(button) {
   button.hidden = !navigator.clipboard;
