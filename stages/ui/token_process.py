@@ -154,7 +154,7 @@ class _Worker:
     """What the process keeps between requests."""
 
     def __init__(self) -> None:
-        self._models: OrderedDict[str, Any] = OrderedDict()
+        self._models: OrderedDict[str, tuple[list[str], Any]] = OrderedDict()  # by run, with the stamps of its files
         self._encoders: dict[str, Any] = {}
         self._do: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "open": lambda request: self._decode(request | {"answers": {}}),
@@ -188,14 +188,16 @@ class _Worker:
         return {"logps": {name: each.tolist() for name, each in logps.items()}, "models": list(self._models)}
 
     def _load(self, run: str) -> Any:
-        if run not in self._models:
-            if not (Path(run) / example_tokens.MODEL).is_dir():
-                raise UsageError(f"{run} has no model: the run is not finished, or the model was removed.")
+        if not (Path(run) / example_tokens.MODEL).is_dir():
+            raise UsageError(f"{run} has no model: the run is not finished, or the model was removed.")
+        stamps = example_tokens.find_policy(Path(run)).stamps()
+        if run not in self._models or self._models[run][0] != stamps:
+            self._models.pop(run, None)
             while len(self._models) >= MOST_MODELS:
                 self._models.popitem(last=False)
-            self._models[run] = example_tokens.load_policy(Path(run))
+            self._models[run] = stamps, example_tokens.load_policy(Path(run))
         self._models.move_to_end(run)
-        return self._models[run]
+        return self._models[run][1]
 
 
 def _describe(error: Exception) -> dict[str, Any]:
