@@ -12,8 +12,10 @@ async function fetchPart(address, signal) {
 
 // Replaces the element's content by the part at its data-src; until it comes, the seconds are counted.
 async function loadPart(element, signal) {
-  const began = performance.now(), doing = element.textContent.trim();
-  if (element.children.length) element.textContent = `${doing} …`;  // the link for readers without scripts
+  const began = performance.now();
+  // A link is for readers without scripts.
+  const doing = element.textContent.trim() + (element.children.length ? " …" : "");
+  element.textContent = doing;
   const clock = setInterval(() => {
     element.textContent = `${doing} ${Math.round((performance.now() - began) / 1000)} s`;
   }, 1000);
