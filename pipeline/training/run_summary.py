@@ -27,7 +27,7 @@ class HeldOut:
     """The figures of an evaluation that compare runs; None where a loss does not log one."""
 
     step: int
-    reward_accuracy: float | None
+    reward_accuracy: float | None  # also None while there are no rewards
     reward_margin: float | None
     preference_accuracy: float | None
     loss: float | None
@@ -131,6 +131,11 @@ def _first_split(evaluation: Mapping[str, float]) -> str | None:
     return min((name.removesuffix("_loss") for name in evaluation if name.endswith("_loss")), default=None)
 
 
+def has_rewards(evaluation: Mapping[str, float], prefix: str) -> bool:
+    """Tell whether the policy has left its reference: before, all rewards are 0, and their accuracy means nothing."""
+    return abs(evaluation.get(f"{prefix}rewards/margins", math.inf)) >= 1e-4
+
+
 def _figures(step: int, evaluation: Mapping[str, float], split: str | None) -> HeldOut | None:
     if split is None or not evaluation:
         return None
@@ -142,7 +147,7 @@ def _figures(step: int, evaluation: Mapping[str, float], split: str | None) -> H
 
     return HeldOut(
         step=step,
-        reward_accuracy=find("rewards/accuracies"),
+        reward_accuracy=find("rewards/accuracies") if has_rewards(evaluation, prefix) else None,
         reward_margin=find("rewards/margins"),
         preference_accuracy=find("preference_accuracy"),
         loss=find("loss"),

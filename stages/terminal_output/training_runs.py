@@ -8,6 +8,7 @@ from rich.text import Text
 from prefcache import command_results
 from prefcache.pipeline.schema import HELD_OUT, metric_prefix
 from prefcache.pipeline.stored.records import RunManifest
+from prefcache.pipeline.training.run_summary import has_rewards
 from prefcache.pipeline.visible_text import count, visible
 from prefcache.row_layout import print_block, print_table
 from prefcache.terminal_output.console import open_console, say
@@ -66,8 +67,7 @@ def _print_evaluation(console: Console, run: RunManifest, split: str, n_examples
         if (name := f"{prefix}{metric}") in after.evaluation:
             # Adding 0.0 after rounding spares the reader a "-0.000".
             old, new = (form.format(round(side.evaluation[name], 6) + 0.0) for side in (before, after))
-            # Before the first step all rewards are 0, so their accuracy means nothing.
-            if metric == "rewards/accuracies" and abs(before.evaluation[f"{prefix}rewards/margins"]) < 1e-4:
+            if metric == "rewards/accuracies" and not has_rewards(before.evaluation, prefix):
                 old = "-"
             rows.append((label, old, new))
     print_table(console, [f"~{_evaluated_kind(run, split, n_examples)}", ">before", ">after"], rows)
