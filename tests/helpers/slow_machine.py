@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-HASHED, FORWARD, WHOLE = 0.3, 0.15, 6.0  # seconds: of a block that is hashed, of a forward, of what cannot report
+HASHED, FORWARD, WHOLE = 0.3, 2.2, 6.0  # seconds: of a block that is hashed, of a forward, of what cannot report
 
 
 def slow(owner: Any, name: str, seconds: float) -> None:
