@@ -14,6 +14,7 @@ Work deep inside, such as hashing a file, reports to the running command without
     with working("load m"): ...    # for what cannot report how far it is
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -138,4 +139,10 @@ def working(what: str) -> AbstractContextManager[Counter]:
     return counting(what, None, "")
 
 
+def _forget_running() -> None:
+    """Leave the display to the parent of a forked process, which may have been holding the lock."""
+    _running.set(None)
+
+
+os.register_at_fork(after_in_child=_forget_running)
 _NOBODY = Progress(silent=True)

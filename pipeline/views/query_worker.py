@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from prefcache.pipeline import process_pool
 from prefcache.pipeline.errors import ResourceError, UsageError
+from prefcache.pipeline.progress import working
 from prefcache.pipeline.views.database import MEMORY_LIMIT, BrokenDatabase
 from prefcache.pipeline.views.query import Query, Result
 
@@ -79,9 +80,11 @@ class Worker:
         try:
             child.send((query, parameters))
             child.start_clock(None)  # that of the query before may have run out meanwhile
-            child.expect("opened", bounds)
+            with working("read what the query needs"):
+                child.expect("opened", bounds)
             child.start_clock(bounds.seconds)
-            answer = Answer(child, bounds)
+            with working("compute the answer"):
+                answer = Answer(child, bounds)
             yield answer
         finally:
             # An answer that was not read to its end is still being computed.
@@ -131,8 +134,9 @@ class Answer:
         if self._form is None:
             self._start("rows")
         if self._numbers is None:
-            for _ in self._blocks():
-                pass
+            with working("compute the numbers about all the data"):
+                for _ in self._blocks():
+                    pass
         return self._numbers or {}
 
     def _start(self, form: str) -> None:

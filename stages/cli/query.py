@@ -149,11 +149,12 @@ def _answer(
 ) -> None:
     """Print the answer to a query, or write it into a file."""
     from prefcache import query_output
+    from prefcache.pipeline.progress import Progress
 
     if out is not None:
         query_output.check_output(Path(out), experiment.inputs, force)
     form = "json" if as_json else form
-    with experiment.ask(query, None, timeout) as answer:
+    with Progress(command="sql"), experiment.ask(query, None, timeout) as answer:
         _write(answer, form, out, limit)
         for line in answer.explain_empty():
             click.echo(visible(line), err=True)
@@ -173,12 +174,13 @@ def _answer_question(
 ) -> None:
     """Print the rows of a ready question and its verdict. Formats for machines have the verdict on stderr, JSON has it inside."""
     from prefcache import query_output
+    from prefcache.pipeline.progress import Progress
     from prefcache.terminal_output import answer_rows
 
     if out is not None:
         query_output.check_output(Path(out), experiment.inputs, force)
     form = "json" if as_json else form
-    with experiment.ask_question(question, settings, timeout) as answered:
+    with Progress(command="ask"), experiment.ask_question(question, settings, timeout) as answered:
         if out is None and form == "json":
             query_output.print_question(answered)
             return

@@ -1,5 +1,6 @@
 """Lines elsewhere, bars on a terminal, and nothing from data or a model drives it."""
 
+import os
 import sys
 import time
 from types import SimpleNamespace
@@ -255,3 +256,14 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines():
     )
     shown = run_on_terminal([sys.executable, "-c", code], environment={"TERM": "dumb"})
     assert shown.text.startswith("train: 60/60 steps") and "\x1b" not in shown.text
+
+
+def test_a_forked_process_leaves_the_display_to_its_parent():
+    """Its parent may have been holding the lock when it forked: to report anything would wait for ever."""
+    with Progress(command="sql") as progress, progress._lock:
+        child = os.fork()
+        if child == 0:
+            with working("read"):
+                os._exit(7)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
