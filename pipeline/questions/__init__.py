@@ -98,7 +98,7 @@ def _parse(file: Path) -> Question:
         parameters,
         f"{select.rstrip()}\n",
         numbers,
-        JUDGES.get(file.stem, lambda numbers, values: Verdict("No verdict yet.")),
+        JUDGES[file.stem],
     )
 
 

@@ -179,6 +179,8 @@ def _answer_question(
 
     if out is not None:
         query_output.check_output(Path(out), experiment.inputs, force)
+        if "limit" in question.parameters:
+            settings = {"limit": "null"} | settings  # a file is for use, and has all rows
     form = "json" if as_json else form
     with Progress(command="ask"), experiment.ask_question(question, settings, timeout) as answered:
         if out is None and form == "json":

@@ -276,6 +276,18 @@ def test_sql_refuses_what_is_not_one_select_over_the_views(sql, trained, query):
     assert not list(trained.glob("stolen*"))
 
 
+def test_a_file_of_a_question_has_all_rows_and_a_table_a_few(trained):
+    invoke(trained, "ask", "disagreements", "--out", "all.csv")
+    invoke(trained, "ask", "disagreements", "--set", "limit=2", "--out", "two.csv")
+    n_negative = invoke(
+        trained, "sql", "select count(*) as n from pairs where used and margin_per_token < 0", "--format", "csv"
+    )
+    listed = json.loads(invoke(trained, "ask", "disagreements", "--set", "limit=3", "--json").stdout)
+    n_rows = {name: len((trained / name).read_text().splitlines()) - 1 for name in ("all.csv", "two.csv")}
+    assert n_rows == {"all.csv": int(n_negative.stdout.split()[1]), "two.csv": 2}
+    assert len(listed["rows"]) == 3 < n_rows["all.csv"]
+
+
 def test_sql_shows_hostile_text_as_text(sql):
     done = sql("select chr(27) || '[31mred' as x")
     assert "\x1b" not in done.stdout and "[31mred" in done.stdout
