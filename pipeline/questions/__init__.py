@@ -9,8 +9,9 @@ add a question, add a file and a function.
 
 import contextlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ __all__ = ["QUESTIONS", "Parameter", "Question", "Verdict", "get_question"]
 _PARAMETER = re.compile(r"-- (\w+) = ([^:]+): (.+)")
 _VERDICT = "\n-- verdict\n"
 _LIMIT = "limit"
+_SHARE = (lambda value: 0 < value <= 1, "a share above 0 and up to 1")
+# What a parameter of this name may be, and how to say that.
+_BOUNDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    _LIMIT: (lambda value: value >= 0 and value == int(value), "a whole number, or null for all rows"),
+    "share": _SHARE,
+    "similarity": _SHARE,
+    "nats": (lambda value: value >= 0, "a number of 0 or more"),
+    "epochs": (lambda value: value > 0, "a number above 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Parameter:
 
     def parse(self, name: str, value: Any) -> Any:
         """Parse a setting: a number if the default is one, else the text itself, since a run may be called 1. null is None."""
-        if value is None or value == "null":
+        if value in (None, "null") and (self.default is None or name == _LIMIT):
             return None
         if not isinstance(self.default, int | float):
             return str(value)
@@ -43,6 +53,9 @@ class Parameter:
                 number = json.loads(value)
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise UsageError(f"--set {name}={value}: expected a number, such as {json.dumps(self.default)}.")
+        is_allowed, expected = _BOUNDS.get(name, (lambda value: True, "a number"))
+        if not math.isfinite(number) or not is_allowed(number):
+            raise UsageError(f"--set {name}={value}: expected {expected}, such as {json.dumps(self.default)}.")
         return number
 
 

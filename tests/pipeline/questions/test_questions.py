@@ -17,7 +17,7 @@ from prefcache.pipeline import views
 from prefcache.pipeline.questions import QUESTIONS
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.conversations import assistant, user
-from tests.helpers.project import invoke, pair
+from tests.helpers.project import invoke, pair, write_config
 
 LONG = " ".join(["red", "cat", "sings"] * 40)
 SAME = {
@@ -141,6 +141,11 @@ def test_a_question_or_parameter_that_is_none_names_the_nearest(folder):
         (["length-bais"], "length-bias"),
         (["disagreements", "runs/q", "--set", "limits=3"], "The nearest is limit"),
         (["disagreements", "runs/q", "--set", "limit=some"], "limit=some: expected a number, such as 20"),
+        (["disagreements", "runs/q", "--set", "limit=-1"], "limit=-1: expected a whole number, or null for all rows"),
+        (["small-gap", "runs/q", "--set", "share=5"], "share=5: expected a share above 0 and up to 1"),
+        (["near-identical", "runs/q", "--set", "similarity=null"], "similarity=null: expected a number, such as 0.9"),
+        (["label-noise", "runs/q", "--set", "nats=NaN"], "nats=NaN: expected a number of 0 or more"),
+        (["training-cost", "runs/q", "--set", "epochs=0"], "epochs=0: expected a number above 0"),
     ):
         assert said in invoke(folder, "ask", *arguments, code=2).stderr
     # A run may have a number for its name.
@@ -230,6 +235,23 @@ def test_near_identical(ask):
     (found,) = ask("near-identical")
     assert (found["line"], found["similarity"]) == (13, 1.0)
     assert found["chosen"].startswith("the red cat") and found["rejected"].startswith("The red cat")
+
+
+def test_near_identical_answers_in_any_script(tmp_path, model):
+    """Words of scripts without blanks are compared by the character, and marks alone are no words."""
+    beginning = "我们今天早上在河边的公园里"
+    answers = [
+        (f"{beginning}看见了三只白色的鸟", f"{beginning}看见了两只白色的鸟"),  # 20 characters shared of 22
+        ("A: 我们明天去北京看望老朋友吧", "A: 我们明天去北京看不懂为什么没来上班"),  # 9 of 23
+        ("слон идет по городу медленно", "слон идет по городу быстро"),  # 4 of 6
+        ("!? !? !? !? !? !? ...", "!? !? !? !? !? !? !!!"),
+    ]
+    rows = [pair(i) | {"chosen": a, "rejected": b} for i, (a, b) in enumerate(answers)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_config(tmp_path, model)
+    invoke(tmp_path, "prepare", "config.yaml")
+    rows = invoke(tmp_path, "ask", "near-identical", "config.yaml", "--set", "similarity=0.6", "--json").stdout
+    assert [(row["line"], round(row["similarity"], 3)) for row in json.loads(rows)["rows"]] == [(1, 0.909), (3, 0.667)]
 
 
 def test_duplicates(ask):
