@@ -25,9 +25,14 @@ alike as (
 words as (
     select
         *,
-        list_distinct(regexp_extract_all(a, '\w+')) as chosen_words,
-        list_distinct(regexp_extract_all(b, '\w+')) as rejected_words
-    from alike
+        list_distinct(regexp_extract_all(a, pattern)) as chosen_words,
+        list_distinct(regexp_extract_all(b, pattern)) as rejected_words
+    from
+        alike
+        cross join (
+            -- A word is a run of what is no blank, mark or symbol; a character where words are written without blanks.
+            select '[{scripts}]|[^{scripts}\s\pZ\pC\pP\pS]+'.replace('{scripts}', '\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}') as pattern
+        )
 ),
 
 compared as (
@@ -42,7 +47,7 @@ select
     shorten(chosen) as chosen,
     shorten(rejected) as rejected
 from compared
-where n_shared >= $similarity * (len(chosen_words) + len(rejected_words) - n_shared)
+where n_shared > 0 and n_shared >= $similarity * (len(chosen_words) + len(rejected_words) - n_shared)
 order by similarity desc, example_id
 -- verdict
 select
