@@ -35,6 +35,12 @@ def _sum(groups: Iterable[Numbers], name: str) -> int:
     return sum(group[name] for group in groups)
 
 
+def _in_runs(groups: list[Numbers]) -> str:
+    """Return ` in 2 runs`: examples count once for each run."""
+    n_runs = len(_by_run(groups))
+    return f" in {n_runs} runs" if n_runs > 1 else ""
+
+
 def _find_worst_run(
     groups: list[Numbers],
     share: Callable[[Numbers, int], Share],
@@ -59,9 +65,8 @@ def by_source(numbers: Numbers, values: Values) -> Verdict:
     held_out = [group for group in groups if group["split"] != TRAIN]
     shown = [group for group in held_out if group["split"] == HELD_OUT] or held_out or groups
     right = Share(_sum(shown, "n_right"), _sum(shown, "n"))
-    n_runs = len({group["run"] for group in shown})
     what = "held-out example" if shown[0]["split"] != TRAIN else "training example"
-    found = f"At their last visit{f' in {n_runs} runs' if n_runs > 1 else ''}, {right.count_of(what)} are right."
+    found = f"At their last visit{_in_runs(shown)}, {right.count_of(what)} are right."
     if right.is_too_few:
         return conclude(numbers, found, "That is too few to compare sources.", **right.numbers("correct"))
 
@@ -110,7 +115,7 @@ def learning(numbers: Numbers, values: Values) -> Verdict:
     if not several:
         return conclude(
             numbers,
-            f"Each of {count(_sum(groups, 'n'), 'example')} was visited once, so that it cannot be said what was learnt or forgotten. "
+            f"Each of {count(_sum(groups, 'n'), 'example')}{_in_runs(groups)} was visited once, so that it cannot be said what was learnt or forgotten. "
             f"{_MORE_VISITS}.",
         )
     shown = [group for group in several if group["split"] == TRAIN] or several
@@ -128,7 +133,7 @@ def learning(numbers: Numbers, values: Values) -> Verdict:
     )
     return conclude(
         numbers,
-        f"Of {count(n, what)}, {list_names(shares)}.",
+        f"Of {count(n, what)}{_in_runs(shown)}, {list_names(shares)}.",
         f"Never right: {never.percent} ({never.interval}).",
         f"Most are never right in {worst}." if worst else "",
         _advise_on_learning(never, forgotten),
@@ -181,7 +186,7 @@ def unlearned(numbers: Numbers, values: Values) -> Verdict:
         if of_split
     }
     wrong = [share.count_of(f"{name} example") for name, share in splits.items()]
-    found = f"Wrong at their last visit: {list_names(wrong)}."
+    found = f"Wrong at their last visit{_in_runs(groups)}: {list_names(wrong)}."
     if is_once:
         once = "Each training example was visited once, perhaps before the policy had learnt much, so that it cannot be said which are unlearned."
         return conclude(numbers, found, once, f"{_MORE_VISITS}.")
