@@ -126,4 +126,7 @@ def _parse_order(values: dict[str, list[str]]) -> Order:
 
 def _parse_page(values: dict[str, list[str]]) -> int:
     text = values.get("page", ["1"])[-1]
-    return min(int(text), _MOST_PAGES) if text.isdecimal() and int(text) > 0 else 1
+    if not text.isdecimal():
+        return 1
+    # Python refuses to read thousands of digits.
+    return max(1, min(int(text), _MOST_PAGES)) if len(text) < 10 else _MOST_PAGES

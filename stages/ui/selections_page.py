@@ -1,6 +1,9 @@
 """Selections: examples saved as a file that `train.only` reads, and the command that uses it."""
 
+import contextlib
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -27,14 +30,20 @@ class Selection:
 
     @property
     def command(self) -> str:
-        return f"prefcache train CONFIG --set train.only={self.path} --set train.run={self.path.stem}"
+        return f"prefcache train CONFIG --set {shlex.quote(f'train.only={self.path}')} --set train.run={self.path.stem}"
 
 
 def show(reader: Reader, request: Request) -> Response:
-    files = sorted((reader.folder / FOLDER).glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    selections = [Selection(file, pa.parquet.read_metadata(file).num_rows) for file in files]
+    selections = [selection for _, selection in sorted(_find(reader.folder / FOLDER), key=lambda found: -found[0])]
     saved = request.query_params.get("saved", "")
     return pages.render("selections", section="/selections", reader=reader, selections=selections, saved=saved)
+
+
+def _find(folder: Path) -> Iterator[tuple[int, Selection]]:
+    """Yield the selections and when each was saved, without files that are none."""
+    for file in folder.glob("*.parquet"):
+        with contextlib.suppress(OSError, pa.ArrowException):
+            yield file.stat().st_mtime_ns, Selection(file, pa.parquet.read_metadata(file).num_rows)
 
 
 def save(reader: Reader, request: Request) -> Response:
@@ -51,9 +60,12 @@ def save(reader: Reader, request: Request) -> Response:
         ids = reader.list_other_ids(ids)
     if not len(ids):
         raise UsageError("No example would be in it. Tick some, or choose another filter.")
-    path.parent.mkdir(exist_ok=True)
-    with row_writers.open_columns(path, _SCHEMA) as file:
-        file.write_table(pa.table({"example_id": ids}, schema=_SCHEMA))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with row_writers.open_columns(path, _SCHEMA) as file:
+            file.write_table(pa.table({"example_id": ids}, schema=_SCHEMA))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}).") from None
     return RedirectResponse(pages.address("/selections", saved=path.name), 303)
 
 

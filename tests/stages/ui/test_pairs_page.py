@@ -123,3 +123,8 @@ def test_nothing_is_written_by_looking(site, folder):
     for path in ("/pairs", "/pairs/count", "/pairs/histograms", "/selections"):
         site.get(path)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("page", ["0", "-1", "x", "1.5", "9" * 20, "9" * 5000])
+def test_a_page_that_does_not_exist_is_an_answer_too(site, page):
+    assert site.get("/pairs", [("page", page)]).status == 200

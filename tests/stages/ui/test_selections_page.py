@@ -80,3 +80,25 @@ def test_an_empty_or_unknown_selection_is_refused(site):
     assert "There is no example" in save(site, "unknown", id=["ffff"]).text
     assert "No example would be in it" in save(site, "empty", which="filter", filter="margin.min=1e9").text
     assert "no column" in save(site, "wrong", which="filter", filter="where=promt%3D1").text
+
+
+def test_a_file_that_is_no_selection_is_not_listed(site, folder):
+    assert save(site, "beside", which="filter").status == 303
+    (selections,) = folder.glob("runs/*/selections")
+    (selections / "broken.parquet").write_text("no table")
+    page = site.get("/selections")
+    assert page.status == 200 and "beside.parquet" in page.text and "broken.parquet" not in page.text
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_reason(site, folder):
+    (prepared,) = folder.glob("runs/*/prepared")
+    selections, aside = prepared.parent / "selections", prepared.parent / "aside"
+    selections.mkdir(exist_ok=True)
+    selections.rename(aside)
+    selections.write_text("a file of this name")
+    try:
+        answer = save(site, "refused", which="filter")
+    finally:
+        selections.unlink()
+        aside.rename(selections)
+    assert answer.status == 400 and "cannot be written (File exists)" in answer.text
