@@ -134,17 +134,18 @@ def _describe_dropped(numbers: Numbers) -> str:
         if limit
         else ""
     )
-    return " ".join(
-        filter(
-            None,
-            (
-                found,
-                where,
-                raised,
-                "Raise prepare.max_length, or cut them instead (prepare.too_long=keep_start or keep_end).",
-            ),
-        )
+    of_prompts = numbers["dropped_by_prompt_limit"]
+    prompts = (
+        f"The prompt alone is longer than prepare.max_prompt_length={numbers['n_prompt_limit']:,} in {count(of_prompts, 'record')}: raise it."
+        if of_prompts
+        else ""
     )
+    advice = (
+        "Raise prepare.max_length, or cut the ends of answers (prepare.too_long=keep_start) or the oldest turns (keep_end)."
+        if dropped > of_prompts
+        else ""
+    )
+    return " ".join(filter(None, (found, where, prompts, raised, advice)))
 
 
 def _describe_cut(numbers: Numbers) -> str:

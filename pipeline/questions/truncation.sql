@@ -59,7 +59,10 @@ order by records_dropped desc, share_cut desc, source
 -- verdict
 with long as (
     -- A record may have several answers that are too long.
-    select max(n_limit) as n_limit, max(n_tokens) as n_tokens
+    select
+        max(n_limit) as n_limit,
+        max(n_tokens) as n_tokens,
+        bool_or(detail like '%prepare.max_prompt_length') as is_of_prompt_limit
     from quarantine
     where reason in ('too long', 'prompt too long')
     group by source, line
@@ -72,8 +75,10 @@ select
     coalesce(sum(chosen_cut), 0)::bigint as chosen_cut,
     coalesce(sum(rejected_cut), 0)::bigint as rejected_cut,
     coalesce(sum(tokens_cut), 0)::bigint as tokens_cut,
-    (select max(n_limit) from long where n_tokens is not null) as n_limit,
-    (select count_if(n_tokens <= 2 * n_limit) from long) as kept_at_twice,
-    (select max(n_tokens) from long) as longest,
+    (select max(n_limit) from long where n_tokens is not null and not is_of_prompt_limit) as n_limit,
+    (select count_if(n_tokens <= 2 * n_limit and not is_of_prompt_limit) from long) as kept_at_twice,
+    (select max(n_tokens) from long where not is_of_prompt_limit) as longest,
+    (select max(n_limit) from long where is_of_prompt_limit) as n_prompt_limit,
+    (select count_if(is_of_prompt_limit) from long) as dropped_by_prompt_limit,
     list({source: source, n: examples + records_dropped, n_dropped: records_dropped}) as groups
 from answer

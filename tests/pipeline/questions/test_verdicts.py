@@ -14,7 +14,7 @@ from prefcache.pipeline import config_settings, intervals
 from prefcache.pipeline.questions import QUESTIONS, Verdict
 from prefcache.pipeline.questions.verdict import JUDGES, Share, find_worst
 from prefcache.pipeline.training.losses import LOSSES
-from tests.helpers.project import invoke, pair, write_pairs
+from tests.helpers.project import invoke, options, pair, write_config, write_pairs
 
 SOURCES = [file.read_text() for file in Path("pipeline/questions").glob("*_verdicts.py")]
 
@@ -217,6 +217,30 @@ def test_truncation_counts_what_drop_quarantined_and_says_which_limit_would_keep
     assert f"the longest that was counted has {longest:,}" in said
     assert (
         "all 24 examples are within the length limits" in ask(folder, "truncation", "runs/pairs")["verdict"]["sentence"]
+    )
+
+
+def test_prompts_beyond_their_own_limit_are_told_from_what_max_length_removed(tmp_path, model):
+    rows = [pair(i) for i in range(6)]
+    for i in (0, 1):
+        rows[i]["prompt"] = "why so? " * 60
+    rows[2]["chosen"] = "the red cat sings " * 60
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_config(tmp_path, model)
+    limits = [f"prepare.{name}" for name in ("max_prompt_length=50", "max_length=200", "max_quarantine=1")]
+    invoke(tmp_path, "prepare", "config.yaml", *options(*limits))
+    said = ask(tmp_path, "truncation", "runs/tiny")["verdict"]["sentence"]
+    assert said.startswith("3 records of 6 (50%) are left out as too long.")
+    assert "longer than prepare.max_prompt_length=50 in 2 records" in said
+    assert "A limit of 400 tokens instead of 200 would keep 1 of them" in said
+
+
+def test_nothing_is_advised_where_the_reference_disagrees_with_no_pair():
+    group = {"source": "a", "pairs": 50, "n": 50, "n_disagrees": 0}
+    said = judge("disagreements", {"pairs": 50, "labels": 0, "reference": "r", "groups": [group]}).sentence
+    assert (
+        said
+        == "The reference finds the rejected answer likelier per token in 0 of 50 pairs (0%, 95% interval 0% to 7%)."
     )
 
 
