@@ -78,7 +78,9 @@ def disagreements(numbers: Numbers, values: Values) -> Verdict:
         f"The reference finds the rejected answer likelier per token in {share.count_of('pair')}.",
         where,
         "Training has to turn these round. Read the clearest, which come first: some may be labelled the wrong way round (prefcache ask "
-        "label-noise).",
+        "label-noise)."
+        if share.n_right
+        else "",
         scored=n_scored,
         **share.numbers("disagrees"),
     )
