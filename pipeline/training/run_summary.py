@@ -14,7 +14,7 @@ from typing import Any, Literal
 from prefcache.pipeline.config_file import read_yaml
 from prefcache.pipeline.errors import PrefcacheError
 from prefcache.pipeline.schema import EVALUATION, HELD_OUT, metric_prefix
-from prefcache.pipeline.stored import claims, disk_usage
+from prefcache.pipeline.stored import artifact, claims, disk_usage
 from prefcache.pipeline.stored.records import Before, Provenance, RunManifest
 from prefcache.pipeline.training import alerts, checkpoints, existing_run
 from prefcache.pipeline.training.run_log import BEFORE, PARTS, PROVENANCE, RunLog
@@ -69,25 +69,35 @@ def summarize(folder: Path) -> RunSummary:
         provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
         facts |= {"loss": provenance.loss, "beta": provenance.beta, "planned": provenance.steps}
         manifest = RunManifest.find(folder)
-        facts |= _describe_finished(manifest) if manifest else _describe_unfinished(folder, is_running)
+        facts |= _describe_finished(folder, manifest) if manifest else _describe_unfinished(folder, is_running)
     except PrefcacheError as error:
         facts |= {"state": "running" if is_running else "damaged", "note": str(error)}
     return RunSummary(run=folder.name, folder=folder, bytes=_measure(folder), changed=_find_change(folder), **facts)
 
 
-def _describe_finished(manifest: RunManifest) -> dict[str, Any]:
+def _describe_finished(folder: Path, manifest: RunManifest) -> dict[str, Any]:
     split = HELD_OUT if manifest.held_out else min(manifest.evaluated, default=None)
     best, stopped = manifest.best, manifest.stopped
+    note = stopped.describe() if stopped else f"the model is that of step {best.step:,}" if best else None
+    damaged = _describe_damage(folder / "model", manifest)
     return {
-        "state": "stopped" if stopped else "finished",
+        "state": "damaged" if damaged else "stopped" if stopped else "finished",
         "steps": manifest.steps,
         **({"planned": stopped.of} if stopped else {}),
         "evaluated": split,
         "before": _figures(0, manifest.before.evaluation, split),
         "after": _figures(best.step if best else manifest.steps, manifest.after.evaluation, split),
         "alerts": manifest.alerts,
-        "note": stopped.describe() if stopped else f"the model is that of step {best.step:,}" if best else None,
+        "note": damaged or note,
     }
+
+
+def _describe_damage(model: Path, manifest: RunManifest) -> str | None:
+    """Name a file of the model that is missing or has another size; None if there is none. prefcache doctor reads the files."""
+    for entry in manifest.model:
+        if damage := artifact.damage(model, entry, every_byte=False):
+            return f"{model / entry.file} {damage}"
+    return None
 
 
 def _describe_unfinished(folder: Path, is_running: bool) -> dict[str, Any]:

@@ -65,6 +65,13 @@ def test_states_and_steps(experiment):
     assert listed() == listed("config.yaml") == runs
 
 
+def test_a_finished_run_whose_model_is_gone_is_damaged(experiment):
+    (weights,) = (experiment / "trained/model").glob("*.safetensors")
+    weights.unlink()
+    run = listed("runs/tiny")["trained"]
+    assert (run["state"], run["note"]) == ("damaged", f"runs/tiny/trained/model/{weights.name} is missing")
+
+
 def test_held_out_figures_are_those_of_the_metrics(experiment):
     for name, step in (("trained", 8), ("killed", 4), ("stopped", 5)):
         rows = {row["step"]: row for row in metrics(experiment / name)}
