@@ -91,13 +91,13 @@ def _look_at_checkpoints(run: Path, every_byte: bool) -> Iterator[Removable | Le
     try:
         manifest = RunManifest.find(run)
     except IntegrityError as error:
-        yield LeftAlone(run, f"its state cannot be read: {error}")
+        yield LeftAlone(run, f"cannot be judged: {error}")
         return
     if manifest is None:  # it resumes from them
         return
     found = [*checkpoints.find_superfluous(run, keep=0), *checkpoints.find_moving_reference(run)]
     if found and any(artifact.damage(run / "model", entry, every_byte=every_byte) for entry in manifest.model):
-        yield LeftAlone(folder, "its model is damaged, and is made again from the last checkpoint")
+        yield LeftAlone(folder, "is needed: the model is damaged, and is made again from the last checkpoint")
         return
     needed = set(found) - {*checkpoints.find_superfluous(run, keep=1)} if manifest.stopped else set()
     removable: dict[Kind, list[Path]] = {"checkpoints": [], "kept": [], "stopped": []}
