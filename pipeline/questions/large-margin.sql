@@ -57,6 +57,11 @@ select
         from steps
         where split = 'train' and run = coalesce($run, (select min(run) from steps))
     ) as epochs,
+    (
+        select count(*)
+        from rewards
+        where split = 'train' and margin is not null and run = coalesce($run, (select min(run) from steps))
+    ) as rewarded,
     count(*) as kept,
     min(preference) as lowest,
     max(preference) as highest

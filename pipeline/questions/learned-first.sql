@@ -7,7 +7,12 @@ with training as (
         (2 ** floor(log2((n_chosen_counted + n_rejected_counted) / 2)))::int as from_tokens,
         1 + floor(10 * (step - 1) / max(step) over (partition by run))::int as tenth,
         margin
-    from (select * from steps where split = 'train' and margin is not null and step > 0)
+    from (
+        select *
+        from steps
+        -- A margin of exactly 0 means that the policy is still its reference: neither right nor wrong.
+        where split = 'train' and margin <> 0 and step > 0
+    )
     join (select example_id, source from examples) using (example_id)
 )
 

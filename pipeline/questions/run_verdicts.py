@@ -385,15 +385,18 @@ def _describe_selection(numbers: Numbers, bound: str, value: float | None) -> Ve
         return verdict
     if not numbers["kept"] or value is None:
         return conclude(numbers, f"Run {numbers['run']} has no rewards of training pairs.")
+    is_partial = numbers["rewarded"] < numbers["examples"]
+    others = f" that run {numbers['run']} has rewards of, among {numbers['examples']:,}," if is_partial else ""
     once = (
-        "Each pair was visited once, the first of them by a policy that had hardly been trained, so their rewards do not compare well: use a run of two "
+        "Each was visited once, the first of them by a policy that had hardly been trained, so their rewards do not compare well: use a run of two "
         "epochs or more."
         if (numbers["epochs"] or 0) <= 1
         else ""
     )
     return conclude(
         numbers,
-        f"{numbers['kept']:,} of {count(numbers['examples'], 'training pair')} are kept, those with {bound.format(value)} by run {numbers['run']}.",
+        f"{numbers['kept']:,} of {count(numbers['rewarded'], 'training pair')}{others} are kept, those with {bound.format(value)} by run "
+        f"{numbers['run']}.",
         once,
         "Save them (--out FILE) and train with train.only=FILE; train once on all pairs too, to see whether it helps.",
     )

@@ -26,6 +26,11 @@ select
         from steps
         where split = 'train' and run = coalesce($run, (select min(run) from steps))
     ) as epochs,
+    (
+        select count(*)
+        from rewards
+        where split = 'train' and margin <> 0 and run = coalesce($run, (select min(run) from steps))
+    ) as rewarded,
     count(*) as kept,
     min(gap) as lowest,
     max(gap) as highest

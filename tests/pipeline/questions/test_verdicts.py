@@ -93,9 +93,12 @@ def test_one_visit_of_each_example_is_no_verdict_about_learning():
     assert said.startswith(
         "Wrong at their last visit: 10 of 100 training examples (10%, 95% interval 6% to 17%). Each training example was visited once"
     )
-    selected = {"runs": 1, "run": "a", "labels": 0, "examples": 90, "kept": 9, "highest": 0.1, "epochs": 1.0}
-    assert "Each pair was visited once" in judge("small-gap", selected).sentence
-    assert "Each pair was visited once" not in judge("small-gap", selected | {"epochs": 2.0}).sentence
+    selected = {"runs": 1, "run": "a", "labels": 0, "examples": 90, "kept": 9, "highest": 0.1}
+    selected |= {"rewarded": 90, "epochs": 1.0}
+    assert "Each was visited once" in judge("small-gap", selected).sentence
+    assert "Each was visited once" not in judge("small-gap", selected | {"epochs": 2.0}).sentence
+    said = judge("small-gap", selected | {"rewarded": 40}).sentence
+    assert said.startswith("9 of 40 training pairs that run a has rewards of, among 90, are kept")
 
 
 def test_a_run_of_one_visit_does_not_count_as_unlearned_next_to_one_of_several():
