@@ -79,8 +79,9 @@ def disagreements(numbers: Numbers, values: Values) -> Verdict:
         where,
         "Training has to turn these round. Read the clearest, which come first: some may be labelled the wrong way round (prefcache ask "
         "label-noise)."
-        if share.n_right
+        if share.n_right and not share.is_too_few
         else "",
+        "That is too few to say more." if share.is_too_few else "",
         scored=n_scored,
         **share.numbers("disagrees"),
     )
