@@ -46,12 +46,12 @@ class _Asked:
 
 
 def show(reader: Reader, request: Request) -> Response:
-    """Show the form and the list. A list that is searched for in all texts is loaded by the page itself."""
+    """Show the form and the list. A list that may take long is loaded by the page itself."""
     query = request.query_params.multi_items()
     asked, error, rows = _Asked(Filter(), Order(), 1, _choose_columns(reader)), "", list[Row]()
     try:
         asked = _parse(reader, query)
-        is_later = reader.reads_texts(asked.chosen) and "wait" not in request.query_params
+        is_later = reader.may_take_long(asked.chosen) and "wait" not in request.query_params
         rows = [] if is_later else _list_rows(reader, asked)
     except PrefcacheError as problem:
         error, is_later = str(problem), False

@@ -1,6 +1,7 @@
 """Read an experiment for the pages: lists, counts and histograms of its examples under a filter, and their texts.
 
-Numbers and texts are asked of two processes, so that a search through all texts does not hold up a list sorted by numbers.
+Filters that may take long, searches through all texts and conditions of the reader's own, are asked of a process of their own, so
+that they do not hold up the others.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from prefcache import view_sources
 from prefcache.commands.query import Database
 from prefcache.pipeline.browsing import browse_table, queries
-from prefcache.pipeline.browsing.browse_table import BROWSED, NUMBERS, RunColumn
+from prefcache.pipeline.browsing.browse_table import NUMBERS, RunColumn
 from prefcache.pipeline.browsing.filters import Catalog, Filter, RangeColumn
 from prefcache.pipeline.browsing.queries import Bins, Order, Query
 from prefcache.pipeline.errors import UsageError
@@ -30,7 +31,8 @@ from prefcache.ui.token_reader import TokenReader
 
 PAGE_ROWS = 50
 MOST_RUN_HISTOGRAMS = 4
-_SECONDS = 120.0  # for one query; a search through the texts of millions of pairs takes some ten
+# For one query. By numbers, millions of pairs take less than one; a search through their texts takes tens.
+_QUICK_SECONDS, _SLOW_SECONDS = 20.0, 120.0
 _TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
 _RANGES = {
     "pairs": {
@@ -91,11 +93,13 @@ class Reader:
         self.examples: pa.Table = prepared.table()
         self.runs = [path.name for path in view_sources.list_runs(folder)]
         extension = browse_table.make_extension(self.kind, self.runs)
-        self._asked = {table: _Asked(lambda: Database(folder, extension, prepared)) for table in (NUMBERS, BROWSED)}
+        self._quick, self._slow = (
+            _Asked(lambda: Database(folder, extension, prepared), seconds)
+            for seconds in (_QUICK_SECONDS, _SLOW_SECONDS)
+        )
         self.tokens, self.questions = TokenReader(folder), Questioner(folder)
         self._find_table = lru_cache(256)(self._try_tables)
         self._counts = lru_cache(256)(self._count)
-        self._counting = threading.Lock()
 
     def open(self) -> None:
         """Make the table of numbers, which takes a while if the experiment is large, so that pages do not wait for it."""
@@ -103,15 +107,15 @@ class Reader:
         self.bins  # noqa: B018  # cached
 
     def close(self) -> None:
-        for asked in self._asked.values():
-            asked.close()
+        self._quick.close()
+        self._slow.close()
         self.tokens.close()
         self.questions.close()
 
     @cached_property
     def catalog(self) -> Catalog:
         """What filters may name. Reading it opens the experiment, which takes a while if it is large."""
-        numbers = self._asked[NUMBERS]
+        numbers = self._quick
         columns = numbers.columns(f"select * from {NUMBERS} limit 0")
         sources = numbers.rows(Query(f"select distinct source from {NUMBERS} order by source", {}))
         taken = numbers.columns(f"select * from {'pairs' if self.kind == 'pairs' else 'examples'} limit 0")
@@ -136,7 +140,7 @@ class Reader:
         table = self._find_table(chosen)
         offset = (page - 1) * PAGE_ROWS
         query = queries.list_rows(chosen, self.catalog, table, columns, order, PAGE_ROWS, offset)
-        rows = self._asked[table].rows(query)
+        rows = self._process(chosen).rows(query)
         texts = self.read_texts([position for position, *_ in rows])
         return [
             replace(text, values=dict(zip(columns, values, strict=True)))
@@ -156,9 +160,9 @@ class Reader:
 
         return [read_row(position) for position in positions]
 
-    def reads_texts(self, chosen: Filter) -> bool:
-        """Tell whether the filter is asked of all texts, which takes seconds if there are millions."""
-        return self._find_table(chosen) == BROWSED
+    def may_take_long(self, chosen: Filter) -> bool:
+        """Tell whether the filter searches all texts or has a condition of the reader's own."""
+        return bool(chosen.text or chosen.where)
 
     def count(self, chosen: Filter) -> int:
         return self._count_once(chosen).n
@@ -170,7 +174,7 @@ class Reader:
 
     def ask(self, query: Query) -> list[tuple[Any, ...]]:
         """Answer a query that reads numbers, of examples or of the runs' visits."""
-        return self._asked[NUMBERS].rows(query)
+        return self._quick.rows(query)
 
     def histograms(self, chosen: Filter) -> list[Histogram]:
         """Return the histograms that have values: those of the data, then the rewards of the first runs."""
@@ -181,7 +185,7 @@ class Reader:
         """Return the example_id of every row under the filter, in the order of the data."""
         table = self._find_table(chosen)
         is_chosen = np.zeros(self.n_examples, bool)
-        is_chosen[self._asked[table].column(queries.list_positions(chosen, self.catalog, table)).to_numpy()] = True
+        is_chosen[self._process(chosen).column(queries.list_positions(chosen, self.catalog, table)).to_numpy()] = True
         return self.examples["example_id"].filter(pa.array(is_chosen))
 
     def list_known(self, ids: Sequence[str]) -> pa.ChunkedArray:
@@ -217,13 +221,13 @@ class Reader:
 
     def _count_once(self, chosen: Filter) -> Counts:
         """A page asks for the count and for the histograms at the same time: the second waits for what the first computes."""
-        with self._counting:
+        with self._process(chosen).counting:
             return self._counts(chosen)
 
     def _count(self, chosen: Filter) -> Counts:
         table = self._find_table(chosen)
         n_rows, counts = 0, [[0] * bins.n for bins in self.bins]
-        for n, at, n_in_bin in self._asked[table].rows(queries.count_bins(chosen, self.catalog, table, self.bins)):
+        for n, at, n_in_bin in self._process(chosen).rows(queries.count_bins(chosen, self.catalog, table, self.bins)):
             if n < 0:
                 n_rows = n_in_bin
             else:
@@ -242,25 +246,28 @@ class Reader:
 
     def _bind(self, chosen: Filter, table: str) -> None:
         """Let DuckDB check the query without computing anything."""
-        self._asked[NUMBERS].rows(queries.list_rows(chosen, self.catalog, table, [], Order(), 0, 0))
+        self._process(chosen).rows(queries.list_rows(chosen, self.catalog, table, [], Order(), 0, 0))
+
+    def _process(self, chosen: Filter) -> "_Asked":
+        return self._slow if self.may_take_long(chosen) else self._quick
 
     @cached_property
     def bins(self) -> list[Bins]:
         """The bins of every histogram that has values, the same under any filter."""
         runs = [f"reward.{run}" for run in self.runs[:MOST_RUN_HISTOGRAMS]]
         columns = [self.catalog.ranges[key] for key in (*_HISTOGRAMS[self.kind], *runs) if key in self.catalog.ranges]
-        edges = self._asked[NUMBERS].rows(queries.find_edges(columns))
+        edges = self._quick.rows(queries.find_edges(columns))
         return [queries.make_bins(columns[n], *ends) for n, ends in edges if ends and ends[0] is not None]
 
 
 class _Asked:
     """A process with the experiment's tables, asked one query at a time."""
 
-    def __init__(self, database: Callable[[], query_worker.Database]) -> None:
+    def __init__(self, database: Callable[[], query_worker.Database], seconds: float) -> None:
         self._worker, self._lock = query_worker.Worker(database), threading.Lock()
-        self._bounds = query_worker.Bounds(
-            "The query", _SECONDS, "Filter by numbers instead of texts.", "Filter by numbers instead of texts."
-        )
+        self.counting = threading.Lock()
+        advice = "Filter by numbers instead of texts, or simplify the condition."
+        self._bounds = query_worker.Bounds("The query", seconds, advice, advice)
 
     def rows(self, query: Query) -> list[tuple[Any, ...]]:
         with self._lock, self._worker.ask(query.sql, query.parameters or None, self._bounds) as answer:

@@ -52,6 +52,8 @@ def save(reader: Reader, request: Request) -> Response:
     name = form.get("name", "").strip()
     if not _NAME.fullmatch(name):
         raise UsageError(f"Found the name {name!r}, expected up to 64 letters, digits, dots, hyphens and underscores.")
+    if (reader.folder / name).exists():
+        raise UsageError(f"{reader.folder} has a run {name}, whose name the command would take. Choose another name.")
     path = reader.folder / FOLDER / f"{name}.parquet"
     if path.exists():
         raise UsageError(f"{path} exists. Choose another name.")

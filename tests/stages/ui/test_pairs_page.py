@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 
 import pytest
 
@@ -97,12 +99,25 @@ def test_histograms_count_every_row_once(site, sql):
     ],
 )
 def test_a_mistake_is_explained_above_the_form_that_has_it(site, query, message):
-    answer = site.get("/pairs", query)
+    answer = site.get("/pairs", [*query, ("wait", 1)])
     assert answer.status == 400
     (shown,) = re.findall(r'role="alert">([^<]*)<', answer.text)
     assert message in shown
     assert site.get("/pairs", [("where", "x < 1 and 'a\"' = ''")]).text.count("x &lt; 1 and") >= 1
     assert "<b>low" not in answer.text
+
+
+def test_a_slow_condition_holds_up_nobody_else(site):
+    """Until it is ended, lists and counts by numbers are answered as before."""
+    slow = "(select count(*) from pairs a, pairs b, pairs c, pairs d, pairs e where a.margin < b.margin + c.margin + d.margin + e.margin) > 0"
+    page = site.get("/pairs", [("where", slow)])
+    assert page.status == 200 and "searching" in page.text
+    asked = threading.Thread(target=lambda: site.get("/pairs/count", [("where", slow)]), daemon=True)
+    asked.start()
+    time.sleep(1)
+    began = time.monotonic()
+    assert listed_ids(site.get("/pairs", [("sort", "margin")]).text) and count(site, [("margin.max", "0")])
+    assert time.monotonic() - began < 20 and asked.is_alive()
 
 
 def test_a_filter_that_leaves_nothing_says_so(site):

@@ -27,7 +27,7 @@ def saved(folder, name) -> list[str]:
 
 def listed(site, *query) -> list[str]:
     """The ids of two pages, which is all that there are."""
-    return [each for n in (1, 2) for each in listed_ids(site.get("/pairs", [*query, ("page", n)]).text)]
+    return [each for n in (1, 2) for each in listed_ids(site.get("/pairs", [*query, ("page", n), ("wait", 1)]).text)]
 
 
 def save(site, name, **form):
@@ -73,6 +73,11 @@ def test_nothing_is_overwritten(site, folder):
     answer = save(site, "once", which="filter", filter="margin.max=0")
     assert answer.status == 400 and "exists. Choose another name" in answer.text
     assert saved(folder, "once") == before
+
+
+def test_a_selection_has_no_name_of_a_run(site, folder):
+    (folder / "runs/tiny/taken").mkdir()
+    assert "has a run taken" in save(site, "taken", which="filter").text
 
 
 def test_an_empty_or_unknown_selection_is_refused(site):
