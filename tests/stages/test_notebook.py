@@ -45,7 +45,7 @@ def demo_folder(model, tmp_path) -> Path:
 def test_the_chapter_runs_in_a_kernel_and_its_progress_is_shown_in_place(demo_folder):
     cells = blocks("python", CHAPTER)
     ran = run_notebook(demo_folder, *cells)
-    prepared, sweep, callback, further, query, duckdb, report, looked_up = ran
+    prepared, sweep, callback, further, runs, query, duckdb, asked, report, looked_up = ran
     score, train = bars(prepared)[-2:]
     assert score["text/plain"].startswith("score: ") and "tokens" in score["text/plain"]
     assert train["text/plain"].startswith("train: 8/8 steps, ") and "loss " in train["text/plain"]
@@ -58,6 +58,8 @@ def test_the_chapter_runs_in_a_kernel_and_its_progress_is_shown_in_place(demo_fo
     assert text(callback).splitlines()[-1].endswith("of 8 by StopWhenLow: the loss is below 0.69")
     assert bars(callback)[-1]["text/plain"].startswith("train: ")
     assert text(further).splitlines()[-1] == "8 None"
+    assert "beta-0.05" in text(runs)
+    assert "of their words in common" in text(asked)
     # A DataFrame is shown as a table, and DuckDB reads the answer.
     assert "<table" in query[-1]["data"]["text/html"] and "beta-0.05" in text(query)
     assert "max" in text(duckdb) and text(report).splitlines()[-1].endswith("report.html")

@@ -1,5 +1,6 @@
 """prepare, as a user runs it: exact ids out, every record accounted for."""
 
+import contextlib
 import json
 import os
 import random
@@ -488,8 +489,9 @@ def at_work(config: Path, n_finished: int) -> subprocess.Popen:
 
 def workers_of(process: int) -> Iterator[int]:
     for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-            yield int(child)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                yield int(child)
 
 
 @pytest.mark.parametrize("n_kills", [1, pytest.param(3, marks=pytest.mark.slow)])
