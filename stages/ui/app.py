@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
+from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -67,8 +68,6 @@ def make_app(reader: Reader, access: Access) -> ASGIApp:
 
 async def _read_form(request: Request) -> list[tuple[str, str]]:
     """Read a form as a browser sends it, up to a size that no page's form has."""
-    from urllib.parse import parse_qsl
-
     body = b""
     async for chunk in request.stream():
         body += chunk

@@ -27,7 +27,7 @@ async function loadPart(element, signal) {
     clearInterval(clock);
     if (error.name === "AbortError") return;
     const message = document.createElement("p");
-    Object.assign(message, { className: "error", textContent: error.message });
+    Object.assign(message, { className: "error", role: "alert", textContent: error.message });
     element.replaceChildren(message);
   }
 }
