@@ -37,7 +37,7 @@ FLOORS = {
         "errors intervals stored_paths token_colours token_text schema spans visible_text",
         "progress_display",
         "progress",
-        "foreign_programs model_config process_pool safetensors_files tokenizer",
+        "foreign_programs html_templates model_config process_pool safetensors_files tokenizer",
         "gguf_files model_files",
         "config identity",
         "older_ids",

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup
 
+from prefcache.pipeline.html_templates import make_environment
 from prefcache.pipeline.report import plots, prose
 from prefcache.pipeline.report.data_section import Data
 from prefcache.pipeline.report.reference_section import Reference
@@ -47,14 +47,7 @@ class Facts:
 
 
 def render(facts: Facts) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        # Runs before escaping. Markup, a subclass of str, is the page's own.
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
+    environment = make_environment(_FOLDER, keep_trailing_newline=True)
     environment.filters |= {
         "visible": lambda text, most=_MOST_CHARACTERS: visible(text, most),
         "figure": prose.figure,

@@ -9,6 +9,7 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from prefcache.pipeline.html_templates import make_environment
 from prefcache.pipeline.visible_text import format_bytes, visible
 from prefcache.row_layout import format_value
 
@@ -51,15 +52,7 @@ def _signed(value: float, digits: int = 2) -> str:
 
 
 def _make_environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Runs before escaping. Markup, a subclass of str, is the template's own.
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
+    environment = make_environment(FOLDER / "templates", trim_blocks=True, lstrip_blocks=True)
     filters: Mapping[str, Any] = {
         "excerpt": excerpt,
         "file_name": lambda path: path.rstrip("/").rpartition("/")[2],
