@@ -15,7 +15,9 @@ from prefcache.pipeline.views import Extension
 NUMBERS, BROWSED = "numbers", "browsed"
 MOST_RUNS = 24  # with a column; a condition reads the others from the view `rewards`
 
-_BASE = {"pairs": "pairs where used", "labels": "examples"}
+VIEWS = {"pairs": "pairs", "labels": "examples"}  # of the examples, by kind
+TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
+_ROWS = {"pairs": " where used", "labels": ""}  # of the view: one for each example
 # Columns that are texts, or say nothing about one example.
 _NO_NUMBERS = {
     *("example_id", "prompt", "chosen", "rejected", "completion", "line", "boundary", "kl_of"),
@@ -24,7 +26,7 @@ _NO_NUMBERS = {
 }
 _OF_OTHER_KIND = {"pairs": ("completion", "kl"), "labels": ("chosen", "rejected", "n_common")}
 _ENUMS = ("source", "split")  # stored as numbers
-# What a run made of an example: columns of the view `rewards`, the reward to look at first.
+# What a run made of an example: columns of the view `rewards`, first the reward to look at first.
 RUN_FIELDS = {
     "pairs": ("margin", "chosen_reward", "rejected_reward", "correct"),
     "labels": ("completion_reward", "correct"),
@@ -56,7 +58,7 @@ def make_extension(kind: str, runs: Sequence[str]) -> Extension:
     """Describe the tables for examples of this kind and the first of these runs."""
     return Extension(
         names=(NUMBERS, BROWSED),
-        views=frozenset({"pairs" if kind == "pairs" else "examples", *(("rewards",) if runs else ())}),
+        views=frozenset({VIEWS[kind], *(("rewards",) if runs else ())}),
         create=lambda con: _create(con, kind, runs),
     )
 
@@ -80,8 +82,7 @@ def list_columns(con: duckdb.DuckDBPyConnection, table: str) -> dict[str, str]:
 
 
 def _create(con: duckdb.DuckDBPyConnection, kind: str, runs: Sequence[str]) -> None:
-    base = _BASE[kind]
-    view = base.split()[0]
+    view, rows = VIEWS[kind], _ROWS[kind]
     all_columns = list_columns(con, view)
     others = _OF_OTHER_KIND[kind]
     numbers = [
@@ -100,12 +101,12 @@ def _create(con: duckdb.DuckDBPyConnection, kind: str, runs: Sequence[str]) -> N
     names = [*numbers, *(quote(column.name) for column in columns)]
     con.execute(
         f"create table {NUMBERS} as select {', '.join(names)} "
-        f"from (select example_id, {', '.join(selected)} from {base}){joined}"
+        f"from (select example_id, {', '.join(selected)} from {view}{rows}){joined}"
     )
     of_runs = [f"{NUMBERS}.{quote(column.name)}" for column in columns]
     con.execute(
         f"create view {BROWSED} as select {', '.join([f'{view}.*', *of_runs])} "
-        f"from {view} join {NUMBERS} using (position)" + (" where used" if kind == "pairs" else "")
+        f"from {view} join {NUMBERS} using (position){rows}"
     )
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import duckdb
 
-from prefcache.pipeline.browsing.browse_table import RunColumn, quote
+from prefcache.pipeline.browsing.browse_table import TEXTS, RunColumn, quote
 from prefcache.pipeline.errors import UsageError, look_up
 from prefcache.pipeline.views.query_check import parse_sql
 
 OUTCOMES = {"right": "{} is true", "wrong": "{} is false", "unvisited": "{} is null"}
-_TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def to_condition(chosen: Filter, catalog: Catalog) -> tuple[str, dict[str, Any]]
     for outcome in chosen.outcomes:
         parts.append(OUTCOMES[outcome.name].format(catalog.runs[outcome.run].field("correct")))
     if chosen.text:
-        columns = " or ".join(f"contains(lower({name}), lower({{0}}))" for name in _TEXTS[catalog.kind])
+        columns = " or ".join(f"contains(lower({name}), lower({{0}}))" for name in TEXTS[catalog.kind])
         add(f"({columns})", chosen.text)
     if chosen.where:
         # On lines of its own, so that a comment ends before the bracket does.

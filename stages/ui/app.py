@@ -72,7 +72,9 @@ async def _read_form(request: Request) -> list[tuple[str, str]]:
     async for chunk in request.stream():
         body += chunk
         if len(body) > _MOST_BYTES:
-            raise PrefcacheError("The form is too large.")
+            raise PrefcacheError(
+                "The form is too large: it has more than 1 MiB. Tick fewer examples, or save all that a filter leaves."
+            )
     return parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
 
 

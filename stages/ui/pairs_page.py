@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from prefcache.pipeline.browsing.browse_table import RUN_FIELDS
 from prefcache.pipeline.browsing.filters import Filter, parse_filter, to_query
 from prefcache.pipeline.browsing.queries import Order
 from prefcache.pipeline.errors import PrefcacheError
@@ -104,8 +105,8 @@ def _group(query: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _choose_columns(reader: Reader) -> list[str]:
-    field = "margin" if reader.kind == "pairs" else "completion_reward"
-    return [*_COLUMNS[reader.kind], *(f"{run}.{field}" for run in reader.runs[:_MOST_RUNS])]
+    reward, *_ = RUN_FIELDS[reader.kind]
+    return [*_COLUMNS[reader.kind], *(f"{run}.{reward}" for run in reader.runs[:_MOST_RUNS])]
 
 
 def _parse(reader: Reader, query: Sequence[tuple[str, str]]) -> _Asked:

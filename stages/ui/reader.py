@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from prefcache import view_sources
 from prefcache.commands.query import Database
 from prefcache.pipeline.browsing import browse_table, queries
-from prefcache.pipeline.browsing.browse_table import NUMBERS, RunColumn
+from prefcache.pipeline.browsing.browse_table import NUMBERS, TEXTS, RunColumn
 from prefcache.pipeline.browsing.filters import Catalog, Filter, RangeColumn
 from prefcache.pipeline.browsing.queries import Bins, Order, Query
 from prefcache.pipeline.errors import UsageError
@@ -33,7 +33,6 @@ PAGE_ROWS = 50
 MOST_RUN_HISTOGRAMS = 4
 # For one query. By numbers, millions of pairs take less than one; a search through their texts takes tens.
 _QUICK_SECONDS, _SLOW_SECONDS = 20.0, 120.0
-_TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "completion")}
 _RANGES = {
     "pairs": {
         "margin": ("reference margin", "margin"),
@@ -94,7 +93,7 @@ class Reader:
         self.runs = [path.name for path in view_sources.list_runs(folder)]
         extension = browse_table.make_extension(self.kind, self.runs)
         self._quick, self._slow = (
-            _Asked(lambda: Database(folder, extension, prepared), seconds)
+            _QueryProcess(lambda: Database(folder, extension, prepared), seconds)
             for seconds in (_QUICK_SECONDS, _SLOW_SECONDS)
         )
         self.tokens, self.questions = TokenReader(folder), Questioner(folder)
@@ -118,7 +117,7 @@ class Reader:
         numbers = self._quick
         columns = numbers.columns(f"select * from {NUMBERS} limit 0")
         sources = numbers.rows(Query(f"select distinct source from {NUMBERS} order by source", {}))
-        taken = numbers.columns(f"select * from {'pairs' if self.kind == 'pairs' else 'examples'} limit 0")
+        taken = numbers.columns(f"select * from {browse_table.VIEWS[self.kind]} limit 0")
         runs = {column.run: column for column in browse_table.name_columns(self.kind, self.runs, taken)}
         structs = {column.name for column in runs.values()}
         fields = [f"{run}.{field}" for run in runs for field in browse_table.RUN_FIELDS[self.kind]]
@@ -149,7 +148,7 @@ class Reader:
 
     def read_texts(self, positions: Sequence[int]) -> list[Row]:
         """Return the examples at these positions. Only their own texts are read from the mapped files."""
-        names = _TEXTS[self.kind]
+        names = TEXTS[self.kind]
         examples = self.examples.select(["example_id", "source", "split", *names])
 
         def read_row(position: int) -> Row:
@@ -248,7 +247,7 @@ class Reader:
         """Let DuckDB check the query without computing anything."""
         self._process(chosen).rows(queries.list_rows(chosen, self.catalog, table, [], Order(), 0, 0))
 
-    def _process(self, chosen: Filter) -> "_Asked":
+    def _process(self, chosen: Filter) -> "_QueryProcess":
         return self._slow if self.may_take_long(chosen) else self._quick
 
     @cached_property
@@ -260,7 +259,7 @@ class Reader:
         return [queries.make_bins(columns[n], *ends) for n, ends in edges if ends and ends[0] is not None]
 
 
-class _Asked:
+class _QueryProcess:
     """A process with the experiment's tables, asked one query at a time."""
 
     def __init__(self, database: Callable[[], query_worker.Database], seconds: float) -> None:
@@ -270,20 +269,25 @@ class _Asked:
         self._bounds = query_worker.Bounds("The query", seconds, advice, advice)
 
     def rows(self, query: Query) -> list[tuple[Any, ...]]:
-        with self._lock, self._worker.ask(query.sql, query.parameters or None, self._bounds) as answer:
+        with self._ask(query) as answer:
             return list(answer.rows())
 
     def column(self, query: Query) -> pa.ChunkedArray:
         """Return the first column of the answer."""
-        with self._lock, self._worker.ask(query.sql, query.parameters or None, self._bounds) as answer:
+        with self._ask(query) as answer:
             columns = answer.arrow()
             return pa.Table.from_batches(list(answer.batches(columns)), columns.schema).column(0)
 
     def columns(self, sql: str) -> list[str]:
-        with self._lock, self._worker.ask(sql, None, self._bounds) as answer:
+        with self._ask(Query(sql, {})) as answer:
             list(answer.rows())
             return answer.columns
 
     def close(self) -> None:
         with self._lock:
             self._worker.close()
+
+    @contextlib.contextmanager
+    def _ask(self, query: Query) -> Iterator[query_worker.Answer]:
+        with self._lock, self._worker.ask(query.sql, query.parameters or None, self._bounds) as answer:
+            yield answer
