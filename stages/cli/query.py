@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +86,14 @@ def sql(query: str | None, folder: str | None, list_views: bool, **output: Any) 
     if query and folder is None and _exists(query):
         query, folder = None, query
     if query is not None:
-        _answer(Experiment(folder), query, **output)
+        _answer(Experiment(folder), query, _Output(**output))
         return
     if not sys.stdin.isatty():
         raise UsageError("No query. Ask one, as in `prefcache sql 'select * from rewards'`, or see --views.")
     from prefcache import sql_repl
 
     experiment = Experiment(folder)
-    sql_repl.run(lambda query: _answer(experiment, query, **output), list(experiment.describe()))
+    sql_repl.run(lambda query: _answer(experiment, query, _Output(**output)), list(experiment.describe()))
 
 
 @main.command()
@@ -126,7 +127,7 @@ def ask(name: str | None, folder: str | None, settings: tuple[str, ...], as_sql:
         click.echo(question.sql, nl=False)
         return
     values = dict(setting.partition("=")[::2] for setting in settings)
-    _answer_question(query.Experiment(folder), question, values, **output)
+    _answer_question(query.Experiment(folder), question, values, _Output(**output))
 
 
 def _exists(text: str) -> bool:
@@ -136,71 +137,67 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _answer(
-    experiment: "Experiment",
-    query: str,
-    *,
-    form: str,
-    as_json: bool,
-    out: str | None,
-    force: bool,
-    limit: int,
-    timeout: float,
-) -> None:
-    """Print the answer to a query, or write it into a file."""
-    from prefcache import query_output
+@dataclass(frozen=True)
+class _Output:
+    """What the options of `output_options` ask for."""
+
+    form: str
+    as_json: bool
+    out: str | None
+    force: bool
+    limit: int
+    timeout: float
+
+    @property
+    def format(self) -> str:
+        return "json" if self.as_json else self.form
+
+    def check(self, experiment: "Experiment") -> None:
+        """Refuse a file that cannot or must not be written, before the query runs."""
+        from prefcache import query_output
+
+        if self.out is not None:
+            query_output.check_output(Path(self.out), experiment.inputs, self.force)
+
+    def write(self, answer: "Answer") -> None:
+        """Print the rows, or write them into the file."""
+        from prefcache import query_output
+        from prefcache.terminal_output import answer_rows
+
+        if self.out is not None:
+            click.echo(visible(f"{self.out}: {count(query_output.save(answer, Path(self.out)), 'row')}"))
+        elif self.format == "table":
+            answer_rows.print_rows(answer.columns, answer.rows(), self.limit)
+        else:
+            query_output.print_answer(answer, self.format)
+
+
+def _answer(experiment: "Experiment", query: str, output: _Output) -> None:
     from prefcache.pipeline.progress import Progress
 
-    if out is not None:
-        query_output.check_output(Path(out), experiment.inputs, force)
-    form = "json" if as_json else form
-    with Progress(command="sql"), experiment.ask(query, None, timeout) as answer:
-        _write(answer, form, out, limit)
+    output.check(experiment)
+    with Progress(command="sql"), experiment.ask(query, None, output.timeout) as answer:
+        output.write(answer)
         for line in answer.explain_empty():
             click.echo(visible(line), err=True)
 
 
-def _answer_question(
-    experiment: "Experiment",
-    question: "Question",
-    settings: dict[str, str],
-    *,
-    form: str,
-    as_json: bool,
-    out: str | None,
-    force: bool,
-    limit: int,
-    timeout: float,
-) -> None:
+def _answer_question(experiment: "Experiment", question: "Question", settings: dict[str, str], output: _Output) -> None:
     """Print the rows of a ready question and its verdict. Formats for machines have the verdict on stderr, JSON has it inside."""
     from prefcache import query_output
     from prefcache.pipeline.progress import Progress
     from prefcache.terminal_output import answer_rows
 
-    if out is not None:
-        query_output.check_output(Path(out), experiment.inputs, force)
-        if "limit" in question.parameters:
-            settings = {"limit": "null"} | settings  # a file is for use, and has all rows
-    form = "json" if as_json else form
-    with Progress(command="ask"), experiment.ask_question(question, settings, timeout) as answered:
-        if out is None and form == "json":
+    output.check(experiment)
+    if output.out is not None and "limit" in question.parameters:
+        settings = {"limit": "null"} | settings  # a file is for use, and has all rows
+    with Progress(command="ask"), experiment.ask_question(question, settings, output.timeout) as answered:
+        if output.out is None and output.format == "json":
             query_output.print_question(answered)
             return
-        _write(answered.answer, form, out, limit)
+        output.write(answered.answer)
         verdict = answered.verdict()
-    answer_rows.print_verdict(verdict, err=out is None and form != "table")
-
-
-def _write(answer: "Answer", form: str, out: str | None, limit: int) -> None:
-    from prefcache import query_output
-    from prefcache.terminal_output import answer_rows
-
-    if out is not None:
-        click.echo(visible(f"{out}: {count(query_output.save(answer, Path(out)), 'row')}"))
-    elif form == "table":
-        answer_rows.print_rows(answer.columns, answer.rows(), limit)
-    else:
-        query_output.print_answer(answer, form)
+    answer_rows.print_verdict(verdict, err=output.out is None and output.format != "table")
 
 
 @main.command(short_help="Browse the examples in a web browser.")
