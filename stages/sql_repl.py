@@ -64,7 +64,7 @@ def run(ask: Callable[[str], None], views: Sequence[View]) -> None:
 
 
 def _is_command(line: str) -> bool:
-    """Whether a line is no query: a command, or a single word with which no query begins."""
+    """Tell whether a line is not a query: a command, or a single word that no query begins with."""
     first, *others = line.lower().split()
     if others:
         return first in (*_HELP_WORDS, *_VIEWS_WORDS) and len(others) == 1

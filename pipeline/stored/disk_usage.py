@@ -22,7 +22,7 @@ def count_freed(paths: Iterable[Path]) -> int:
 
 
 def newest_change(paths: Iterable[Path]) -> float | None:
-    """Return the time of the latest change to a file among these files and folders; None if there are none."""
+    """Return the time of the latest change to any of these files, or to a file in one of these folders; None without files."""
     return max((facts.st_mtime for path in paths for facts in _walk(path)), default=None)
 
 

@@ -89,7 +89,7 @@ def _find(reader: Reader, request: Request) -> int | None:
 
 
 def _refuse(reader: Reader, request: Request) -> Response:
-    message = f"There is no example {request.path_params['example_id']!r} in {reader.folder}."
+    message = f"There is no example {request.path_params['example_id']!r} in {reader.folder}. Choose one from the list of its examples."
     return pages.render("error", section="/pairs", status=404, reader=reader, message=message)
 
 

@@ -192,7 +192,9 @@ class Reader:
         column = self.examples["example_id"]
         known = column.filter(pc.is_in(column, pa.array(ids, pa.string())))
         if unknown := set(ids) - set(known.to_pylist()):
-            raise UsageError(f"There is no example {min(unknown)!r} in {self.folder}.")
+            raise UsageError(
+                f"There is no example {min(unknown)!r} in {self.folder}. Choose one from the list of its examples."
+            )
         return known
 
     def list_other_ids(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
