@@ -1,7 +1,8 @@
 """What is stored: the columns of every table, and the key of a sequence.
 
-A sequence is prompt ids + completion ids, the unit of scoring. Its key is a hash of exactly those ids and of where
-the completion begins, so a cached row is either right or missing.
+A sequence is prompt ids + completion ids, with the images of its prompt: the unit of scoring. Its key is a hash of exactly
+those and of where the completion begins, so a cached row is either right or missing. An image's id is a hash of its pixels
+and of the processor that prepares them for the model.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 KEY_VERSION = 1
+IMAGES_KEY_VERSION = 2  # of sequences with images; those without keep their keys
 PREPARED_VERSION = 4
 CACHE_VERSION = 1
 
@@ -26,6 +28,7 @@ class TokenSequence(NamedTuple):
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
     counted: np.ndarray | None = None  # positions of the completion tokens whose log-probs are wanted; None: all
+    images: tuple[bytes, ...] = ()  # ids of the prompt's images, in their order
 
     @property
     def ids(self) -> np.ndarray:
@@ -43,27 +46,36 @@ class TokenSequence(NamedTuple):
     def n_counted(self) -> int:
         return len(self.completion_ids) if self.counted is None else len(self.counted)
 
+    @property
+    def prompt(self) -> tuple[bytes, tuple[bytes, ...]]:
+        """The prompt as a value: two sequences with equal ones have one prompt."""
+        return self.prompt_ids.tobytes(), self.images
+
     def key(self) -> bytes:
-        return sequence_key(self.prompt_ids, self.completion_ids)
+        return sequence_key(self.prompt_ids, self.completion_ids, self.images)
 
 
-def sequence_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
-    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32)."""
+def sequence_key(
+    prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray, images: Sequence[bytes] = ()
+) -> bytes:
+    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32); with images, `_begun` says how."""
     return key_of_bytes(
-        np.asarray(prompt_ids, dtype="<i4").tobytes(), np.asarray(completion_ids, dtype="<i4").tobytes()
+        np.asarray(prompt_ids, dtype="<i4").tobytes(), np.asarray(completion_ids, dtype="<i4").tobytes(), images
     )
 
 
-def key_of_bytes(prompt: bytes, completion: bytes) -> bytes:
+def key_of_bytes(prompt: bytes, completion: bytes, images: Sequence[bytes] = ()) -> bytes:
     """The same, of ids that are little-endian int32 already."""
-    digest = _begun(prompt)
+    digest = _begun(prompt, images)
     digest.update(completion)
     return digest.digest()
 
 
-def keys_of_prefixes(prompt: bytes, completion: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
+def keys_of_prefixes(
+    prompt: bytes, completion: bytes, lengths: Iterable[int], images: Sequence[bytes] = ()
+) -> Iterator[bytes]:
     """The keys of the prompt with the first n tokens of the completion, for each n of `lengths`, which ascend."""
-    digest, at = _begun(prompt), 0
+    digest, at = _begun(prompt, images), 0
     for length in lengths:
         # No token is hashed twice, however many lengths there are.
         digest.update(completion[4 * at : 4 * length])
@@ -71,14 +83,27 @@ def keys_of_prefixes(prompt: bytes, completion: bytes, lengths: Iterable[int]) -
         yield digest.copy().digest()
 
 
-def _begun(prompt: bytes) -> "hashlib.blake2b":
-    digest = hashlib.blake2b(struct.pack("<II", KEY_VERSION, len(prompt) // 4), digest_size=16)
+def _begun(prompt: bytes, images: Sequence[bytes]) -> "hashlib.blake2b":
+    version = IMAGES_KEY_VERSION if images else KEY_VERSION
+    digest = hashlib.blake2b(struct.pack("<II", version, len(prompt) // 4), digest_size=16)
     digest.update(prompt)
+    if images:
+        digest.update(struct.pack("<I", len(images)))
+        digest.update(b"".join(images))
     return digest
+
+
+def image_id(pixel_hash: bytes, processor_id: bytes, *, one_of_several: bool = False) -> bytes:
+    """Name a picture as a model sees it: blake2b-128 over its pixels' hash and its processor's id.
+
+    `one_of_several`: it shares its prompt with others, and the processor treats such a picture in another way.
+    """
+    return hashlib.blake2b(pixel_hash + processor_id + bytes([one_of_several]), digest_size=16).digest()
 
 
 KEY = pa.binary(16)
 IDS = pa.list_(pa.int32())
+IMAGE_IDS = pa.list_(KEY)
 
 _EXAMPLE = [
     ("example_id", pa.string()),  # hash of its keys, so it outlives reordering and appending
@@ -91,6 +116,7 @@ _ENCODED = [
     ("boundary", pa.string()),  # exact: the prompt's ids are a prefix of the whole's; split: cut there by hand
     ("n_prompt", pa.int32()),
     ("cut_prompt", pa.int32()),  # tokens left out at its beginning
+    ("images", IMAGE_IDS),  # of the prompt, in their order; empty if it has none
 ]
 
 # What is cut off an answer is kept next to it (*_cut_ids; empty if nothing was cut), but is not part of the sequence or its key. An
@@ -178,6 +204,19 @@ LABELS = pa.schema(
 PREPARED = {"pairs": PAIRS, "labels": LABELS}
 # The answers of an example, each of which makes a sequence with the prompt.
 ANSWERS = {"pairs": ("chosen", "rejected"), "labels": ("completion", "kl")}
+
+# One row per picture of the examples, stored once however many prompts have it.
+IMAGES = pa.schema(
+    [
+        ("image", KEY),  # its id, as examples name it
+        ("pixels", KEY),  # hash of its pixels
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("one_of_several", pa.bool_()),  # its processor treats it as a picture that shares its prompt with others
+        ("encoded", pa.large_binary()),  # the bytes as they came
+    ]
+)
 
 # One row per record that could not become an example. What differs from record to record is in columns of its own, so that reasons
 # and details can be counted.

@@ -34,11 +34,11 @@ ROOMS = {
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
     "prefcache.pipeline": [
-        "errors intervals stored_paths token_colours token_text schema spans visible_text",
+        "errors images intervals stored_paths token_colours token_text schema spans visible_text",
         "progress_display",
         "progress",
         "foreign_programs html_templates model_config process_pool safetensors_files tokenizer",
-        "gguf_files model_files",
+        "gguf_files image_processor model_files",
         "config identity",
         "older_ids",
         "config_errors",
@@ -47,7 +47,7 @@ FLOORS = {
     "prefcache.pipeline.stored": [
         "artifact claims disk_usage duckdb_connection id_lists key_index",
         "records",
-        "memos overwrite_guard shards",
+        "images memos overwrite_guard shards",
         "contradictions prepared row_writers verified_shards",
         "cache",
         "cache_writer model_ids scoring_plan token_logps",

@@ -46,9 +46,9 @@ def split_evenly(sizes: Sequence[int], n: int) -> list[list[int]]:
 
 
 def group_by_prompt(sequences: Sequence[TokenSequence]) -> list[list[int]]:
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[tuple[bytes, tuple[bytes, ...]], list[int]] = {}
     for i, sequence in enumerate(sequences):
-        groups.setdefault(sequence.prompt_ids.tobytes(), []).append(i)
+        groups.setdefault(sequence.prompt, []).append(i)
     return list(groups.values())
 
 

@@ -17,7 +17,7 @@ from prefcache.pipeline.preparing.example import Label, plain_text
 from prefcache.pipeline.preparing.sources import Line
 from prefcache.pipeline.preparing.token_ids import Ids, to_ids
 from prefcache.pipeline.preparing.truncation import TruncatedExample
-from prefcache.pipeline.schema import ANSWERS, HELD_OUT, LABELS, PAIRS, TRAIN, data_columns, key_of_bytes
+from prefcache.pipeline.schema import ANSWERS, HELD_OUT, IDS, LABELS, PAIRS, TRAIN, data_columns, key_of_bytes
 from prefcache.pipeline.spans import count_common, count_tokens
 
 # Columns of parts alone, by which shares and mismatched answers are chosen. whole_id is what example_id would be if no
@@ -66,6 +66,7 @@ def _shared_columns(lines: Sequence[Line], rows: Sequence[TruncatedExample], kin
         "n_prompt": [len(row.tokens.prompt) for row in rows],
         "boundary": ["exact" if row.tokens.exact else "split" for row in rows],
         "cut_prompt": [row.cut_prompt for row in rows],
+        "images": [() for row in rows],
     }
     return columns | {name: [row.example.columns.get(name) for row in rows] for name in data_columns(kind)}
 
@@ -102,7 +103,7 @@ def _id_columns(columns: Columns, kind: str, rows: Sequence[TruncatedExample]) -
 
 
 def _to_arrow(values: list[Any], type: pa.DataType) -> pa.Array:
-    return _list_array(values) if pa.types.is_list(type) else pa.array(values, type)
+    return _list_array(values) if type == IDS else pa.array(values, type)
 
 
 def _list_array(rows: list[Ids]) -> pa.ListArray:

@@ -23,7 +23,7 @@ from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.contradictions import Contradictions
 from prefcache.pipeline.stored.key_index import KeyIndex, Keys, concat, read_keys
-from prefcache.pipeline.stored.prepared import IdLists, answer_names
+from prefcache.pipeline.stored.prepared import IdLists, ImageLists, answer_names
 from prefcache.pipeline.stored.records import ShardRecord
 
 # What is in memory at once: keys that are tried, and log-probs of a table.
@@ -80,7 +80,7 @@ class _CutAnswers:
         in_place = np.argsort(table[0, at])  # so that ids are read one after the other
         self.slot, self.n_prompt, self.n_kept, self.n_cut = table[:, at[in_place]]
         self.rank, self._keys = rank[in_place], index.keys
-        self._prompts = IdLists(examples["prompt_ids"])
+        self._prompts, self._images = IdLists(examples["prompt_ids"]), ImageLists(examples)
         self._kept = [IdLists(examples[f"{name}_ids"]) for name in names]
         self._cut_off = [IdLists(examples[f"{name}_cut_ids"]) for name in names]
 
@@ -96,7 +96,7 @@ class _CutAnswers:
         """The keys of this answer as it would be at these lengths, one after the other."""
         row, side = divmod(int(self.slot[answer]), 2)
         whole = np.concatenate([self._kept[side][row], self._cut_off[side][row][: lengths[-1]]])
-        return b"".join(keys_of_prefixes(self._prompts[row].tobytes(), whole.tobytes(), lengths))
+        return b"".join(keys_of_prefixes(self._prompts[row].tobytes(), whole.tobytes(), lengths, self._images[row]))
 
 
 # -- which longer row ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ other names and then switches the manifest, so a reader sees the old set or the 
 """
 
 import bisect
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.schema import ANSWERS, IDS, PREPARED, TokenSequence
+from prefcache.pipeline.schema import ANSWERS, IDS, IMAGE_IDS, PREPARED, TokenSequence
 from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.images import StoredImages
 from prefcache.pipeline.stored.records import PreparedManifest, ShardEntry
 
 QUARANTINE_FILE = "quarantine.parquet"
@@ -49,7 +51,7 @@ class Prepared:
         if manifest is None:
             raise UsageError(f"{folder} holds no finished preparation. Prepare first (prefcache prepare CONFIG).")
         self._remedy = f"Delete {folder} and prepare again (prefcache prepare CONFIG)."
-        for entry in manifest.shards:
+        for entry in (*manifest.shards, *manifest.images):
             if reason := artifact.damage(folder, entry):
                 raise IntegrityError(f"{folder / entry.file} {reason}. {self._remedy}")
         self.manifest = manifest
@@ -78,6 +80,10 @@ class Prepared:
         tables = [self._rows(shard) for shard in order if split in (None, shard.split)]
         return pa.concat_tables(tables) if tables else PREPARED[self.kind].empty_table()
 
+    def images(self) -> StoredImages:
+        """The pictures of the examples' prompts."""
+        return StoredImages(self.folder, self.manifest.images)
+
     def _open(self, shard: ShardEntry) -> pa.Table:
         path = self.folder / shard.file
         try:
@@ -93,7 +99,8 @@ class Prepared:
             raise IntegrityError(f"{path} has no column {min(missing)}, which {self.kind} have. {remedy}")
         if len(table) != shard.rows:
             raise IntegrityError(f"{path} has {len(table)} rows; its manifest says {shard.rows}. {remedy}")
-        return table if _has_spans(table, self.kind) else _count_all(table, self.kind)
+        table = table if _has_spans(table, self.kind) else _count_all(table, self.kind)
+        return table if "images" in table.column_names else _without_images(table, self.kind)
 
 
 def _has_spans(table: pa.Table, kind: str) -> bool:
@@ -114,6 +121,11 @@ def _count_all(table: pa.Table, kind: str) -> pa.Table:
     return table.select(PREPARED[kind].names)
 
 
+def _without_images(table: pa.Table, kind: str) -> pa.Table:
+    """Complete the examples of an earlier version, which had no images."""
+    return table.append_column("images", pa.nulls(len(table), IMAGE_IDS)).select(PREPARED[kind].names)
+
+
 class IdLists:
     """A column of id lists as numpy views of the memory map, without copies or Python lists."""
 
@@ -127,6 +139,19 @@ class IdLists:
         at = row - (self._ends[part - 1] if part else 0)
         ids: np.ndarray = values[offsets[at] : offsets[at + 1]]
         return ids
+
+
+class ImageLists:
+    """The ids of the images of each example's prompt."""
+
+    def __init__(self, examples: pa.Table) -> None:
+        column = examples["images"]
+        # Most data has none: then no row is ever looked at.
+        has_any = any(len(part.values) for part in column.chunks)
+        self._column = column if has_any else None
+
+    def __getitem__(self, row: int) -> tuple[bytes, ...]:
+        return tuple(self._column[row].as_py() or ()) if self._column is not None else ()
 
 
 class CountedTokens:
@@ -159,7 +184,7 @@ def answer_names(examples: pa.Table) -> tuple[str, str]:
 def sequence_table(examples: pa.Table) -> pa.Table:
     """One row per sequence, as a scorer plans with it: key, slot in Sequences, number of tokens and of the answer's tokens,
     and a number that sequences with the same prompt share."""
-    row, prompt, parts = np.arange(len(examples), dtype=np.int64), _list_hashes(examples["prompt_ids"]), []
+    row, prompt, parts = np.arange(len(examples), dtype=np.int64), prompt_hashes(examples), []
     for side, name in enumerate(answer_names(examples)):
         n_completion = examples[f"n_{name}"]
         n = pc.add(examples["n_prompt"], n_completion)
@@ -168,6 +193,16 @@ def sequence_table(examples: pa.Table) -> pa.Table:
         # A label that has no mismatched answer.
         parts.append(part.filter(pc.is_valid(part["key"])) if part["key"].null_count else part)
     return pa.concat_tables(parts)
+
+
+def prompt_hashes(examples: pa.Table) -> np.ndarray:
+    """A number for each prompt, equal for equal ones, which have the same ids and the same images."""
+    hashes = _list_hashes(examples["prompt_ids"])
+    if any(len(part.values) for part in examples["images"].chunks):
+        images = ImageLists(examples)
+        mixed = [int.from_bytes(blake2b(b"".join(images[row]), digest_size=8).digest()) for row in range(len(examples))]
+        hashes = hashes ^ np.array(mixed, np.uint64)
+    return hashes
 
 
 def _list_hashes(column: pa.ChunkedArray) -> np.ndarray:
@@ -196,10 +231,10 @@ class Sequences:
     """The sequences of a table of examples. Slot 2*row is a row's first answer (chosen), 2*row + 1 its second."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._prompt = IdLists(table["prompt_ids"])
+        self._prompt, self._images = IdLists(table["prompt_ids"]), ImageLists(table)
         first, second = answer_names(table)
         self._answers = IdLists(table[f"{first}_ids"]), IdLists(table[f"{second}_ids"])
 
     def __getitem__(self, slot: int) -> TokenSequence:
         row, side = divmod(int(slot), 2)
-        return TokenSequence(self._prompt[row], self._answers[side][row])
+        return TokenSequence(self._prompt[row], self._answers[side][row], images=self._images[row])

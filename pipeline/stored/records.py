@@ -254,6 +254,7 @@ class PreparedInputs(Entry):
     data: list[list[Tree]] = []  # of each source, its files and their checksums
     tokenizer_id: str = ""
     fingerprint: Fingerprint | None = None
+    processor_id: Checksum | None = None  # of the model's image processor; None if no example has images
     config: Tree = {}
 
 
@@ -270,6 +271,7 @@ class PreparedManifest(Manifest):
     template: str | None = None
     date: str | None = None
     shards: list[ShardEntry]
+    images: list[TableEntry] = []
     quarantine: TableEntry
 
     @property

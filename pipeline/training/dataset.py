@@ -17,7 +17,7 @@ from prefcache.pipeline.model.packing import (
 )
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.stored.counted_logps import CountedLogps
-from prefcache.pipeline.stored.prepared import CountedTokens, IdLists
+from prefcache.pipeline.stored.prepared import CountedTokens, IdLists, ImageLists
 from prefcache.pipeline.training.objective import GIVEN_WEIGHT
 from prefcache.pipeline.training.selection import Choice
 
@@ -91,7 +91,7 @@ class Examples:
             self._columns[GIVEN_WEIGHT][choice.rows] = choice.weight
         self._tokens: dict[str, CountedLogps | dict[int, np.ndarray]] = dict(data.tokens)
         self._example_id, self._prompt = table["example_id"], table["prompt"]
-        self._prompt_ids = IdLists(table["prompt_ids"])
+        self._prompt_ids, self._images = IdLists(table["prompt_ids"]), ImageLists(table)
         self._answer_ids = {name: IdLists(table[f"{name}_ids"]) for name in (*answers, *optional)}
         # Without the reference's log-prob, nothing could be learned from the policy's.
         self._has = {
@@ -140,7 +140,8 @@ class Examples:
     def _sequence(self, answer: str, row: int) -> TokenSequence | None:
         if answer in self._has and not self._has[answer][row]:
             return None
-        return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row], self._counted[answer].positions(row))
+        counted = self._counted[answer].positions(row)
+        return TokenSequence(self._prompt_ids[row], self._answer_ids[answer][row], counted, self._images[row])
 
     # -- the reference -----------------------------------------------------------------------------------------------
 
@@ -201,9 +202,9 @@ class Examples:
         """Positions in `indices` of examples that are best computed together: in shared rows those of a prompt."""
         if layout != "shared":
             return [[i] for i in range(len(indices))]
-        by_prompt: dict[bytes, list[int]] = {}
+        by_prompt: dict[tuple[bytes, tuple[bytes, ...]], list[int]] = {}
         for i, row in enumerate(self._rows[indices].tolist()):
-            by_prompt.setdefault(self._prompt_ids[row].tobytes(), []).append(i)
+            by_prompt.setdefault((self._prompt_ids[row].tobytes(), self._images[row]), []).append(i)
         return [part for unit in by_prompt.values() for part in self._split_unit(indices, unit, budget)]
 
     def _split_unit(self, indices: np.ndarray, unit: list[int], budget: int) -> list[list[int]]:

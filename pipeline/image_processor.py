@@ -1,0 +1,103 @@
+"""What a model's processor does with a picture: the text that stands for it, and the arrays that the model sees.
+
+The processor is Transformers', with its PIL backend, so the same files give the same arrays on every machine. Each picture is
+processed by itself. The folder's own code is never run.
+"""
+
+import json
+import sys
+from functools import cached_property
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from prefcache.pipeline import model_config
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.tokenizer import load_tokenizer, refuse_own_code
+
+# Keys of an image processor's settings that do not shape its results.
+_VOLATILE = {"processor_class", "image_processor_type", "auto_map", "return_tensors", "device", "data_format"}
+# What a processor counts, beyond what the model's forward reads.
+_COUNTS = {"num_crops", "num_patches", "rows", "cols"}
+# Their processors cut a picture into tiles only if it is the only one of its prompt.
+_COUNTS_PICTURES = {"llava_onevision"}
+
+
+class ProcessedImage(NamedTuple):
+    replacement: str  # the text that takes the place of the placeholder
+    inputs: dict[str, np.ndarray]  # keywords of the model's get_image_features
+
+
+class ImageProcessor:
+    """A model's processor, for single pictures."""
+
+    def __init__(self, processor: Any, *, counts_pictures: bool) -> None:
+        self._processor = processor
+        # Whether a picture that is one of several in a prompt is processed in another way.
+        self.counts_pictures = counts_pictures
+
+    @property
+    def placeholder(self) -> str:
+        """The text that a chat template writes for a picture."""
+        return str(self._processor.image_token)
+
+    @cached_property
+    def id(self) -> bytes:
+        """A hash of the class and the settings: size, patches, normalisation."""
+        own = {name: value for name, value in vars(self._processor).items() if isinstance(value, int | float | str)}
+        settings = self._processor.image_processor.to_dict() | {"own": own}
+        kept = {name: value for name, value in settings.items() if name not in _VOLATILE}
+        name = type(self._processor.image_processor).__name__
+        text = json.dumps([name, kept], sort_keys=True, default=str)
+        return blake2b(text.encode(), digest_size=16).digest()
+
+    def process(self, pixels: np.ndarray, *, one_of_several: bool = False) -> ProcessedImage:
+        """Process a picture of shape [height, width, 3]. With `one_of_several`, it shares its prompt with others."""
+        processor, image = self._processor, Image.fromarray(pixels)
+        is_several = one_of_several and self.counts_pictures
+        images = [[image, image]] if is_several else [image]
+        settings = processor._merge_kwargs(
+            processor.valid_processor_kwargs, tokenizer_init_kwargs={}, return_tensors="np"
+        )["images_kwargs"]
+        laid_out = processor.prepare_inputs_layout(images=images, text=[self.placeholder * (1 + is_several)])[0]
+        processed, replacements = processor._process_images(laid_out, **settings)
+        inputs = {name: np.asarray(value) for name, value in processed.items() if name not in _COUNTS}
+        if is_several:  # the first of the two
+            inputs = {name: value[:1] for name, value in inputs.items()}
+        return ProcessedImage(replacements[0], inputs)
+
+
+def load(folder: Path) -> ImageProcessor:
+    """Load the processor of a model's folder; UsageError if it has none."""
+    from transformers import AutoImageProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    model_type = model_config.read(folder).model_type or ""
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if not isinstance(name, str):
+        raise UsageError(f"{folder} is a {model_type} model, for which Transformers has no processor of pictures.")
+    try:
+        # Not by AutoProcessor, which also loads what processes video, and that needs torchvision.
+        module = sys.modules["transformers"]._class_to_module[name]
+        base = getattr(import_module(f"transformers.{module}"), name)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        settings, _ = base.get_processor_dict(folder)
+        parts = {"image_processor": image_processor, "tokenizer": load_tokenizer(folder)}
+        attributes = classmethod(lambda _: list(parts))
+        without_video: Any = type(name, (base,), {"get_attributes": attributes})
+        absent = {key: None for key in base.get_attributes() if key not in parts}
+        processor = without_video.from_args_and_dict([], settings, **parts, **absent)
+    except UsageError:
+        raise
+    except Exception as error:  # The loader raises whatever its parts raise.
+        refuse_own_code(error, folder)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{folder} has no processor of pictures that loads ({first}). Expected preprocessor_config.json or "
+            "processor_config.json next to the model."
+        ) from None
+    return ImageProcessor(processor, counts_pictures=model_type in _COUNTS_PICTURES)
