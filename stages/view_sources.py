@@ -19,10 +19,10 @@ from prefcache.pipeline.stored.scored import open_scored
 from prefcache.pipeline.training.run_log import PROVENANCE
 
 # Which tables of the schema `stored` need which files.
-_PREPARED = {"prepared", "scored"}
+_PREPARED = {"prepared", "scored", "images"}
 _REFERENCES = {"scored", "cached", "caches", "numerics"}
 _RUN_PARTS = {"visits": "steps", "metrics": "metrics", "events": "events", "timed": "throughput"}
-EVERYTHING = {"prepared", "quarantine", "runs", "checkpoints", "tokens", *_REFERENCES, *_RUN_PARTS}
+EVERYTHING = {"prepared", "images", "quarantine", "runs", "checkpoints", "tokens", *_REFERENCES, *_RUN_PARTS}
 
 
 def collect(
@@ -39,7 +39,8 @@ def collect(
     """
     sources: dict[str, Any] = {}
     if tables & _PREPARED:
-        sources["prepared"] = (prepared or Prepared(folder / "prepared")).table()
+        opened = prepared or Prepared(folder / "prepared")
+        sources |= {"prepared": opened.table(), "images": opened.images().table}
     if "quarantine" in tables:
         sources["quarantine"] = [_find_quarantine(folder / "prepared")]
     if tables & _REFERENCES:

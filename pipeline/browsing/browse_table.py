@@ -20,7 +20,7 @@ TEXTS = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "comple
 _ROWS = {"pairs": " where used", "labels": ""}  # of the view: one for each example
 # Columns that are texts, or say nothing about one example.
 _NO_NUMBERS = {
-    *("example_id", "prompt", "chosen", "rejected", "completion", "line", "boundary", "kl_of"),
+    *("example_id", "prompt", "chosen", "rejected", "completion", "images", "line", "boundary", "kl_of"),
     *("reference", "model_id", "used"),
     *("chosen_key", "rejected_key", "completion_key", "kl_key"),
 }

@@ -10,9 +10,21 @@ from dataclasses import dataclass, field
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
-from prefcache.pipeline.schema import ANSWERS, CACHE, EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT, TOKENS
+from prefcache.pipeline.schema import (
+    ANSWERS,
+    CACHE,
+    EVENTS,
+    IMAGES,
+    METRICS,
+    PREPARED,
+    QUARANTINE,
+    STEPS,
+    THROUGHPUT,
+    TOKENS,
+)
 from prefcache.pipeline.stored import duckdb_connection
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.counted_logps import find_counted_sums
@@ -101,6 +113,7 @@ class Sources:
     """The verified files and tables behind the views. What a query does not read can be left out."""
 
     prepared: pa.Table = field(default_factory=PREPARED["pairs"].empty_table)
+    images: pa.Table = field(default_factory=IMAGES.empty_table)
     quarantine: Sequence[str] = ()
     references: Sequence[Reference] = ()
     runs: pa.Table = field(default_factory=RUNS.empty_table)
@@ -142,6 +155,7 @@ def connect(sources: Sources, extension: Extension | None = None) -> duckdb.Duck
     con.execute("set schema = 'stored'")
     try:
         _store_prepared(con, sources.prepared)
+        _store_images(con, sources.images)
         _store_scored(con, sources)
         _store_caches(con, sources.references)
         duckdb_connection.register(con, "runs", sources.runs)
@@ -171,6 +185,12 @@ def _store_prepared(con: duckdb.DuckDBPyConnection, examples: pa.Table) -> None:
     columns = pa.unify_schemas([_number_rows(schema.empty_table()).schema for schema in PREPARED.values()])
     duckdb_connection.register(con, "prepared_columns", columns.empty_table())
     con.execute("create view prepared as select * from prepared_columns union all by name select * from examples")
+
+
+def _store_images(con: duckdb.DuckDBPyConnection, images: pa.Table) -> None:
+    """Store the facts of the pictures. Their bytes stay out of reach: `select *` would print them."""
+    n_bytes = pc.binary_length(images["encoded"])
+    duckdb_connection.register(con, "images", images.drop_columns("encoded").append_column("bytes", n_bytes))
 
 
 def _store_scored(con: duckdb.DuckDBPyConnection, sources: Sources) -> None:

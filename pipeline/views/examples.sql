@@ -1,4 +1,4 @@
--- Prepared pairs and labels: texts, source and line, lengths in tokens and how many of them and of the assistant's turns count (prepare.train_on), what truncation removed, and the keys of their sequences.
+-- Prepared pairs and labels: texts, source and line, ids of the prompt's images, lengths in tokens and how many of them and of the assistant's turns count (prepare.train_on), what truncation removed, and the keys of their sequences.
 select
     example_id,
     split,
@@ -12,6 +12,9 @@ select
     completion,
     label,
     /* data columns of labels */
+    -- An id is 16 bytes; a preparation of an earlier version has no images.
+    coalesce(list_transform(images, lambda image: lower(hex(image))), []) as images,
+    coalesce(len(images), 0) as n_images,
     n_prompt,
     n_chosen,
     n_rejected,

@@ -12,6 +12,9 @@ select
     chosen,
     rejected,
     /* data columns of pairs */
+    -- An id is 16 bytes; a preparation of an earlier version has no images.
+    coalesce(list_transform(images, lambda image: lower(hex(image))), []) as images,
+    coalesce(len(images), 0) as n_images,
     n_prompt,
     n_chosen,
     n_rejected,

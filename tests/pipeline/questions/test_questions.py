@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from prefcache.pipeline import views
-from prefcache.pipeline.questions import QUESTIONS
+from prefcache.pipeline.images import decode
+from prefcache.pipeline.questions import QUESTIONS, get_question
+from prefcache.pipeline.schema import PREPARED
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.conversations import assistant, user
+from tests.helpers.illustrated import encode
 from tests.helpers.project import invoke, pair, write_config
+from tests.helpers.vision_models import picture
 
 LONG = " ".join(["red", "cat", "sings"] * 40)
 SAME = {
@@ -252,6 +257,16 @@ def test_near_identical_answers_in_any_script(tmp_path, model):
     invoke(tmp_path, "prepare", "config.yaml")
     rows = invoke(tmp_path, "ask", "near-identical", "config.yaml", "--set", "similarity=0.6", "--json").stdout
     assert [(row["line"], round(row["similarity"], 3)) for row in json.loads(rows)["rows"]] == [(1, 0.909), (3, 0.667)]
+
+
+@pytest.mark.parametrize(("other", "times"), [(1, [2]), (2, [])], ids=["same picture", "other picture"])
+def test_prompts_that_differ_only_by_their_picture_are_no_duplicates(other, times):
+    tags = [decode(encode(picture(8, 8, seed))).tag for seed in (1, other)]
+    rows = [pair(0) | {"example_id": tag, "prompt": f"{tag}What is it?", "split": "train"} for tag in tags]
+    con = views.connect(views.Sources(prepared=pa.Table.from_pylist(rows, schema=PREPARED["pairs"])))
+    question = get_question("duplicates")
+    found = views.ask(con, question.sql, parameters=question.values({}))
+    assert [row[0] for row in found.rows()] == times
 
 
 def test_duplicates(ask):

@@ -7,12 +7,16 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from prefcache.pipeline import views
 from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.images import decode
 from prefcache.pipeline.questions import get_question
-from prefcache.pipeline.schema import EVENTS, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT, TOKENS
+from prefcache.pipeline.schema import EVENTS, IMAGES, METRICS, PREPARED, QUARANTINE, STEPS, THROUGHPUT, TOKENS
 from tests.helpers.experiments import KEYS, N0, N1, N2, PAIRS, SCORES, cache, parquet, run_of, sources, visit
+from tests.helpers.illustrated import encode, id_of, image_row
+from tests.helpers.vision_models import picture
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +197,9 @@ def test_old_and_new_runs_stand_side_by_side(tmp_path):
         assert found == [("new", None, 0.5, True), ("old", 3.0, None, None)]
 
 
+NO_IMAGES = {"images": [], "n_images": 0}
+
+
 def test_examples_are_the_prepared_pairs(con):
     found = views.ask(con, "select * from examples order by line")
     first = dict(zip(found.columns, next(found.rows()), strict=True))
@@ -200,7 +207,8 @@ def test_examples_are_the_prepared_pairs(con):
     # What labels have, and what was not said of this pair, is null.
     shown = {name: value for name, value in PAIRS[0].items() if not name.endswith("_spans")}
     turns = {f"n_{name}_turns": len(PAIRS[0][f"{name}_spans"]) // 2 for name in ("chosen", "rejected")}
-    assert {name: value for name, value in first.items() if value is not None} == shown | keys | turns | {"position": 0}
+    shown |= keys | turns | NO_IMAGES | {"position": 0}
+    assert {name: value for name, value in first.items() if value is not None} == shown
 
 
 def test_examples_are_the_prepared_labels_too(tmp_path):
@@ -213,10 +221,41 @@ def test_examples_are_the_prepared_labels_too(tmp_path):
     (row,) = found.rows()
     keys = {"completion_key": "00" * 16, "kl_key": "01" * 16}
     shown = {name: value for name, value in zip(found.columns, row, strict=True) if value is not None}
-    assert shown == label | keys | {"position": 0}
+    assert shown == label | keys | NO_IMAGES | {"position": 0}
     # Both sequences of a label join the reference.
     joined = ask(con, "select kl_key = key, logp_sum from examples join reference on key in (completion_key, kl_key)")
     assert sorted(joined) == [(False, -5.0), (True, -6.0)]
+
+
+def test_images_are_the_pictures_of_the_prompts_and_join_the_examples(tmp_path):
+    red, noise = (decode(encode(each)) for each in (Image.new("RGB", (4, 3), "red"), picture(2, 5)))
+    # One picture in both prompts, twice in the second, and another one that the second has as well.
+    of_prompts = [[id_of(red)], [id_of(red), id_of(noise), id_of(red)]]
+    pairs = [pair | {"images": images} for pair, images in zip(PAIRS, of_prompts, strict=True)]
+    made = dataclasses.replace(
+        sources(tmp_path, {}),
+        prepared=pa.Table.from_pylist(pairs, schema=PREPARED["pairs"]),
+        images=pa.Table.from_pylist([image_row(red), image_row(noise)], schema=IMAGES),
+    )
+    con = views.connect(made)
+    found = ask(con, "select image, pixels, tag, width, height, format, bytes, n_examples from images order by width")
+    assert found == [
+        (id_of(noise).hex(), noise.hash.hex(), noise.tag, 2, 5, "PNG", len(noise.encoded), 1),
+        (id_of(red).hex(), red.hash.hex(), red.tag, 4, 3, "PNG", len(red.encoded), 2),
+    ]
+    for view in ("examples", "pairs"):
+        found = ask(con, f"select images, n_images from {view} order by example_id")
+        assert found == [([each.hex() for each in images], len(images)) for images in of_prompts]
+    joined = ask(
+        con,
+        "select example_id, width from (select example_id, unnest(images) as image from examples) join images using (image)",
+    )
+    assert sorted(joined) == [("e0", 4), ("e1", 2), ("e1", 4), ("e1", 4)]
+
+
+def test_the_bytes_of_pictures_are_not_in_the_views(con):
+    types = ask(con, "select column_type from (describe images)")
+    assert ("BLOB",) not in types and len(types) == 9
 
 
 def test_reference_is_the_cache_and_joins_the_examples(con):
@@ -428,7 +467,7 @@ def test_before_anything_is_prepared_the_views_are_empty():
 
 
 VIEWS = [
-    *("alerts", "checkpoints", "examples", "metrics", "pairs", "quarantine", "reference", "rewards", "runs"),
+    *("alerts", "checkpoints", "examples", "images", "metrics", "pairs", "quarantine", "reference", "rewards", "runs"),
     *("sequences", "steps", "throughput", "tokens"),
 ]
 
