@@ -124,6 +124,8 @@ class Prepare(Section):
     """Maximum number of tokens in the prompt."""
     too_long: Literal["drop", "keep_start", "keep_end"] = "drop"
     """What to do with longer examples. drop: put them into quarantine. keep_start: cut the ends of the answers. keep_end: cut the oldest turns of the prompt."""
+    image_hosts: Strings = ()
+    """Hosts (HOST, or HOST:PORT) from which images given as http(s) addresses are fetched: up to 64 MiB and 60 seconds each, with redirects within the host. Default: none, and records with such images go to quarantine."""
     duplicates: Literal["keep", "drop"] = "keep"
     """What to do with an example that has the same tokens as an earlier one."""
     ties: Literal["quarantine", "keep"] = "quarantine"

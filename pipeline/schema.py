@@ -218,6 +218,16 @@ IMAGES = pa.schema(
     ]
 )
 
+# The files from which pictures were read, each as it was then: by these a later change is noticed.
+IMAGE_FILES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("n_bytes", pa.int64()),  # NULL, as in the other columns, if it could not be read
+        ("mtime_ns", pa.int64()),
+        ("xxh3_128", pa.string()),
+    ]
+)
+
 # One row per record that could not become an example. What differs from record to record is in columns of its own, so that reasons
 # and details can be counted.
 QUARANTINE = pa.schema(

@@ -68,6 +68,7 @@ FLOORS = {
         "fast_tokenizer",
         "text_tokenizer",
         "placeholder_text encoder expand_rankings sources",
+        "pictures",
         "generation_marks turn_borders",
         "chat_template tokenizer_fingerprint formats",
         "template_cache rendered_text",

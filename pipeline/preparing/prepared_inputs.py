@@ -33,11 +33,13 @@ def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> dic
 def _find_settings(prepare: Prepare) -> dict[str, Any]:
     template = Path(prepare.chat_template) if prepare.chat_template else None
     sets = {name: _dump_sources(entries) for name, entries in prepare.held_out_data.items()}
+    # Settings that earlier versions did not have are recorded where they are used: what was prepared before stays fresh.
+    newer: dict[str, Any] = {"held_out_data": sets, "image_hosts": list(prepare.image_hosts)}
     return {
         "chat_template": artifact.checksum(template) if template and template.exists() else None,
-        "config": prepare.model_dump(mode="json", exclude={*Prepare.NEUTRAL, "held_out_data"})
+        "config": prepare.model_dump(mode="json", exclude={*Prepare.NEUTRAL, *newer})
         | {"data": _dump_sources(prepare.data)}
-        | ({"held_out_data": sets} if sets else {}),
+        | {name: value for name, value in newer.items() if value},
     }
 
 

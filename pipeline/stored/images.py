@@ -28,6 +28,31 @@ class ImageFacts(NamedTuple):
         return image_tag(self.width, self.height, self.pixels)
 
 
+class FileStamp(NamedTuple):
+    """A file of a picture as it was when it was read; a row of schema.IMAGE_FILES."""
+
+    path: str
+    n_bytes: int | None  # None, like the others, if it could not be read
+    mtime_ns: int | None
+    xxh3_128: str | None
+
+    def why_changed(self, since_ns: int) -> str | None:
+        """Say how the file differs from what it was; None if it does not, or was not touched since then."""
+        try:
+            status = Path(self.path).stat()
+        except (OSError, ValueError):
+            return None if self.n_bytes is None else f"{self.path} is gone"
+        if self.n_bytes is None:
+            return f"{self.path} was missing"
+        if status.st_size != self.n_bytes:
+            return f"{self.path} has changed"
+        # The change time also shows files that were moved here with an older time.
+        is_touched = status.st_mtime_ns != self.mtime_ns or status.st_ctime_ns > since_ns
+        if is_touched and artifact.checksum(Path(self.path)) != self.xxh3_128:
+            return f"{self.path} has changed"
+        return None
+
+
 class StoredImages:
     """The pictures of one preparation, by the ids that its examples name."""
 
