@@ -77,6 +77,7 @@ _TOKENIZER_FILES = [
     ],
 ]
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 # Notes of the place it was loaded from, and how batches are padded and cut, which is never done here.
 _VOLATILE_IN_TOKENIZERS = {
     "device_map",
@@ -131,6 +132,12 @@ class Reference:
     def tokenizer(self) -> Path:
         """The folder whose tokenizer it is used with: an adapter may bring one, with tokens or a template of its own."""
         brings = self.adapter and any(any(self.adapter.glob(pattern)) for pattern in _VOCABULARIES)
+        return self.adapter if self.adapter and brings else self.folder
+
+    @property
+    def processor(self) -> Path:
+        """The folder whose image processor it is used with."""
+        brings = self.adapter and any((self.adapter / name).exists() for name in _PROCESSOR_CONFIGS)
         return self.adapter if self.adapter and brings else self.folder
 
     @property

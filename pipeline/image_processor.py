@@ -6,14 +6,14 @@ processed by itself. The folder's own code is never run.
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from prefcache.pipeline import model_config
 from prefcache.pipeline.errors import UsageError
@@ -57,18 +57,26 @@ class ImageProcessor:
 
     def process(self, pixels: np.ndarray, *, one_of_several: bool = False) -> ProcessedImage:
         """Process a picture of shape [height, width, 3]. With `one_of_several`, it shares its prompt with others."""
-        processor, image = self._processor, Image.fromarray(pixels)
-        is_several = one_of_several and self.counts_pictures
-        images = [[image, image]] if is_several else [image]
+        if not (one_of_several and self.counts_pictures):
+            inputs, replacements = self._process([pixels])
+            return ProcessedImage(replacements[0], inputs)
+        inputs, replacements = self._process([pixels, pixels])
+        return ProcessedImage(replacements[0], {name: value[:1] for name, value in inputs.items()})
+
+    def process_together(self, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Process all pictures of a prompt at once, as the processor does by itself: keywords of the model's forward."""
+        return self._process(pictures)[0]
+
+    def _process(self, pictures: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+        from PIL import Image
+
+        processor, images = self._processor, [Image.fromarray(pixels) for pixels in pictures]
         settings = processor._merge_kwargs(
             processor.valid_processor_kwargs, tokenizer_init_kwargs={}, return_tensors="np"
         )["images_kwargs"]
-        laid_out = processor.prepare_inputs_layout(images=images, text=[self.placeholder * (1 + is_several)])[0]
+        laid_out = processor.prepare_inputs_layout(images=[images], text=[self.placeholder * len(images)])[0]
         processed, replacements = processor._process_images(laid_out, **settings)
-        inputs = {name: np.asarray(value) for name, value in processed.items() if name not in _COUNTS}
-        if is_several:  # the first of the two
-            inputs = {name: value[:1] for name, value in inputs.items()}
-        return ProcessedImage(replacements[0], inputs)
+        return {name: np.asarray(value) for name, value in processed.items() if name not in _COUNTS}, replacements
 
 
 def load(folder: Path) -> ImageProcessor:
@@ -101,3 +109,26 @@ def load(folder: Path) -> ImageProcessor:
             "processor_config.json next to the model."
         ) from None
     return ImageProcessor(processor, counts_pictures=model_type in _COUNTS_PICTURES)
+
+
+class PictureSource(Protocol):
+    """Where the pixels of images are, by their ids: `stored.images.StoredImages`."""
+
+    def pixels(self, image: bytes) -> np.ndarray: ...
+    def is_one_of_several(self, image: bytes) -> bool: ...
+
+
+class PromptImages:
+    """The images of prompts as arrays for a model: decoded and processed when they are asked for."""
+
+    def __init__(self, processor: ImageProcessor, pictures: PictureSource) -> None:
+        self.processor, self.pictures = processor, pictures
+
+    def inputs(self, image: bytes) -> dict[str, np.ndarray]:
+        """Return the keywords of the model's get_image_features for one image."""
+        one_of_several = self.pictures.is_one_of_several(image)
+        return self.processor.process(self.pictures.pixels(image), one_of_several=one_of_several).inputs
+
+    def prompt_inputs(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """Return the keywords of the model's forward for all images of a prompt, processed together."""
+        return self.processor.process_together([self.pictures.pixels(image) for image in images])

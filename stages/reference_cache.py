@@ -15,7 +15,7 @@ from prefcache.pipeline import config_file, identity, process_pool
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.schema import IDS, KEY
+from prefcache.pipeline.schema import IDS, IMAGE_IDS, KEY
 from prefcache.pipeline.scoring import refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
@@ -214,6 +214,7 @@ def _as_examples(sequences: pa.Table) -> pa.Table:
     return pa.table(
         {
             "prompt_ids": sequences["prompt_ids"],
+            "images": pa.nulls(n, IMAGE_IDS),
             "n_prompt": _lengths(sequences["prompt_ids"]),
             "completion_ids": sequences["completion_ids"],
             "n_completion": _lengths(sequences["completion_ids"]),

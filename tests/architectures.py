@@ -285,7 +285,7 @@ def score_all(reference: Reference, chosen: list[TokenSequence]) -> dict[str, An
 def far_from_deaf(reference: Reference, chosen: list[TokenSequence]) -> float:
     """How far an answer's log-probs move with a prompt's tokens in another order."""
     model = load_frozen(reference, "float32", "sdpa", "cpu")
-    prompt, answer, _ = chosen[0]
+    prompt, answer = chosen[0].prompt_ids, chosen[0].completion_ids
     with torch.inference_mode():
         return float(
             (plain_logps(model, TokenSequence(prompt[::-1], answer)) - plain_logps(model, chosen[0])).abs().max()

@@ -55,7 +55,8 @@ FLOORS = {
     ],
     "prefcache.pipeline.model": [
         "architectures device packing oom stochastic_rounding",
-        "logprobs offload traced_gpu",
+        "offload traced_gpu vision",
+        "logprobs",
         "attention lm_head",
         "chunked_lm_head weights",
         "packed_row",

@@ -7,7 +7,7 @@ Shapes: H heads, T positions of the row, Q queries and K keys of one call, D wid
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+)
 
 from prefcache.pipeline.model.device import kind_of
 
@@ -57,6 +62,7 @@ class Branch(NamedTuple):
 
     path: tuple[slice, ...]  # empty for the first branch of a tree
     own: slice
+    blocks: tuple[slice, ...] = ()  # within `own`: positions that see one another both ways
 
     @property
     def n_queries(self) -> int:
@@ -82,6 +88,10 @@ class Segments:
     branches: list[Branch]  # that make up the row, in its order
     eager: bool = False  # compute as eager attention does, without a fused kernel
     indices: CallIndices | None = None  # for a kernel that computes all calls at once
+
+    @cached_property
+    def has_blocks(self) -> bool:
+        return any(branch.blocks for branch in self.branches)
 
     @cached_property
     def n_queries(self) -> list[int]:
@@ -129,8 +139,9 @@ def choose_kernel(folder: Path, wanted: str) -> str:
 
 
 def _model_classes(config: Any) -> tuple[Any, ...]:
-    """The classes that Transformers may load as a causal language model for this config; usually one."""
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    """The classes that Transformers may load as a causal language model for this config, or as one that also sees images."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    classes = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), ())
     return classes if isinstance(classes, tuple) else (classes,)
 
 
@@ -164,9 +175,16 @@ def missing_positions_reason(model: Any) -> str | None:
 
 
 def use_segments(model: Any) -> None:
-    """Make the model's forward require the keyword `segments`."""
+    """Make the model's decoder require the keyword `segments`."""
     AttentionInterface.register(NAME, attend)
-    model.set_attn_implementation(NAME)
+    set_kernel(model, NAME)
+
+
+def set_kernel(model: Any, name: str) -> None:
+    """Set the attention of the model's decoder; a vision tower next to it keeps its own."""
+    decoder = model.get_decoder()
+    is_wrapped = decoder is not getattr(model, model.base_model_prefix, decoder)
+    (decoder if is_wrapped else model).set_attn_implementation(name)
 
 
 def attend(
@@ -188,13 +206,16 @@ def attend(
     assert attention_mask is None, "the model masks its attention by itself"
     eager = segments.eager or softcap is not None or s_aux is not None
     dtype = _compute_dtype(query)
-    if kind_of(query.device) == "cuda" and not eager and _fits_varlen_kernel(query, value, dtype):
+    fits = not eager and not segments.has_blocks
+    if kind_of(query.device) == "cuda" and fits and _fits_varlen_kernel(query, value, dtype):
         q_HTD, k_HTD, v_HTD = (states[0].to(dtype) for states in (query, key, value))
         return _varlen_attention(q_HTD, k_HTD, v_HTD, segments, scaling, sliding_window).unsqueeze(0), None
     outputs: list[torch.Tensor] = []
-    for q_HQD, k_HKD, v_HKD in _split_calls(query[0], key[0], value[0], segments):
+    calls = _split_calls(query[0], key[0], value[0], segments)
+    for branch, (q_HQD, k_HKD, v_HKD) in zip(segments.branches, calls, strict=True):
         n_q, n_k = q_HQD.shape[1], k_HKD.shape[1]
-        mask_QK = _mask(n_q, n_k, sliding_window, query.device, always=eager or n_q < n_k)
+        always = eager or n_q < n_k or bool(branch.blocks)
+        mask_QK = _mask(n_q, n_k, sliding_window, query.device, branch.blocks, always=always)
         if eager:
             out_HQD = _eager_attention(q_HQD, k_HKD, v_HKD, mask_QK, scaling, softcap, s_aux)
         else:
@@ -242,13 +263,20 @@ def _split_calls(
             yield q[i], keys, values
 
 
-def _mask(n_q: int, n_k: int, window: int | None, device: torch.device, *, always: bool) -> torch.Tensor | None:
-    """The last query sees all keys, the one before all but the last, ...; None if plain causal attention does that."""
+def _mask(
+    n_q: int, n_k: int, window: int | None, device: torch.device, blocks: Sequence[slice] = (), *, always: bool
+) -> torch.Tensor | None:
+    """The last query sees all keys, the one before all but the last, ...; None if plain causal attention does that.
+
+    Within each block of queries, all see one another.
+    """
     if not always and (window is None or n_k <= window):
         return None
     last_Q1 = torch.arange(n_k - n_q, n_k, device=device).unsqueeze(1)
     key_K = torch.arange(n_k, device=device)
     seen_QK = key_K <= last_Q1
+    for block in blocks:
+        seen_QK[block, n_k - n_q + block.start : n_k - n_q + block.stop] = True
     return seen_QK if window is None else seen_QK & (key_K > last_Q1 - window)
 
 

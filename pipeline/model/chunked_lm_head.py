@@ -18,8 +18,10 @@ from prefcache.pipeline.model.lm_head import add_product, multiply, multiply_hea
 
 
 def trained_beyond_head(model: Any) -> list[str]:
-    """Names of trained parameters outside the decoder and the head's matrix. `score_hidden` gives them no gradient."""
-    covered = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    """Names of trained parameters that neither come before the head nor are its matrix. `score_hidden` gives them no gradient."""
+    # A model that sees images has its tower and projector next to the decoder, before which they are computed.
+    before = getattr(model, model.base_model_prefix) if hasattr(model, "get_image_features") else model.get_decoder()
+    covered = {id(p) for part in (before, model.get_output_embeddings()) for p in part.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
 
 
@@ -220,8 +222,12 @@ class _DecoderOutput:
     def __init__(self, last_hidden_state: torch.Tensor) -> None:
         self.last_hidden_state = last_hidden_state
 
+    def keys(self) -> list[str]:
+        """Some models unpack it into the output of a wrapper."""
+        return ["last_hidden_state"]
+
     def __getitem__(self, i: Any) -> torch.Tensor:
-        assert i == 0
+        assert i in (0, "last_hidden_state")
         return self.last_hidden_state
 
     def __getattr__(self, name: str) -> None:

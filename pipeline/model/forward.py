@@ -22,6 +22,7 @@ from prefcache.pipeline.model.device import to_host
 from prefcache.pipeline.model.logprobs import Logps, RouterHook, concat_logps, padded_logps, plain_logps
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.model.packed_row import lay_out, row_logps
+from prefcache.pipeline.model.vision import Vision
 from prefcache.pipeline.schema import TokenSequence
 
 # Largest and mean deviation per token from the same model's plain forward that still count as rounding.
@@ -34,8 +35,10 @@ Compute = Callable[[Sequence[TokenSequence]], list[np.ndarray]]
 class Forward:
     """`kernel` is the model's own attention, used by padded batches and generation; `setting` names `wanted` in errors."""
 
-    def __init__(self, model: Any, kernel: str, wanted: str, dtype: str, setting: str) -> None:
-        self.model, self._kernel, self._wanted = model, kernel, wanted
+    def __init__(
+        self, model: Any, kernel: str, wanted: str, dtype: str, setting: str, vision: Vision | None = None
+    ) -> None:
+        self.model, self._kernel, self._wanted, self._vision = model, kernel, wanted, vision
         self._dtype, self._setting = dtype, setting
         self.layout: str | None = None  # chosen with the first sequences
         self.layout_reason: str | None = None  # why not a better one
@@ -71,7 +74,9 @@ class Forward:
         if reason := attention.unsupported_reason(self.model.config) or attention.missing_positions_reason(self.model):
             return reason
         with torch.no_grad():
-            plain = np.concatenate([plain_logps(self.model, sequence).cpu().numpy() for sequence in sequences])
+            plain = np.concatenate(
+                [plain_logps(self.model, sequence, self._vision).cpu().numpy() for sequence in sequences]
+            )
         self.layout = layout
         try:
             if names := trained_beyond_head(self.model):
@@ -86,7 +91,7 @@ class Forward:
             reason = f"its forward does not take packed rows ({type(error).__name__})"
         if reason:
             self.layout = None
-            self.model.set_attn_implementation(self._kernel)
+            attention.set_kernel(self.model, self._kernel)
         return reason
 
     def adopt(self, change: Callable[[], Callable[[], None]], sequences: Sequence[TokenSequence]) -> str | None:
@@ -139,14 +144,13 @@ class Forward:
         router_hook: RouterHook | None = None,
     ) -> Logps:
         """Log-prob of each counted token of every sequence, in the order of the groups, in one forward."""
+        options: dict[str, Any] = {"squares": squares, "router_hook": router_hook, "vision": self._vision}
         if self.layout != "padded":
-            eager = self._kernel == "eager"
-            return row_logps(self.model, lay_out(groups), eager=eager, squares=squares, router_hook=router_hook)
+            return row_logps(self.model, lay_out(groups, self._vision), eager=self._kernel == "eager", **options)
         sequences = [sequence for group in groups for sequence in group]
-        batches = [[sequence] for sequence in sequences] if self._one_at_a_time else [sequences]
-        return concat_logps(
-            [padded_logps(self.model, batch, squares=squares, router_hook=router_hook) for batch in batches]
-        )
+        one_at_a_time = self._one_at_a_time or any(sequence.images for sequence in sequences)
+        batches = [[sequence] for sequence in sequences] if one_at_a_time else [sequences]
+        return concat_logps([padded_logps(self.model, batch, **options) for batch in batches])
 
     @contextlib.contextmanager
     def native_attention(self) -> Iterator[None]:
@@ -154,7 +158,7 @@ class Forward:
         if self.layout in (None, "padded"):
             yield
             return
-        self.model.set_attn_implementation(self._kernel)
+        attention.set_kernel(self.model, self._kernel)
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ Shapes: S sequences, T positions, K positions kept for the head, N counted token
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ from prefcache.pipeline.schema import TokenSequence
 RouterHook = Callable[[Sequence[torch.Tensor]], None]
 
 
+class ImageInputs(Protocol):
+    """What a model's own forward needs besides ids: `vision.Vision`."""
+
+    def plain_inputs(self, sequence: TokenSequence, n_tokens: int) -> dict[str, Any]: ...
+
+
 def gather_logps(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
     """Log softmax of the targets, in float32 whatever dtype the model computed in."""
     return -F.cross_entropy(logits_NV.float(), target_N, reduction="none")
@@ -32,11 +38,12 @@ def log_sum_squares(logits_NV: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(2 * logits_NV.float(), -1) - 2 * torch.logsumexp(logits_NV.float(), -1)
 
 
-def plain_logps(model: Any, sequence: TokenSequence) -> torch.Tensor:
+def plain_logps(model: Any, sequence: TokenSequence, vision: ImageInputs | None = None) -> torch.Tensor:
     """Log-prob of each counted token of one sequence, by the model's plain forward."""
     device = next(model.parameters()).device
     ids_T = to_device(_concat_ids(sequence), device)
-    logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False).logits.squeeze(0)
+    more = vision.plain_inputs(sequence, len(ids_T)) if vision and sequence.images else {}
+    logits_TV = model(input_ids=ids_T.unsqueeze(0), use_cache=False, **more).logits.squeeze(0)
     counted_N = to_device(torch.from_numpy(len(sequence.prompt_ids) + sequence.counted_positions), device)
     return gather_logps(logits_TV[counted_N - 1], ids_T[counted_N])
 
@@ -64,9 +71,14 @@ class Logps(NamedTuple):
 
 
 def padded_logps(
-    model: Any, sequences: Sequence[TokenSequence], *, squares: bool = False, router_hook: RouterHook | None = None
+    model: Any,
+    sequences: Sequence[TokenSequence],
+    *,
+    vision: ImageInputs | None = None,
+    squares: bool = False,
+    router_hook: RouterHook | None = None,
 ) -> Logps:
-    """Log-prob of each counted token of each sequence, in one padded forward.
+    """Log-prob of each counted token of each sequence, in one padded forward. A sequence with images has one to itself.
 
     Sequences are padded on the right, which a causal model never looks at, so no mask is needed and the fastest attention is
     used. The head computes only positions that predict a counted token of some sequence. The last token of a sequence is
@@ -92,11 +104,13 @@ def padded_logps(
         is_token_ST = pad_sequence([torch.ones(len(ids_T) - 1) for ids_T in ids], batch_first=True)
         inputs["tokens"] = np.flatnonzero(is_token_ST)
     on_device = copy_together(inputs, device)
+    more = vision.plain_inputs(sequences[0], len(ids[0]) - 1) if vision and sequences[0].images else {}
     out = model(
         input_ids=on_device["input_ST"],
         use_cache=False,
         logits_to_keep=on_device["kept_K"],
         **router_options(router_hook),
+        **more,
     )
     if router_hook:
         router_hook([logits.flatten(0, -2)[on_device["tokens"]] for logits in out.router_logits])

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging
 
 from prefcache.pipeline.errors import PrefcacheError, UsageError
@@ -31,7 +37,10 @@ logging.disable_progress_bar()  # ours counts sequences and steps
 
 
 def load_base(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
-    """Load the model without its adapter, with quantized weights if the reference asks for them."""
+    """Load the model without its adapter, with quantized weights if the reference asks for them.
+
+    A model that sees images is loaded with its tower.
+    """
     reference.refuse_unconverted()
     options: dict[str, Any] = {"attn_implementation": kernel, "use_safetensors": True, "device_map": {"": device}}
     try:
@@ -59,7 +68,7 @@ def load_base(reference: Reference, dtype: str, kernel: str, device: torch.devic
 
 def _from_pretrained(folder: Path, **options: Any) -> Any:
     """Load the model if the folder has exactly the tensors that it needs, in its shapes."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = _auto_class(folder).from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     name = type(model).__name__
@@ -84,6 +93,12 @@ def _from_pretrained(folder: Path, **options: Any) -> Any:
     if info["error_msgs"]:
         raise UsageError(f"{folder} does not load whole: {' '.join(map(str, info['error_msgs']))[:300]}")
     return model
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class that loads the whole model: with its tower, if it sees images."""
+    kind = type(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    return AutoModelForImageTextToText if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
 def check_tensors(reference: Reference) -> str | None:

@@ -10,10 +10,12 @@ from transformers.utils import logging
 
 from prefcache.pipeline.errors import ResourceError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.model.attention import choose_kernel
 from prefcache.pipeline.model.forward import refuse_lookahead
 from prefcache.pipeline.model.logprobs import plain_logps
 from prefcache.pipeline.model.oom import is_out_of_memory
+from prefcache.pipeline.model.vision import Vision, VisionTower
 from prefcache.pipeline.model.weights import load_base, load_frozen_adapter
 from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import TokenSequence
@@ -34,18 +36,21 @@ def load_frozen(reference: Reference, dtype: str, attention: str, device: str) -
     return loaded.eval().requires_grad_(False)
 
 
-def score_plainly(reference: Reference, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+def score_plainly(
+    reference: Reference, sequences: Sequence[TokenSequence], images: PromptImages | None = None
+) -> list[np.ndarray]:
     """Return log-probs by Transformers' plain float32 forward of one sequence at a time, with quantized weights if the reference's are."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         plain = load_frozen(reference, "float32", "sdpa", device)
+        vision = Vision(plain, VisionTower(plain, images), images) if images else None
         with torch.inference_mode():
             if sequences:
                 refuse_lookahead(plain, sequences, "float32")
             scores = []
             with counting("plain float32 forward", len(sequences), "sequences") as counter:
                 for sequence in sequences:
-                    scores.append(plain_logps(plain, sequence).cpu().numpy())
+                    scores.append(plain_logps(plain, sequence, vision).cpu().numpy())
                     counter.add(1)
             return scores
     except Exception as error:

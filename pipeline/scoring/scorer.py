@@ -14,6 +14,7 @@ from prefcache.pipeline import identity
 from prefcache.pipeline.config import Score
 from prefcache.pipeline.errors import IdentityError, IntegrityError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import CACHE, OK, OK_IN_FLOAT32, TokenSequence
 from prefcache.pipeline.scoring.engines import Engine, find_engine
@@ -38,7 +39,9 @@ class Scorer:
         cache: Cache,
         sequences: Sequences,
         progress: Progress,
+        images: PromptImages | None = None,
     ) -> None:
+        self._images = images
         self._score, self._reference, self._numerics = score, reference, numerics
         self._numerics_id = identity.numerics_id(numerics)
         self._cache, self._sequences, self._progress = cache, sequences, progress
@@ -65,8 +68,8 @@ class Scorer:
         if not sequences and self._score.engine != "transformers" and (reason := check_tensors(self._reference)):
             self._progress.warn(reason)
         # The plain model is gone before the engine loads: never two models in memory.
-        plain = score_plainly(self._reference, sequences) if sequences else []
-        self._engine = engine = find_engine(self._score.engine).load(self._reference, self._score)
+        plain = score_plainly(self._reference, sequences, self._images) if sequences else []
+        self._engine = engine = find_engine(self._score.engine).load(self._reference, self._score, self._images)
         if sequences:
             scores = engine.score(sequences)
             self._parity = measure_parity(self._score, self._numerics, engine.facts, scores, plain, self._progress)
@@ -149,7 +152,7 @@ class Scorer:
         failed = [i for i, logps in enumerate(scores) if not np.isfinite(logps).all()]
         if not failed or not self._retries_in_float32:
             return {}
-        plain = score_plainly(self._reference, [chunk[i] for i in failed])
+        plain = score_plainly(self._reference, [chunk[i] for i in failed], self._images)
         rescued = {i: logps for i, logps in zip(failed, plain, strict=True) if np.isfinite(logps).all()}
         self._retries_in_float32 = bool(rescued)
         self._progress.warn(

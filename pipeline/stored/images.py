@@ -76,6 +76,9 @@ class StoredImages:
         row = self._rows[image]
         return ImageFacts(*(self.table[name][row].as_py() for name in ImageFacts._fields))
 
+    def is_one_of_several(self, image: bytes) -> bool:
+        return self.facts(image).one_of_several
+
     def encoded(self, image: bytes) -> bytes:
         """The picture's bytes as they came."""
         return bytes(self.table["encoded"][self._rows[image]].as_py())

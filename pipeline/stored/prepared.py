@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prefcache.pipeline import image_processor
 from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.schema import ANSWERS, IDS, IMAGE_IDS, PREPARED, TokenSequence
 from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.stored import artifact
@@ -83,6 +85,11 @@ class Prepared:
     def images(self) -> StoredImages:
         """The pictures of the examples' prompts."""
         return StoredImages(self.folder, self.manifest.images)
+
+    def prompt_images(self, processor: Path) -> PromptImages | None:
+        """The images of the prompts as the processor in this folder prepares them; None if there are none."""
+        pictures = self.images()
+        return PromptImages(image_processor.load(processor), pictures) if len(pictures) else None
 
     def _open(self, shard: ShardEntry) -> pa.Table:
         path = self.folder / shard.file

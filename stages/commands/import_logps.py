@@ -19,6 +19,7 @@ from prefcache.command_results import ImportResult
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import DataError, IntegrityError, UsageError
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.preparing import record_outcomes
 from prefcache.pipeline.preparing.record_outcomes import Outcomes
 from prefcache.pipeline.progress import Progress
@@ -60,7 +61,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
         raise DataError(f"No row has log-probs that can be used ({reasons}).")
 
     reference = identity.find_reference(config)
-    parity = _check_sample(config, reference, values, dtype, progress)
+    parity = _check_sample(config, reference, values, dtype, prepared.prompt_images(reference.processor), progress)
     # What the sources hold, wherever their files are.
     contents = [
         [{key: value for key, value in part.items() if key != "file"} for part in source.identity()]
@@ -217,7 +218,12 @@ def _parse_token_logps(values: Any, total: float, n: int) -> np.ndarray:
 
 
 def _check_sample(
-    config: Config, reference: identity.Reference, values: Values, dtype: str, progress: Progress
+    config: Config,
+    reference: identity.Reference,
+    values: Values,
+    dtype: str,
+    images: PromptImages | None,
+    progress: Progress,
 ) -> dict[str, Any] | None:
     """Return how far a sample is from the plain float32 forward; fail where that is more than rounding."""
     n = min(config.score.parity_sample, len(values))
@@ -226,7 +232,7 @@ def _check_sample(
     from prefcache.pipeline.scoring.baseline import score_plainly
 
     # Keys are hashes: the smallest are a random sample.
-    plain = score_plainly(reference, [values.sequence(i) for i in range(n)])
+    plain = score_plainly(reference, [values.sequence(i) for i in range(n)], images)
 
     def refuse(deviations: np.ndarray, allowed: float, where: str) -> None:
         i = int(deviations.argmax())

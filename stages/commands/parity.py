@@ -13,6 +13,7 @@ from prefcache.command_results import Deviations, Margins, ParityResult, Quantil
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config, Score, engine_names
 from prefcache.pipeline.errors import UsageError, look_up
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.preparing import tokenizer_facts
 from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.progress import Progress
@@ -63,14 +64,14 @@ def parse(text: str) -> Side:
 
 def run(config: Config, a: str, b: str, n: int, progress: Progress) -> ParityResult:
     sides = parse(a), parse(b)
-    examples = Prepared(config.prepared).table()
-    reference = identity.find_reference(config)
+    prepared, reference = Prepared(config.prepared), identity.find_reference(config)
+    examples, images = prepared.table(), prepared.prompt_images(reference.processor)
     slots = sample_slots(examples, n)
     by_slot = Sequences(examples)
     sequences = [by_slot[slot] for slot in slots]
     # One after the other: never two models in memory.
     (scores_a, numerics_a), (scores_b, numerics_b) = [
-        _score(config, reference, side, sequences, progress) for side in sides
+        _score(config, reference, side, sequences, images, progress) for side in sides
     ]
     split_tokens = Encoder(tokenizer_facts.load_facts(reference.tokenizer)).token_texts
     return ParityResult(
@@ -100,19 +101,24 @@ def sample_slots(examples: pa.Table, n: int) -> list[int]:
 
 
 def _score(
-    config: Config, reference: identity.Reference, side: Side, sequences: list[TokenSequence], progress: Progress
+    config: Config,
+    reference: identity.Reference,
+    side: Side,
+    sequences: list[TokenSequence],
+    images: PromptImages | None,
+    progress: Progress,
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Return the log-probs of one side, and how they were computed."""
     if side.engine is None:
         from prefcache.pipeline.scoring.baseline import score_plainly
 
         progress.say(f"parity: {len(sequences)} sequences by the plain forward")
-        return score_plainly(reference, sequences), {"engine": PLAIN, "dtype": "float32"}
+        return score_plainly(reference, sequences, images), {"engine": PLAIN, "dtype": "float32"}
     score = Score.model_validate(config.score.model_dump() | {"engine": side.engine, "ray": None} | side.settings)
     spec = find_engine(side.engine)
     progress.say(f"parity: {len(sequences)} sequences by {side.name}")
     numerics: dict[str, Any] = spec.numerics(reference, score)
-    engine = spec.load(reference, score)
+    engine = spec.load(reference, score, images)
     try:
         return engine.score(sequences), numerics | engine.facts
     finally:

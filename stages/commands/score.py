@@ -139,7 +139,8 @@ def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
     score, sequences = task.config.score, Sequences(task.examples)
     scorer: Scorer | actors.Pool
     if score.ray is None:
-        scorer = Scorer(score, task.reference, task.numerics, cache, sequences, progress)
+        images = task.prepared.prompt_images(task.reference.processor)
+        scorer = Scorer(score, task.reference, task.numerics, cache, sequences, progress, images)
     else:
         n_chunks = len(plan.chunks)
         scorer = actors.Pool(score, task.reference, task.numerics, cache, task.prepared, n_chunks, progress)

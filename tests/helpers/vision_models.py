@@ -13,8 +13,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from prefcache.pipeline.image_processor import ImageProcessor
+from prefcache.pipeline.images import hash_pixels
+from prefcache.pipeline.schema import image_id
 from tests.helpers import tokenizers
 
 # The processor of Pixtral imports torchvision for what is not used here, and no torchvision exists for PyTorch's CPU build.
@@ -311,3 +314,46 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of random pixels."""
     pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+class Pictures:
+    """Pictures by id, as scoring and training get them from prepared data."""
+
+    def __init__(self, processor: ImageProcessor) -> None:
+        self.processor, self._pixels = processor, dict[bytes, tuple[np.ndarray, bool]]()
+
+    def add(self, image: Image.Image, *, one_of_several: bool = False) -> bytes:
+        pixels = np.asarray(image)
+        several = one_of_several and self.processor.counts_pictures
+        name = image_id(hash_pixels(pixels), self.processor.id, one_of_several=several)
+        self._pixels[name] = pixels, several
+        return name
+
+    def pixels(self, image: bytes) -> np.ndarray:
+        return self._pixels[image][0]
+
+    def is_one_of_several(self, image: bytes) -> bool:
+        return self._pixels[image][1]
+
+
+def ask(
+    folder: Path, pictures: Pictures, images: list[Image.Image], question: str
+) -> tuple[np.ndarray, tuple[bytes, ...]]:
+    """The ids of a prompt with these images, as the model's processor places them, and the images' ids."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    several = len(images) > 1
+    pieces = rendered.split(pictures.processor.placeholder)
+    text = pieces[0]
+    for image, rest in zip(images, pieces[1:], strict=True):
+        text += pictures.processor.process(np.asarray(image), one_of_several=several).replacement + rest
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return ids, tuple(pictures.add(image, one_of_several=several) for image in images)
+
+
+def load(folder: Path) -> Any:
+    """Load the model, to compute in float32."""
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()

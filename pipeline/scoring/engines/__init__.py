@@ -19,6 +19,7 @@ from prefcache.pipeline import identity, model_files
 from prefcache.pipeline.config import Score, engine_names
 from prefcache.pipeline.errors import UsageError, look_up
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.schema import TokenSequence
 
 
@@ -53,7 +54,8 @@ class EngineSpec:
 
     # How the engine would compute: its name, versions, dtype. Known quickly, before the model is loaded.
     numerics: Callable[[Reference, Score], dict[str, str]]
-    load: Callable[[Reference, Score], Engine]
+    # The images are those of the prompts; None if there are none.
+    load: Callable[[Reference, Score, PromptImages | None], Engine]
     # What to try where its log-probs deviate; {} becomes "score.dtype=float32, " for a lower dtype, and so for the head's.
     remedy: str
     # Which of score.dtype, score.head_dtype, score.attention and score.rows it follows.
@@ -88,6 +90,14 @@ def refuse_unused(score: Score) -> None:
         return
     remedy = "Set score.vllm.options.hf_overrides.head_dtype instead" if score.engine == "vllm" else "Leave it out"
     raise UsageError(f"score.head_dtype is {score.head_dtype}, which engine {score.engine} does not follow. {remedy}.")
+
+
+def refuse_images(engine: str, images: PromptImages | None) -> None:
+    """Refuse prompts with images for an engine that cannot be given any."""
+    if images is not None:
+        raise UsageError(
+            f"score.engine is {engine}, which cannot be given the images of the prompts. Set score.engine=transformers."
+        )
 
 
 def resolve_dtype(model: Path, score: Score, device: str) -> str:

@@ -25,9 +25,10 @@ import numpy as np
 from prefcache.pipeline.config import Score, Server
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import TokenSequence
-from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter
+from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, refuse_images
 
 # Busy, or broken in a way that may pass. Other codes stay the same however often one asks.
 _TRANSIENT_CODES = {408, 425, 429, 500, 502, 503, 504}
@@ -45,7 +46,8 @@ def numerics(reference: Reference, score: Score) -> dict[str, str]:
 
 
 class ServerEngine:
-    def __init__(self, reference: Reference, score: Score) -> None:
+    def __init__(self, reference: Reference, score: Score, images: PromptImages | None = None) -> None:
+        refuse_images("server", images)
         self._client = Client(score.server)
         self._model = self._client.model()
         self._concurrency = score.server.concurrency

@@ -12,6 +12,7 @@ from prefcache.pipeline import identity
 from prefcache.pipeline.config import Score
 from prefcache.pipeline.errors import ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.model.oom import is_out_of_memory
 from prefcache.pipeline.progress import counting, working
 from prefcache.pipeline.schema import TokenSequence
@@ -56,17 +57,19 @@ def _choose_head_dtype(reference: Reference, score: Score, device: str) -> str:
 
 
 class TransformersEngine:
-    def __init__(self, reference: Reference, score: Score) -> None:
+    def __init__(self, reference: Reference, score: Score, images: PromptImages | None = None) -> None:
         from prefcache.pipeline.model.attention import choose_kernel
         from prefcache.pipeline.model.forward import Forward
         from prefcache.pipeline.model.lm_head import set_head_dtype
+        from prefcache.pipeline.model.vision import Vision, VisionTower
         from prefcache.pipeline.scoring.baseline import load_frozen
 
         device = _choose_device(score)
         dtype, kernel = resolve_dtype(reference.folder, score, device), choose_kernel(reference.folder, score.attention)
         model = load_frozen(reference, dtype, score.attention, device)
         set_head_dtype(model, _choose_head_dtype(reference, score, device), frozen=True)
-        self._forward = Forward(model, kernel, score.rows, dtype, "score.rows")
+        vision = Vision(model, VisionTower(model, images), images) if images else None
+        self._forward = Forward(model, kernel, score.rows, dtype, "score.rows", vision)
         self._budget = score.tokens_per_batch or (2_048 if device == "cpu" else 16_384)
         self.facts: dict[str, Any] = {}
 

@@ -27,11 +27,12 @@ import numpy as np
 from prefcache.pipeline.config import Score, Vllm
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.model_files import longest_sequence
 from prefcache.pipeline.progress import working
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.schema import TokenSequence
-from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, resolve_dtype
+from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, refuse_images, resolve_dtype
 
 _WORKER = Path(__file__).parents[1] / "vllm_worker.py"
 
@@ -238,7 +239,8 @@ def _fits_one_process(numerics: dict[str, str], options: dict[str, Any]) -> bool
 
 
 class VllmEngine:
-    def __init__(self, reference: Reference, score: Score) -> None:
+    def __init__(self, reference: Reference, score: Score, images: PromptImages | None = None) -> None:
+        refuse_images("vllm", images)
         self._reference, self._score = reference, score
         _refuse_unsupported(reference, score)
         self._numerics = numerics(reference, score)

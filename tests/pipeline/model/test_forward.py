@@ -118,9 +118,9 @@ def test_a_model_that_is_wrong_for_branches_within_an_answer_falls_back(monkeypa
     """Though it is right for answers that share their prompt only, as those do that training begins with."""
     real = forward.lay_out
 
-    def lay_out(groups):
-        row = real(groups)
-        for i, (path, own) in enumerate(row.branches):
+    def lay_out(groups, vision):
+        row = real(groups, vision)
+        for i, (path, own, _) in enumerate(row.branches):
             if fault == "path" and len(path) > 1:
                 row.branches[i] = attention.Branch(path[:1], own)
             n_prompt = next((len(group[0].prompt_ids) for group in groups), 0)
@@ -233,8 +233,8 @@ def test_a_model_whose_rows_are_wrong_falls_back(monkeypatch):
     # silently so. Without shared prompts a relative position stays what it is.
     real = forward.lay_out
 
-    def shifted(groups):
-        row = real(groups)
+    def shifted(groups, vision):
+        row = real(groups, vision)
         row.position_T[:] = np.arange(len(row.position_T))
         return row
 

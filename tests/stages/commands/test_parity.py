@@ -160,7 +160,7 @@ def test_no_two_models_are_in_memory_at_once(compare, monkeypatch):
     class Fake:
         facts = {}  # noqa: RUF012
 
-        def __init__(self, reference, score):
+        def __init__(self, reference, score, images):
             alive.append(self)
 
         def score(self, sequences):

@@ -1,0 +1,105 @@
+"""Log-probs of answers to prompts with images: those of each model's own forward, whatever shares a row."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from prefcache.pipeline import image_processor
+from prefcache.pipeline.image_processor import PromptImages
+from prefcache.pipeline.model.forward import Forward
+from prefcache.pipeline.model.logprobs import plain_logps
+from prefcache.pipeline.model.vision import Vision, VisionTower
+from prefcache.pipeline.schema import TokenSequence
+from tests.helpers import vision_models
+from tests.helpers.models import compute, dpo_loss, gradient, relative_error
+
+FAMILIES = list(vision_models.FAMILIES)
+
+
+class Prompts:
+    """A model with prompts of one picture, of two, of the same pictures again, and of text alone."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = vision_models.save(name)
+        self.pictures = vision_models.Pictures(image_processor.load(self.folder))
+        self.images = PromptImages(self.pictures.processor, self.pictures)
+        a, b = vision_models.picture(40, 24, seed=1), vision_models.picture(30, 44, seed=2)
+        asked = [
+            ([a], "why the cat?"),
+            ([b], "why the cat?"),
+            ([a, b], "the dog runs"),
+            ([], "the answer is"),
+            ([b, a], "why"),
+        ]
+        self.sequences = [
+            TokenSequence(ids, answer, images=images)
+            for prompt, (pictures, question) in enumerate(asked)
+            for ids, images in [vision_models.ask(self.folder, self.pictures, pictures, question)]
+            for answer in self._answers(prompt)
+        ]
+
+    def _answers(self, seed: int) -> list[np.ndarray]:
+        drawn = np.random.default_rng(seed).integers(20, 300, (3, 9), dtype=np.int32)
+        drawn[1, :4] = drawn[0, :4]  # two that begin alike
+        return [drawn[0], drawn[1], drawn[2, :5]]
+
+    def load(self, *, trained: bool = False):
+        model = vision_models.load(self.folder)
+        return model, Vision(model, VisionTower(model, self.images, trained=trained), self.images)
+
+
+@functools.cache
+def prompts(name: str) -> Prompts:
+    return Prompts(name)
+
+
+def plainly(model, vision: Vision, sequences: list[TokenSequence]) -> list[torch.Tensor]:
+    """By the model's own forward of one sequence, with the pixels of its processor."""
+    return [plain_logps(model, sequence, vision) for sequence in sequences]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layout_gives_what_the_model_gives_for_each_sequence_alone(name, layout):
+    data = prompts(name)
+    model, vision = data.load()
+    forward = Forward(model, "sdpa", layout, "float32", "train.rows", vision)
+    forward.choose_layout(data.sequences)
+    assert forward.layout == layout, forward.layout_reason
+    with torch.no_grad():
+        logps, _ = compute(forward, data.sequences)
+        forward_native = vision_models.load(data.folder)
+        expected = plainly(forward_native, Vision(forward_native, vision.source, data.images), data.sequences)
+    assert max((a - b).abs().max().item() for a, b in zip(logps, expected, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_picture_gives_other_log_probs(name):
+    """Else the pictures did not reach the decoder, and nothing above would show anything."""
+    data = prompts(name)
+    model, vision = data.load()
+    first, second = data.sequences[0], data.sequences[3]
+    with torch.no_grad():
+        seen = plain_logps(model, first, vision)
+        other = plain_logps(model, TokenSequence(second.prompt_ids, first.completion_ids, images=second.images), vision)
+    assert (seen - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_the_model_s_own_forward(name):
+    data = prompts(name)
+    model, vision = data.load(trained=True)
+    forward = Forward(model, "sdpa", "shared", "float32", "train.rows", vision)
+    forward.choose_layout(data.sequences)
+    logps, _ = compute(forward, data.sequences)
+    dpo_loss(logps[:14]).backward()
+    shared = gradient(model)
+    model.zero_grad()
+    with forward.native_attention():
+        dpo_loss(plainly(model, vision, data.sequences[:14])).backward()
+    expected = gradient(model)
+    assert relative_error(shared, expected) < 1e-4
+    tower = [p for name, p in model.named_parameters() if "visi" in name or "visual" in name]
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in tower)
