@@ -1,5 +1,9 @@
-"""A model's tokenizer, as Transformers loads it; the folder's own code is never run."""
+"""A model's tokenizer, as Transformers loads it; the folder's own code is never run.
 
+Its chat template is that of the model's processor, if the folder has one: that is the one which prints images.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,26 @@ def load_tokenizer(folder: Path) -> Any:
 
     logging.set_verbosity_error()  # it warns about every text longer than the model's limit
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.chat_template = _processor_template(folder) or tokenizer.chat_template
+        return tokenizer
     except Exception as error:  # The loader raises whatever its parts raise.
         refuse_own_code(error, folder)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"{folder} has no tokenizer that loads ({first}). Expected tokenizer.json next to the model."
         ) from None
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the template that a processor has in a file of its own, and which a tokenizer does not load."""
+    is_with_images = any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+    names = ("processor_config.json", *(() if (folder / "chat_template.jinja").exists() else ("chat_template.json",)))
+    for path in (folder / name for name in names if is_with_images):
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if isinstance(settings, dict) and isinstance(template := settings.get("chat_template"), str):
+            return template
+    return None
 
 
 def refuse_own_code(error: Exception, folder: Path) -> None:

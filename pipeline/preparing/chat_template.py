@@ -3,6 +3,9 @@
 It renders in Jinja's sandbox with limits on time, memory and output; if it exceeds one, the error names the template.
 It sees a fixed date and nothing random, so that it gives the same text on any day. Text and arguments are those of
 Transformers' `apply_chat_template`.
+
+Templates of models that see images take a content in parts: pictures and texts. Some take nothing else, and print nothing of a
+content that is text. So a content with pictures is split into parts here, and for those templates every content is.
 """
 
 import contextlib
@@ -10,6 +13,7 @@ import datetime
 import functools
 import json
 import operator
+import re
 import resource
 import signal
 import threading
@@ -24,7 +28,7 @@ from jinja2.compiler import CodeGenerator
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.preparing.example import Message, Unusable
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Message, Unusable
 from prefcache.pipeline.preparing.generation_marks import CLOSE, OPEN
 from prefcache.pipeline.preparing.placeholder_text import OpaqueLength, OpaqueText, join, refuse_opaque
 
@@ -49,6 +53,7 @@ _TESTS = {
     "sequence", "eq", "==", "equalto", "ne", "!=", "filter", "test", "odd", "even",
 }  # fmt: skip
 _DICT_METHODS = frozenset(dir(dict))
+_PROBE = "Prefcacheprobe"  # a text that no template changes
 # Arguments with the variables of a loop or block around a call, which Jinja passes to its own functions alone.
 _JINJAS_OWN = {"_loop_vars", "_block_vars"}
 
@@ -74,6 +79,8 @@ class ChatTemplate:
         self.text, self._tokens = text, dict(tokens)
         self.knows_tools = "tools" in text + (tool_text or "")
         self.knows_tool_calls = "tool_calls" in text + (tool_text or "")
+        self._takes_parts: dict[str, bool] = {}  # by role: whether a content has to be in parts
+        self._may_take_parts = re.search(r"\btext\b", text) is not None
         sandbox = _create_sandbox(date, mark_generation=mark_generation)
         with self.limits():
             self._plain = _compile(sandbox, text)
@@ -95,7 +102,73 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text, or raise Unusable if the template refuses these messages."""
+        """Return the text, or raise Unusable if the template refuses these messages.
+
+        An IMAGE_MARK in a content is a picture to the template.
+        """
+        return self._render(
+            [self._split_content(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            kwargs=kwargs,
+        )
+
+    def _split_content(self, message: Message) -> Message:
+        """Return a message with its content in parts, if it has pictures or the template takes no text."""
+        content = message.get("content")
+        if not isinstance(content, str):
+            return message
+        # An OpaqueText is never asked what it contains: that would become a guard.
+        has_images = type(content) is str and IMAGE_MARK in content
+        if not has_images and not self._needs_parts(message.get("role")):
+            return message
+        if not has_images:
+            return message | {"content": [{"type": "text", "text": content}]}
+        parts: list[dict[str, str]] = []
+        for n, text in enumerate(content.split(IMAGE_MARK)):
+            parts += [{"type": "image"}] if n else []
+            parts += [{"type": "text", "text": text}] if text else []
+        return message | {"content": parts}
+
+    def _needs_parts(self, role: Any) -> bool:
+        """Return whether messages of a role are printed only if their content is in parts: try it once."""
+        if not self._may_take_parts or not isinstance(role, str):
+            return False
+        if role not in self._takes_parts:
+            self._takes_parts[role] = self._try_parts(role)
+        return self._takes_parts[role]
+
+    def _try_parts(self, role: str) -> bool:
+        def message(role: str, in_parts: bool, text: str) -> Message:
+            return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
+
+        def prints(in_parts: bool) -> bool:
+            probe = message(role, in_parts, _PROBE)
+            asks = [message("user", role != "user" and self._needs_parts("user"), "x")]
+            if role == "tool":
+                asks.append(message("assistant", self._needs_parts("assistant"), "x"))
+            messages = {"user": [probe], "system": [probe, *asks], "developer": [probe, *asks]}.get(
+                role, [*asks, probe]
+            )
+            try:
+                text = self._render(messages, add_generation_prompt=False)
+            except Unusable:
+                return False
+            return _PROBE in text and "'type'" not in text  # the list itself
+
+        if prints(in_parts=False):
+            return False
+        # A role that is not printed at all, or only in other places, is written as the user's turns are.
+        return prints(in_parts=True) or (role != "user" and self._needs_parts("user"))
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         template = self._with_tools if tools else self._plain
         names = {**self._tokens, **(kwargs or {})} | {
             "messages": messages,

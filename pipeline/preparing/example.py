@@ -2,14 +2,20 @@
 
 A `Pair` has a chosen and a rejected answer, a `Label` one answer and a yes or no. A `Ranking` holds several answers in
 order of merit; expand_rankings.py turns it into pairs.
+
+A picture of the prompt is one character of its text, IMAGE_MARK, so that whatever works on text works on it too. The pictures
+themselves are in `images`, in the order of their marks.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 Turns = str | list[Message]
+# Not a character: Unicode keeps it out of any text that is exchanged.
+IMAGE_MARK = "\ufdd2"
 
 
 # Not frozen: there are millions of them, and a frozen dataclass takes three times as long to create.
@@ -22,6 +28,8 @@ class Context:
     template_kwargs: dict[str, Any] | None = None
     rendered: bool = False  # the texts are already what the model sees: no template is applied
     columns: dict[str, float] = field(default_factory=dict)  # those of schema.DATA_COLUMNS that the record has
+    # Of the prompt, one for each IMAGE_MARK: values as the data has them, and images.Picture once they are loaded.
+    images: tuple[Any, ...] = ()
 
     def context(self) -> dict[str, Any]:
         """Return these fields, for another example with the same prompt."""
@@ -31,6 +39,7 @@ class Context:
             "template_kwargs": self.template_kwargs,
             "rendered": self.rendered,
             "columns": self.columns,
+            "images": self.images,
         }
 
 
@@ -97,13 +106,29 @@ class Unusable(Exception):
         return ": ".join(filter(None, (self.detail, ", ".join(named))))
 
 
-def plain_text(turns: Turns) -> str:
-    """Return what a person reads: the text of one turn with its tool calls, or `role: text` lines of several."""
+def plain_text(turns: Turns, images: Sequence[Any] = ()) -> str:
+    """Return what a person reads: the text of one turn with its tool calls, or `role: text` lines of several.
+
+    A picture is shown as its tag; `images` are the loaded pictures of these turns.
+    """
     if isinstance(turns, str):
-        return turns
-    if len(turns) == 1:
-        return _turn_text(turns[0])
-    return "\n".join(f"{message['role']}: {_turn_text(message)}" for message in turns)
+        text = turns
+    elif len(turns) == 1:
+        text = _turn_text(turns[0])
+    else:
+        text = "\n".join(f"{message['role']}: {_turn_text(message)}" for message in turns)
+    if IMAGE_MARK not in text:
+        return text
+    before, *rest = text.split(IMAGE_MARK)
+    return before + "".join(f"{image.tag}{piece}" for image, piece in zip(images, rest, strict=True))
+
+
+def count_images(turns: Turns) -> int:
+    """Count the places of pictures."""
+    if isinstance(turns, str):
+        return turns.count(IMAGE_MARK)
+    contents = (turn.get("content") for turn in turns)
+    return sum(content.count(IMAGE_MARK) for content in contents if isinstance(content, str))
 
 
 def _turn_text(message: Message) -> str:
