@@ -10,15 +10,17 @@ from collections.abc import Sequence
 # The first that fits is recognised: data sets with columns of their own, then frameworks, then TRL's shape, whose few
 # columns many of them have too.
 # isort: off
+from prefcache.pipeline.preparing.formats import vision as vision
 from prefcache.pipeline.preparing.formats import public as public
 from prefcache.pipeline.preparing.formats import frameworks as frameworks
 from prefcache.pipeline.preparing.formats import trl as trl
 from prefcache.pipeline.preparing.formats import axolotl as axolotl
 
 # isort: on
+from prefcache.pipeline.preparing.formats.prompt_images import COLUMNS as IMAGE_COLUMNS
 from prefcache.pipeline.preparing.formats.registry import FORMATS, Format, Record, data_format, get_format
 
-__all__ = ["FORMATS", "Format", "data_format", "get_format", "recognise"]
+__all__ = ["FORMATS", "IMAGE_COLUMNS", "Format", "data_format", "get_format", "recognise"]
 
 _AT_LEAST = 0.5  # of the records: a few bad ones are quarantined and must not hide the format
 _NEARLY_AS_MANY = 0.9

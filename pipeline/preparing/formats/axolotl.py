@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.preparing.example import Candidate, Label, Message, Pair, Ranking, Turns, Unusable
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Candidate, Label, Message, Pair, Ranking, Turns, Unusable
 from prefcache.pipeline.preparing.formats import fields
 from prefcache.pipeline.preparing.formats.registry import Reader, Record, data_format
 
@@ -78,7 +78,7 @@ def _split_conversations(chosen: list[Message], rejected: list[Message]) -> Pair
 
 def _turn_identity(message: Message) -> tuple[Any, ...]:
     """Return what makes two messages the same turn. Ids, scores and the like may differ."""
-    return message["role"], message["content"], message.get("tool_calls") or None
+    return message["role"], message["content"], message.get("tool_calls") or None, message.get(IMAGE_MARK)
 
 
 def _pair_with_question(record: Record, *, needs_prompt: bool) -> Pair:
@@ -158,6 +158,10 @@ _DIALECTS = {
 def _content(message: Message) -> str:
     if message.get("tool_calls"):
         raise Unusable("tool calls", "this format writes text alone; chat_template formats have a place for them")
+    if IMAGE_MARK in message:
+        raise Unusable(
+            "image in plain text", "this format writes text alone; chat_template formats have a place for images"
+        )
     content: str = message["content"]
     return content
 
@@ -314,7 +318,7 @@ def _rename_keys(message: Message, source: Message, keys: Mapping[str, str]) -> 
     others = {key: value for key, value in message.items() if key not in keys and key not in keys.values()}
     renamed = {key: source[name] for key, name in keys.items() if source.get(name) is not None}
     # A key that the data has under our name, next to its own name for it, is something else.
-    return others | {"content": None} | renamed | {"role": message["role"]}
+    return others | renamed | {"role": message["role"], "content": message.get("content")}
 
 
 def _continuation(prompt: list[Message], answer: list[Message], column: str) -> list[Message]:

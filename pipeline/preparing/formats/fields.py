@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefcache.pipeline import schema
-from prefcache.pipeline.preparing.example import Label, Message, Pair, Turns, Unusable
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Label, Message, Pair, Turns, Unusable
+from prefcache.pipeline.preparing.formats.prompt_images import read_parts
 
 Record = dict[str, Any]
 
@@ -189,7 +190,10 @@ def _is_plain(value: Any) -> bool:
 def message(
     value: Any, column: str, *, role: str = "role", content: str = "content", roles: Mapping[str, str] | None = None
 ) -> Message:
-    """Read one message. Its other keys are kept: some templates render them."""
+    """Read one message. Its other keys are kept: some templates render them.
+
+    Its pictures are marks in the text, and under IMAGE_MARK as the data has them; prompt_images.py takes them from there.
+    """
     if (role, content, roles) == ("role", "content", None) and _is_plain(value):
         return value  # type: ignore[no-any-return]
     if not isinstance(value, dict):
@@ -197,8 +201,11 @@ def message(
     speaker, body = value.get(role), value.get(content)
     if not isinstance(speaker, str):
         raise Unusable("wrong type", f"{column}: a message's {role} is {type_name(speaker)}; expected text")
+    if IMAGE_MARK in value:
+        raise Unusable("reserved characters", "U+FDD2, which marks an image")
+    images: tuple[Any, ...] = ()
     if isinstance(body, list):
-        body = _join_text_parts(body)
+        body, images = read_parts(body, column) or (body, ())
     # A turn that only calls tools has no content.
     if not isinstance(body, str) and not (body is None and value.get("tool_calls")):
         raise Unusable("wrong type", f"{column}: a message's {content} is {type_name(body)}; expected text")
@@ -209,6 +216,8 @@ def message(
     if (role, content) == ("role", "content") and speaker == value["role"] and body == value.get("content"):
         return with_calls(value)
     others = {key: value[key] for key in value if key not in (role, content, "role", "content")}
+    if images:
+        others[IMAGE_MARK] = images
     return with_calls({"role": speaker, "content": body} | others)
 
 
@@ -246,13 +255,6 @@ def function_calls(text: str, column: str, role: str) -> list[dict[str, Any]]:
         raise Unusable("wrong type", f"{column}: a {role} is not JSON with name and arguments")
     functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
     return [_decode_arguments({"type": "function", "function": function}) for function in functions]
-
-
-def _join_text_parts(parts: list[Any]) -> Any:
-    """Join a content that is written in parts, as multimodal models have it; return it as it is unless all are text."""
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
-    strings = [text for text in texts if isinstance(text, str)]
-    return "".join(strings) if parts and len(strings) == len(parts) else parts
 
 
 def user_prompt(content: str, system: str = "") -> list[Message]:

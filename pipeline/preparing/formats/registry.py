@@ -2,6 +2,7 @@
 
 A format is one function from a record to an example. Its parameters after the record are its options, each with a
 default (`prepare.format_args`); its docstring's first line says what it reads, further lines say what one may stumble over.
+Pictures are read in the same way for all formats, see prompt_images.py.
 """
 
 import inspect
@@ -11,6 +12,7 @@ from typing import Any
 
 from prefcache.pipeline.errors import UsageError, look_up
 from prefcache.pipeline.preparing.example import Label, Pair, Ranking
+from prefcache.pipeline.preparing.formats.prompt_images import place_images
 
 Record = dict[str, Any]
 Reader = Callable[..., Pair | Label | Ranking]
@@ -58,7 +60,7 @@ class Format:
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
                 raise UsageError(f"prepare.format_args: format {self.name} has no option {name!r}. It has: {known}.")
-        return lambda record: self.reader(record, **arguments)
+        return lambda record: place_images(self.reader(record, **arguments), record)
 
 
 FORMATS: dict[str, Format] = {}

@@ -592,4 +592,4 @@ def test_content_in_parts_of_text_is_text():
     asked = {"role": "user", "content": parts, "name": "Ann"}
     assert fields.message(asked, "prompt") == {"role": "user", "content": "why?", "name": "Ann"}
     with pytest.raises(Unusable):
-        fields.message({"role": "user", "content": [*parts, {"type": "image", "url": "x"}]}, "prompt")
+        fields.message({"role": "user", "content": [*parts, {"type": "thought", "text": "x"}]}, "prompt")
