@@ -45,6 +45,11 @@ class ImageProcessor:
         """The text that a chat template writes for a picture."""
         return str(self._processor.image_token)
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that stand for pictures, which no other text may have."""
+        return [number for number in self._processor.image_token_ids if number is not None]
+
     @cached_property
     def id(self) -> bytes:
         """A hash of the class and the settings: size, patches, normalisation."""
@@ -77,6 +82,15 @@ class ImageProcessor:
         laid_out = processor.prepare_inputs_layout(images=[images], text=[self.placeholder * len(images)])[0]
         processed, replacements = processor._process_images(laid_out, **settings)
         return {name: np.asarray(value) for name, value in processed.items() if name not in _COUNTS}, replacements
+
+    def encode(self, text: str, images: Sequence[np.ndarray]) -> list[int]:
+        """Return the ids that the processor itself makes of a rendered prompt and its pictures."""
+        from PIL import Image
+
+        pictures = [[Image.fromarray(pixels) for pixels in images]]
+        # As TRL calls it: a template has written the special tokens already.
+        encoded = self._processor(text=[text], images=pictures, add_special_tokens=False)
+        return [int(number) for number in encoded["input_ids"][0]]
 
 
 def load(folder: Path) -> ImageProcessor:

@@ -72,7 +72,7 @@ FLOORS = {
         "pictures",
         "generation_marks turn_borders",
         "chat_template tokenizer_fingerprint formats",
-        "template_cache rendered_text",
+        "template_cache rendered_text image_text",
         "render_chat",
         "truncation resolved_config record_outcomes sample_prompts",
         "part_table prepared_inputs trl_rows",

@@ -61,7 +61,7 @@ def _shared_columns(lines: Sequence[Line], rows: Sequence[TruncatedExample], kin
     columns: Columns = {
         "source": [line.source for line in lines],
         "line": [line.number for line in lines],
-        "prompt": [plain_text(row.example.prompt) for row in rows],
+        "prompt": [plain_text(row.example.prompt, row.example.images) for row in rows],
         "prompt_ids": [row.tokens.prompt for row in rows],
         "n_prompt": [len(row.tokens.prompt) for row in rows],
         "boundary": ["exact" if row.tokens.exact else "split" for row in rows],

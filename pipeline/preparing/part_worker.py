@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.preparing import expand_rankings, part_table
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
-from prefcache.pipeline.preparing.example import Example, Pair, Turns, Unusable
+from prefcache.pipeline.preparing.example import Example, Label, Pair, Ranking, Turns, Unusable, count_images
 from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizerMismatch
 from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
+from prefcache.pipeline.preparing.pictures import PictureLoader, base_folder
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
 from prefcache.pipeline.preparing.rendered_text import RenderedText
 from prefcache.pipeline.preparing.resolved_config import ResolvedConfig, rename_columns
@@ -34,6 +35,9 @@ from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import QUARANTINE
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import NewerError, PartRecord
+
+if TYPE_CHECKING:
+    from prefcache.pipeline.preparing.image_text import ImageText
 
 T = TypeVar("T")
 BATCH = 1024  # examples that the tokenizer encodes at once
@@ -75,8 +79,17 @@ class PartWorker:
         self.encoder = Encoder(resolved.tokenizer, fast=resolved.fast_tokenizer)
         end_tokens = self.encoder.decoded_specials()
         self.renderer = ChatRenderer(template or None, resolved.prepare.train_on, end_tokens)
+        self.image_text = self._load_image_text(resolved.image_processor) if resolved.image_processor else None
+        self._pictures = PictureLoader(resolved.prepare.image_hosts)
         self._strikes = 0  # records of this part that were too much for the template
         self._readers = [get_format(source.format).bind(source.arguments) for source in resolved.source_formats]
+
+    def _load_image_text(self, folder: Path) -> "ImageText":
+        # Imported for data with images: it loads Pillow, and Transformers.
+        from prefcache.pipeline import image_processor
+        from prefcache.pipeline.preparing.image_text import ImageText
+
+        return ImageText(image_processor.load(folder), self.encoder.tokenizer.encode_exactly)
 
     def task(self, folder: Path) -> Callable[..., PartRecord]:
         """Return the task of a process: prepare a part and commit it. A mismatch ends the fast tokenizer in all processes."""
@@ -148,6 +161,8 @@ class PartWorker:
             while True:
                 self.renderer.reset(use_cache=use_cache)
                 self.encoder.tokenizer.start_part()
+                if self.image_text:
+                    self.image_text.start_part()
                 try:
                     return work()
                 except TemplateCacheMismatch:
@@ -165,7 +180,7 @@ class PartWorker:
                 raise Unusable(line.reason, line.detail)
             record = rename_columns(line.record, columns) if columns else line.record
             return expand_rankings.expand(
-                self._readers[source](record),
+                self._load_images(self._readers[source](record), line),
                 pairing=prepare.pairing,
                 ties=prepare.ties == "keep",
                 as_labels=self.resolved.kind == "labels",
@@ -175,13 +190,23 @@ class PartWorker:
             quarantine.add(line, unusable)
             return []
 
+    def _load_images(self, example: Pair | Label | Ranking, line: Line) -> Pair | Label | Ranking:
+        if not example.images:
+            return example
+        if self.image_text is None:
+            raise UsageError(
+                f"{line.source}, line {line.number}, has an image, and the first records of all sources have none. Put one with "
+                "an image among the first, so that the model's processor is loaded."
+            )
+        return replace(example, images=self._pictures.load_all(example.images, base_folder(line.source)))
+
     def _tokenize_batches(
         self, lines: list[Line], source: int, quarantine: "Quarantine"
     ) -> Iterator[list[tuple[Line, TruncatedExample]]]:
         """Yield as many examples at a time as the tokenizer takes well at once, and no more text than memory does."""
         self._strikes = 0
         examples = ((line, example) for line in lines for example in self.read_examples(line, source, quarantine))
-        for _, batch in group_by_size(examples, Limits(BATCH, _BATCH_BYTES), lambda item: len(item[0].raw)):
+        for _, batch in group_by_size(examples, Limits(BATCH, _BATCH_BYTES), lambda item: _count_bytes(*item)):
             yield list(self.tokenize(batch, quarantine))
 
     def tokenize(
@@ -196,9 +221,11 @@ class PartWorker:
                     rendered.append((line, example, self._render(example)))
                 except (Unusable, TemplateLimit) as error:
                     quarantine.add(line, self._count_strike(error))
-        tokens = self.encoder.encode([text for _, _, text in rendered])
-        for (line, example, _), ids in zip(rendered, tokens, strict=True):
+        expanded = list(self._expand_images(self.image_text, rendered, quarantine)) if self.image_text else rendered
+        tokens = self.encoder.encode([text for _, _, text in expanded])
+        for (line, example, _), ids in zip(expanded, tokens, strict=True):
             try:
+                self._check_ids(example, ids)
                 example, ids = self._move_border(example, ids)
                 truncated = truncate(example, ids, prepare, self._encode_again)
                 if isinstance(example, Pair) and prepare.ties != "keep":
@@ -254,14 +281,42 @@ class PartWorker:
             raise Unusable(
                 "too long", "more characters than prepare.max_length tokens can have", n_found=n, n_limit=most
             )
+        if count_images(example.prompt) != len(example.images) or any(map(count_images, example.answers)):
+            raise Unusable("reserved characters", "U+FDD2, which marks an image")
         if self._rendered_text and not example.rendered:
             self._rendered_text.check(example.prompt, example.answers)
+        if self.image_text:
+            self.image_text.refuse_placeholders(example)
         return self.renderer.render(example)
+
+    @staticmethod
+    def _expand_images(
+        image_text: "ImageText", rendered: list[tuple[Line, Example, ExampleText]], quarantine: "Quarantine"
+    ) -> Iterator[tuple[Line, Example, ExampleText]]:
+        # Not within the limits of a template, for which pictures would be too much.
+        for line, example, text in rendered:
+            try:
+                yield line, example, image_text.expand(text, example.images)
+            except Unusable as unusable:
+                quarantine.add(line, unusable)
+
+    def _check_ids(self, example: Example, tokens: ExampleTokens) -> None:
+        if self.image_text:
+            self.image_text.check_ids(tokens, example.images)
 
     def _encode_again(self, example: Example) -> ExampleTokens:
         with ChatTemplate.limits(), self.renderer.uncounted():
             text = self._render(example)
-        return self.encoder.encode([text])[0]
+        if self.image_text:
+            text = self.image_text.expand(text, example.images)
+        tokens = self.encoder.encode([text])[0]
+        self._check_ids(example, tokens)
+        return tokens
+
+
+def _count_bytes(line: Line, example: Example) -> int:
+    """Count the memory of an example: its record, and its pictures as they came."""
+    return len(line.raw) + sum(len(image.encoded) for image in example.images)
 
 
 def _count_characters(turns: Turns) -> int:

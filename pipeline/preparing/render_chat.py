@@ -20,7 +20,7 @@ from typing import Any
 from prefcache.pipeline.config import TrainOn
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText, Span
-from prefcache.pipeline.preparing.example import Example, Label, Message, Turns, Unusable
+from prefcache.pipeline.preparing.example import Example, Label, Message, Turns, Unusable, count_images
 from prefcache.pipeline.preparing.generation_marks import clip_start, has_marks, split_marks
 from prefcache.pipeline.preparing.placeholder_text import MARK, OpaqueText, Slot, split_at_slot
 from prefcache.pipeline.preparing.template_cache import TemplateCache
@@ -65,6 +65,8 @@ class ChatRenderer:
             self.counts = counts
 
     def render(self, example: Example) -> ExampleText:
+        if example.images and (self.template is None or example.rendered):
+            raise Unusable("image in plain text", "only a chat template has a place for images")
         if self.template is None or example.rendered:
             answers = tuple(_as_text(answer) for answer in example.answers)
             return ExampleText(_as_text(example.prompt), answers, plain=True, closed=example.rendered)
@@ -73,7 +75,8 @@ class ChatRenderer:
         turns = [_as_messages(answer, "assistant") for answer in example.answers]
         if self.template.marks_generation(example.tools):
             _refuse_marks(chain(prompt, *turns))
-        if self.cache and self._use_cache and not example.tools and not example.template_kwargs:
+        has_own = example.tools or example.template_kwargs or example.images
+        if self.cache and self._use_cache and not has_own:
             text = self.cache.render(prompt, turns)
             if text is not None:
                 return text
@@ -317,10 +320,15 @@ def _write_arguments(message: Message) -> Message:
 
 
 def shorter_prompts(example: Example) -> list[Example]:
-    """Return the example without its oldest turns, one exchange less each time; a system message stays."""
+    """Return the example without its oldest turns and their pictures, one exchange less each time; a system message stays."""
     if isinstance(example.prompt, str):
         return []
     n_system = 1 if example.prompt[0]["role"] in ("system", "developer") else 0
     head, turns = example.prompt[:n_system], example.prompt[n_system:]
     begins = [n for n, turn in enumerate(turns) if n and turn["role"] == "user"]
-    return [replace(example, prompt=[*head, *turns[n:]]) for n in begins]
+    n_head = count_images(head)
+    shorter = []
+    for n in begins:
+        images = (*example.images[:n_head], *example.images[n_head + count_images(turns[:n]) :])
+        shorter.append(replace(example, prompt=[*head, *turns[n:]], images=images))
+    return shorter

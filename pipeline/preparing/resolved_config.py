@@ -14,7 +14,7 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing import formats, tokenizer_facts
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, prints_date, read_template
-from prefcache.pipeline.preparing.example import Candidate, Unusable
+from prefcache.pipeline.preparing.example import Candidate, Label, Pair, Ranking, Turns, Unusable
 from prefcache.pipeline.preparing.formats import Format
 from prefcache.pipeline.preparing.formats.registry import Record
 from prefcache.pipeline.preparing.rendered_text import RenderedText
@@ -47,6 +47,7 @@ class ResolvedConfig:
     tool_template: str | None
     source_formats: tuple[SourceFormat, ...]
     fast_tokenizer: bool = False  # worth its time to load
+    image_processor: Path | None = None  # the folder of the processor of images; None if no source has any
 
     @property
     def date(self) -> str | None:
@@ -68,22 +69,37 @@ def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], pro
             f"The tokenizer in {model} has no chat template. Name one (prepare.chat_template: FILE.jinja), "
             "or train on plain text (prepare.template: none)."
         )
-    rendered_text = None
-    if template:
-        rendered_text = RenderedText(
-            ChatTemplate(template, tokenizer.special, prepare.date, tool_text=tool_template), tokenizer
-        )
-    matches = []
+    chat_template = template and ChatTemplate(template, tokenizer.special, prepare.date, tool_text=tool_template)
+    rendered_text = RenderedText(chat_template, tokenizer) if chat_template else None
+    matches, illustrated, have_image_column = [], "", False
     for source in sources:
         records = _first_records(source)
         matches.append(_find_format(source, records, progress))
-        _check_texts(source, matches[-1], records, rendered_text)
+        examples = _read_examples(source, matches[-1], records)
+        _check_texts(source, matches[-1], examples, rendered_text)
+        if not illustrated and any(example.images for example in examples):
+            illustrated = source.name
+        have_image_column |= any(column in record for record in records for column in formats.IMAGE_COLUMNS)
+    image_processor = None
+    if illustrated:
+        _check_sees_images(model, chat_template or None, illustrated)
+        image_processor = model
+    elif have_image_column:  # which may hold some further on
+        with contextlib.suppress(UsageError):
+            _check_sees_images(model, chat_template or None, "")
+            image_processor = model
     source_formats = tuple(
         SourceFormat(each.name, source.entry.format_args, source.entry.columns)
         for source, each in zip(sources, matches, strict=True)
     )
     return ResolvedConfig(
-        prepare, _resolve_kind(prepare, sources, matches), tokenizer, template, tool_template, source_formats
+        prepare,
+        _resolve_kind(prepare, sources, matches),
+        tokenizer,
+        template,
+        tool_template,
+        source_formats,
+        image_processor=image_processor,
     )
 
 
@@ -113,14 +129,43 @@ def _find_format(source: DataSource, records: list[Record], progress: Progress) 
     return recognised
 
 
-def _check_texts(source: DataSource, chosen: Format, records: list[Record], rendered_text: RenderedText | None) -> None:
-    """Refuse data that would get a template twice, or messages that would get none, before all of it is quarantined."""
+def _read_examples(source: DataSource, chosen: Format, records: list[Record]) -> list[Pair | Label | Ranking]:
     read, examples = chosen.bind(source.entry.format_args), []
     for record in records:
         with contextlib.suppress(Unusable):
-            example = read(record)
-            answers = [each.turns if isinstance(each, Candidate) else each for each in example.answers]
-            examples.append((example.rendered, [example.prompt, *answers]))
+            examples.append(read(record))
+    return examples
+
+
+def _check_sees_images(model: Path, template: ChatTemplate | None, source: str) -> None:
+    """Refuse images that the model or its chat template has no place for, before all of them are quarantined."""
+    # Imported for data with images: it loads Pillow, and Transformers.
+    from prefcache.pipeline import image_processor
+    from prefcache.pipeline.preparing.image_text import count_printed
+
+    if template is None:
+        raise UsageError(
+            f"{source} has images, for which prepare.template: none has no place. Set prepare.template: chat."
+        )
+    try:
+        placeholder = image_processor.load(model).placeholder
+    except UsageError as error:
+        raise UsageError(f"{source} has images. {error} Name a model that sees images, or data without.") from None
+    if count_printed(template, placeholder) != 1:
+        raise UsageError(
+            f"{source} has images, and the chat template prints no {placeholder} for one, by which the model's processor finds its "
+            "place. Name another: prepare.chat_template: FILE.jinja."
+        )
+
+
+def _check_texts(
+    source: DataSource, chosen: Format, read: list[Pair | Label | Ranking], rendered_text: RenderedText | None
+) -> None:
+    """Refuse data that would get a template twice, or messages that would get none, before all of it is quarantined."""
+    examples: list[tuple[bool, list[Turns]]] = []
+    for example in read:
+        answers = [each.turns if isinstance(each, Candidate) else each for each in example.answers]
+        examples.append((example.rendered, [example.prompt, *answers]))
     n_messages = sum(any(not isinstance(turns, str) for turns in texts) for _, texts in examples)
     if rendered_text is None:
         if n_messages > _BULK * len(examples):
@@ -150,6 +195,7 @@ def _check_texts(source: DataSource, chosen: Format, records: list[Record], rend
 def _check_columns(source: DataSource, records: list[Record]) -> None:
     """Check both sides of a renaming: the format's, and the data's."""
     known = {name for each in formats.FORMATS.values() for name in (*each.columns, *each.optional)}
+    known.update(formats.IMAGE_COLUMNS)
     present = {name for record in records for name in record}
     for ours, theirs in source.entry.columns.items():
         if ours not in known:

@@ -1,6 +1,7 @@
 """Tiny random models of the families that see images, each with a processor, a tokenizer and a chat template in its style."""
 
 import functools
+import importlib.util
 import json
 import sys
 import tempfile
@@ -21,14 +22,20 @@ from prefcache.pipeline.schema import image_id
 from tests.helpers import tokenizers
 
 # The processor of Pixtral imports torchvision for what is not used here, and no torchvision exists for PyTorch's CPU build.
-for _name in (
-    "torchvision",
-    "torchvision.transforms",
-    "torchvision.transforms.v2",
-    "torchvision.transforms.v2.functional",
-):
-    sys.modules.setdefault(_name, types.ModuleType(_name))
-sys.modules["torchvision.transforms.v2"].functional = sys.modules["torchvision.transforms.v2.functional"]  # type: ignore[attr-defined]
+_STAND_INS = {
+    name: types.ModuleType(name)
+    for name in (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    )
+    if importlib.util.find_spec("torchvision") is None
+}
+sys.modules |= _STAND_INS
+importlib.import_module("transformers.models.pixtral.processing_pixtral")
+for _name in _STAND_INS:
+    del sys.modules[_name]  # others look whether there is one
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="prefcache-vision-models-")  # gone when the tests end
 _TEXT = {
@@ -163,8 +170,9 @@ FAMILIES = {
         },
         "SmolVLMImageProcessorPil",
         "SmolVLMProcessor",
-        _turns(
-            "<|im_start|>{{ message['role'] | capitalize }}:",
+        "<|im_start|>"
+        + _turns(
+            "{{ message['role'] | capitalize }}{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}",
             "<end_of_utterance>\n",
             "<image>",
             "Assistant:",
