@@ -11,6 +11,7 @@ costs little memory and time.
 """
 
 import io
+import re
 import struct
 import threading
 import warnings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 64 << 20  # of a picture as it is stored
 MOST_PIXELS = 64 << 20  # more would take 192 MiB once decoded
 SHORTEST_TAG = 12  # hex digits
+TAG = re.compile(rf"\[image \d+x\d+ [0-9a-f]{{{SHORTEST_TAG}}}\]")  # what image_tag returns
 _FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # by Pillow's names
 _SEVERAL_IN_JPEG = "MPO"
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}

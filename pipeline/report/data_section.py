@@ -10,6 +10,7 @@ from prefcache.pipeline.intervals import Estimate
 from prefcache.pipeline.report.confidence_intervals import share
 from prefcache.pipeline.stored.prepared import DONE
 from prefcache.pipeline.stored.records import PreparedManifest
+from prefcache.pipeline.visible_text import count
 
 _MOST_SOURCES = 20  # there may be thousands
 _RECORDS_PER_REASON = 2
@@ -74,7 +75,7 @@ def read(con: duckdb.DuckDBPyConnection, manifest: PreparedManifest) -> Data:
     notes = [f"{n:,} {DONE[name]}" for name, n in manifest.done.items() if n and name in DONE]
     if split := manifest.boundaries.get("split"):
         notes.append(f"{split:,} where the tokenizer would merge prompt and answer; the text was cut there")
-    notes += _describe_counted(con, LENGTHS[kind][1:])
+    notes += [*_describe_counted(con, LENGTHS[kind][1:]), *_describe_images(con)]
     columns = ", ".join(f"n_{name} as {name}" for name in LENGTHS[kind])
     lengths = con.execute(
         f"select {columns}, n_chosen_counted - n_rejected_counted as difference, label from examples"
@@ -105,6 +106,14 @@ def _describe_counted(con: duckdb.DuckDBPyConnection, answers: tuple[str, ...]) 
         ).fetchall()[0]
         if n:
             yield f"{n:,} {name} answers count in part, {share_counted:.0%} of their tokens (prepare.train_on)"
+
+
+def _describe_images(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
+    n, n_examples = con.execute(
+        "select (select count(*) from images), count_if(n_images > 0) from examples"
+    ).fetchall()[0]
+    if n:
+        yield f"{count(n_examples, 'prompt has', 'prompts have')} pictures, {count(n, 'different one', 'different ones')}"
 
 
 def _read_sources(con: duckdb.DuckDBPyConnection, splits: tuple[str, ...], lengths: tuple[str, ...]) -> list[Source]:

@@ -6,7 +6,7 @@ has no date.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from prefcache.pipeline.report.runs_section import Measured, MovedExample, Run, 
 from prefcache.pipeline.report.svg import RUNS
 from prefcache.pipeline.schema import HELD_OUT
 from prefcache.pipeline.stored.records import FileEntry, PreparedManifest, ScoredManifest
+from prefcache.pipeline.thumbnails import Thumbnail, split_at_tags
 from prefcache.pipeline.token_colours import RATIO_SHADES, choose_colour
 from prefcache.pipeline.visible_text import visible, visible_tokens
 
@@ -44,6 +45,7 @@ class Facts:
     data: Data
     reference: Reference | None
     runs: Sequence[Run]
+    pictures: Mapping[str, Thumbnail] = field(default_factory=dict)  # by their tags in prompts
 
 
 def render(facts: Facts) -> str:
@@ -55,6 +57,7 @@ def render(facts: Facts) -> str:
         "number": lambda value, form: prose.NONE if value is None else form.format(value),
         "tiny": prose.tiny,
         "pieces": _pieces,
+        "illustrated": lambda text: _split_prompt(text, facts.pictures),
         "colour": lambda token: choose_colour(token.ratio, RATIO_SHADES),
     }
     return environment.get_template("report.html.j2").render(_build_context(facts))
@@ -100,6 +103,15 @@ def _build_context(facts: Facts) -> dict[str, Any]:
         "data_figures": list(plots.draw_data(data)),
         "provenance": list(_list_provenance(facts)),
     }
+
+
+def _split_prompt(text: str, pictures: Mapping[str, Thumbnail]) -> Iterator[tuple[str, str, Thumbnail | None]]:
+    """Yield the pieces of a prompt, each with the tag and the thumbnail of the picture that follows; pictures beyond the cut as well."""
+    n_left = _MOST_CHARACTERS
+    for piece, tag in split_at_tags(text):
+        picture = pictures.get(tag)
+        yield visible(piece + ("" if picture else tag), n_left) if n_left else "", tag, picture
+        n_left = max(n_left - len(piece), 0)
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ class Run:
         return float(self.series["peak_memory_bytes"][1].max()) if "peak_memory_bytes" in self.series else None
 
     @property
+    def prompts(self) -> list[str]:
+        """Those that the page shows."""
+        return [*(each.prompt for each in self.samples), *(each.prompt for each in self.moved)]
+
+    @property
     def shown(self) -> Evaluation:
         """The evaluation that the summary is about: of the held-out examples if there are any."""
         return self.evaluations[0]

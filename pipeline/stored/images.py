@@ -72,6 +72,9 @@ class StoredImages:
     def _rows(self) -> dict[bytes, int]:
         return {image: row for row, image in enumerate(self.table["image"].to_pylist())}
 
+    def __contains__(self, image: bytes) -> bool:
+        return image in self._rows
+
     def facts(self, image: bytes) -> ImageFacts:
         row = self._rows[image]
         return ImageFacts(*(self.table[name][row].as_py() for name in ImageFacts._fields))

@@ -14,7 +14,7 @@ from prefcache.pipeline.config import Config
 from prefcache.pipeline.config_file import read_yaml
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Progress, working
-from prefcache.pipeline.report import data_section, page, reference_section, runs_section
+from prefcache.pipeline.report import data_section, page, pictures, reference_section, runs_section
 from prefcache.pipeline.schema import SAMPLES, TOKENS
 from prefcache.pipeline.stored import artifact, overwrite_guard
 from prefcache.pipeline.stored.prepared import Prepared
@@ -90,6 +90,8 @@ def gather_facts(folder: Path, arguments: str, names: Sequence[str]) -> page.Fac
     records = [_read_record(folder / name) for name in names]
     sources = view_sources.collect(folder, view_sources.EVERYTHING, only=names, other_references=False)
     con, scored = views.connect(sources), ScoredManifest.find(folder / "scored")
+    runs = [runs_section.read(con, record) for record in records]
+    prompts = [prompt for run in runs for prompt in run.prompts]
     return page.Facts(
         experiment=str(folder),
         config=arguments,
@@ -98,7 +100,8 @@ def gather_facts(folder: Path, arguments: str, names: Sequence[str]) -> page.Fac
         scored=scored,
         data=data_section.read(con, prepared.manifest),
         reference=reference_section.read(con, scored, prepared.kind) if scored else None,
-        runs=[runs_section.read(con, record) for record in records],
+        runs=runs,
+        pictures=pictures.read(con, prepared.images(), prompts),
     )
 
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from prefcache.pipeline.errors import PrefcacheError
-from prefcache.ui import pages, pair_page, pairs_page, questions_page, runs_page, selections_page
+from prefcache.ui import images_page, pages, pair_page, pairs_page, questions_page, runs_page, selections_page
 from prefcache.ui.access import Access, Guard
 from prefcache.ui.reader import Reader
 
@@ -54,6 +54,9 @@ def make_app(reader: Reader, access: Access) -> ASGIApp:
         route("/pairs/{example_id}", pair_page.show),
         route("/pairs/{example_id}/visits", pair_page.show_visits),
         route("/pairs/{example_id}/neighbours", pair_page.show_neighbours),
+        route("/images/{image}", images_page.show),
+        route("/images/{image}/thumbnail", images_page.send_thumbnail),
+        route("/images/{image}/whole", images_page.send_whole),
         route("/questions", questions_page.show),
         route("/questions/{name}", questions_page.show_question),
         route("/questions/{name}/answer", questions_page.show_answer),

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse
 from prefcache.pipeline.html_templates import make_environment
 from prefcache.pipeline.visible_text import format_bytes, visible
 from prefcache.row_layout import format_value
+from prefcache.ui.image_reader import drop_tags
 
 FOLDER = Path(__file__).parent
 _EXCERPT = 160  # characters of a text in a list
@@ -55,6 +56,7 @@ def _make_environment() -> jinja2.Environment:
     environment = make_environment(FOLDER / "templates", trim_blocks=True, lstrip_blocks=True)
     filters: Mapping[str, Any] = {
         "excerpt": excerpt,
+        "drop_tags": drop_tags,
         "file_name": lambda path: path.rstrip("/").rpartition("/")[2],
         "visible": visible,
         "value": format_value,

@@ -15,6 +15,7 @@ from prefcache.pipeline.spans import counted_positions
 from prefcache.pipeline.token_colours import RATIO_SHADES, SURPRISE_SHADES, choose_colour
 from prefcache.pipeline.visible_text import visible_tokens
 from prefcache.ui import line_svg, pages
+from prefcache.ui.image_reader import place
 from prefcache.ui.line_svg import Line
 from prefcache.ui.reader import Reader, Row
 from prefcache.ui.token_reader import Logps, RunLogps
@@ -38,13 +39,14 @@ def show(reader: Reader, request: Request) -> Response:
     table = reader.examples.slice(position, 1)
     (row,) = table.to_pylist()
     names = [name for name in _ANSWERS[reader.kind] if row[f"{name}_ids"] is not None]
-    choice = _Choice.parse(request, reader.runs)
+    images, choice = reader.images.list(row["images"]), _Choice.parse(request, reader.runs)
     texts, no_texts = reader.tokens.read_texts(row, names)
     reference, no_reference = reader.tokens.read_reference(table, names)
     runs = {run: reader.tokens.read_run(run, row, names, compute=choice.compute) for run in choice.runs}
     colouring = _Colouring.choose(choice, reference, runs)
     context = {
         "row": row,
+        "prompt": list(place(row["prompt"] or "", images)),
         "choice": choice,
         "colouring": colouring,
         "runs_shown": list(runs.values()),
@@ -221,6 +223,8 @@ def _list_facts(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[_Fact]
         yield _Fact("label", "desirable" if row["label"] else "undesirable")
     cut = f"; {row['cut_prompt']:,} more were cut from its beginning" if row["cut_prompt"] else ""
     yield _Fact("prompt", f"{row['n_prompt']:,} tokens{cut}")
+    if row["images"]:
+        yield _Fact("images", f"{len(row['images']):,}")
     for name in names:
         yield _Fact(name, ", ".join(_describe_lengths(row, name)))
         yield _Fact(f"{name} key", row[f"{name}_key"].hex(), is_key=True)

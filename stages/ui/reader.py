@@ -26,6 +26,7 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import TRAIN
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.views import query_worker
+from prefcache.ui.image_reader import ImageReader, ShownImage
 from prefcache.ui.questioner import Questioner
 from prefcache.ui.token_reader import TokenReader
 
@@ -40,11 +41,13 @@ _RANGES = {
         "length_difference": ("length difference", "length_difference"),
         "score_gap": ("gap of the grades", "score_gap"),
         "n_prompt": ("prompt tokens", "n_prompt"),
+        "n_images": ("images of the prompt", "n_images"),
         "n_chosen": ("chosen tokens that count", "n_chosen_counted"),
         "n_rejected": ("rejected tokens that count", "n_rejected_counted"),
     },
     "labels": {
         "n_prompt": ("prompt tokens", "n_prompt"),
+        "n_images": ("images of the prompt", "n_images"),
         "n_completion": ("answer tokens that count", "n_completion_counted"),
     },
 }
@@ -61,6 +64,7 @@ class Row:
     source: str
     split: str
     texts: Mapping[str, str]  # the prompt and the answers
+    images: Sequence[ShownImage]  # of the prompt
     values: Mapping[str, Any]  # of the columns that were asked for
 
 
@@ -97,6 +101,7 @@ class Reader:
             for seconds in (_QUICK_SECONDS, _SLOW_SECONDS)
         )
         self.tokens, self.questions = TokenReader(folder), Questioner(folder)
+        self.images = ImageReader(prepared.images())
         self._find_table = lru_cache(256)(self._try_tables)
         self._counts = lru_cache(256)(self._count)
 
@@ -149,13 +154,14 @@ class Reader:
     def read_texts(self, positions: Sequence[int]) -> list[Row]:
         """Return the examples at these positions. Only their own texts are read from the mapped files."""
         names = TEXTS[self.kind]
-        examples = self.examples.select(["example_id", "source", "split", *names])
+        examples = self.examples.select(["example_id", "source", "split", "images", *names])
 
         def read_row(position: int) -> Row:
             # A slice, since `take` would first join the chunks of each column, which for texts may be many gigabytes.
             (row,) = examples.slice(position, 1).to_pylist()
             texts = {name: row[name] or "" for name in names}
-            return Row(position, row["example_id"], row["source"], row["split"], texts, {})
+            images = self.images.list(row["images"])
+            return Row(position, row["example_id"], row["source"], row["split"], texts, images, {})
 
         return [read_row(position) for position in positions]
 
@@ -207,6 +213,7 @@ class Reader:
 
     def _list_ranges(self, runs: Iterable[RunColumn], columns: Sequence[str]) -> Iterator[RangeColumn]:
         absent = {"score_gap"} if not self._has_grades else set[str]()
+        absent |= {"n_images"} if not len(self.images.stored) else set()
         for key, (title, column) in _RANGES[self.kind].items():
             if key not in absent and column in columns:
                 yield RangeColumn(key, title, column, is_whole=column.startswith(("n_", "length_")))

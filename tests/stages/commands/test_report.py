@@ -3,7 +3,9 @@
 Whatever a prompt, an answer or a file's name says stays text: pages of hostile and of harmless texts have the same elements.
 """
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import re
@@ -19,18 +21,23 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from prefcache import view_sources
 from prefcache.commands import report
 from prefcache.pipeline import views
+from prefcache.pipeline.images import decode
 from prefcache.pipeline.intervals import Estimate
-from prefcache.pipeline.report import confidence_intervals, data_section, line_points, page, plots, prose, svg
+from prefcache.pipeline.report import confidence_intervals, data_section, line_points, page, pictures, plots, prose, svg
 from prefcache.pipeline.report.data_section import QuarantinedRecord, Reason, Source
 from prefcache.pipeline.report.runs_section import MovedExample, Sample, Token
 from prefcache.pipeline.schema import PREPARED
+from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import PreparedManifest
 from prefcache.pipeline.visible_text import visible
 from tests.helpers.chromium import CHROMIUM, Page, chromium
 from tests.helpers.hostile_texts import HOSTILE
+from tests.helpers.illustrated import encode, illustrate
 from tests.helpers.project import PREFCACHE, invoke, write_config, write_pairs
+from tests.helpers.vision_models import picture
 
 # -- a small real experiment -----------------------------------------------------------------------------------------
 
@@ -415,6 +422,62 @@ def test_the_page_is_whole_in_a_browser_on_a_phone_and_a_desk_by_day_and_by_nigh
     assert len(set(ids)) == len(ids)
     links = browser.value("[...document.links].map(a => a.getAttribute('href'))")
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
+    quiet(browser, file)
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+WIDE, SMALL, BROKEN = (encode(picture(*size)) for size in ((900, 300), (30, 40), (31, 32)))
+
+
+@pytest.fixture
+def illustrated(experiment, tmp_path, monkeypatch) -> Path:
+    """A copy of the experiment in which every prompt begins with two pictures, one of which no longer decodes in every other."""
+    folder = Path(shutil.copytree(experiment, tmp_path / "illustrated"))
+    monkeypatch.chdir(folder)
+    pictures = {line: [WIDE, BROKEN if line % 2 else SMALL] for line in range(1, 61)}
+    illustrate(folder / "runs/tiny/prepared", pictures, broken=[BROKEN])
+    return folder
+
+
+def test_prompts_show_their_pictures_and_the_tags_of_those_that_do_not_decode(illustrated):
+    html = written("runs/tiny", "--run", "trained")
+    section = html[html.index('<section id="examples">') : html.index('<section id="reference">')]
+    prompts = re.findall(r'</span></span><div class="shown" dir="auto">(.*?)</div>', section, re.DOTALL)
+    wide, small, broken = (decode(each) for each in (WIDE, SMALL, BROKEN))
+    assert len(prompts) == 8
+    for prompt in prompts:
+        shown = re.findall(
+            r'<img src="data:image/jpeg;base64,([^"]*)" alt="([^"]*)"[^>]*width="(\d+)" height="(\d+)"', prompt
+        )
+        # 900 x 300 fits into 240 x 80.
+        assert [each[1:] for each in shown][:1] == [(wide.tag, "240", "80")]
+        assert [each[1:] for each in shown][1:] in ([(small.tag, "30", "40")], [])
+        assert (broken.tag in prompt) == (len(shown) == 1)
+        with Image.open(io.BytesIO(base64.b64decode(shown[0][0]))) as image:
+            assert (image.format, image.size) == ("JPEG", (240, 80))
+    assert "60 prompts have pictures, 3 different ones" in html and "<script" not in html
+
+
+def test_a_page_holds_a_limited_number_of_thumbnails(illustrated):
+    con = views.connect(view_sources.collect(Path("runs/tiny"), {"prepared", "images"}))
+    images, tags = Prepared(Path("runs/tiny/prepared")).images(), [decode(each).tag for each in (WIDE, SMALL)]
+    invented = [f"[image 1x1 {n:012x}]" for n in range(99)]
+    assert list(pictures.read(con, images, [*invented, *tags])) == tags[:1]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_page_with_pictures_fits_and_still_loads_nothing(browser, illustrated, tmp_path, width):
+    written("runs/tiny", "--run", "trained", "--out", file := tmp_path / "report.html")
+    browser.events.clear()
+    browser.open(file, width)
+    browser.value("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode())))")
+    assert browser.value("[...document.images].map(i => i.naturalWidth)").count(240) == 8
+    assert browser.value(OVERFLOWING) == []
+    browser.events = [
+        event for event in browser.events if not event["params"].get("request", {}).get("url", "").startswith("data:")
+    ]
     quiet(browser, file)
 
 

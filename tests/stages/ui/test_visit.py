@@ -1,26 +1,13 @@
 """A visit with a real browser: filter, drag, open, colour, save, with a mouse and by keyboard alone, on a desk and on a phone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.chromium import CHROMIUM
 from tests.helpers.pages import serve
+from tests.helpers.visits import DESK, PHONE, check_accessibility, fits, visit
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the pages were not looked at")
-DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +16,11 @@ def site(trained_once):
         yield site
 
 
-@contextmanager
-def visit(browser, site, size, **options) -> Iterator:
-    """Enter with the printed address; at the end nothing may have been reported, nor asked of another server."""
-    context = browser.new_context(viewport=size, **options)
-    page, problems = context.new_page(), []
-    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if f"//{site.host}/" in request.url else problems.append(request.url))
-    page.set_default_timeout(60_000)  # of a machine that is busy with other tests
-    page.goto(site.address)
-    assert site.token not in page.url
-    yield page
-    assert problems == []
-    context.close()
-
-
 def wait_for_counts(page) -> int:
     """Wait until the page has its parts; return the count that it shows."""
     page.wait_for_selector("#count b", state="attached")
     page.wait_for_selector("svg.histogram", state="attached")
     return int(page.locator("#count b").inner_text().replace(",", ""))
-
-
-def fits(page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
-def check_accessibility(page) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response["violations"]
-    serious = [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
-    assert serious == [], page.url
 
 
 def test_a_visit_with_a_mouse(browser, site, trained_once):
