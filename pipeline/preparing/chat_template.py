@@ -107,13 +107,13 @@ class ChatTemplate:
         An IMAGE_MARK in a content is a picture to the template.
         """
         return self._render(
-            [self._split_content(message) for message in messages],
+            [self.split_content(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             kwargs=kwargs,
         )
 
-    def _split_content(self, message: Message) -> Message:
+    def split_content(self, message: Message) -> Message:
         """Return a message with its content in parts, if it has pictures or the template takes no text."""
         content = message.get("content")
         if not isinstance(content, str):

@@ -239,6 +239,11 @@ class ChatRenderer:
             begin = len(asked) if whole.startswith(asked) else len(before)
             counted = self._find_counted(prompt, [answer], whole, marked, example)
             return whole[begin:], None if counted is None else clip_start(counted, begin)
+        if before.split() == asked.split():
+            # LLaVA-OneVision's template writes a space that its generation prompt lacks. The model answers what it is asked.
+            begin = len(before)
+            counted = self._find_counted(prompt, [answer], whole, marked, example)
+            return whole[begin:], None if counted is None else clip_start(counted, begin)
         raise Unusable("template rewrites the prompt", "with an answer added, it no longer begins as it did when asked")
 
 
@@ -319,12 +324,17 @@ def _write_arguments(message: Message) -> Message:
     return message | {"tool_calls": written}
 
 
+def split_system(prompt: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Split a prompt into its system message, if it has one, and the other turns."""
+    n = 1 if prompt[0]["role"] in ("system", "developer") else 0
+    return prompt[:n], prompt[n:]
+
+
 def shorter_prompts(example: Example) -> list[Example]:
     """Return the example without its oldest turns and their pictures, one exchange less each time; a system message stays."""
     if isinstance(example.prompt, str):
         return []
-    n_system = 1 if example.prompt[0]["role"] in ("system", "developer") else 0
-    head, turns = example.prompt[:n_system], example.prompt[n_system:]
+    head, turns = split_system(example.prompt)
     begins = [n for n, turn in enumerate(turns) if n and turn["role"] == "user"]
     n_head = count_images(head)
     shorter = []

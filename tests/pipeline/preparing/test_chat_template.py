@@ -18,9 +18,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing import chat_template
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit, read_template
-from prefcache.pipeline.preparing.example import Unusable
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Unusable
 from tests.helpers.project import ROOT
-from tests.helpers.tokenizers import DATE, GEMMA_CHAT, QWEN3_CHAT, TEMPLATES, build
+from tests.helpers.tokenizers import (
+    DATE,
+    GEMMA_CHAT,
+    LLAVA_ONEVISION_CHAT,
+    QWEN3_CHAT,
+    SMOLVLM_CHAT,
+    TEMPLATES,
+    build,
+)
 
 USER = {"role": "user", "content": "  why <b>red</b> & \"green\"?\n'日本' "}
 SYSTEM = {"role": "system", "content": "be brief\n"}
@@ -73,6 +81,53 @@ def test_text_is_that_of_apply_chat_template(pinned, name, messages, ask):
         assert caught.value.reason == "template refuses" and str(error) in caught.value.detail
         return
     assert ours.render(messages, add_generation_prompt=ask) == expected
+
+
+# -- contents in parts -----------------------------------------------------------------------------------------------
+
+
+def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+@pytest.mark.parametrize("ask", [True, False])
+@pytest.mark.parametrize("messages", [[USER], [USER, REPLY], [SYSTEM, USER], [SYSTEM, USER, REPLY, LAST]])
+@pytest.mark.parametrize("template", [SMOLVLM_CHAT, LLAVA_ONEVISION_CHAT])
+def test_a_template_that_takes_parts_alone_gets_texts_as_parts(template, messages, ask):
+    tokenizer = build("byte-level", template=template)
+    expected = tokenizer.apply_chat_template(in_parts(messages), tokenize=False, add_generation_prompt=ask)
+    assert made(template).render(messages, add_generation_prompt=ask) == expected
+    assert all(message["content"].strip() in expected for message in messages)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_takes_texts_gets_texts(name):
+    template = made(TEMPLATES[name], **SPECIAL)
+    for message in (USER, SYSTEM, REPLY):
+        assert template.split_content(message) is message
+
+
+def test_roles_may_differ_in_what_they_take():
+    template = made(
+        "{% for m in messages %}{% if m.role == 'user' %}{% for part in m.content %}{{ part.text }}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}|{% endfor %}"
+    )
+    assert template.render([SYSTEM, LAST, REPLY], add_generation_prompt=False) == (
+        f"{SYSTEM['content']}|{LAST['content']}|{REPLY['content']}|"
+    )
+
+
+def test_a_picture_is_a_part_of_its_own():
+    template = "{% for m in messages %}{% for p in m.content %}<{{ p.type }}:{{ p.text }}>{% endfor %}{% endfor %}"
+    content = f"{IMAGE_MARK}a{IMAGE_MARK}{IMAGE_MARK} b"
+    assert says(template, [{"role": "user", "content": content}]) == "<image:><text:a><image:><image:><text: b>"
+    # Where texts are taken as they are, only the message with a picture is in parts.
+    both = "{% for m in messages %}{{ m.content if m.content is string else m.content | length }},{% endfor %}"
+    messages = [{"role": "user", "content": f"{IMAGE_MARK}a"}, {"role": "user", "content": "b"}]
+    assert says(both, messages) == "2,b,"
+
+
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama-3"])

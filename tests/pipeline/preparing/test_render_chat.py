@@ -4,11 +4,22 @@ from typing import Any
 
 import pytest
 
+from prefcache.pipeline.preparing import template_cache
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText
-from prefcache.pipeline.preparing.example import Label, Message, Pair, Turns, Unusable
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Label, Message, Pair, Turns, Unusable
 from prefcache.pipeline.preparing.render_chat import ChatRenderer, shorter_prompts
-from tests.helpers.tokenizers import CHATML, DATE, GEMMA_CHAT, QWEN3_CHAT, R1_CHAT, TEMPLATES, build
+from tests.helpers.tokenizers import (
+    CHATML,
+    DATE,
+    GEMMA_CHAT,
+    LLAVA_ONEVISION_CHAT,
+    QWEN3_CHAT,
+    R1_CHAT,
+    SMOLVLM_CHAT,
+    TEMPLATES,
+    build,
+)
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": "why red green?"}
@@ -374,6 +385,50 @@ def test_the_most_shapes_are_kept_and_all_are_right(monkeypatch):
     assert sum(known is not None for known in made.cache._skeletons.values()) == 2
 
 
+# -- models that see images ------------------------------------------------------------------------------------------
+
+
+def test_text_alone_comes_from_the_template_cache_even_if_contents_are_parts(monkeypatch):
+    made, pair = renderer(SMOLVLM_CHAT), Pair(prompt=[SYSTEM, USER], chosen="blue", rejected="red")
+    first = made.render(pair)
+    assert first.answers == (" blue<end_of_utterance>\n", " red<end_of_utterance>\n")
+    monkeypatch.setattr(template_cache, "_CHECKED_ALWAYS", 0)
+    monkeypatch.setattr(ChatTemplate, "render", None)  # it is not called again
+    assert made.render(pair) == first
+
+
+def test_an_answer_follows_a_generation_prompt_that_differs_in_spaces():
+    # LLaVA-OneVision's template writes "assistant" and a space before an answer, and no space when it asks.
+    found = said(LLAVA_ONEVISION_CHAT, [USER], "the dog", "blue")
+    assert found.prompt == f"<|im_start|>user \n{USER['content']}<|im_end|><|im_start|>assistant\n"
+    assert found.answers == ("the dog<|im_end|>", "blue<|im_end|>")
+    marked = ChatRenderer(ChatTemplate(LLAVA_ONEVISION_CHAT, SPECIAL, DATE, mark_generation=True), "assistant")
+    text = marked.render(Label(prompt=[USER], completion="the dog", label=True))
+    assert (text.prompt, text.answers) == (found.prompt, found.answers[:1])
+    assert text.counted == ([(0, len("the dog"))],)
+
+
+def test_pictures_reach_the_template_in_their_places():
+    prompt = [SYSTEM, {"role": "user", "content": f"{IMAGE_MARK}why{IMAGE_MARK}?"}]
+    found = said(SMOLVLM_CHAT, prompt, "blue", images=("a", "b"))
+    assert found.prompt == (
+        f"<|im_start|>System: {SYSTEM['content']}<end_of_utterance>\nUser:<image>why<image>?<end_of_utterance>\nAssistant:"
+    )
+    assert refusal(None, f"{IMAGE_MARK}why?", "blue", images=("a",)).reason == "image in plain text"
+    assert (
+        refusal(SMOLVLM_CHAT, f"{IMAGE_MARK}why?", "blue", images=("a",), rendered=True).reason == "image in plain text"
+    )
+
+
+def test_a_merged_system_message_keeps_its_pictures_in_order():
+    prompt = [
+        {"role": "system", "content": f"one {IMAGE_MARK}"},
+        {"role": "user", "content": f"two {IMAGE_MARK}"},
+    ]
+    blind = SMOLVLM_CHAT.replace("{{ line['text'] }}", "{{ line['text'] if message.role != 'system' }}")
+    assert "User: one <image>\n\ntwo <image><end" in said(blind, prompt, "blue", images=("a", "b")).prompt
+
+
 # -- without the oldest turns ----------------------------------------------------------------------------------------
 
 
@@ -401,3 +456,12 @@ def test_prompts_without_their_oldest_turns(roles, left):
     shorter = shorter_prompts(Label(prompt=prompt, completion="x", label=True))
     assert ["".join(turn["content"] for turn in each.prompt) for each in shorter] == left
     assert shorter_prompts(Label(prompt="text", completion="x", label=True)) == []
+
+
+def test_pictures_go_with_their_turns():
+    contents = {"system": IMAGE_MARK, "user": f"{IMAGE_MARK}{IMAGE_MARK}?", "assistant": "a"}
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    prompt = [{"role": role, "content": contents[role]} for role in roles]
+    images = tuple("s123456")
+    shorter = shorter_prompts(Label(prompt=prompt, completion="x", label=True, images=images))
+    assert ["".join(each.images) for each in shorter] == ["s3456", "s56"]

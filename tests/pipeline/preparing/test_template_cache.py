@@ -296,7 +296,12 @@ def test_the_one_place_of_a_text_is_found_whatever_else_is_said():
 def test_no_place_and_two_places_are_none():
     opaque = OpaqueText((Slot(0),), [])
     assert placeholder_text.split_at_slot("plain") is None
-    assert placeholder_text.split_at_slot(rendering("{{ messages[0] }}{{ messages[0] }}")([opaque])) is None
+    assert (
+        placeholder_text.split_at_slot(
+            rendering("{{ messages[0].content }}{{ messages[0].content }}")([{"content": opaque}])
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(
