@@ -58,11 +58,11 @@ def _to_labels(examples: list[Example]) -> Iterator[Example]:
 
 def check(example: Example, *, ties: bool) -> None:
     """Raise Unusable for an example that holds nothing to learn from."""
-    if not _has_content(example.prompt):
+    if not has_content(example.prompt):
         raise Unusable("empty prompt")
     columns = ("completion",) if isinstance(example, Label) else ("chosen", "rejected")
     for column, answer in zip(columns, example.answers, strict=True):
-        if not _has_content(answer):
+        if not has_content(answer):
             raise Unusable("empty answer", column)
         if not example.rendered and isinstance(answer, list):
             roles = [turn["role"] for turn in answer]
@@ -72,7 +72,7 @@ def check(example: Example, *, ties: bool) -> None:
         raise Unusable("chosen equals rejected")
 
 
-def _has_content(turns: Turns) -> bool:
+def has_content(turns: Turns) -> bool:
     if isinstance(turns, str):
         return bool(turns) and not turns.isspace()
     for turn in turns:

@@ -15,7 +15,8 @@ from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.preparing.example import Label, Unusable, plain_text
-from prefcache.pipeline.preparing.formats import fields
+from prefcache.pipeline.preparing.expand_rankings import has_content
+from prefcache.pipeline.preparing.formats import fields, place_images
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
 from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from prefcache.pipeline.stored.records import PreparedManifest
@@ -87,9 +88,12 @@ def _read_prompt(entry: Any) -> Label:
     record = entry if isinstance(entry, dict) else {"prompt": entry}
     turns = fields.turns(record, "messages" if "messages" in record and "prompt" not in record else "prompt")
     prompt = fields.with_system(record, turns)
-    if not plain_text(prompt).strip():
+    if not has_content(prompt):
         raise Unusable("empty prompt")
-    return Label(prompt=prompt, completion="", label=True, **fields.template_inputs(record))
+    example = Label(prompt=prompt, completion="", label=True, **fields.template_inputs(record))
+    if place_images(example, record).images:
+        raise Unusable("image in the prompt", "prompts to sample from are text alone")
+    return example
 
 
 def _refusal(path: Path, number: int, unusable: Unusable) -> UsageError:

@@ -44,6 +44,8 @@ def formats(name: str | None, as_json: bool) -> None:
         prefcache formats hh
 
     `prepare.format: auto` takes the first format that fits the columns. Columns in brackets are optional.
+
+    Images of a prompt are read in the same way for all of them. They stand in parts of a message ({"type": "image"}, with the image under image, url, path or base64, or OpenAI's image_url), or in a column `images` (or `image`), whose place is a part without an image, <image> in the text, or, with neither, before the first user turn. An image is a path relative to the data's file, bytes, base64 text, or {"bytes", "path"} as `datasets` stores it.
     """
     from prefcache.pipeline.preparing.formats import FORMATS, get_format
     from prefcache.terminal_output import choices

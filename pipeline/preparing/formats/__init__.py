@@ -18,9 +18,10 @@ from prefcache.pipeline.preparing.formats import axolotl as axolotl
 
 # isort: on
 from prefcache.pipeline.preparing.formats.prompt_images import COLUMNS as IMAGE_COLUMNS
+from prefcache.pipeline.preparing.formats.prompt_images import place_images
 from prefcache.pipeline.preparing.formats.registry import FORMATS, Format, Record, data_format, get_format
 
-__all__ = ["FORMATS", "IMAGE_COLUMNS", "Format", "data_format", "get_format", "recognise"]
+__all__ = ["FORMATS", "IMAGE_COLUMNS", "Format", "data_format", "get_format", "place_images", "recognise"]
 
 _AT_LEAST = 0.5  # of the records: a few bad ones are quarantined and must not hide the format
 _NEARLY_AS_MANY = 0.9

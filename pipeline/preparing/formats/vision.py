@@ -15,8 +15,8 @@ def _has_image(record: Record) -> bool:
 
 
 @data_format(
-    *(*_ANSWERED, "image"),
-    optional=("system",),
+    *_ANSWERED,
+    optional=("image", "system"),
     when=lambda record: fields.has_text(record, *_ANSWERED) and _has_image(record) and not fields.has(record, "prompt"),
 )
 def rlaif_v(record: Record) -> Pair:
@@ -29,7 +29,7 @@ def _is_rlhf_v(record: Record) -> bool:
     return _has_image(record) and fields.has_text(record, "text") and '"rejected"' in record["text"]
 
 
-@data_format("image", "text", when=_is_rlhf_v)
+@data_format("text", optional=("image",), when=_is_rlhf_v)
 def rlhf_v(record: Record) -> Pair:
     """openbmb/RLHF-V-Dataset: image, and text, which is JSON with question, chosen and rejected."""
     texts = fields.parse_json_text(fields.text(record, "text"))
@@ -47,7 +47,7 @@ def _is_vlfeedback(record: Record) -> bool:
     )
 
 
-@data_format("prompt", "completions", "image", makes=Ranking, when=_is_vlfeedback)
+@data_format("prompt", "completions", optional=("image",), makes=Ranking, when=_is_vlfeedback)
 def vlfeedback(record: Record) -> Ranking:
     """MMInstruction/VLFeedback: image, prompt, and completions, graded by the mean of their ratings."""
     answers = []
@@ -117,4 +117,8 @@ def llava_rlhf(record: Record) -> Pair:
 
 
 def _output(record: Record, column: str) -> Message:
-    return fields.message(fields.get_column(record, column), column, role="from", content="value", roles=fields.ROLES)
+    """Read an answer, whose speaker is the name of a model."""
+    value = fields.get_column(record, column)
+    if not isinstance(value, dict):
+        raise Unusable("wrong type", f"{column} is {fields.type_name(value)}; expected a turn of from and value")
+    return {"role": "assistant", "content": fields.text(value, "value")}

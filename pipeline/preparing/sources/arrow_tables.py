@@ -16,6 +16,7 @@ from prefcache.pipeline.errors import DataError, UsageError
 from prefcache.pipeline.preparing.sources.chunk import Chunk, Limits, Line, Record, explain_utf8
 
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
+_MOST_BYTES_SHOWN = 1024
 
 
 @contextmanager
@@ -262,4 +263,9 @@ def _drop_nulls(value: Any) -> Any:
 
 
 def _as_json(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False, default=str).encode()
+    return json.dumps(record, ensure_ascii=False, default=_shorten).encode()
+
+
+def _shorten(value: Any) -> str:
+    """Write out what JSON has no form for; of a picture's bytes, only how many they are."""
+    return f"({len(value):,} bytes)" if isinstance(value, bytes) and len(value) > _MOST_BYTES_SHOWN else str(value)

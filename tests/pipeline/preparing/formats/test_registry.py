@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.preparing.example import Label, Pair, Ranking, Unusable, plain_text
-from prefcache.pipeline.preparing.formats import FORMATS, fields, frameworks, get_format, public, recognise, trl
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Label, Pair, Ranking, Unusable, plain_text
+from prefcache.pipeline.preparing.formats import FORMATS, fields, frameworks, get_format, public, recognise, trl, vision
 from prefcache.pipeline.preparing.formats.registry import Format
 
 USER, SYSTEM = {"role": "user", "content": "why?"}, {"role": "system", "content": "be kind"}
@@ -170,13 +170,56 @@ ROWS: dict[str, dict] = {
         ],
         "task_name": "math",
     },
+    "rlaif_v": {
+        "ds_name": "RLAIF-V",
+        "image": {"bytes": b"...", "path": "1.jpg"},
+        "question": "why?",
+        "chosen": "because",
+        "rejected": "no",
+        "image_path": "images/1.jpg",
+    },
+    "rlhf_v": {
+        "ds_name": "RLHF-V",
+        "image": {"bytes": b"...", "path": "1.jpg"},
+        "text": '{"question": "why?", "chosen": "because", "rejected": "no"}',
+        "origin_dataset": "VQAv2",
+    },
+    "vlfeedback": {
+        "prompt": "why?",
+        "image": {"bytes": b"...", "path": "1.jpg"},
+        "models": ["gpt4v", "llava-v1.5-7b"],
+        "completions": {
+            "annotations": [
+                {"Helpfulness": {"Rating": "4", "Rationale": "x"}, "Visual Faithfulness": {"Rating": "5"}},
+                {"Helpfulness": {"Rating": "4", "Rationale": "x"}, "Visual Faithfulness": {"Rating": "2"}},
+            ],
+            "model": ["gpt4v", "llava-v1.5-7b"],
+            "response": ["because", "no"],
+        },
+    },
+    "povid": {
+        "id": "1",
+        "image": "coco/1.jpg",
+        "conversations": [{"from": "human", "value": "<image>\nwhy?"}, {"from": "gpt", "value": "because"}],
+        "rejected_conversations": [{"from": "human", "value": "<image>\nwhy?"}, {"from": "gpt", "value": "no"}],
+    },
+    "llava_rlhf": {
+        "id": "1",
+        "image": "1.jpg",
+        "conversations": [{"from": "human", "value": "why?\n<image>"}],
+        "output_1": {"from": "llava", "value": "no"},
+        "output_2": {"from": "llava", "value": "because"},
+        "preference": 2,
+    },
     "pairs": GOOD,
     "implicit_prompt": {"chosen": [USER, *answer("because")], "rejected": [USER, *answer("no")]},
     "labels": {"prompt": "why?", "completion": "because", "label": True},
 }
 MORE = {"id": 3, "source": "web", "metadata": {"lang": "en"}}
 OF_THESE_FILES = [
-    each for each in FORMATS.values() if each.reader.__module__ in {m.__name__ for m in (public, frameworks, trl)}
+    each
+    for each in FORMATS.values()
+    if each.reader.__module__ in {m.__name__ for m in (public, frameworks, trl, vision)}
 ]
 
 
@@ -197,6 +240,7 @@ def test_a_documented_row_is_recognised_and_read(name):
 def best_and_worst(example: Any) -> tuple[str, str, str | None]:
     """What was asked last, and the better and the worse answer: the same in every row above."""
     asked = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+    asked = asked.replace(IMAGE_MARK, "").strip()
     if isinstance(example, Label):
         assert example.label
         return asked, plain_text(example.completion), None
