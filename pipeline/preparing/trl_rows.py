@@ -102,6 +102,10 @@ class TrlRows:
         tools, kwargs = json.loads(row.tools) if row.tools else None, json.loads(row.template_kwargs)
 
         def render(messages: list[Message], **asks: bool) -> str:
+            # As TRL does for models that see images.
+            messages = [
+                self._renderer.template.split_content(each) if self._renderer.template else each for each in messages
+            ]
             return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **asks, **kwargs))
 
         try:

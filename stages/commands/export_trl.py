@@ -42,6 +42,11 @@ def run(
         raise UsageError(f"{output}: --for trl writes {_KIND}, in which `datasets` finds messages as they were.")
     overwrite_guard.refuse_overwrite(output, overwrite_guard.Inputs.from_config(config, path), force=force)
     prepared = Prepared(config.prepared)
+    if prepared.manifest.images:
+        raise UsageError(
+            f"{config.prepared} has prompts with images, which --for trl does not write: TRL takes no log-probs of a reference for "
+            "data with images. Without --for, export adds the scores to the records."
+        )
     scored, cache = require_scored(config, prepared, every_byte=False)
     if reason := prepared_inputs.explain_if_stale(config):
         raise UsageError(

@@ -11,8 +11,9 @@ from prefcache.command_results import PreviewExample, PreviewPart, PreviewResult
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.preparing.encoder import Encoder
-from prefcache.pipeline.preparing.example import Example, Unusable, plain_text
+from prefcache.pipeline.preparing.example import Example, Unusable, count_images, plain_text
 from prefcache.pipeline.preparing.part_worker import PartWorker, Quarantine
+from prefcache.pipeline.preparing.render_chat import split_system
 from prefcache.pipeline.preparing.resolved_config import resolve_config
 from prefcache.pipeline.preparing.sources import Line, open_source
 from prefcache.pipeline.progress import Progress
@@ -53,9 +54,8 @@ def _preview_example(line: Line, worker: PartWorker, example: Example) -> Previe
     full, truncated = worker.tokenize_one(example)
     kept, cut_prompt = truncated.tokens, truncated.cut_prompt
     # keep_end leaves out whole turns. The text begins anew after them, so they are shown as text.
-    n_cut = len(example.prompt) - len(truncated.example.prompt) if cut_prompt else 0
-    cut_turns = [turn for turn in example.prompt if isinstance(turn, dict) and turn["role"] != "system"][:n_cut]
-    parts = [_preview_part("prompt", worker.encoder, kept.prompt, [], [], plain_text(cut_turns) if cut_turns else "")]
+    cut_turns = _show_cut_turns(example, truncated.example) if cut_prompt else ""
+    parts = [_preview_part("prompt", worker.encoder, kept.prompt, [], [], cut_turns)]
     names = ANSWERS[worker.resolved.kind][: len(kept.answers)]
     for name, ids, spans, whole in zip(names, kept.answers, kept.spans, full.answers, strict=True):
         # keep_end leaves the answers whole; after keep_start they have lost their end.
@@ -69,6 +69,15 @@ def _preview_example(line: Line, worker: PartWorker, example: Example) -> Previe
         cut_prompt=cut_prompt,
         parts=parts,
     )
+
+
+def _show_cut_turns(example: Example, kept: Example) -> str:
+    """Return the turns after the system message that were left out, with their pictures."""
+    assert isinstance(example.prompt, list)
+    head, turns = split_system(example.prompt)
+    cut = turns[: len(example.prompt) - len(kept.prompt)]
+    n_head = count_images(head)
+    return plain_text(cut, example.images[n_head : n_head + count_images(cut)])
 
 
 def _preview_part(

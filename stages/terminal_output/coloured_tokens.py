@@ -1,6 +1,7 @@
 """Tokens in colours: `preview` shows how records become tokens, `show` what the models think of each token."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from rich.text import Text
 
@@ -54,15 +55,21 @@ def print_preview(result: command_results.PreviewResult, ids: bool) -> None:
 def _preview_text(part: command_results.PreviewPart) -> Text:
     text = Text()
     colours = _TOKEN_COLOURS.get(part.name, _ANSWER_COLOURS)
-    for n, (token, piece) in enumerate(
-        zip(part.tokens, visible_tokens([token.text for token in part.tokens]), strict=True)
-    ):
+    pieces = visible_tokens([token.text for token in part.tokens])
+    for _, run in groupby(enumerate(part.tokens), key=lambda item: _run_key(*item)):
+        (n, token), *others = run
+        piece = pieces[n] + (f"[{len(others) + 1:,} times]" if others else "")
         if n == part.n_tokens:
             text.append("[cut here]", style="bold red")
         style = _CUT_STYLE if token.cut else "reverse magenta" if token.special else colours[n % 2]
         style = style if token.counts or token.cut or part.name == "prompt" else f"dim {style}"
         text.append(piece, style=style)
     return text
+
+
+def _run_key(n: int, token: command_results.PreviewToken) -> object:
+    """Return what equal special tokens in a row share, as those have that stand for an image."""
+    return (token.id, token.cut, token.counts) if token.special else n
 
 
 # What colours a token: the first of these that every token has. With one model only, how surprised that model was.

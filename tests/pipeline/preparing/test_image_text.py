@@ -12,6 +12,9 @@ from transformers import AutoTokenizer
 
 from prefcache.pipeline import image_processor
 from prefcache.pipeline.config import Prepare
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.images import decode
+from prefcache.pipeline.preparing.example import IMAGE_MARK
 from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart
 from prefcache.pipeline.preparing.resolved_config import resolve_config
 from prefcache.pipeline.preparing.sources import open_source
@@ -87,3 +90,185 @@ def test_prompt_ids_are_the_processors_own(family, tmp_path):
         for answer, text in (("chosen", "Yes."), ("rejected", "No.")):
             whole = expected_ids(folder, [*prompt, turn("assistant", text)])
             assert row["prompt_ids"] + row[f"{answer}_ids"] == whole, name
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "mistral3"]
+)  # whose template has no system turn
+def test_a_system_message_goes_before_the_picture(family, tmp_path):
+    folder = vision_models.save(family)
+    prompt = [turn("system", "Be brief."), turn("user", A, "What is it?")]
+    (row,) = prepare(folder, tmp_path, [record(prompt)]).table.to_pylist()
+    assert row["prompt_ids"] == expected_ids(folder, prompt, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("train_on", ["all", "assistant", "last_turn"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_of_several_turns_follow_a_picture(family, train_on, tmp_path):
+    folder = vision_models.save(family)
+    prompt = [turn("user", A, "What is it?")]
+    chosen, rejected = (
+        [turn("assistant", "A box."), turn("user", "Sure?"), turn("assistant", last)] for last in ("Yes.", "No.")
+    )
+    (row,) = prepare(folder, tmp_path, [record(prompt, chosen, rejected)], train_on=train_on).table.to_pylist()
+    assert row["prompt_ids"] + row["chosen_ids"] == expected_ids(folder, prompt + chosen)
+    ids, spans = row["chosen_ids"], row["chosen_spans"]
+    decode_ids = AutoTokenizer.from_pretrained(folder).decode
+    said = [decode_ids(ids[a:b]) for a, b in zip(spans[::2], spans[1::2], strict=True)]
+    turns = {"all": ["A box."], "assistant": ["A box.", "Yes."], "last_turn": ["Yes."]}[train_on]
+    assert len(said) == len(turns) and all(
+        text.strip().startswith(turn) for text, turn in zip(said, turns, strict=True)
+    )
+
+
+def test_the_prompts_text_has_a_tag_for_each_picture(tmp_path):
+    folder = vision_models.save("qwen2.5-vl")
+    (row,) = prepare(folder, tmp_path, [record(PROMPTS["pictures of several sizes"])]).table.to_pylist()
+    tags = [decode(base64.b64decode(inline(image).partition(",")[2])).tag for image in (A, B)]
+    assert row["prompt"] == f"{tags[0]}or{tags[1]}?" and tags[0].startswith("[image 60x40 ")
+
+
+def test_a_picture_of_a_size_seen_before_is_written_out_the_same_way(tmp_path):
+    # The processor is asked for the first; the others are checked as a whole only in the first prompts of a part.
+    folder = vision_models.save("internvl")
+    pictures = [picture(90, 30, seed) for seed in range(12)]
+    part = prepare(folder, tmp_path, [record([turn("user", each, "?")]) for each in pictures])
+    for each, row in zip(pictures, part.table.to_pylist(), strict=True):
+        assert row["prompt_ids"] == expected_ids(folder, [turn("user", each, "?")], add_generation_prompt=True)
+
+
+# -- texts that look like pictures -----------------------------------------------------------------------------------
+
+
+def quarantine_reasons(part: PreparedPart) -> list[str]:
+    return part.quarantine["reason"].to_pylist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_never_becomes_a_token_that_stands_for_a_picture(family, tmp_path):
+    folder = vision_models.save(family)
+    processor = image_processor.load(folder)
+    tokens = {processor._processor.tokenizer.convert_ids_to_tokens(number) for number in processor.token_ids}
+    hostile = sorted({processor.placeholder, *tokens})
+    records = [record([turn("user", A, "What is it?")])]
+    for text in hostile:
+        records.append(record([turn("user", A, f"What is {text}?")]))
+        records.append(record([turn("user", f"What is {text}?")]))
+        records.append(record([turn("user", A, "What is it?")], f"It is {text}."))
+    part = prepare(folder, tmp_path, records)
+    assert len(part.table) == 1
+    assert quarantine_reasons(part) == ["image placeholder in the text"] * (len(records) - 1)
+
+
+def test_a_placeholder_cannot_take_the_place_of_a_picture_that_the_template_leaves_out(tmp_path):
+    # The picture of the assistant's turn is not printed; the text would make up for it.
+    folder = vision_models.save("mistral3")
+    prompt = [turn("user", A, "one"), turn("assistant", B, "two"), turn("user", "three [IMG]")]
+    part = prepare(
+        folder, tmp_path, [record(PROMPTS["one picture"]), record(prompt), record([*prompt[:2], turn("user", "?")])]
+    )
+    assert quarantine_reasons(part) == ["image placeholder in the text", "template prints other images"]
+
+
+def test_a_marker_is_text_in_a_record_without_a_column_of_images(tmp_path):
+    folder = vision_models.save("qwen2.5-vl")
+    asked = [turn("user", "What does <image> mean in HTML?")]
+    part = prepare(folder, tmp_path, [record(PROMPTS["one picture"]), record(asked)])
+    assert part.table["prompt_ids"].to_pylist()[1] == expected_ids(folder, asked, add_generation_prompt=True)
+
+
+def test_the_character_that_marks_a_picture_is_reserved(tmp_path):
+    folder = vision_models.save("qwen2.5-vl")
+    records = [
+        record([turn("user", A, f"What{IMAGE_MARK}?")]),
+        record([turn("user", f"What{IMAGE_MARK}?")]),
+        record([turn("user", A, "What?")], f"{IMAGE_MARK}"),
+        {"prompt": f"{IMAGE_MARK}?", "chosen": "a", "rejected": "b"},
+        {"prompt": [{"role": "user", "content": "a", IMAGE_MARK: ["x"]}], "chosen": "a", "rejected": "b"},
+    ]
+    part = prepare(folder, tmp_path, records)
+    assert quarantine_reasons(part) == ["reserved characters"] * 5
+
+
+# -- what cannot be used ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_processor_is_refused_in_one_sentence(model, tmp_path):
+    with pytest.raises(UsageError, match=r"data.jsonl has images.* for which Transformers has no processor"):
+        prepare(model, tmp_path, [record(PROMPTS["one picture"])])
+
+
+def test_a_template_that_prints_no_picture_is_refused_in_one_sentence(tmp_path):
+    template = tmp_path / "blind.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}{{ part['text'] }}"
+        "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(UsageError, match=r"the chat template prints no <\|image_pad\|>"):
+        prepare(
+            vision_models.save("qwen2.5-vl"), tmp_path, [record(PROMPTS["one picture"])], chat_template=str(template)
+        )
+
+
+def test_plain_text_has_no_place_for_a_picture(tmp_path):
+    data = [{"prompt": "Look: <image>", "chosen": "a", "rejected": "b", "images": [inline(A)]}]
+    with pytest.raises(UsageError, match=r"prepare.template: none has no place"):
+        prepare(vision_models.save("qwen2.5-vl"), tmp_path, data, template="none")
+
+
+def test_what_the_processor_refuses_goes_to_quarantine(tmp_path):
+    # Qwen's takes no picture that is more than 200 times as long as it is wide.
+    folder = vision_models.save("qwen2.5-vl")
+    part = prepare(folder, tmp_path, [record(PROMPTS["one picture"]), record([turn("user", picture(1000, 4), "?")])])
+    assert quarantine_reasons(part) == ["processor refuses the image"]
+
+
+def test_other_ids_than_the_processors_stop_the_preparation(tmp_path, monkeypatch):
+    encode = image_processor.ImageProcessor.encode
+    monkeypatch.setattr(image_processor.ImageProcessor, "encode", lambda *arguments: [*encode(*arguments), 5])
+    with pytest.raises(IntegrityError, match="processor of this model"):
+        prepare(vision_models.save("qwen2.5-vl"), tmp_path, [record(PROMPTS["one picture"])])
+
+
+# -- too long --------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_picture_count_for_the_length(tmp_path):
+    folder = vision_models.save("qwen2.5-vl")
+    prompt = PROMPTS["one picture"]
+    n = len(expected_ids(folder, [*prompt, turn("assistant", "Yes.")]))
+    for most, reasons in ((n, []), (n - 1, ["too long"])):
+        part = prepare(folder, tmp_path, [record(prompt, "Yes.", "No")], max_length=most)
+        assert quarantine_reasons(part) == reasons
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "llava-onevision"])
+def test_old_turns_are_left_out_with_their_pictures(family, tmp_path):
+    # Of LLaVA-OneVision, what is left is a picture alone, which is cut into tiles.
+    folder = vision_models.save(family)
+    prompt = [
+        turn("system", "Be brief."),
+        turn("user", A, "This? " * 40),
+        turn("assistant", "A box."),
+        turn("user", B, "And?"),
+    ]
+    kept = [prompt[0], prompt[3]]
+    n = len(expected_ids(folder, [*kept, turn("assistant", "Yes.")]))
+    (row,) = prepare(folder, tmp_path, [record(prompt)], max_length=n, too_long="keep_end").table.to_pylist()
+    assert row["prompt_ids"] == expected_ids(folder, kept, add_generation_prompt=True)
+    assert row["prompt"].startswith("system: Be brief.\nuser: [image 33x61 ")
+    n_full = len(expected_ids(folder, prompt, add_generation_prompt=True))
+    assert row["cut_prompt"] == n_full - len(row["prompt_ids"])
+
+
+def test_a_prompt_is_never_cut_within_a_picture(tmp_path):
+    folder = vision_models.save("qwen2.5-vl")
+    prompt = PROMPTS["one picture"]
+    n_prompt = len(expected_ids(folder, prompt, add_generation_prompt=True))
+    for most in range(5, n_prompt + 1, 3):
+        part = prepare(folder, tmp_path, [record(prompt)], max_length=most, too_long="keep_start")
+        assert quarantine_reasons(part) == ["prompt too long"]
+    (row,) = prepare(
+        folder, tmp_path, [record(prompt)], max_length=n_prompt + 1, too_long="keep_start"
+    ).table.to_pylist()
+    assert row["n_prompt"] == n_prompt and row["n_chosen"] == 1
