@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from prefcache.pipeline.model import attention
+from prefcache.pipeline.model.attention import Branch
 from prefcache.pipeline.model.logprobs import plain_logps
 from prefcache.pipeline.model.packed_row import Row, lay_out, row_logps
 from prefcache.pipeline.schema import TokenSequence
@@ -35,7 +36,7 @@ def test_a_row_by_hand():
     # 4 is predicted by 8, 5 by 4; 1 by 8 again, 2 by 1, 3 by 2.
     assert row.target_M.tolist() == [4, 5, 1, 2, 3]
     assert row.source_M.tolist() == [1, 2, 1, 3, 4]
-    assert row.branches == [((), slice(0, 3)), ((slice(0, 2),), slice(3, 5))]
+    assert row.branches == [Branch((), slice(0, 3)), Branch((slice(0, 2),), slice(3, 5))]
     assert (row.place_N, row.counts) == (None, [2, 3])
 
 
@@ -44,7 +45,7 @@ def test_a_tree_by_hand():
     # By ids, descending: 1 2 5 9 9, then 1 2 5 6, whose inputs are all there, then 3 after 1 2, and 1 2 is there.
     assert row.input_T.tolist() == [7, 8, 1, 2, 5, 9, 3]
     assert row.position_T.tolist() == [0, 1, 2, 3, 4, 5, 4]
-    assert row.branches == [((), slice(0, 6)), ((slice(0, 4),), slice(6, 7))]
+    assert row.branches == [Branch((), slice(0, 6)), Branch((slice(0, 4),), slice(6, 7))]
     # 16 tokens are counted. Distinct are 1 and 2, predicted by 8 and 1; 3 and 5 by 2; 6 and 9 by 5; 9 by 9; 4 by 3.
     predictions = [(1, 1), (2, 2), (3, 3), (3, 5), (4, 6), (4, 9), (5, 9), (6, 4)]
     assert list(zip(row.source_M.tolist(), row.target_M.tolist(), strict=True)) == predictions
@@ -55,9 +56,9 @@ def test_a_branch_within_a_branch_sees_its_whole_path():
     row = row_of([7], [3, 3], [2, 5, 1, 1], [2, 4, 1])
     assert row.input_T.tolist() == [7, 3, 2, 5, 1, 4]
     assert row.branches == [
-        ((), slice(0, 2)),
-        ((slice(0, 1),), slice(2, 5)),
-        ((slice(0, 1), slice(2, 3)), slice(5, 6)),
+        Branch((), slice(0, 2)),
+        Branch((slice(0, 1),), slice(2, 5)),
+        Branch((slice(0, 1), slice(2, 3)), slice(5, 6)),
     ]
     assert attention.Segments(row.branches).index_calls()["keys"].tolist() == [0, 1, 0, 2, 3, 4, 0, 2, 5]
 

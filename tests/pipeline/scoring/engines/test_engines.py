@@ -23,7 +23,7 @@ from prefcache.pipeline.scoring import engines
 from prefcache.pipeline.scoring.engines import EngineSpec
 
 class Constant:
-    def __init__(self, reference, score):
+    def __init__(self, reference, score, images):
         self.facts = {"constant": -1}
     def score(self, sequences):
         return [np.full(len(sequence.completion_ids), -1, np.float32) for sequence in sequences]
