@@ -41,6 +41,11 @@ class ImageProcessor:
         self.counts_pictures = counts_pictures
 
     @property
+    def transformers(self) -> Any:
+        """The processor itself, without what processes video."""
+        return self._processor
+
+    @property
     def placeholder(self) -> str:
         """The text that a chat template writes for a picture."""
         return str(self._processor.image_token)
@@ -113,6 +118,7 @@ def load(folder: Path) -> ImageProcessor:
         without_video: Any = type(name, (base,), {"get_attributes": attributes})
         absent = {key: None for key in base.get_attributes() if key not in parts}
         processor = without_video.from_args_and_dict([], settings, **parts, **absent)
+        vars(processor).update(absent)
     except UsageError:
         raise
     except Exception as error:  # The loader raises whatever its parts raise.
