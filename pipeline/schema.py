@@ -222,8 +222,7 @@ IMAGES = pa.schema(
 IMAGE_FILES = pa.schema(
     [
         ("path", pa.string()),
-        ("n_bytes", pa.int64()),  # NULL, as in the other columns, if it could not be read
-        ("mtime_ns", pa.int64()),
+        ("n_bytes", pa.int64()),  # NULL, like the checksum, if it could not be read
         ("xxh3_128", pa.string()),
     ]
 )

@@ -1,7 +1,7 @@
 """From finished parts to the prepared folder: duplicates, weights, mismatched answers, shards, and the manifest last.
 
 What depends on more than one part is decided here, from small columns of all parts (hashes, in numpy). The rows
-themselves stream from part to shard, so memory does not grow with the data.
+themselves and their pictures stream from part to shard, so memory does not grow with the data.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import DataError
 from prefcache.pipeline.preparing import part_table, part_worker
+from prefcache.pipeline.preparing.shard_writer import ShardWriter
 from prefcache.pipeline.progress import counting
-from prefcache.pipeline.schema import HELD_OUT, PREPARED, QUARANTINE, TRAIN, key_of_bytes
+from prefcache.pipeline.schema import HELD_OUT, IMAGE_FILES, IMAGES, PREPARED, QUARANTINE, TRAIN, key_of_bytes
 from prefcache.pipeline.spans import clip_spans, count_tokens
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import PartRecord
@@ -28,6 +29,16 @@ from prefcache.pipeline.stored.records import PartRecord
 _BLOCK_ROWS = 8192
 _NEIGHBOURS = 64
 _NONE = -1
+_KEY = "S16"  # schema.KEY in numpy
+_IMAGE_SHARD_BYTES = 1 << 30
+
+
+class Committed(NamedTuple):
+    """What was written: entries of the manifest, and counts of what was done to the rows."""
+
+    shards: list[dict[str, Any]]
+    images: list[dict[str, Any]]
+    done: dict[str, int]
 
 
 @dataclass
@@ -62,6 +73,14 @@ class Parts:
                 column[self.starts[number] : self.starts[number + 1]] = to_numpy(table[name])
         return column
 
+    def read_batches(self, name: Literal["images", "image_files"]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a further file of all parts, in their order."""
+        for record in self.records:
+            entry = getattr(record, name)
+            if entry is not None:
+                with pa.memory_map(str(self.folder / entry.file)) as mapped:
+                    yield from pa.ipc.open_stream(mapped)
+
     def sum_counts(self, name: Literal["done", "quarantined"]) -> dict[str, int]:
         total: Counter[str] = Counter()
         for record in self.records:
@@ -87,8 +106,8 @@ def commit_quarantine(path: Path, parts: Parts) -> dict[str, Any]:
 
 def commit_shards(
     folder: Path, parts: Parts, kind: str, generation: str, prepare: Prepare, weights: list[float]
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Write the shards of all splits. Return their entries, and counts of what was done to the rows.
+) -> Committed:
+    """Write the shards of all splits, and their pictures.
 
     `weights` has one number per part.
     """
@@ -110,7 +129,15 @@ def commit_shards(
     with contextlib.ExitStack() as stack:
         counter = stack.enter_context(counting("put together", parts.n_rows, "examples"))
         shards = {
-            split: stack.enter_context(_ShardWriter(folder, split, generation, kind, prepare.rows_per_shard))
+            split: stack.enter_context(
+                ShardWriter(
+                    folder,
+                    f"{split}-{generation}-{{:05}}.arrow".format,
+                    PREPARED[kind],
+                    most_rows=prepare.rows_per_shard,
+                    split=split,
+                )
+            )
             for split in names
         }
         for number in range(len(parts.records)):
@@ -128,7 +155,57 @@ def commit_shards(
             counter.add(int(end - begin))
     if mismatched and prepare.kl_pairs:
         done["unmatched"] = mismatched.n_without
-    return [entry for writer in shards.values() for entry in writer.entries], done
+    entries = [entry for writer in shards.values() for entry in writer.entries]
+    return Committed(entries, _commit_images(folder, parts, copies > 0, generation), done)
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+def _commit_images(folder: Path, parts: Parts, used: np.ndarray, generation: str) -> list[dict[str, Any]]:
+    """Write the pictures of the rows that are used, each once, in the order of the parts."""
+    if not any(record.images for record in parts.records):
+        return []
+    wanted = _find_used_images(parts, used)
+    is_written = np.zeros(len(wanted), bool)
+    # Neither name can be that of a split, which has no hyphen.
+    name = f"image-bytes-{generation}-{{:05}}.arrow".format
+    with ShardWriter(folder, name, IMAGES, most_bytes=_IMAGE_SHARD_BYTES) as writer:
+        for batch in parts.read_batches("images"):
+            ids = _to_keys(batch["image"])
+            at = np.searchsorted(wanted, ids).clip(max=max(len(wanted) - 1, 0))
+            is_next = (wanted[at] == ids) & ~is_written[at] if len(wanted) else np.zeros(len(ids), bool)
+            is_written[at[is_next]] = True
+            writer.write(pa.Table.from_batches([batch.filter(pa.array(is_next))], IMAGES))
+    assert is_written.all(), "a part names pictures that it has not stored"
+    return writer.entries
+
+
+def _find_used_images(parts: Parts, used: np.ndarray) -> np.ndarray:
+    """Return the ids of their pictures, each once, sorted."""
+    ids = [np.empty(0, _KEY)]
+    for number in range(len(parts.records)):
+        with parts.open_table(number) as table:
+            rows = used[parts.starts[number] : parts.starts[number + 1]]
+            named = pc.list_flatten(table["images"].filter(pa.array(rows)).combine_chunks())
+            ids.append(np.unique(_to_keys(named)))
+    return np.unique(np.concatenate(ids))
+
+
+def _to_keys(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    data = column.buffers()[1]
+    keys = np.frombuffer(data, _KEY) if data is not None else np.empty(0, _KEY)
+    return keys[column.offset : column.offset + len(column)]
+
+
+def commit_image_files(folder: Path, parts: Parts, generation: str) -> list[dict[str, Any]]:
+    """Write which files of pictures were looked at, with their stamps."""
+    if not any(record.image_files for record in parts.records):
+        return []
+    with ShardWriter(folder, f"image-files-{generation}-{{:05}}.arrow".format, IMAGE_FILES) as writer:
+        for batch in parts.read_batches("image_files"):
+            writer.write(pa.Table.from_batches([batch], IMAGE_FILES))
+    return writer.entries
 
 
 # -- which rows, how often, under which name -------------------------------------------------------------------------
@@ -240,10 +317,10 @@ class _MismatchedAnswers:
     def add_columns(self, block: pa.Table, rows: np.ndarray) -> pa.Table:
         """Return the block with the columns of the mismatched answers."""
         partners = self._partners[rows]
-        prompts, completions = block["prompt_ids"].to_pylist(), block["completion_ids"].to_pylist()
+        columns = [block[name].to_pylist() for name in ("prompt_ids", "images", "completion_ids")]
         kl_rows: list[dict[str, Any]] = []
-        for partner, prompt, own, (whole, n_kept, spans) in zip(
-            partners, prompts, completions, self._read_answers(partners), strict=True
+        for partner, prompt, images, own, (whole, n_kept, spans) in zip(
+            partners, *columns, self._read_answers(partners), strict=True
         ):
             room = self._max_length - len(prompt)
             # TRL cuts the whole anew, and takes an answer that is the row's own too.
@@ -257,7 +334,7 @@ class _MismatchedAnswers:
                 self.n_without += 1
                 kl_rows.append({})
                 continue
-            key = key_of_bytes(np.asarray(prompt, "<i4").tobytes(), answer.tobytes())
+            key = key_of_bytes(np.asarray(prompt, "<i4").tobytes(), answer.tobytes(), images or ())
             of = f"{self._ids[partner]:016x}"
             cut = whole[len(answer) :]
             kl_rows.append({"kl_of": of, "kl_ids": answer, "kl_cut_ids": cut, "kl_key": key, "n_kl": len(answer)})
@@ -315,50 +392,3 @@ def _next_in_ring(ring: np.ndarray, prompt_hash: np.ndarray, text_hash: np.ndarr
         partners[waiting[fits]] = ring[candidate]
         waiting = waiting[~fits]
     return partners
-
-
-# -- shards ----------------------------------------------------------------------------------------------------------
-
-
-class _ShardWriter:
-    """Writes the shards of one split, each as it fills."""
-
-    def __init__(self, folder: Path, split: str, generation: str, kind: str, rows_per_shard: int) -> None:
-        self._folder, self._split, self._generation = folder, split, generation
-        self._schema, self._rows_per_shard = PREPARED[kind], rows_per_shard
-        self._open: contextlib.ExitStack | None = None
-        self._path: Path
-        self._stream: artifact.Stream
-        self._writer: Any = None
-        self._n_rows = 0
-        self.entries: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "_ShardWriter":
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None:
-            self._close()
-        elif self._open:
-            self._open.__exit__(kind, error, trace)
-
-    def write(self, block: pa.Table) -> None:
-        while len(block):
-            if self._open is None:
-                self._open = contextlib.ExitStack()
-                self._path = self._folder / f"{self._split}-{self._generation}-{len(self.entries):05}.arrow"
-                self._stream = self._open.enter_context(artifact.commit_stream(self._path))
-                file = pa.PythonFile(self._stream, "w")
-                self._writer = self._open.enter_context(pa.ipc.new_stream(file, self._schema))
-            room = self._rows_per_shard - self._n_rows
-            self._writer.write_table(block.slice(0, room).combine_chunks())
-            self._n_rows += min(room, len(block))
-            block = block.slice(room)
-            if self._n_rows == self._rows_per_shard:
-                self._close()
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self.entries.append(self._stream.entry(self._path, split=self._split, rows=self._n_rows))
-            self._open, self._n_rows = None, 0

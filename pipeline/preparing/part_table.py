@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -37,12 +37,20 @@ Columns = dict[str, list[Any]]
 
 
 def build_batch(
-    lines: Sequence[Line], rows: Sequence[TruncatedExample], kind: str, held_out: float, split: str | None
+    lines: Sequence[Line],
+    rows: Sequence[TruncatedExample],
+    images: Sequence[tuple[bytes, ...]],
+    kind: str,
+    held_out: float,
+    split: str | None,
 ) -> pa.RecordBatch:
-    """Return a row for each example. Without a `split` of their own, a hash of the prompt decides which are held out."""
-    columns = _shared_columns(lines, rows, kind)
+    """Return a row for each example. Without a `split` of their own, a hash of the prompt decides which are held out.
+
+    `images` are the ids of each row's pictures.
+    """
+    columns = _shared_columns(lines, rows, kind) | {"images": list(images)}
     columns["split"] = [split or (HELD_OUT if split_fraction(each) < held_out else TRAIN) for each in columns["prompt"]]
-    prompts = [ids.tobytes() for ids in columns["prompt_ids"]]
+    prompts = [_Prompt(ids.tobytes(), each) for ids, each in zip(columns["prompt_ids"], images, strict=True)]
     for number, name in enumerate(_ANSWERS[kind]):
         columns |= _answer_columns(name, number, rows, prompts)
     columns |= _id_columns(columns, kind, rows)
@@ -50,11 +58,16 @@ def build_batch(
         columns["n_common"] = [count_common(*row.tokens.answers) for row in rows]
     else:
         columns["label"] = [isinstance(row.example, Label) and row.example.label for row in rows]
-        columns["prompt_hash"] = list(map(_hash_number, prompts))
+        columns["prompt_hash"] = [_hash_number(prompt.ids + b"".join(prompt.images)) for prompt in prompts]
         columns["text_hash"] = [_hash_number(text.encode()) for text in columns["completion"]]
         columns["ids_hash"] = [_hash_number(ids.tobytes()) for ids in columns["completion_ids"]]
     schema = SCHEMAS[kind]
     return pa.RecordBatch.from_arrays([_to_arrow(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+class _Prompt(NamedTuple):
+    ids: bytes
+    images: tuple[bytes, ...]
 
 
 def _shared_columns(lines: Sequence[Line], rows: Sequence[TruncatedExample], kind: str) -> Columns:
@@ -66,16 +79,15 @@ def _shared_columns(lines: Sequence[Line], rows: Sequence[TruncatedExample], kin
         "n_prompt": [len(row.tokens.prompt) for row in rows],
         "boundary": ["exact" if row.tokens.exact else "split" for row in rows],
         "cut_prompt": [row.cut_prompt for row in rows],
-        "images": [() for row in rows],
     }
     return columns | {name: [row.example.columns.get(name) for row in rows] for name in data_columns(kind)}
 
 
-def _answer_columns(name: str, number: int, rows: Sequence[TruncatedExample], prompts: list[bytes]) -> Columns:
+def _answer_columns(name: str, number: int, rows: Sequence[TruncatedExample], prompts: list[_Prompt]) -> Columns:
     """Return the columns of one answer, and under `NAME_whole_key` what its key would be if it were not cut."""
     ids, cut = [row.tokens.answers[number] for row in rows], [row.cut_answers[number] for row in rows]
     spans = [row.tokens.spans[number] for row in rows]
-    keys = [key_of_bytes(prompt, each.tobytes()) for prompt, each in zip(prompts, ids, strict=True)]
+    keys = [key_of_bytes(prompt.ids, each.tobytes(), prompt.images) for prompt, each in zip(prompts, ids, strict=True)]
     return {
         name: [plain_text(row.example.answers[number]) for row in rows],
         f"{name}_ids": ids,
@@ -86,7 +98,7 @@ def _answer_columns(name: str, number: int, rows: Sequence[TruncatedExample], pr
         f"n_{name}_counted": list(map(count_tokens, spans)),
         f"{name}_key": keys,
         f"{name}_whole_key": [
-            key_of_bytes(prompt, (kept + rest).tobytes()) if rest else key
+            key_of_bytes(prompt.ids, (kept + rest).tobytes(), prompt.images) if rest else key
             for prompt, kept, rest, key in zip(prompts, ids, cut, keys, strict=True)
         ],
     }

@@ -24,6 +24,7 @@ from prefcache.pipeline.preparing.example import Example, Label, Pair, Ranking, 
 from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizerMismatch
 from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
+from prefcache.pipeline.preparing.part_images import PartImages, tabulate_stamps
 from prefcache.pipeline.preparing.pictures import PictureLoader, base_folder
 from prefcache.pipeline.preparing.render_chat import ChatRenderer
 from prefcache.pipeline.preparing.rendered_text import RenderedText
@@ -34,6 +35,7 @@ from prefcache.pipeline.preparing.truncation import TruncatedExample, truncate
 from prefcache.pipeline.progress import counting
 from prefcache.pipeline.schema import QUARANTINE
 from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.images import explain_changed_files
 from prefcache.pipeline.stored.records import NewerError, PartRecord
 
 if TYPE_CHECKING:
@@ -46,6 +48,17 @@ CHARACTERS_PER_TOKEN = 512  # more than the longest token of any vocabulary
 MOST_CHARACTERS = 4 << 20  # of a text that is to be cut: all of it has to be encoded to know where
 _MOST_STRIKES = 3
 _MOST_MOVED = 16  # characters
+
+
+class LateImagesError(UsageError):
+    """A record has images, and the first ones, by which the config was resolved, have none."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where}, has images, and the first records of all sources have none. Put one of them first.")
+        self.where = where
+
+    def __reduce__(self) -> Any:  # a worker process sends it
+        return type(self), (self.where,)
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,8 @@ class PreparedPart:
     done: dict[str, int]
     fast_tokenizer: bool = False
     fast_tokenizer_unavailable: str = ""
+    images: dict[str, Any] | None = None  # the entry of the file with its pictures
+    image_files: pa.Table | None = None
 
 
 class PartWorker:
@@ -98,25 +113,28 @@ class PartWorker:
         def prepare_part(number: int, source: int, chunk: Chunk) -> PartRecord:
             if mismatch := find_mismatch(folder):
                 tokenizer.refuse_fast(mismatch)
-            part = self.prepare(source, chunk)
+            part = self.prepare(source, chunk, images_file(folder, number))
             if tokenizer.fast_mismatch and not find_mismatch(folder):
                 artifact.commit_bytes(mismatch_file(folder), tokenizer.fast_mismatch.encode(), durable=False)
             return commit_part(folder, number, source, part)
 
         return prepare_part
 
-    def prepare(self, source: int, chunk: Chunk) -> PreparedPart:
-        return self._redo_on_mismatch(lambda: self._prepare(source, list(chunk.lines())))
+    def prepare(self, source: int, chunk: Chunk, images: Path | None = None) -> PreparedPart:
+        """Prepare a chunk. Its pictures are written to the file `images`, since memory may not hold them all."""
+        return self._redo_on_mismatch(lambda: self._prepare(source, list(chunk.lines()), images))
 
-    def _prepare(self, source: int, lines: list[Line]) -> PreparedPart:
+    def _prepare(self, source: int, lines: list[Line], images: Path | None) -> PreparedPart:
         kind, prepare = self.resolved.kind, self.resolved.prepare
         quarantine, done = Quarantine(), Counter[str]()
         batches: list[pa.RecordBatch] = []
-        with counting("tokenize", None, "examples") as counter:
+        processor = self.image_text.processor if self.image_text else None
+        with counting("tokenize", None, "examples") as counter, PartImages(processor, images) as part_images:
             for batch in self._tokenize_batches(lines, source, quarantine):
                 read, rows = [line for line, _ in batch], [row for _, row in batch]
                 split = prepare.source_splits[source]
-                batches.append(part_table.build_batch(read, rows, kind, prepare.held_out, split))
+                ids = [part_images.add(row.example.images) for row in rows]
+                batches.append(part_table.build_batch(read, rows, ids, kind, prepare.held_out, split))
                 done += self._count_events(rows)
                 counter.add(len(batch))
         table = pa.Table.from_batches(batches, schema=part_table.SCHEMAS[kind]).combine_chunks()
@@ -130,6 +148,8 @@ class PartWorker:
             done=dict(sorted((done + self.renderer.counts).items())),
             fast_tokenizer=self.encoder.tokenizer.is_fast,
             fast_tokenizer_unavailable=self.encoder.tokenizer.fast_unavailable,
+            images=part_images.entry,
+            image_files=tabulate_stamps(self._pictures.stamps) if self._pictures.stamps else None,
         )
 
     def _count_events(self, rows: Sequence[TruncatedExample]) -> Counter[str]:
@@ -163,6 +183,7 @@ class PartWorker:
                 self.encoder.tokenizer.start_part()
                 if self.image_text:
                     self.image_text.start_part()
+                self._pictures.start_part()
                 try:
                     return work()
                 except TemplateCacheMismatch:
@@ -194,10 +215,7 @@ class PartWorker:
         if not example.images:
             return example
         if self.image_text is None:
-            raise UsageError(
-                f"{line.source}, line {line.number}, has an image, and the first records of all sources have none. Put one with "
-                "an image among the first, so that the model's processor is loaded."
-            )
+            raise LateImagesError(f"{line.source}, line {line.number}")
         return replace(example, images=self._pictures.load_all(example.images, base_folder(line.source)))
 
     def _tokenize_batches(
@@ -366,6 +384,10 @@ def record_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06}.json"
 
 
+def images_file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06}.images"
+
+
 def mismatch_file(folder: Path) -> Path:
     return folder / "fast-tokenizer-mismatch.txt"
 
@@ -390,7 +412,9 @@ def commit_part(folder: Path, number: int, source: int, part: PreparedPart) -> P
         for name, file, table in (
             ("table", path, part.table),
             ("quarantine", path.with_suffix(".quarantine"), part.quarantine),
+            ("image_files", path.with_suffix(".image-files"), part.image_files),
         )
+        if table is not None
     }
     facts = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in entries}
     record = PartRecord.make(**facts, source=source, **entries)
@@ -413,8 +437,11 @@ def read_record(folder: Path, number: int) -> PartRecord | None:
 
 
 def find_finished(folder: Path, number: int) -> PartRecord | None:
-    """Return the record of a part; None if the part is missing or damaged."""
+    """Return the record of a part; None if the part is missing or damaged, or files of its pictures have changed since."""
     record = read_record(folder, number)
-    if record is None or any(artifact.damage(folder, entry) for entry in (record.table, record.quarantine)):
+    if record is None or any(artifact.damage(folder, entry) for entry in record.files.values()):
         return None
-    return record
+    # Which files of pictures a part has read is known only once it is prepared.
+    files = [record.image_files] if record.image_files else []
+    is_current = explain_changed_files(folder, files, record_file(folder, number).stat().st_mtime_ns) is None
+    return record if is_current else None

@@ -130,11 +130,11 @@ class PictureLoader:
                 status = os.fstat(file.fileno())
                 encoded = file.read(MOST_BYTES + 1) if stat.S_ISREG(status.st_mode) else b""
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            self._stamps[name] = FileStamp(name, None, None, None)
+            self._stamps[name] = FileStamp(name, None, None)
             raise Unusable("image not read", getattr(error, "strerror", None) or "not a path") from None
         if len(encoded) > MOST_BYTES:
             raise UnusableImage("image too large", "bytes", n_found=status.st_size, n_limit=MOST_BYTES)
-        self._stamps[name] = FileStamp(name, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(encoded))
+        self._stamps[name] = FileStamp(name, status.st_size, xxhash.xxh3_128_hexdigest(encoded))
         return encoded
 
     # -- the network -------------------------------------------------------------------------------------------------

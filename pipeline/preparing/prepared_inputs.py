@@ -1,9 +1,10 @@
 """What a preparation is made from: data, tokenizer, template and settings; and whether a stored one is up to date."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config, Prepare, Source
@@ -15,14 +16,23 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import PREPARED_VERSION
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import Difference, Freshness, check_preparation, find_differences
+from prefcache.pipeline.stored.images import explain_changed_files
+from prefcache.pipeline.stored.memos import TokenizersMemo
 from prefcache.pipeline.stored.records import PreparedManifest
+
+if TYPE_CHECKING:
+    from prefcache.pipeline.image_processor import ImageProcessor
 
 # They differ between folders with the same tokenizer, so they are compared by what the tokenizer does.
 _TOKENIZER = ("tokenizer_id", "fingerprint")
+_PROCESSOR = "processor_id"
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> dict[str, Any]:
-    """Return all that the output depends on, except for the tokenizer's fingerprint, which takes seconds to compute."""
+    """Return all that the output depends on, except for the tokenizer's fingerprint, which takes seconds to compute, and for
+    pictures: that there are any shows only when the data is read.
+    """
     return {
         "version": PREPARED_VERSION,
         "data": [source.identity() for source in sources],
@@ -49,13 +59,13 @@ def _dump_sources(entries: Sequence[Source]) -> list[dict[str, Any]]:
 
 def check_freshness(config: Config, model: Path, inputs: dict[str, Any], *, remember: bool = True) -> Freshness:
     """Compare these inputs with those of what is prepared."""
-    freshness = check_preparation(config.prepared, inputs, ignore=_TOKENIZER)
+    freshness = check_preparation(config.prepared, inputs, ignore=(*_TOKENIZER, _PROCESSOR))
     manifest = PreparedManifest.find(config.prepared) if freshness.is_fresh else None
     if manifest is None:
         return freshness
     recorded, out = manifest.inputs, Path(config.out)
     if not (reason := explain_change(recorded, inputs, model, out, remember=remember)):
-        return freshness
+        return replace(freshness, differences=tuple(_find_changed_images(config, manifest, model, remember=remember)))
     changed = Difference("tokenizer_id", recorded.tokenizer_id, inputs["tokenizer_id"], reason)
     if recorded.fingerprint and recorded.tokenizer_id == inputs["tokenizer_id"]:
         now = read_fingerprint(model, out, remember=remember)
@@ -83,6 +93,9 @@ def explain_if_stale(config: Config) -> str | None:
     differences = find_differences(stored, settings)
     if len(recorded.data) == len(config.prepare.sources):
         differences += tuple(_find_changed_data(config, recorded.data))
+    with contextlib.suppress(PrefcacheError):  # the stage that needs the model says what is wrong
+        model = identity.find_reference(config, weights=False).tokenizer if recorded.processor_id else Path()
+        differences += tuple(_find_changed_images(config, manifest, model, remember=False))
     freshness = Freshness("preparation", config.prepared, differences=differences)
     if freshness.is_fresh:
         return None
@@ -93,6 +106,39 @@ def warn_if_stale(config: Config, progress: Progress) -> None:
     """Warn, in a command that uses what was prepared as it is."""
     if reason := explain_if_stale(config):
         progress.warn(f"{reason}. It is used as it is; prefcache prepare CONFIG makes it again")
+
+
+def _find_changed_images(
+    config: Config, manifest: PreparedManifest, model: Path, *, remember: bool
+) -> Iterator[Difference]:
+    prepared_at = (config.prepared / artifact.MANIFEST).stat().st_mtime_ns
+    if reason := explain_changed_files(config.prepared, manifest.image_files, prepared_at):
+        yield Difference("images", None, None, reason)
+    if recorded := manifest.inputs.processor_id:
+        now = read_processor_id(model, Path(config.out), remember=remember)
+        if now != recorded:
+            yield Difference(_PROCESSOR, recorded, now, "the settings of the model's image processor have changed")
+
+
+def read_processor_id(
+    folder: Path, experiment: Path, loaded: "ImageProcessor | None" = None, *, remember: bool = True
+) -> str:
+    """Return the id of a model's image processor, which is loaded only if the experiment has no memo of it."""
+    path = TokenizersMemo.path(experiment)
+    stamp = f"{identity.tokenizer_stamp(folder)}, {identity.hash_bytes(folder, _PROCESSOR_FILES)}"
+    memo = TokenizersMemo.recall(path) or TokenizersMemo()
+    if stamp not in memo.processors:
+        memo = memo.with_another_processor(stamp, (loaded or _load_processor(folder)).id.hex())
+        if remember:
+            memo.remember(path)
+    return memo.processors[stamp]
+
+
+def _load_processor(folder: Path) -> "ImageProcessor":
+    # Imported where there are images: it loads Pillow, and Transformers.
+    from prefcache.pipeline import image_processor
+
+    return image_processor.load(folder)
 
 
 def _find_changed_data(config: Config, recorded: list[list[dict[str, Any]]]) -> Iterator[Difference]:

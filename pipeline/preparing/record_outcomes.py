@@ -19,6 +19,8 @@ from prefcache.pipeline.config import Config, Source
 from prefcache.pipeline.errors import IdentityError
 from prefcache.pipeline.preparing.sources import STDIN, DataSource, Line, arrow_tables, open_source
 from prefcache.pipeline.progress import counting
+from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.images import explain_changed_files
 from prefcache.pipeline.stored.prepared import Prepared
 
 # The column for a line that is not a record.
@@ -91,6 +93,11 @@ def reopen_sources(config: Config, prepared: Prepared) -> list[DataSource]:
         raise IdentityError(
             f"{names}: not the data that {prepared.folder} was prepared from. Prepare again (prefcache prepare CONFIG), or set "
             "prepare.data back."
+        )
+    prepared_at = (prepared.folder / artifact.MANIFEST).stat().st_mtime_ns
+    if reason := explain_changed_files(prepared.folder, prepared.manifest.image_files, prepared_at):
+        raise IdentityError(
+            f"{reason} since {prepared.folder} was prepared. Prepare again (prefcache prepare CONFIG), or put it back."
         )
     return sources
 

@@ -55,7 +55,10 @@ class ResolvedConfig:
         return self.prepare.date.isoformat() if prints_date(self.template, self.tool_template) else None
 
 
-def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], progress: Progress) -> ResolvedConfig:
+def resolve_config(
+    prepare: Prepare, model: Path, sources: list[DataSource], progress: Progress, *, late_images: str = ""
+) -> ResolvedConfig:
+    """Resolve the config by the first records of each source; `late_images` names a later record that has images."""
     tokenizer = tokenizer_facts.load_facts(model)
     template, tool_template = tokenizer.chat_template, tokenizer.tool_template
     if prepare.chat_template is not None:
@@ -71,7 +74,7 @@ def resolve_config(prepare: Prepare, model: Path, sources: list[DataSource], pro
         )
     chat_template = template and ChatTemplate(template, tokenizer.special, prepare.date, tool_text=tool_template)
     rendered_text = RenderedText(chat_template, tokenizer) if chat_template else None
-    matches, illustrated, have_image_column = [], "", False
+    matches, illustrated, have_image_column = [], late_images, False
     for source in sources:
         records = _first_records(source)
         matches.append(_find_format(source, records, progress))

@@ -103,7 +103,7 @@ def check_preparation(folder: Path, inputs: Mapping[str, Any], ignore: Collectio
         return manifest
     if differences := find_differences(manifest.inputs.facts(), inputs, ignore):
         return Freshness("preparation", folder, differences=differences)
-    for entry in [*manifest.shards, manifest.quarantine]:
+    for entry in [*manifest.shards, *manifest.images, *manifest.image_files, manifest.quarantine]:
         if reason := artifact.damage(folder, entry):
             return Freshness("preparation", folder, damage=f"{entry.file} {reason}")
     return Freshness("preparation", folder)

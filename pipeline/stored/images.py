@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.images import decode, image_tag
+from prefcache.pipeline.images import UnusableImage, decode, image_tag
 from prefcache.pipeline.schema import IMAGES
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import TableEntry
@@ -32,8 +32,7 @@ class FileStamp(NamedTuple):
     """A file of a picture as it was when it was read; a row of schema.IMAGE_FILES."""
 
     path: str
-    n_bytes: int | None  # None, like the others, if it could not be read
-    mtime_ns: int | None
+    n_bytes: int | None  # None, like the checksum, if it could not be read
     xxh3_128: str | None
 
     def why_changed(self, since_ns: int) -> str | None:
@@ -47,10 +46,26 @@ class FileStamp(NamedTuple):
         if status.st_size != self.n_bytes:
             return f"{self.path} has changed"
         # The change time also shows files that were moved here with an older time.
-        is_touched = status.st_mtime_ns != self.mtime_ns or status.st_ctime_ns > since_ns
+        is_touched = max(status.st_mtime_ns, status.st_ctime_ns) > since_ns
         if is_touched and artifact.checksum(Path(self.path)) != self.xxh3_128:
             return f"{self.path} has changed"
         return None
+
+
+def explain_changed_files(folder: Path, entries: Sequence[TableEntry], since_ns: int) -> str | None:
+    """Say which of these files of pictures are not what they were; None if all are.
+
+    `entries` are tables of schema.IMAGE_FILES. Only what was touched since then is read.
+    """
+    first, n_changed = "", 0
+    for entry in entries:
+        for batch in artifact.open_arrow_stream(folder / entry.file).to_batches():
+            for row in batch.to_pylist():
+                if why := FileStamp(**row).why_changed(since_ns):
+                    first, n_changed = first or why, n_changed + 1
+    if not n_changed:
+        return None
+    return first if n_changed == 1 else f"{n_changed:,} files of images have changed: {first}, for one"
 
 
 class StoredImages:
@@ -69,14 +84,31 @@ class StoredImages:
         return pa.concat_tables(tables) if tables else IMAGES.empty_table()
 
     @cached_property
-    def _rows(self) -> dict[bytes, int]:
-        return {image: row for row, image in enumerate(self.table["image"].to_pylist())}
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ids in order, and the row of each."""
+        ids = np.array(self.table["image"].to_pylist(), "S16")
+        order = np.argsort(ids)
+        return ids[order], order
+
+    def _find(self, image: bytes) -> int | None:
+        (ids, rows), wanted = self._index, np.array(image, "S16")
+        at = int(np.searchsorted(ids, wanted))
+        return int(rows[at]) if at < len(ids) and ids[at] == wanted else None
+
+    def _row(self, image: bytes) -> int:
+        row = self._find(image)
+        if row is None:
+            raise IntegrityError(
+                f"{self._folder} has no image {image.hex()}, which one of its examples names. Delete {self._folder} and prepare "
+                "again (prefcache prepare CONFIG)."
+            )
+        return row
 
     def __contains__(self, image: bytes) -> bool:
-        return image in self._rows
+        return self._find(image) is not None
 
     def facts(self, image: bytes) -> ImageFacts:
-        row = self._rows[image]
+        row = self._row(image)
         return ImageFacts(*(self.table[name][row].as_py() for name in ImageFacts._fields))
 
     def is_one_of_several(self, image: bytes) -> bool:
@@ -84,14 +116,19 @@ class StoredImages:
 
     def encoded(self, image: bytes) -> bytes:
         """The picture's bytes as they came."""
-        return bytes(self.table["encoded"][self._rows[image]].as_py())
+        return bytes(self.table["encoded"][self._row(image)].as_py())
 
     def pixels(self, image: bytes) -> np.ndarray:
         """Decode a picture to RGB, [height, width, 3]; IntegrityError if these are not the pixels that were prepared."""
-        picture = decode(self.encoded(image))
-        if picture.hash != self.facts(image).pixels:
-            raise IntegrityError(
-                f"{self.facts(image).tag} in {self._folder} decodes to other pixels than when it was prepared. Use the version of "
-                "Pillow that prepared it, or prepare again (prefcache prepare CONFIG)."
-            )
-        return picture.pixels
+        try:
+            picture = decode(self.encoded(image))
+        except UnusableImage as error:
+            found = str(error)
+        else:
+            if picture.hash == self.facts(image).pixels:
+                return picture.pixels
+            found = "other pixels"
+        raise IntegrityError(
+            f"{self.facts(image).tag} in {self._folder} decodes to {found}, unlike when it was prepared. Use the version of "
+            f"Pillow that prepared it, or delete {self._folder} and prepare again (prefcache prepare CONFIG)."
+        )

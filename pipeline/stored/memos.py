@@ -1,4 +1,4 @@
-"""Results that need not be computed again: shards found whole, hashes of weights, fingerprints of tokenizers.
+"""Results that need not be computed again: shards found whole, hashes of weights, fingerprints of tokenizers, ids of processors.
 
 The first two lie next to the caches, the third in each experiment. A damaged memo is ignored and rebuilt; one that a
 newer prefcache wrote is ignored and kept.
@@ -86,6 +86,7 @@ class TokenizersMemo(_Memo):
     """Fingerprints of tokenizers, by the stamps of the files that each was loaded from."""
 
     encoded: dict[str, Fingerprint] = Field(default_factory=dict)
+    processors: dict[str, Checksum] = Field(default_factory=dict)  # ids of image processors
 
     @staticmethod
     def path(experiment: Path) -> Path:
@@ -93,4 +94,8 @@ class TokenizersMemo(_Memo):
 
     def with_another(self, stamp: str, encoded: Fingerprint) -> "TokenizersMemo":
         recent = list(self.encoded.items())[-_MAX_TOKENIZERS:]
-        return TokenizersMemo(encoded=dict(recent) | {stamp: encoded})
+        return self.model_copy(update={"encoded": dict(recent) | {stamp: encoded}})
+
+    def with_another_processor(self, stamp: str, processor_id: str) -> "TokenizersMemo":
+        recent = list(self.processors.items())[-_MAX_TOKENIZERS:]
+        return self.model_copy(update={"processors": dict(recent) | {stamp: processor_id}})

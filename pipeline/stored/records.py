@@ -272,6 +272,7 @@ class PreparedManifest(Manifest):
     date: str | None = None
     shards: list[ShardEntry]
     images: list[TableEntry] = []
+    image_files: list[TableEntry] = []  # from which they were read
     quarantine: TableEntry
 
     @property
@@ -293,10 +294,22 @@ class PartRecord(StoredRecord):
     fast_tokenizer_unavailable: str = ""  # why it cannot be used with this tokenizer
     table: TableEntry
     quarantine: TableEntry
+    images: TableEntry | None = None  # None: it has none
+    image_files: TableEntry | None = None
+
+    @property
+    def files(self) -> dict[str, TableEntry]:
+        """Its files by the suffix of their names."""
+        every = {
+            ".arrow": self.table,
+            ".quarantine": self.quarantine,
+            ".images": self.images,
+            ".image-files": self.image_files,
+        }
+        return {suffix: entry for suffix, entry in every.items() if entry is not None}
 
     def why_misplaced(self, path: Path) -> str | None:
-        files = {self.table.file: ".arrow", self.quarantine.file: ".quarantine"}
-        wrong = [file for file, suffix in files.items() if file != path.with_suffix(suffix).name]
+        wrong = [entry.file for suffix, entry in self.files.items() if entry.file != path.with_suffix(suffix).name]
         return f"names {wrong[0]}, which is another part's" if wrong else None
 
 

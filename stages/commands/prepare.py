@@ -32,9 +32,10 @@ from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.records import PartRecord, PreparedManifest
 
 REFUSED_FILE = "quarantine-refused.parquet"
+_LATE_IMAGES = "late-images.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # The names of our shards; any other file in the folder is kept.
-_SHARD = r"[a-z][a-z0-9_]*-[0-9a-f]{8}-\d{5,}\.arrow"
+_SHARD = r"[a-z][a-z0-9_-]*-[0-9a-f]{8}-\d{5,}\.arrow"
 # Data that makes a worker worth its start, and the size of a tokenizer, as JSON, that takes as long to load as Python to start.
 _WORKER_BYTES, _WORKER_TOKENIZER = 4 << 20, 2 << 20
 # Settings that apply after the parts are finished, so that parts stay valid when they change.
@@ -69,15 +70,7 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     if freshness.is_stored:
         progress.say(f"prepare: {freshness.explain()}")
     _refuse_in_use(config)
-    pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
-    with working("load the tokenizer and look at the data"):
-        resolved = resolve_config(config.prepare, model, sources, progress)
-    resolved, n_workers = _plan_workers(resolved, sources, progress)
-    # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
-    worker = part_worker.PartWorker(resolved)
-    inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
-    folder = _parts_folder(config, inputs)
-    part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
+    resolved, folder, part_sources = _prepare_all_parts(config, model, sources, inputs, progress)
     try:
         parts = _find_finished(folder, part_sources)
         if parts is not None:
@@ -161,6 +154,42 @@ def _parts_folder(config: Config, inputs: dict[str, Any]) -> Path:
 
 def _short_hash(inputs: dict[str, Any]) -> str:
     return artifact.checksum_bytes(artifact.canonical_json(inputs))[:8]
+
+
+def _prepare_all_parts(
+    config: Config,
+    model: Path,
+    sources: list[DataSource],
+    inputs: dict[str, Any],
+    progress: Progress,
+    *,
+    late_images: str = "",
+) -> tuple[ResolvedConfig, Path, list[int]]:
+    """Prepare this process's share of the parts; again if there are images only after the first records.
+
+    Complete the inputs. Return the resolved config, the folder of the parts, and the source of every part of the preparation.
+    """
+    pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
+    with working("load the tokenizer and look at the data"):
+        resolved = resolve_config(config.prepare, model, sources, progress, late_images=late_images)
+    resolved, n_workers = _plan_workers(resolved, sources, progress)
+    # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
+    worker = part_worker.PartWorker(resolved)
+    inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
+    if worker.image_text:
+        processor = worker.image_text.processor
+        inputs["processor_id"] = prepared_inputs.read_processor_id(model, Path(config.out), processor)
+    folder = _parts_folder(config, inputs)
+    # The other ranks, whose records may have no images, and a later run find it here.
+    notice = folder / _LATE_IMAGES
+    if worker.image_text or not notice.exists():
+        try:
+            return resolved, folder, _prepare_parts(folder, worker, n_workers, sources, progress)
+        except part_worker.LateImagesError as error:
+            artifact.commit_bytes(notice, error.where.encode(), durable=False)
+    where = notice.read_text(encoding="utf-8")
+    progress.say(f"prepare: {where}, has images, unlike the first records: all are prepared with the image processor")
+    return _prepare_all_parts(config, model, sources, inputs, progress, late_images=where)
 
 
 def _prepare_parts(
@@ -279,8 +308,10 @@ def _finalize(
         progress.say(f"prepare: {parts.n_rows:,} examples in {len(parts.records):,} parts, now put together")
     sources = prepare.sources
     weights = [sources[record.source].weight for record in parts.records]
-    shards, row_counts = finalize.commit_shards(folder, parts, resolved.kind, _short_hash(inputs), prepare, weights)
-    if n_leaked := row_counts.get("leaked"):
+    generation = _name_generation(inputs, parts)
+    committed = finalize.commit_shards(folder, parts, resolved.kind, generation, prepare, weights)
+    image_files = finalize.commit_image_files(folder, parts, generation)
+    if n_leaked := committed.done.get("leaked"):
         progress.warn(
             f"{n_leaked:,} examples of prepare.held_out_data have a prompt that is also trained on: their evaluation does not show "
             "what the policy does with other prompts. They are kept; take these prompts out of one of the two"
@@ -298,15 +329,26 @@ def _finalize(
         further=sum(record.further for record in parts.records),
         quarantined=parts.sum_counts("quarantined"),
         boundaries={name: done.pop(name) for name in ("exact", "split") if name in done},
-        done=done | {name: n for name, n in sorted(row_counts.items()) if n},
+        done=done | {name: n for name, n in sorted(committed.done.items()) if n},
         fast_tokenizer_mismatch=part_worker.find_mismatch(parts.folder),
         template=resolved.template,
         date=resolved.date,
-        shards=shards,
+        shards=committed.shards,
+        **({"images": committed.images} if committed.images else {}),
+        **({"image_files": image_files} if image_files else {}),
         quarantine=quarantine,
     )
     manifest.commit(folder / artifact.MANIFEST)
-    _remove_old_files(folder, {shard["file"] for shard in shards})
+    _remove_old_files(folder, {entry["file"] for entry in (*committed.shards, *committed.images, *image_files)})
+
+
+def _name_generation(inputs: dict[str, Any], parts: finalize.Parts) -> str:
+    """Name the files of a preparation by what they depend on, so that none of an earlier one is overwritten."""
+    if not any(record.image_files or record.images for record in parts.records):
+        return _short_hash(inputs)
+    # The inputs do not say what is in files of pictures.
+    files = [[entry.xxh3_128 for entry in record.files.values()] for record in parts.records]
+    return _short_hash(inputs | {"parts": files})
 
 
 def _count_limited(parts: finalize.Parts, config: Config) -> int:

@@ -66,7 +66,7 @@ def assembled(tmp_path, rows, cuts=(), kind="pairs", weights=(1.0,), sources=Non
     folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
     made = parts_of(folder / ".parts", rows, cuts, kind, sources)
     of_parts = [weights[record.source] for record in made.records]
-    entries, done = finalize.commit_shards(folder, made, kind, "aaaa", Prepare(data="x", **config), of_parts)
+    entries, _, done = finalize.commit_shards(folder, made, kind, "aaaa", Prepare(data="x", **config), of_parts)
     found = {"train": [], "held_out": []}
     for entry in entries:
         table = artifact.open_arrow_stream(folder / entry["file"])

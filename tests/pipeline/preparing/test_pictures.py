@@ -158,7 +158,7 @@ def test_files_are_stamped_also_missing_and_broken_ones(data):
     os.utime(data / "broken.png")  # touched, with the same content
     assert broken.why_changed(now) is None
     (data / "pics" / "a b.png").write_bytes(ENCODED[::-1])
-    os.utime(data / "pics" / "a b.png", ns=(whole.mtime_ns, whole.mtime_ns))
+    os.utime(data / "pics" / "a b.png", (0, 0))  # the time of its change still shows
     assert whole.why_changed(0) == f"{whole.path} has changed"
     (data / "broken.png").unlink()
     assert broken.why_changed(now) == f"{broken.path} is gone"

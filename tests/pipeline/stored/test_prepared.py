@@ -42,6 +42,7 @@ def row(i: int, split: str = "train") -> dict:
         "rejected_spans": [0, 1],
         "n_common": 0,
         "cut_prompt": 0,
+        "images": [],
         "cut_chosen": 0,
         "cut_rejected": 0,
         "chosen_cut_ids": [],
