@@ -20,7 +20,7 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.preparing import expand_rankings, part_table
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit
 from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTokens
-from prefcache.pipeline.preparing.example import Example, Label, Pair, Ranking, Turns, Unusable, count_images
+from prefcache.pipeline.preparing.example import IMAGE_MARK, Example, Label, Pair, Ranking, Turns, Unusable
 from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizerMismatch
 from prefcache.pipeline.preparing.formats import get_format
 from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
@@ -293,13 +293,15 @@ class PartWorker:
     def _render(self, example: Example) -> ExampleText:
         # Spare the template, and the tokenizer, whose time can grow with the square of a word's length, an obviously
         # overlong text.
-        n, prepare = max(map(_count_characters, (example.prompt, *example.answers))), self.resolved.prepare
+        n_prompt, n_marks = _measure(example.prompt)
+        n_answers, n_answer_marks = zip(*map(_measure, example.answers), strict=True)
+        n, prepare = max(n_prompt, *n_answers), self.resolved.prepare
         most = prepare.max_length * CHARACTERS_PER_TOKEN if prepare.too_long == "drop" else MOST_CHARACTERS
         if n > most:
             raise Unusable(
                 "too long", "more characters than prepare.max_length tokens can have", n_found=n, n_limit=most
             )
-        if count_images(example.prompt) != len(example.images) or any(map(count_images, example.answers)):
+        if n_marks != len(example.images) or any(n_answer_marks):
             raise Unusable("reserved characters", "U+FDD2, which marks an image")
         if self._rendered_text and not example.rendered:
             self._rendered_text.check(example.prompt, example.answers)
@@ -337,8 +339,16 @@ def _count_bytes(line: Line, example: Example) -> int:
     return len(line.raw) + sum(len(image.encoded) for image in example.images)
 
 
-def _count_characters(turns: Turns) -> int:
-    return len(turns) if isinstance(turns, str) else sum(len(turn.get("content") or "") for turn in turns)
+def _measure(turns: Turns) -> tuple[int, int]:
+    """Count the characters, and the marks of pictures among them."""
+    if isinstance(turns, str):
+        return len(turns), turns.count(IMAGE_MARK)
+    n_characters = n_marks = 0
+    for turn in turns:
+        if content := turn.get("content"):
+            n_characters += len(content)
+            n_marks += content.count(IMAGE_MARK)
+    return n_characters, n_marks
 
 
 class Quarantine:

@@ -92,6 +92,32 @@ def test_prompt_ids_are_the_processors_own(family, tmp_path):
             assert row["prompt_ids"] + row[f"{answer}_ids"] == whole, name
 
 
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "gemma3", "llava-onevision", "internvl", "mistral3"])
+def test_trls_vision_collator_gives_the_same_ids(family, tmp_path):
+    # SmolVLM's processor renders no template without what processes videos. All rows have pictures: TRL passes an empty list for
+    # a row without, which not every processor takes.
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    folder = vision_models.save(family)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = image_processor.load(folder)._processor
+    processor.chat_template = tokenizer.chat_template
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    collate = trainer.DataCollatorForVisionPreference(processor)
+    asked = {name: prompt for name, prompt in PROMPTS.items() if name != "text alone"}
+    rows = prepare(folder, tmp_path, [record(prompt) for prompt in asked.values()]).table.to_pylist()
+    for (name, prompt), row in zip(asked.items(), rows, strict=True):
+        pictures = [part["image"] for each in prompt for part in each["content"] if part["type"] == "image"]
+        bare = [
+            each | {"content": [{"type": "image"} if part["type"] == "image" else part for part in each["content"]]}
+            for each in prompt
+        ]
+        example = {"images": pictures, "prompt": bare}
+        example |= {"chosen": [turn("assistant", "Yes.")], "rejected": [turn("assistant", "No.")]}
+        batch = collate([example])
+        for answer, ids, mask in zip(("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], strict=True):
+            assert row["prompt_ids"] + row[f"{answer}_ids"] == ids[mask.bool()].tolist(), name
+
+
 @pytest.mark.parametrize(
     "family", [name for name in FAMILIES if name != "mistral3"]
 )  # whose template has no system turn
