@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer
@@ -53,6 +55,10 @@ def record(prompt: list[dict[str, Any]], chosen: Any = "Yes.", rejected: Any = "
 def prepare(folder: Path, tmp_path: Path, records: list[dict[str, Any]], **settings: Any) -> PreparedPart:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    return prepare_file(folder, tmp_path, path, **settings)
+
+
+def prepare_file(folder: Path, tmp_path: Path, path: Path, **settings: Any) -> PreparedPart:
     config = Prepare.model_validate({"data": [str(path)], "max_length": 4096} | settings)
     sources = [open_source(entry, tmp_path) for entry in config.sources]
     worker = PartWorker(resolve_config(config, folder, sources, Progress(quiet=True)))
@@ -163,6 +169,23 @@ def test_a_picture_of_a_size_seen_before_is_written_out_the_same_way(tmp_path):
         assert row["prompt_ids"] == expected_ids(folder, [turn("user", each, "?")], add_generation_prompt=True)
 
 
+def test_pictures_may_lie_in_the_cells_of_a_table_as_datasets_stores_them(tmp_path):
+    folder = vision_models.save("qwen2.5-vl")
+    encoded = base64.b64decode(inline(A).partition(",")[2])
+    rows = [
+        {"image": {"bytes": encoded, "path": "a.png"}, "question": "What is it?", "chosen": "Yes.", "rejected": "No."}
+    ]
+    rows.append(rows[0] | {"rejected": "Yes."})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    part = prepare_file(folder, tmp_path, tmp_path / "data.parquet")
+    (row,) = part.table.to_pylist()
+    assert row["prompt_ids"] == expected_ids(folder, [turn("user", A, "What is it?")], add_generation_prompt=True)
+    (bad,) = part.quarantine.to_pylist()
+    assert bad["reason"] == "chosen equals rejected"
+    # Of the picture, the quarantine has the size.
+    assert json.loads(bad["raw"])["image"] == {"bytes": f"({len(encoded):,} bytes)", "path": "a.png"}
+
+
 # -- texts that look like pictures -----------------------------------------------------------------------------------
 
 
@@ -222,6 +245,23 @@ def test_the_character_that_marks_a_picture_is_reserved(tmp_path):
 def test_a_model_without_a_processor_is_refused_in_one_sentence(model, tmp_path):
     with pytest.raises(UsageError, match=r"data.jsonl has images.* for which Transformers has no processor"):
         prepare(model, tmp_path, [record(PROMPTS["one picture"])])
+
+
+@pytest.mark.parametrize("column", [{"image": None}, {"images": []}])
+def test_an_empty_column_of_images_is_no_matter_to_a_model_without_a_processor(model, tmp_path, column):
+    part = prepare(model, tmp_path, [{"prompt": "why?", "chosen": "a", "rejected": "b"} | column] * 2)
+    assert len(part.table) == 2
+
+
+def test_a_picture_may_come_after_many_records_without(tmp_path):
+    rows = [{"prompt": [turn("user", str(n))], "images": None} for n in range(120)]
+    data = [record(row["prompt"]) | row for row in rows] + [record(PROMPTS["one picture"])]
+    part = prepare(vision_models.save("qwen2.5-vl"), tmp_path, data)
+    assert len(part.table) == 121
+    for row in data[:-1]:
+        del row["images"]
+    with pytest.raises(UsageError, match=r"line 121, has an image, and the first records of all sources have none"):
+        prepare(vision_models.save("qwen2.5-vl"), tmp_path, data)
 
 
 def test_a_template_that_prints_no_picture_is_refused_in_one_sentence(tmp_path):

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing.tokenizer_facts import load_facts
+from tests.helpers import vision_models
 from tests.helpers.tokenizers import CHATML, FAMILIES, build, saved
 
 # What config.json and tokenizer_config.json may say of a tokenizer's class, in agreement or not.
@@ -165,3 +166,32 @@ for name in sys.argv[1:]:
 
     names = sorted(CONFIG_MAPPING_NAMES)
     assert run_python(code, *names) == [describe_config(name) for name in names]
+
+
+# -- the template of a model that sees images --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"]
+)
+def test_a_processors_template_is_found_wherever_it_lies(name, tmp_path):
+    folder = shutil.copytree(vision_models.save("qwen2.5-vl"), tmp_path / "model")
+    template = "{{ messages[0].content }}!"
+    (folder / "chat_template.jinja").unlink()
+    edit(folder / "tokenizer_config.json", chat_template="{# for text alone #}")
+    if name == "chat_template.jinja":
+        (folder / name).write_text(template)
+    elif name == "chat_template.json":
+        (folder / name).write_text(json.dumps({"chat_template": template}))
+    else:
+        edit(folder / name, chat_template=template)
+    assert load_facts(folder).chat_template == template
+    process = [line for line in run_python(PRINT_ALL, folder) if line.startswith("{")]
+    assert json.loads(process[-1])["chat_template"] == template
+
+
+def test_a_tokenizer_alone_keeps_its_own_template(tmp_path):
+    folder = shutil.copytree(saved("byte-level")[0], tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
+    assert load_facts(folder).chat_template == CHATML

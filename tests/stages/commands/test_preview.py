@@ -8,8 +8,10 @@ import pytest
 
 from prefcache.pipeline.preparing.formats import FORMATS
 from prefcache.pipeline.stored.prepared import Prepared
+from tests.helpers import vision_models
 from tests.helpers.conversations import assistant, user
-from tests.helpers.project import write_config
+from tests.helpers.project import options, write_config
+from tests.helpers.vision_models import picture
 
 
 def shown(prefcache, *arguments) -> dict[str, Any]:
@@ -139,3 +141,22 @@ def test_no_place_to_write_to_need_be_named(prefcache, model, tmp_path):
     settings = ["--set", f"model={model}", "--set", "prepare.data=pairs.jsonl"]
     assert "chosen (" in prefcache("preview", *settings).stdout
     assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_pictures_are_shown_by_their_tokens_and_left_out_ones_by_their_tags(prefcache, tmp_path):
+    picture(60, 40, 1).save(tmp_path / "a.png")
+    picture(33, 61, 2).save(tmp_path / "b.png")
+    config = write_config(tmp_path, vision_models.save("qwen2.5-vl"))
+    turns = [user("<image>the first?"), assistant("red"), user("<image>the last?")]
+    record = {"messages": [*turns, assistant("green")], "rejected_response": "blue", "images": ["a.png", "b.png"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    (example,) = shown(prefcache, config)["examples"]
+    prompt = example["parts"][0]
+    n_image = [token["text"] for token in prompt["tokens"]].count("<|image_pad|>")
+    assert n_image > 20 and prompt["n_tokens"] > n_image
+    plain = prefcache("preview", config).stdout
+    assert plain.count("<|image_pad|>[") == 2 and plain.count("<|image_pad|>") == 2
+    settings = options(f"prepare.max_prompt_length={prompt['n_tokens'] - 1}", "prepare.too_long=keep_end")
+    (example,) = shown(prefcache, config, *settings)["examples"]
+    left_out = example["parts"][0]["cut_turns"]
+    assert left_out.startswith("user: [image 60x40 ") and left_out.endswith("]the first?\nassistant: red")

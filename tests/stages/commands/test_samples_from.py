@@ -124,6 +124,11 @@ def test_other_prompts_make_another_run(prefcache, scored, tmp_path):
         ("own.jsonl", '"x"\n{\n', "is not JSONL"),
         ("own.json", '["x", " "]', "prompt 2 cannot be used: empty prompt"),
         (
+            "own.jsonl",
+            '{"prompt": "x", "image": "a.png"}\n',
+            "prompt 1 cannot be used: image in the prompt (prompts to sample from are text alone)",
+        ),
+        (
             "own.json",
             '[[{"role": "assistant", "content": "x"}]]',
             "prompt 1 cannot be used: prompt ends with an assistant",
