@@ -77,7 +77,7 @@ _TOKENIZER_FILES = [
     ],
 ]
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 # Notes of the place it was loaded from, and how batches are padded and cut, which is never done here.
 _VOLATILE_IN_TOKENIZERS = {
     "device_map",
@@ -137,7 +137,7 @@ class Reference:
     @property
     def processor(self) -> Path:
         """The folder whose image processor it is used with."""
-        brings = self.adapter and any((self.adapter / name).exists() for name in _PROCESSOR_CONFIGS)
+        brings = self.adapter and any((self.adapter / name).exists() for name in PROCESSOR_CONFIGS)
         return self.adapter if self.adapter and brings else self.folder
 
     @property

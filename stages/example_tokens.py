@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline import config_file, identity, model_files
-from prefcache.pipeline.errors import PrefcacheError
+from prefcache.pipeline.errors import PrefcacheError, UsageError
 from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.preparing.encoder import Encoder
 from prefcache.pipeline.preparing.tokenizer_facts import load_facts
 from prefcache.pipeline.progress import counting, working
 from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import PreparedManifest, Provenance, RunManifest, ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored
 from prefcache.pipeline.stored.token_logps import token_logps
@@ -65,16 +67,47 @@ def find_policy(run: Path) -> Reference:
     return replace(identity.find_adapter(folder), quantization=provenance.quantization)
 
 
-def compute_logps(model: Any, prompt_ids: Sequence[int], answers: Mapping[str, Sequence[int]]) -> Logps:
-    """Compute the log-prob of every token of these answers to a prompt."""
+def open_images(run: Path, images: Sequence[bytes]) -> PromptImages | None:
+    """Open the pictures of an example of a run, as its model's processor prepares them; None if it has no pictures."""
+    if not images:
+        return None
+    prepared = Prepared(run.parent / "prepared")
+    opened = prepared.prompt_images(_find_processor(run))
+    if opened is None or opened.processor.id.hex() != prepared.manifest.inputs.processor_id:
+        raise UsageError(
+            f"The pictures in {prepared.folder} were prepared by another image processor than {run} is used with. Prepare again "
+            "(prefcache prepare CONFIG)."
+        )
+    return opened
+
+
+def _find_processor(run: Path) -> Path:
+    """Find the folder with the image processor of a run's model: its own, or that of what it was trained from."""
+    if any((run / MODEL / name).exists() for name in identity.PROCESSOR_CONFIGS):
+        return run / MODEL
+    with config_file.open_config(run / "config.yaml") as (config, base):
+        return ((base or Path()) / identity.find_reference(config, weights=False).processor).resolve()
+
+
+def compute_logps(
+    model: Any,
+    prompt_ids: Sequence[int],
+    answers: Mapping[str, Sequence[int]],
+    image_ids: Sequence[bytes] = (),
+    images: PromptImages | None = None,
+) -> Logps:
+    """Compute the log-prob of every token of these answers to a prompt with these images."""
     import torch
 
     from prefcache.pipeline.model.logprobs import plain_logps
+    from prefcache.pipeline.model.vision import Vision, VisionTower
 
     prompt, logps = np.asarray(prompt_ids, np.int32), {}
+    vision = Vision(model, VisionTower(model, images), images) if images else None
     with torch.inference_mode(), counting("forward passes", len(answers), "answers") as counter:
         for name, ids in answers.items():
-            logps[name] = plain_logps(model, TokenSequence(prompt, np.asarray(ids, np.int32))).numpy()
+            sequence = TokenSequence(prompt, np.asarray(ids, np.int32), images=tuple(image_ids))
+            logps[name] = plain_logps(model, sequence, vision).numpy()
             counter.add(1)
     return logps
 

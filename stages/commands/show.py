@@ -73,7 +73,9 @@ def _compute_policy(
         return {}
     progress.say(f"show: computing with {folder}")
     model = example_tokens.load_policy(config.run)
-    return example_tokens.compute_logps(model, row["prompt_ids"], {name: row[f"{name}_ids"] for name in answers})
+    ids, image_ids = {name: row[f"{name}_ids"] for name in answers}, row["images"] or []
+    images = example_tokens.open_images(config.run, image_ids)
+    return example_tokens.compute_logps(model, row["prompt_ids"], ids, image_ids, images)
 
 
 def _combine(

@@ -53,10 +53,16 @@ class TokenProcess:
         return texts
 
     def compute_logps(
-        self, run: Path, prompt: Sequence[int], answers: Mapping[str, Sequence[int]], seconds: float
+        self,
+        run: Path,
+        prompt: Sequence[int],
+        images: Sequence[bytes],
+        answers: Mapping[str, Sequence[int]],
+        seconds: float,
     ) -> dict[str, list[float]]:
-        """Return the log-prob that a run's model gives each token of these answers, loading the model if need be."""
+        """Return the log-prob that a run's model gives each token of these answers to a prompt, loading the model if need be."""
         request = {"do": "compute", "run": str(run), "prompt": list(map(int, prompt)), "answers": _to_lists(answers)}
+        request["images"] = [image.hex() for image in images]
         answer = self._ask(request, seconds)
         self.models = [Path(each) for each in answer["models"]]
         logps: dict[str, list[float]] = answer["logps"]
@@ -184,7 +190,9 @@ class _Worker:
 
     def _compute(self, request: dict[str, Any]) -> dict[str, Any]:
         model = self._load(request["run"])
-        logps = example_tokens.compute_logps(model, request["prompt"], request["answers"])
+        image_ids = list(map(bytes.fromhex, request["images"]))
+        images = example_tokens.open_images(Path(request["run"]), image_ids)
+        logps = example_tokens.compute_logps(model, request["prompt"], request["answers"], image_ids, images)
         return {"logps": {name: each.tolist() for name, each in logps.items()}, "models": list(self._models)}
 
     def _load(self, run: str) -> Any:

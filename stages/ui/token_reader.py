@@ -86,7 +86,7 @@ class TokenReader:
             return RunLogps(run, {}, cost=cost)
         try:
             ids = _take_ids(row, answers)
-            logps = self._models.compute_logps(folder, row["prompt_ids"], ids, _SECONDS_TO_COMPUTE)
+            logps = self._models.compute_logps(folder, row["prompt_ids"], row["images"] or (), ids, _SECONDS_TO_COMPUTE)
         except PrefcacheError as error:
             return RunLogps(run, {}, cost=cost, problem=str(error))
         return RunLogps(run, logps, "computed now by the plain forward in float32")

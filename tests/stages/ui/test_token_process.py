@@ -36,7 +36,7 @@ def children() -> list[psutil.Process]:
 
 
 def compute(process: TokenProcess, run: Path, seconds: float = 120) -> dict[str, list[float]]:
-    return process.compute_logps(run, [1, 2], {"chosen": IDS}, seconds)
+    return process.compute_logps(run, [1, 2], (), {"chosen": IDS}, seconds)
 
 
 def test_two_models_are_kept_those_used_last(process, runs):
