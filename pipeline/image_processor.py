@@ -88,6 +88,10 @@ class ImageProcessor:
         processed, replacements = processor._process_images(laid_out, **settings)
         return {name: np.asarray(value) for name, value in processed.items() if name not in _COUNTS}, replacements
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text without pictures, such as a replacement."""
+        return [int(number) for number in self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
     def encode(self, text: str, images: Sequence[np.ndarray]) -> list[int]:
         """Return the ids that the processor itself makes of a rendered prompt and its pictures."""
         from PIL import Image

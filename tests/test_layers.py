@@ -79,7 +79,12 @@ FLOORS = {
         "part_worker",
         "finalize",
     ],
-    "prefcache.pipeline.scoring": ["baseline refusals vllm_worker", "engines", "scored_inputs scorer", "actors"],
+    "prefcache.pipeline.scoring": [
+        "baseline placeholders refusals vllm_worker",
+        "engines",
+        "scored_inputs scorer",
+        "actors",
+    ],
     "prefcache.pipeline.training": [
         "losses",
         "distributed gpus",

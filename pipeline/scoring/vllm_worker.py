@@ -5,6 +5,10 @@ followed by bytes:
 
     {"ask": "open", ...}                          -> {"runner": ..., ...}
     {"ask": "score", "n_prompt", "n_tokens"} ids  -> {"n_logps", "asked_again"} ids as vLLM saw them, log-probs
+
+With images, a request also has "pictures" (heights and widths, whose RGB bytes follow the ids), "images" (which of them each
+prompt has), "spans" (where their tokens are) and "placeholder" (the ids that vLLM expands in their place).
+
     {"ask": "close"}
 
 When the other side ends, for whatever reason, this process and everything that vLLM started are killed.
@@ -17,6 +21,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -28,15 +33,35 @@ class Request(NamedTuple):
 
     ids: np.ndarray
     n_prompt: int
+    pictures: Sequence[np.ndarray] = ()  # of the prompt
+    spans: Sequence[Sequence[int]] = ()  # begin and end of each one's tokens
+    placeholder: Sequence[int] = ()
+
+    def prompt(self) -> dict[str, Any]:
+        """Return it as vLLM takes it."""
+        if not self.pictures:
+            return {"prompt_token_ids": self.ids.tolist()}
+        from PIL import Image
+
+        kept, at = list[int](), 0
+        for begin, end in self.spans:
+            kept += [*self.ids[at:begin].tolist(), *self.placeholder]
+            at = end
+        pictures = [Image.fromarray(each) for each in self.pictures]
+        return {"prompt_token_ids": [*kept, *self.ids[at:].tolist()], "multi_modal_data": {"image": pictures}}
 
 
 class Model:
     """A loaded model that returns log-probs of completions."""
 
-    def __init__(self, options: dict[str, Any], suffix_call: bool, prefix_caching: bool) -> None:
+    def __init__(
+        self, options: dict[str, Any], suffix_call: bool, prefix_caching: bool, has_images: bool = False
+    ) -> None:
         # vLLM takes many seconds to import; a process that is only closed need not wait for that.
         from vllm import LLM
 
+        if has_images:
+            _process_with_pillow()
         self._llm: Any = LLM(**options)
         self._suffix_call, self._prefix_caching = suffix_call, prefix_caching
         settings = self._llm.llm_engine.vllm_config
@@ -46,14 +71,19 @@ class Model:
             "kv_block": settings.cache_config.block_size,
         }
 
-    def score(self, n_prompt: list[int], n_tokens: list[int], body: bytes) -> tuple[dict[str, Any], bytes]:
-        ids = np.split(np.frombuffer(body, dtype=np.int32), np.cumsum(n_tokens)[:-1])
+    def score(
+        self, n_prompt: list[int], n_tokens: list[int], body: bytes, **images: Any
+    ) -> tuple[dict[str, Any], bytes]:
+        ids = np.split(np.frombuffer(body, np.int32, sum(n_tokens)), np.cumsum(n_tokens)[:-1])
         requests = [Request(*pair) for pair in zip(ids, n_prompt, strict=True)]
+        if images:
+            requests = list(_add_pictures(requests, body[4 * sum(n_tokens) :], **images))
         outputs = self._generate(requests, read_cache=self._prefix_caching)
         spoilt = [i for i, pair in enumerate(zip(requests, outputs, strict=True)) if self._is_spoilt(*pair)]
         if spoilt:
             for i, output in zip(spoilt, self._generate([requests[i] for i in spoilt], read_cache=False), strict=True):
                 outputs[i] = output
+        _refuse_other_ids(requests, outputs)
         completions = [self._completion(*pair) for pair in zip(requests, outputs, strict=True)]
         reply_ids = np.concatenate([ids for ids, _ in completions]).astype(np.int32)
         logps = np.concatenate([logps for _, logps in completions]).astype(np.float32)
@@ -74,7 +104,7 @@ class Model:
                 parameters.append(SamplingParams(**suffix, **common))
             else:
                 parameters.append(SamplingParams(prompt_logprobs=0, flat_logprobs=True, **common))
-        prompts = [{"prompt_token_ids": request.ids.tolist()} for request in requests]
+        prompts = [request.prompt() for request in requests]
         return list(self._llm.generate(prompts, parameters, use_tqdm=False))
 
     def _is_spoilt(self, request: Request, output: Any) -> bool:
@@ -99,6 +129,39 @@ class Model:
             ids, logps = np.asarray(flat.token_ids, dtype=np.int32)[at], np.asarray(flat.logprobs)[at]
             ids = np.concatenate([request.ids[:1], ids]) if request.n_prompt == 0 else ids
         return ids, np.concatenate([[np.nan], logps]) if request.n_prompt == 0 else logps
+
+
+def _process_with_pillow() -> None:
+    """Make Transformers' processors resize with Pillow, as prefcache does. By default torchvision does it, a little differently."""
+    from transformers import AutoImageProcessor
+
+    load = AutoImageProcessor.from_pretrained
+    AutoImageProcessor.from_pretrained = lambda *args, **options: load(*args, **options | {"backend": "pil"})
+
+
+def _add_pictures(
+    requests: list[Request],
+    body: bytes,
+    pictures: list[list[int]],
+    images: list[list[int]],
+    spans: list[list[list[int]]],
+    placeholder: list[int],
+) -> Iterator[Request]:
+    ends = np.cumsum([3 * height * width for height, width in pictures])
+    parts = np.split(np.frombuffer(body, np.uint8), ends[:-1])
+    pixels = [part.reshape(*size, 3) for part, size in zip(parts, pictures, strict=True)]
+    for request, numbers, places in zip(requests, images, spans, strict=True):
+        yield request._replace(pictures=[pixels[n] for n in numbers], spans=places, placeholder=placeholder)
+
+
+def _refuse_other_ids(requests: list[Request], outputs: list[Any]) -> None:
+    """Fail if vLLM made other tokens of a prompt with pictures than those that were asked for."""
+    for request, output in zip(requests, outputs, strict=True):
+        if request.pictures and list(output.prompt_token_ids) != request.ids.tolist():
+            raise ValueError(
+                f"it makes {len(output.prompt_token_ids)} tokens of a prompt with {len(request.pictures)} pictures, and the model's "
+                f"processor {len(request.ids)} or others"
+            )
 
 
 def receive(pipe: Connection, requests: "queue.SimpleQueue[bytes]") -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ FAMILIES = {
     "qwen3-vl": Family(
         "Qwen3VLConfig",
         {
-            "text_config": _TEXT | _MROPE,
+            "text_config": _TEXT | {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_interleaved": True}},
             "vision_config": {
                 "depth": 2,
                 "hidden_size": 16,
@@ -266,9 +266,15 @@ FAMILIES = {
 
 
 @functools.cache
-def save(name: str) -> Path:
-    """Return a folder as save_pretrained writes it: weights, processor, tokenizer and template."""
-    family, folder = FAMILIES[name], Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_FOLDER.name))
+def save(name: str, *, wide: bool = False) -> Path:
+    """Return a folder as save_pretrained writes it: weights, processor, tokenizer and template.
+
+    A wide model has heads of 32, the smallest that vLLM's kernels for CPUs take.
+    """
+    family, folder = (
+        _widen(FAMILIES[name]) if wide else FAMILIES[name],
+        Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_FOLDER.name)),
+    )
     tokenizer = tokenizers.build("byte-level", template=family.template)
     tokenizer.add_special_tokens({"additional_special_tokens": list(family.specials)})
     if family.named:
@@ -285,7 +291,21 @@ def save(name: str) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _save_processor(family, folder)
+    if "<|video_pad|>" in family.specials:  # vLLM also loads the processor of videos
+        kind = "Qwen3VLVideoProcessor" if "Qwen3" in family.config else "Qwen2VLVideoProcessor"
+        video = {"video_processor_type": kind, "patch_size": 4}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     return folder
+
+
+def _widen(family: Family) -> Family:
+    text, vision = (dict(family.model[name]) for name in ("text_config", "vision_config"))
+    text |= {"hidden_size": 128, "head_dim": 32}
+    if rope := text.get("rope_parameters"):
+        text["rope_parameters"] = rope | {"mrope_section": [8, 4, 4]}
+    if "out_hidden_size" in vision:
+        vision["out_hidden_size"] = 128
+    return replace(family, model=family.model | {"text_config": text, "vision_config": vision})
 
 
 def _configure(family: Family, tokenizer: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,8 @@ from prefcache.pipeline.model_files import longest_sequence
 from prefcache.pipeline.progress import working
 from prefcache.pipeline.safetensors_files import shorten_list
 from prefcache.pipeline.schema import TokenSequence
-from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, refuse_images, resolve_dtype
+from prefcache.pipeline.scoring.engines import EngineSpec, Interpreter, resolve_dtype
+from prefcache.pipeline.scoring.placeholders import Placeholders
 
 _WORKER = Path(__file__).parents[1] / "vllm_worker.py"
 
@@ -100,6 +101,8 @@ _NOT_NUMERICS = {
     "disable_log_stats",
     "seed",
 }
+_Pictures = dict[bytes, np.ndarray]  # RGB pixels by their ids
+_MOST_PIXEL_BYTES = 256 << 20  # of one request
 _MIN_MODEL_LEN = 1024  # tokens; a worker is never started with room for fewer
 _MISMATCH_REMEDIES = {
     "runner": "Unless you chose {} yourself, set the environment variable VLLM_USE_V2_MODEL_RUNNER=0.",
@@ -240,8 +243,8 @@ def _fits_one_process(numerics: dict[str, str], options: dict[str, Any]) -> bool
 
 class VllmEngine:
     def __init__(self, reference: Reference, score: Score, images: PromptImages | None = None) -> None:
-        refuse_images("vllm", images)
-        self._reference, self._score = reference, score
+        self._reference, self._score, self._images = reference, score, images
+        self._placeholders = Placeholders(images) if images else None
         _refuse_unsupported(reference, score)
         self._numerics = numerics(reference, score)
         self._python = choose_python(score).path
@@ -254,17 +257,52 @@ class VllmEngine:
         if not sequences:
             return []
         worker = self._worker_for(max(sequence.n_tokens for sequence in sequences))
+        with working(f"vLLM computes {len(sequences):,} sequences"):
+            parts = self._split_by_pictures(sequences) if self._images else [(sequences, _Pictures())]
+            return [logps for part, pictures in parts for logps in self._ask(worker, part, pictures)]
+
+    def _ask(self, worker: "Worker", sequences: Sequence[TokenSequence], pictures: _Pictures) -> list[np.ndarray]:
         ids = [part for sequence in sequences for part in (sequence.prompt_ids, sequence.completion_ids)]
         request = {
             "ask": "score",
             "n_prompt": [len(sequence.prompt_ids) for sequence in sequences],
             "n_tokens": [sequence.n_tokens for sequence in sequences],
+            **self._describe_images(sequences, pictures),
         }
-        with working(f"vLLM computes {len(sequences):,} sequences"):
-            reply, body = worker.ask(request, np.concatenate(ids).astype(np.int32).tobytes())
+        pixels = [np.ascontiguousarray(each).tobytes() for each in pictures.values()]
+        reply, body = worker.ask(request, b"".join([np.concatenate(ids).astype(np.int32).tobytes(), *pixels]))
         if self._score.vllm.prefix_caching:
             self.facts["asked_again"] = self.facts.get("asked_again", 0) + reply["asked_again"]
         return check_reply(sequences, reply["n_logps"], body)
+
+    def _split_by_pictures(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[TokenSequence], _Pictures]]:
+        """Yield parts whose pictures fit into one request, each with its pictures."""
+        assert self._images is not None
+        part, pictures, n_bytes = list[TokenSequence](), _Pictures(), 0
+        for sequence in sequences:
+            # The pixels that prepare saw: another version of Pillow may decode a JPEG otherwise.
+            new = {image: self._images.pictures.pixels(image) for image in sequence.images if image not in pictures}
+            if part and n_bytes + sum(each.nbytes for each in new.values()) > _MOST_PIXEL_BYTES:
+                yield part, pictures
+                part, pictures, n_bytes = [], _Pictures(), 0
+                new = {image: self._images.pictures.pixels(image) for image in sequence.images}
+            pictures |= new
+            n_bytes += sum(each.nbytes for each in new.values())
+            part.append(sequence)
+        yield part, pictures
+
+    def _describe_images(self, sequences: Sequence[TokenSequence], pictures: _Pictures) -> dict[str, Any]:
+        """Return what a request says of its pictures, whose bytes follow the ids; {} if it has none."""
+        if not pictures:
+            return {}
+        assert self._placeholders is not None
+        numbers = {image: n for n, image in enumerate(pictures)}
+        return {
+            "pictures": [each.shape[:2] for each in pictures.values()],
+            "images": [[numbers[image] for image in sequence.images] for sequence in sequences],
+            "spans": [self._placeholders.find(sequence) for sequence in sequences],
+            "placeholder": self._placeholders.ids,
+        }
 
     def close(self) -> None:
         if self._worker is not None:
@@ -300,6 +338,7 @@ class VllmEngine:
             "options": self._options(),
             "suffix_call": has_suffix_call,
             "prefix_caching": self._score.vllm.prefix_caching,
+            "has_images": self._images is not None,
         }
         with working(f"vLLM loads {self._reference.folder}"):
             facts, _ = worker.ask(request)
@@ -317,7 +356,9 @@ class VllmEngine:
         options: dict[str, Any] = {
             "model": str(self._reference.folder.resolve()),
             "dtype": self._numerics["dtype"],
-            "skip_tokenizer_init": True,
+            # vLLM's processing of pictures needs the tokenizer, though no text is read.
+            "skip_tokenizer_init": self._images is None,
+            **({"limit_mm_per_prompt": {"video": 0}} if self._images else {}),
             "max_model_len": self._worker_len,
             "enable_prefix_caching": self._score.vllm.prefix_caching,
             # Graphs and compilation pay off where tokens are generated one by one, which never happens here.

@@ -1,0 +1,57 @@
+"""Prompts with images as an engine takes that expands them itself: one placeholder for what stands for a picture.
+
+A placeholder is what the chat template writes, and the engine puts in its place what the model's processor does. Where the
+prepared prompt has these tokens is found by processing each size of picture once.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.image_processor import PromptImages
+from prefcache.pipeline.schema import TokenSequence
+
+
+class Span(NamedTuple):
+    """The tokens of a prompt that stand for a picture."""
+
+    begin: int
+    end: int
+
+
+class Placeholders:
+    def __init__(self, images: PromptImages) -> None:
+        self._images = images
+        self._by_size: dict[tuple[int, int, bool], np.ndarray] = {}
+        self.ids = images.processor.encode_text(images.processor.placeholder)
+
+    def find(self, sequence: TokenSequence) -> list[Span]:
+        """Return where each picture's tokens are; UsageError if they merge with the text around them."""
+        prompt, at, spans = sequence.prompt_ids.astype("<i4").tobytes(), 0, list[Span]()
+        for image in sequence.images:
+            ids = self._expanded_ids(image)
+            if (begin := _find_ids(prompt, ids.tobytes(), at)) is None:
+                raise UsageError(
+                    "The tokens of a picture merge with the text around them in some prompts, so that this engine cannot be asked for "
+                    "exactly these tokens. Set score.engine=transformers."
+                )
+            at = begin + len(ids)
+            spans.append(Span(begin, at))
+        return spans
+
+    def _expanded_ids(self, image: bytes) -> np.ndarray:
+        pixels, several = self._images.pictures.pixels(image), self._images.pictures.is_one_of_several(image)
+        size = (*pixels.shape[:2], several)
+        if size not in self._by_size:
+            text = self._images.processor.process(pixels, one_of_several=several).replacement
+            self._by_size[size] = np.array(self._images.processor.encode_text(text), "<i4")
+        return self._by_size[size]
+
+
+def _find_ids(ids: bytes, wanted: bytes, start: int) -> int | None:
+    """Return the first place, from `start` on, at which these ids stand; both are little-endian int32."""
+    at = ids.find(wanted, 4 * start)
+    while at % 4 and at >= 0:
+        at = ids.find(wanted, at + 1)
+    return at // 4 if at >= 0 else None
