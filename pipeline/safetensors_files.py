@@ -117,6 +117,12 @@ def tensor_names(file: Path) -> list[str]:
         return [span.name for span in _spans(file, opened)]
 
 
+def tensor_dtypes(file: Path) -> set[str]:
+    """Read the dtypes of the tensors from the header alone, under the format's names."""
+    with open(file, "rb", buffering=0) as opened:
+        return {span.dtype for span in _spans(file, opened)}
+
+
 def _spans(file: Path, opened: Any) -> list[_Span]:
     """The tensors that a header announces, in file order; they must fill the file without gap or overlap."""
     size = file.stat().st_size

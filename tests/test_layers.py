@@ -54,7 +54,7 @@ FLOORS = {
         "cache_maintenance freshness cut_answers counted_logps gguf_conversion lookups scored",
     ],
     "prefcache.pipeline.model": [
-        "architectures device packing oom stochastic_rounding",
+        "architectures device packing oom stochastic_rounding tower",
         "offload traced_gpu vision",
         "logprobs",
         "attention lm_head",

@@ -21,6 +21,7 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import weights
 from prefcache.pipeline.model.offload import OffloadedInputs
+from prefcache.pipeline.model.tower import Part, tower_names, tower_pattern
 
 # Keys of train.lora and their names in PEFT.
 _PEFT_NAMES = {
@@ -38,6 +39,7 @@ class Trainable:
     model: Any
     adapter: Any | None  # PEFT's model, if an adapter is trained
     notes: list[str]  # to print
+    tower: Path | None = None  # the folder of the model whose tower was left out
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -51,7 +53,9 @@ class Trainable:
     def save(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """Save as PEFT or Transformers does. `state` is that of `state()`, if it had to be gathered."""
         if self.adapter is None:
-            self.model.save_pretrained(folder, state_dict=state)
+            state = self.model.state_dict() if state is None else state
+            left_out = weights.read_tower(self.tower) if self.tower else {}
+            self.model.save_pretrained(folder, state_dict=state | left_out)
         else:
             # Without the base's embeddings: nothing here changes them, and checking that would ask the hub.
             self.adapter.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
@@ -78,15 +82,21 @@ def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     parameter.data.copy_(value)
 
 
-def load(start: Reference, train: Train, kernel: str, device: torch.device) -> Trainable:
-    """Load the policy in eval mode: dropout would make policy and reference differ at the start. Gradients still flow."""
+def load(
+    start: Reference, train: Train, kernel: str, device: torch.device, *, trains_tower: bool = False
+) -> Trainable:
+    """Load the policy in eval mode: dropout would make policy and reference differ at the start. Gradients still flow.
+
+    A vision tower that is not trained is not loaded.
+    """
     if start.quantization and device.type == "cpu":
         raise UsageError(
             f"score.quantization={start.quantization}: an adapter is trained on quantized weights on a GPU only. Leave it out, "
             "or train where there is a GPU."
         )
     lora = train.lora
-    model = weights.load_base(start, lora.base_dtype if lora else train.weights, kernel, device)
+    part: Part = "whole" if trains_tower else "language"
+    model = weights.load_base(start, lora.base_dtype if lora else train.weights, kernel, device, part)
     if lora is None and getattr(model, "is_quantized", False):
         raise UsageError(
             f"{start.folder} has quantized weights, which cannot be trained; an adapter on them can (train.lora={{}})."
@@ -110,7 +120,8 @@ def load(start: Reference, train: Train, kernel: str, device: torch.device) -> T
     inputs = OffloadedInputs() if "activations" in train.offload else None
     if train.gradient_checkpointing and (reason := recompute_layers(model, inputs)):
         notes.append(f"layers are not recomputed in the backward pass (train.gradient_checkpointing): {reason}")
-    return Trainable(model, adapter, notes)
+    left_out = start.folder if not trains_tower and tower_names(model) else None
+    return Trainable(model, adapter, notes, left_out)
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------
@@ -146,6 +157,8 @@ def create_adapter(model: Any, lora: Lora, seed: int) -> Any:
     else:
         _refuse_unknown_layers(model, lora.target_modules)
         settings["target_modules"] = list(lora.target_modules)
+    # Layers of a tower often have the names of the language model's: whoever loads the adapter must not adapt them.
+    settings["exclude_modules"] = tower_pattern(model)
     torch.manual_seed(seed)
     try:
         with weights.ignore_pattern_warnings():

@@ -19,36 +19,42 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    PreTrainedModel,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import logging
 
 from prefcache.pipeline.errors import PrefcacheError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model.lm_head import set_head_dtype
 from prefcache.pipeline.model.oom import is_out_of_memory
-from prefcache.pipeline.model_files import ADAPTER_WEIGHTS
+from prefcache.pipeline.model.tower import Part, part_class
+from prefcache.pipeline.model_files import ADAPTER_WEIGHTS, select_weights
 from prefcache.pipeline.progress import working
-from prefcache.pipeline.safetensors_files import shorten_list
+from prefcache.pipeline.safetensors_files import shorten_list, tensor_dtypes
 from prefcache.pipeline.tokenizer import refuse_own_code
 
 logging.disable_progress_bar()  # ours counts sequences and steps
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors files
 
-def load_base(reference: Reference, dtype: str, kernel: str, device: torch.device | str) -> Any:
+
+def load_base(
+    reference: Reference, dtype: str, kernel: str, device: torch.device | str, part: Part = "whole"
+) -> Any:
     """Load the model without its adapter, with quantized weights if the reference asks for them.
 
-    A model that sees images is loaded with its tower.
+    Of a model that sees images, the language model or the tower can be loaded alone (tower.py).
     """
     reference.refuse_unconverted()
     options: dict[str, Any] = {"attn_implementation": kernel, "use_safetensors": True, "device_map": {"": device}}
     try:
         with working(f"load {reference.folder}"):
             if reference.quantization is None:
-                model = _from_pretrained(reference.folder, dtype=getattr(torch, dtype), **options)
+                model = _from_pretrained(reference.folder, part, dtype=getattr(torch, dtype), **options)
             else:
-                model = _load_quantized(reference.folder, reference.quantization, getattr(torch, dtype), options)
+                model = _load_quantized(reference.folder, part, reference.quantization, getattr(torch, dtype), options)
     except Exception as error:  # Transformers raises many kinds for a broken folder.
         if is_out_of_memory(error) or isinstance(error, PrefcacheError):
             raise
@@ -66,11 +72,15 @@ def load_base(reference: Reference, dtype: str, kernel: str, device: torch.devic
     return model
 
 
-def _from_pretrained(folder: Path, **options: Any) -> Any:
-    """Load the model if the folder has exactly the tensors that it needs, in its shapes."""
-    model, info = _auto_class(folder).from_pretrained(
+def _from_pretrained(folder: Path, part: Part = "whole", **options: Any) -> Any:
+    """Load the model, or a part of it, if the folder has exactly the tensors that it needs, in its shapes."""
+    model_class = _model_class(folder)
+    is_part = part != "whole" and issubclass(model_class, PreTrainedModel)
+    model, info = (part_class(model_class, part) if is_part else model_class).from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    if is_part:
+        model.__class__ = model_class
     name = type(model).__name__
     if missing := set(info["missing_keys"]):
         raise UsageError(
@@ -95,10 +105,21 @@ def _from_pretrained(folder: Path, **options: Any) -> Any:
     return model
 
 
-def _auto_class(folder: Path) -> Any:
+def _model_class(folder: Path) -> Any:
     """The class that loads the whole model: with its tower, if it sees images."""
-    kind = type(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    return AutoModelForImageTextToText if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return _get_model_class(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+
+
+def read_tower(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of the model's tower as they are stored, by their names in the model."""
+    dtypes = {dtype for file in select_weights(folder).files for dtype in tensor_dtypes(file)} & _DTYPES.keys()
+    # If there are several, the one that holds the values of all.
+    dtype = _DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
+    model = _from_pretrained(folder, "tower", dtype=dtype, use_safetensors=True, device_map={"": "cpu"})
+    return dict(model.state_dict())
 
 
 def check_tensors(reference: Reference) -> str | None:
@@ -128,7 +149,9 @@ def _describe(error: Exception) -> str:
 # -- quantized weights -----------------------------------------------------------------------------------------------
 
 
-def _load_quantized(folder: Path, quantization: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+def _load_quantized(
+    folder: Path, part: Part, quantization: str, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
     try:
         version("bitsandbytes")
     except PackageNotFoundError:
@@ -141,7 +164,7 @@ def _load_quantized(folder: Path, quantization: str, dtype: torch.dtype, options
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     # Quantized from float32 whatever the dtype, so that all dtypes compute with the very same quantized weights.
-    model = _from_pretrained(folder, dtype=torch.float32, quantization_config=config, **options)
+    model = _from_pretrained(folder, part, dtype=torch.float32, quantization_config=config, **options)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -208,8 +231,12 @@ def load_adapter(base: Any, adapter: Path, device: torch.device | str, *, traina
 
 @contextlib.contextmanager
 def ignore_pattern_warnings() -> Iterator[None]:
-    """Ignore PEFT's warning that ranks which it sets itself, for the experts of all-linear, fit no module: they fit parameters."""
+    """Ignore PEFT's warnings that patterns fit no module.
+
+    Ranks that it sets itself, for the experts of all-linear, fit parameters. A tower that is excluded may not be loaded.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You have passed exclude_modules=")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         yield
 
