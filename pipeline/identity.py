@@ -10,6 +10,7 @@ Ids of earlier versions are in older_ids.py, the files of a model in model_files
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -256,6 +257,41 @@ def model_identity(reference: Reference, digests: Digests | None = None) -> dict
     return {"model_id": hash_json(content), **content}
 
 
+# Tensors of the language model and of its head, by their names in the files of models that see images.
+_LANGUAGE = re.compile(
+    r"(model\.)?(language_model|text_model)\..*|(language_model\.)?lm_head\..*|model\.(embed_tokens|layers|norm)\..*"
+)
+
+
+def tower_identity(reference: Reference, digests: Digests | None = None) -> dict[str, Any]:
+    """Return the id of a model's vision tower, with its projector, and what it was made from.
+
+    It does not depend on the weights of the language model. A tensor of an unknown name counts as the tower's.
+    """
+    digests = digests or Digests()
+    tensors = {name: each for name, each in _read_tensors(reference.folder, digests).items() if _is_seeing(name)}
+    config = canonical_config(model_config.read_object(reference.folder / model_config.FILE))
+    content: dict[str, Any] = {"tensors": _summarize(tensors), "config": without_keys(config, {"text_config"})}
+    if adapted := tower_adapter(reference, digests):
+        settings = without_keys(model_config.read_object(reference.adapter / ADAPTER_CONFIG), VOLATILE_IN_ADAPTERS)  # type: ignore[operator]
+        content["adapter"] = {"tensors": _summarize(adapted), "config": settings}
+    if reference.quantization is not None:
+        content["quantization"] = QUANTIZED[reference.quantization]
+    return {"tower_id": hash_json(content), **content}
+
+
+def tower_adapter(reference: Reference, digests: Digests | None = None) -> dict[str, Tensor]:
+    """The tensors of the reference's adapter that adapt the tower."""
+    if reference.adapter is None:
+        return {}
+    tensors = (digests or Digests()).read(reference.adapter / ADAPTER_WEIGHTS)
+    return {name: each for name, each in tensors.items() if _is_seeing(name.removeprefix("base_model.model."))}
+
+
+def _is_seeing(name: str) -> bool:
+    return _LANGUAGE.fullmatch(name) is None
+
+
 def _read_tensors(folder: Path, digests: Digests) -> dict[str, Tensor]:
     """The tensors of all files. Transformers loads everything in a selected file, whatever the index says of it."""
     selected = model_files.select_weights(folder)
@@ -354,6 +390,13 @@ def _match_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
 def numerics(engine: str, packages: Iterable[str], **facts: str) -> dict[str, str]:
     """How values are computed, as a readable record. Its hash is the numerics_id."""
     return {"engine": engine, **versions(packages), **facts}
+
+
+def tower_numerics(reference: Reference, device: str, dtype: str, attention: str) -> dict[str, str]:
+    """How a vision tower computes features."""
+    optional = [*(["peft"] if reference.adapter else []), *(["bitsandbytes"] if reference.quantization else [])]
+    packages = ["torch", "transformers", *optional]
+    return numerics("tower", packages, device=device, dtype=dtype, attention=attention)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

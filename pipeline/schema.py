@@ -218,6 +218,30 @@ IMAGES = pa.schema(
     ]
 )
 
+# What a vision tower makes of each picture, exactly as it computed it; the dtype of the values is that of the store.
+FEATURES = pa.schema(
+    [
+        ("image", KEY),
+        ("embeds", pa.large_binary()),  # [tokens, width], what takes the places of the picture's tokens
+        ("deep", pa.large_binary()),  # [layers, tokens, width], what DeepStack adds in later layers
+        ("n_tokens", pa.int32()),
+        ("grid", pa.list_(pa.int32())),  # frames, rows and columns of patches
+        ("n_tiles", pa.int32()),  # NULL if the tower does not cut pictures into tiles
+        ("xxh3_64", pa.uint64()),  # over embeds, then deep
+    ]
+)
+
+
+class StoredFeatures(NamedTuple):
+    """A row of FEATURES: the values as bytes."""
+
+    embeds: np.ndarray
+    deep: np.ndarray | None
+    n_tokens: int
+    grid: tuple[int, ...] | None
+    n_tiles: int | None
+
+
 # The files from which pictures were read, each as it was then: by these a later change is noticed.
 IMAGE_FILES = pa.schema(
     [

@@ -24,10 +24,11 @@ import pyarrow as pa
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import CACHE
-from prefcache.pipeline.stored import artifact, claims, shards
+from prefcache.pipeline.stored import artifact, claims, feature_writer, shards
 from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.contradictions import Contradictions
+from prefcache.pipeline.stored.image_features import TOWER_FILE, FeatureStore
 from prefcache.pipeline.stored.key_index import concat
 from prefcache.pipeline.stored.records import SHARD_FILE, MalformedError, NewerError, RemovalRecord, ShardRecord
 
@@ -46,11 +47,11 @@ _SUM_TOLERANCE = 1e-9
 
 
 def find_caches(paths: Sequence[str]) -> list[Path]:
-    """The folders of references among `paths` and directly in them."""
+    """The folders of references and of vision towers among `paths` and directly in them."""
     folders = []
     for path in map(Path, paths):
-        inside = [file.parent for file in sorted(path.glob(f"*/{REFERENCE_FILE}"))]
-        here = [path] if (path / REFERENCE_FILE).exists() else inside
+        inside = [file.parent for name in (REFERENCE_FILE, TOWER_FILE) for file in sorted(path.glob(f"*/{name}"))]
+        here = [path] if (path / REFERENCE_FILE).exists() or (path / TOWER_FILE).exists() else inside
         if not here:
             raise UsageError(f"{path} holds no cache: no {REFERENCE_FILE} in it or in its folders. Name one.")
         folders += here
@@ -80,6 +81,8 @@ class VerifiedCache:
 
 def verify(folder: Path) -> VerifiedCache:
     """Check every byte, page, row and sum of a cache."""
+    if (folder / TOWER_FILE).exists():
+        return _verify_features(folder)
     result, on_disk = VerifiedCache(folder), _list_shards(folder)
     try:
         cache = Cache(folder, None, every_byte=True, remember="damage")
@@ -200,6 +203,8 @@ class CollectedCache:
 
 def gc(folder: Path, target_bytes: int, dry_run: bool = False, old_seconds: float = OLD_SECONDS) -> CollectedCache:
     """Remove what nothing needs, and merge small shards that verify would pass; scorers and trainers may be running."""
+    if (folder / TOWER_FILE).exists():
+        return _collect_features(folder, old_seconds, dry_run)
     if dry_run:
         return _collect(folder, target_bytes, True, old_seconds)
     for _ in range(_TRIES):
@@ -349,6 +354,48 @@ def _remove(cache: Cache, records: Sequence[ShardRecord]) -> None:
     for record in records:
         artifact.member(cache.folder, record.file).unlink(missing_ok=True)
     (cache.folder / _REMOVING).unlink(missing_ok=True)
+
+
+# -- features of pictures --------------------------------------------------------------------------------------------
+
+
+def _verify_features(folder: Path) -> VerifiedCache:
+    """Check every byte of a vision tower's store."""
+    result = VerifiedCache(folder)
+    try:
+        store = FeatureStore(folder, every_byte=True, remember="damage")
+    except IntegrityError as error:
+        result.damaged[TOWER_FILE] = str(error)
+        if isinstance(error, MalformedError):
+            (result.newer if isinstance(error, NewerError) else result.malformed).append(TOWER_FILE)
+        return result
+    result.reference = f"the vision tower of {store.tower.name}"
+    result.shards, result.rows = len(store.records), sum(record.rows for record in store.records)
+    result.doubled = result.rows - len(store)
+    result.n_bytes = sum(record.bytes for record in store.records)
+    result.orphans, result.leftovers = len(feature_writer.find_orphans(store)), len(_list_leftovers(folder))
+    _add_feature_damage(result, store)
+    return result
+
+
+def _collect_features(folder: Path, old_seconds: float, dry_run: bool) -> CollectedCache:
+    """Remove temporaries and shards without a record. What is whole stays as it is: it is read where it lies."""
+    store = FeatureStore(folder, every_byte=True, remember="nothing" if dry_run else "all")
+    result = CollectedCache(folder, shards=len(store.records))
+    result.leftovers = _remove_leftovers(folder, old_seconds, dry_run)
+    for path in feature_writer.find_orphans(store):
+        if _age(folder, path) > old_seconds:
+            result.orphans += 1
+            if not dry_run:
+                path.unlink(missing_ok=True)
+    _add_feature_damage(result, store)
+    return result
+
+
+def _add_feature_damage(result: VerifiedCache | CollectedCache, store: FeatureStore) -> None:
+    result.damaged |= {path.name: reason for path, reason in store.damaged.items()}
+    result.newer += [path.name for path in store.newer]
+    result.malformed += [path.name for path in store.malformed]
 
 
 # -- files without a record ------------------------------------------------------------------------------------------

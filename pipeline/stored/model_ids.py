@@ -25,6 +25,12 @@ def identify(reference: identity.Reference, root: Path, *, remember: bool = True
         return _find_older_id(reference, root, digests) or described
 
 
+def identify_tower(reference: identity.Reference, root: Path, *, remember: bool = True) -> dict[str, Any]:
+    """Return the id of the reference's vision tower and what it was made from."""
+    with _digests(root, remember) as digests:
+        return identity.tower_identity(reference, digests)
+
+
 def is_same_model(model_id: str, reference: identity.Reference, root: Path, *, remember: bool = True) -> bool:
     """Whether this id, of this version or an earlier one, is the reference's."""
     with _digests(root, remember) as digests:

@@ -27,6 +27,7 @@ _SEALED = {
     artifact.MANIFEST: "a stage of prefcache wrote",
     "provenance.json": "holds a run",
     "reference.json": "is a reference's cache",
+    "tower.json": "keeps what a vision tower made of pictures",
 }
 # Files that this process has open; no other path below /proc or /dev is written to.
 _OPENED = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")

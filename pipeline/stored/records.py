@@ -196,6 +196,11 @@ class ShardRecord(StoredRecord):
         return self
 
     @property
+    def checks_values(self) -> bool:
+        """Whether reading the shard shows what has rotted since it was hashed."""
+        return self.values_xxh3_128 is not None
+
+    @property
     def name(self) -> str:
         """The name of the record's own file."""
         return f"{self.file.rpartition('-')[0]}.json"
@@ -218,6 +223,42 @@ class RemovalRecord(StoredRecord):
     """The shards that gc is about to remove."""
 
     files: list[BareName]
+
+
+# -- features of pictures --------------------------------------------------------------------------------------------
+
+FEATURES_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}\.arrow")
+
+
+class TowerRecord(StoredRecord):
+    """Whose features a store holds, and how they were computed."""
+
+    name: Annotated[str, Field(min_length=1)]
+    tower_id: ModelId
+    numerics: Numerics
+
+    @property
+    def dtype(self) -> str:
+        return self.numerics.get("dtype", "")
+
+
+class FeaturesRecord(StoredRecord):
+    """The commit record of a shard of features, without which the shard does not exist."""
+
+    file: Annotated[str, Field(pattern=rf"^{FEATURES_FILE.pattern}$")]
+    bytes: Count
+    xxh3_128: Checksum
+    rows: Annotated[int, Field(ge=1, le=_MOST)]
+
+    checks_values: ClassVar[bool] = True  # a checksum in each row
+
+    @property
+    def name(self) -> str:
+        """The name of the record's own file."""
+        return f"{self.file.rpartition('-')[0]}.json"
+
+    def why_misplaced(self, path: Path) -> str | None:
+        return None if path.name == self.name else f"names {self.file}, whose record is {self.name}"
 
 
 # -- a preparation ---------------------------------------------------------------------------------------------------

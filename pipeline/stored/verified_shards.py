@@ -6,7 +6,7 @@ from typing import Literal
 
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.memos import VerifiedMemo
-from prefcache.pipeline.stored.records import ShardRecord
+from prefcache.pipeline.stored.records import FeaturesRecord, ShardRecord
 
 # A file changed twice within a tick of the clock shows the same times, so younger files are not noted.
 SETTLED_SECONDS = 2.0
@@ -28,12 +28,11 @@ class VerifiedShards:
         self._before: dict[str, Stamp] = dict(memo.known) if memo else {}
         self._known, self._seen, self._damaged = dict(self._before), set[str](), set[str]()
 
-    def find_damage(self, record: ShardRecord, every_byte: bool) -> str | None:
+    def find_damage(self, record: ShardRecord | FeaturesRecord, every_byte: bool) -> str | None:
         """What is wrong with a shard; None if it is as it was written."""
         name, stamp = record.file, self._stamp(record)
         self._seen.add(name)
-        # Without a checksum of the values, reading a shard would not show what has rotted since it was hashed.
-        if not every_byte and stamp is not None and self._known.get(name) == stamp and record.values_xxh3_128:
+        if not every_byte and stamp is not None and self._known.get(name) == stamp and record.checks_values:
             return None
         self._known.pop(name, None)
         reason = artifact.damage(self._folder, record)
@@ -43,7 +42,7 @@ class VerifiedShards:
             self._known[name] = stamp
         return reason
 
-    def forget(self, record: ShardRecord) -> None:
+    def forget(self, record: ShardRecord | FeaturesRecord) -> None:
         """Remove a shard whose damage only reading has shown."""
         self._seen = set(self._known)
         self._known.pop(record.file, None)
@@ -58,7 +57,7 @@ class VerifiedShards:
         if known != self._before:
             VerifiedMemo.make(known=known).remember(self._file)
 
-    def _stamp(self, record: ShardRecord) -> Stamp | None:
+    def _stamp(self, record: ShardRecord | FeaturesRecord) -> Stamp | None:
         if not artifact.is_inside(self._folder, record.file):
             return None
         try:
