@@ -390,7 +390,7 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)] = 32
     """The adapter's output is scaled by alpha / r."""
     target_modules: Strings = ("all-linear",)
-    """Names of the layers to adapt, such as q_proj. all-linear: every linear layer except the head."""
+    """Names of the layers to adapt, such as q_proj. all-linear: every linear layer except the head. Layers of a vision tower are never adapted."""
     target_parameters: Strings = ()
     """Names of fused expert weights to adapt as well, such as gate_up_proj and down_proj: parameters that hold all experts of a layer."""
     dora: bool = False
@@ -529,6 +529,8 @@ class Train(Section):
     """Train an adapter (LoRA, DoRA) instead of all weights; {} uses the defaults."""
     router_aux_loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
+    vision: Literal["frozen", "trained"] = "frozen"
+    """What becomes of a model's vision tower and projector. frozen: they compute each picture once, for all runs, and are not loaded for training. trained: they are trained with the language model."""
     moving_reference: MovingReference | None = None
     """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
@@ -621,6 +623,15 @@ class Train(Section):
             raise ValueError(
                 "release_gradients: the gradients of an adapter are as small as the adapter, so there is little to save. "
                 "Leave release_gradients out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_leave_the_tower_alone(self) -> "Train":
+        if self.vision == "trained" and self.lora is not None:
+            raise ValueError(
+                "vision: trained trains the tower's own weights, and lora trains an adapter of the language model, next to which the "
+                "tower stays as it is. Leave one of the two out"
             )
         return self
 

@@ -5,6 +5,7 @@ processed by itself. The folder's own code is never run.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ from prefcache.pipeline.tokenizer import load_tokenizer, refuse_own_code
 
 # Keys of an image processor's settings that do not shape its results.
 _VOLATILE = {"processor_class", "image_processor_type", "auto_map", "return_tensors", "device", "data_format"}
+_SETTINGS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # What a processor counts, beyond what the model's forward reads.
 _COUNTS = {"num_crops", "num_patches", "rows", "cols"}
 # Their processors cut a picture into tiles only if it is the only one of its prompt.
@@ -133,6 +135,13 @@ def load(folder: Path) -> ImageProcessor:
             "processor_config.json next to the model."
         ) from None
     return ImageProcessor(processor, counts_pictures=model_type in _COUNTS_PICTURES)
+
+
+def copy_settings(source: Path, folder: Path) -> None:
+    """Copy the files from which a model's processor is loaded, besides those of its tokenizer."""
+    for name in _SETTINGS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 class PictureSource(Protocol):

@@ -38,7 +38,7 @@ class Forward:
     def __init__(
         self, model: Any, kernel: str, wanted: str, dtype: str, setting: str, vision: Vision | None = None
     ) -> None:
-        self.model, self._kernel, self._wanted, self._vision = model, kernel, wanted, vision
+        self.model, self._kernel, self._wanted, self.vision = model, kernel, wanted, vision
         self._dtype, self._setting = dtype, setting
         self.layout: str | None = None  # chosen with the first sequences
         self.layout_reason: str | None = None  # why not a better one
@@ -75,7 +75,7 @@ class Forward:
             return reason
         with torch.no_grad():
             plain = np.concatenate(
-                [plain_logps(self.model, sequence, self._vision).cpu().numpy() for sequence in sequences]
+                [plain_logps(self.model, sequence, self.vision).cpu().numpy() for sequence in sequences]
             )
         self.layout = layout
         try:
@@ -144,13 +144,14 @@ class Forward:
         router_hook: RouterHook | None = None,
     ) -> Logps:
         """Log-prob of each counted token of every sequence, in the order of the groups, in one forward."""
-        options: dict[str, Any] = {"squares": squares, "router_hook": router_hook, "vision": self._vision}
-        if self.layout != "padded":
-            return row_logps(self.model, lay_out(groups, self._vision), eager=self._kernel == "eager", **options)
-        sequences = [sequence for group in groups for sequence in group]
-        one_at_a_time = self._one_at_a_time or any(sequence.images for sequence in sequences)
-        batches = [[sequence] for sequence in sequences] if one_at_a_time else [sequences]
-        return concat_logps([padded_logps(self.model, batch, **options) for batch in batches])
+        options: dict[str, Any] = {"squares": squares, "router_hook": router_hook, "vision": self.vision}
+        with self.vision.one_forward() if self.vision else contextlib.nullcontext():
+            if self.layout != "padded":
+                return row_logps(self.model, lay_out(groups, self.vision), eager=self._kernel == "eager", **options)
+            sequences = [sequence for group in groups for sequence in group]
+            one_at_a_time = self._one_at_a_time or any(sequence.images for sequence in sequences)
+            batches = [[sequence] for sequence in sequences] if one_at_a_time else [sequences]
+            return concat_logps([padded_logps(self.model, batch, **options) for batch in batches])
 
     @contextlib.contextmanager
     def native_attention(self) -> Iterator[None]:

@@ -81,9 +81,8 @@ class _ImagesOfRow:
     def __init__(self, vision: Vision | None, groups: Sequence[Sequence[TokenSequence]]) -> None:
         self._vision = vision
         named = [image for group in groups for image in group[0].images]
-        distinct = list(dict.fromkeys(named))
-        self._features = dict(zip(distinct, vision.source.features(distinct), strict=True)) if vision and named else {}
-        self.features = [self._features[image] for image in named] if vision else []
+        self.features = vision.features(named) if vision else []
+        self._features = dict(zip(named, self.features, strict=True)) if vision else {}
 
     def places(self, sequence: TokenSequence) -> np.ndarray:
         return np.empty(0, np.int64) if self._vision is None else self._vision.image_places(sequence)

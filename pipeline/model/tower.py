@@ -7,12 +7,11 @@ Each part can be loaded alone: the other is neither read nor allocated.
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 Part = Literal["whole", "language", "tower"]
-T = TypeVar("T", bound=type)
 
 
 def tower_names(model: Any) -> list[str]:
@@ -50,7 +49,27 @@ def _is_module(model: Any, name: str) -> bool:
     return isinstance(model.get_submodule(owner)._modules.get(own), torch.nn.Module)
 
 
-def part_class(model_class: T, part: Part) -> T:
+class UsedParameters:
+    """The tower's parameters that are trained, to which every forward gives a gradient, be it of zeros.
+
+    All processes have to have gradients of the same parameters, also those whose examples have no picture.
+    """
+
+    def __init__(self, model: Any) -> None:
+        modules = [*tower_modules(model), getattr(model, model.base_model_prefix, model)]
+        names = {id(p) for p in tower_parameters(model).values() if p.requires_grad}
+        # By their modules: of a sharded model, the parameters within a forward are other objects.
+        self._owners = [(m, name) for m in modules for name, p in m._parameters.items() if id(p) in names]
+
+    def add_to(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the same values, as a function of the parameters."""
+        if not self._owners or not torch.is_grad_enabled():
+            return values
+        first = torch.stack([getattr(owner, name).flatten()[0].float() for owner, name in self._owners])
+        return values + 0 * first.sum().to(values.dtype)
+
+
+def part_class(model_class: Any, part: Part) -> Any:
     """Return a class whose models lack what is not of this part from the beginning; `model_class` itself for the whole."""
     if part == "whole":
         return model_class
@@ -72,8 +91,7 @@ def part_class(model_class: T, part: Part) -> T:
         self._keys_to_ignore_on_load_unexpected = ignored
 
     members: Mapping[str, Any] = {"__init__": init, "__module__": model_class.__module__}
-    made: T = type(model_class.__name__, (model_class,), dict(members))
-    return made
+    return type(model_class.__name__, (model_class,), dict(members))
 
 
 def _names_besides(model: Any, tower: list[str]) -> list[str]:

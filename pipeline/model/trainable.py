@@ -82,9 +82,7 @@ def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     parameter.data.copy_(value)
 
 
-def load(
-    start: Reference, train: Train, kernel: str, device: torch.device, *, trains_tower: bool = False
-) -> Trainable:
+def load(start: Reference, train: Train, kernel: str, device: torch.device, *, trains_tower: bool = False) -> Trainable:
     """Load the policy in eval mode: dropout would make policy and reference differ at the start. Gradients still flow.
 
     A vision tower that is not trained is not loaded.

@@ -6,7 +6,8 @@ stored; one picture's features do not depend on what else is computed with it.
 Shapes: T positions, N image tokens of a picture, D hidden width, K layers to which DeepStack adds features.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -16,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.image_processor import PromptImages
-from prefcache.pipeline.model.device import to_device
-from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.model.device import to_device, to_host
+from prefcache.pipeline.model.tower import tower_parameters
+from prefcache.pipeline.schema import StoredFeatures, TokenSequence
 
 # Their image tokens also see the later tokens of their picture.
 _BOTH_WAYS = {"gemma3", "shieldgemma2"}
@@ -53,6 +55,46 @@ class VisionTower:
             return [encode_image(self._model, self._images.inputs(image)) for image in images]
 
 
+class FeatureShelf(Protocol):
+    """Features that were computed before: `stored.image_features.FeatureStore`."""
+
+    @property
+    def dtype(self) -> str: ...
+    def read(self, image: bytes) -> StoredFeatures: ...
+
+
+class ComputedFeatures:
+    """Features that were computed before, by a tower that need not be in memory."""
+
+    def __init__(self, shelf: FeatureShelf, device: torch.device | str) -> None:
+        self._shelf, self._device = shelf, device
+
+    def features(self, images: Sequence[bytes]) -> list[ImageFeatures]:
+        return [self._unpack(self._shelf.read(image)) for image in images]
+
+    def _unpack(self, stored: StoredFeatures) -> ImageFeatures:
+        embeds_ND = self._to_tensor(stored.embeds).view(stored.n_tokens, -1)
+        deep_KND = None if stored.deep is None else self._to_tensor(stored.deep).view(-1, *embeds_ND.shape)
+        return ImageFeatures(embeds_ND, deep_KND, stored.grid, stored.n_tiles)
+
+    def _to_tensor(self, values: np.ndarray) -> torch.Tensor:
+        # A copy: the bytes are a view of a read-only memory map.
+        return to_device(torch.from_numpy(values.copy()).view(getattr(torch, self._shelf.dtype)), self._device)
+
+
+def pack(features: ImageFeatures) -> StoredFeatures:
+    """Features as they are stored, bit by bit."""
+    embeds, deep = features.embeds_ND, features.deep_KND
+    return StoredFeatures(
+        _to_bytes(embeds), None if deep is None else _to_bytes(deep), len(embeds), features.grid, features.n_tiles
+    )
+
+
+def _to_bytes(values: torch.Tensor) -> np.ndarray:
+    values_N: np.ndarray = to_host(values).contiguous().flatten().view(torch.uint8).numpy()
+    return values_N
+
+
 def encode_image(model: Any, inputs: dict[str, np.ndarray]) -> ImageFeatures:
     """Run the tower and the projector on one picture, which the processor prepared."""
     output = model.get_image_features(**_to_model(model, inputs), return_dict=True)
@@ -69,6 +111,22 @@ def encode_image(model: Any, inputs: dict[str, np.ndarray]) -> ImageFeatures:
     )
 
 
+def freeze_unused(model: Any, images: Iterable[dict[str, np.ndarray]]) -> list[str]:
+    """Freeze those parameters of the tower on which no image's features depend; return their names.
+
+    A pooling head, for example, that a checkpoint has and the projector does not read.
+    """
+    parameters = tower_parameters(model)
+    features = [encode_image(model, inputs) for inputs in images]
+    values = [each for image in features for each in (image.embeds_ND, image.deep_KND) if each is not None]
+    total = torch.stack([each.float().sum() for each in values]).sum()
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    return unused
+
+
 def _to_model(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     tensors = {name: to_device(torch.from_numpy(value), device) for name, value in inputs.items()}
@@ -82,10 +140,28 @@ class Vision:
         """With `images`, the model's plain forward gets their pixels, else their features."""
         self.model, self.source, self._images = model, source, images
         self._base = getattr(model, model.base_model_prefix)
-        self._token: int = model.config.image_token_id
+        self.token: int = model.config.image_token_id
         self._counts_by_grid = hasattr(self._base, "get_rope_index")
         self._sees_both_ways = model.config.model_type in _BOTH_WAYS
         self._prompt_positions = lru_cache(_REMEMBERED_PROMPTS)(self._count_by_grid)
+        self._seen: dict[bytes, ImageFeatures] | None = None
+
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def one_forward(self) -> Iterator[None]:
+        """Compute the features of each image once until the end of the block, however many prompts have it."""
+        self._seen = {}
+        try:
+            yield
+        finally:
+            self._seen = None
+
+    def features(self, images: Sequence[bytes]) -> list[ImageFeatures]:
+        seen = {} if self._seen is None else self._seen
+        missing = [image for image in dict.fromkeys(images) if image not in seen]
+        seen |= zip(missing, self.source.features(missing), strict=True) if missing else {}
+        return [seen[image] for image in images]
 
     # -- one sequence ------------------------------------------------------------------------------------------------
 
@@ -93,7 +169,7 @@ class Vision:
         """Where in the prompt the image tokens are; none without images, whatever its ids."""
         if not sequence.images:
             return np.empty(0, np.int64)
-        return np.flatnonzero(sequence.prompt_ids == self._token)
+        return np.flatnonzero(sequence.prompt_ids == self.token)
 
     def blocks(self, sequence: TokenSequence) -> list[slice]:
         """The runs of image tokens that see one another both ways."""
@@ -123,7 +199,7 @@ class Vision:
 
     def _count_by_grid(self, prompt: bytes, grids: tuple[tuple[int, ...], ...]) -> np.ndarray:
         ids_1P = torch.from_numpy(np.frombuffer(prompt, "<i4").astype(np.int64)).unsqueeze(0)
-        positions, _ = self._base.get_rope_index(ids_1P, (ids_1P == self._token).int(), torch.tensor(grids))
+        positions, _ = self._base.get_rope_index(ids_1P, (ids_1P == self.token).int(), torch.tensor(grids))
         counted: np.ndarray = positions[:, 0].numpy()
         return counted
 
@@ -139,7 +215,7 @@ class Vision:
             more = {"mm_token_type_ids": types} if self._counts_by_grid else {}
         if self._images is not None:
             return more | _to_model(self.model, self._images.prompt_inputs(sequence.images))
-        features = self.source.features(sequence.images)
+        features = self.features(sequence.images)
         if self._counts_by_grid:
             more["image_grid_thw"] = to_device(torch.tensor([each.grid for each in features]), device)
         return more | {"mm_encoder_outputs": {"image": _as_tower_output(features)}}

@@ -40,9 +40,7 @@ logging.disable_progress_bar()  # ours counts sequences and steps
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors files
 
 
-def load_base(
-    reference: Reference, dtype: str, kernel: str, device: torch.device | str, part: Part = "whole"
-) -> Any:
+def load_base(reference: Reference, dtype: str, kernel: str, device: torch.device | str, part: Part = "whole") -> Any:
     """Load the model without its adapter, with quantized weights if the reference asks for them.
 
     Of a model that sees images, the language model or the tower can be loaded alone (tower.py).
@@ -149,9 +147,7 @@ def _describe(error: Exception) -> str:
 # -- quantized weights -----------------------------------------------------------------------------------------------
 
 
-def _load_quantized(
-    folder: Path, part: Part, quantization: str, dtype: torch.dtype, options: dict[str, Any]
-) -> Any:
+def _load_quantized(folder: Path, part: Part, quantization: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     try:
         version("bitsandbytes")
     except PackageNotFoundError:

@@ -1,5 +1,6 @@
 """What a training step reads: examples with their reference log-probs, in the order of the steps."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,6 +246,9 @@ class Examples:
             return []
         longest = int(np.argmax(self._sizes["padded"][self._rows]))
         chosen = dict.fromkeys([longest, *map(int, np.linspace(0, len(self) - 1, n - 1))])
+        # Whether rows are right for images shows only where there are some.
+        if n > 1 and not any(self.images(np.array(list(chosen)))):
+            chosen |= dict.fromkeys(itertools.islice((i for i in range(len(self)) if self._images[self._rows[i]]), 1))
         rows = [int(self._rows[i]) for i in chosen]
         sequences = (self._sequence(name, row) for row in rows for name in self._answer_ids)
         return [sequence for sequence in sequences if sequence is not None]
@@ -265,6 +269,10 @@ class Examples:
         """Prompts as text and as ids."""
         rows = self._rows[indices]
         return self._prompt.take(pa.array(rows)).to_pylist(), [self._prompt_ids[row] for row in rows]
+
+    def images(self, indices: np.ndarray) -> list[tuple[bytes, ...]]:
+        """The images of each example's prompt, in their order."""
+        return [self._images[row] for row in self._rows[indices].tolist()]
 
 
 def _answer_of(column: str) -> str:

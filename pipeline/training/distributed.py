@@ -23,6 +23,7 @@ from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.logprobs import Logps
+from prefcache.pipeline.model.tower import UsedParameters, tower_modules
 from prefcache.pipeline.schema import TokenSequence
 
 # Environment variables of `accelerate launch`.
@@ -52,6 +53,12 @@ def mixed_precision(train: Train, *, on_gpu: bool) -> str:
     """Return accelerate's name for the arithmetic with float32 weights. Weights in bf16 compute in it without autocast."""
     bf16 = train.precision == "bf16" or (train.precision == "auto" and on_gpu)
     return "bf16" if bf16 and train.weights == "float32" else "no"
+
+
+def arithmetic(train: Train, accelerator: Accelerator) -> str:
+    """The dtype that the policy computes in."""
+    weights = train.lora.base_dtype if train.lora else train.weights
+    return "bfloat16" if accelerator.mixed_precision == "bf16" or weights == "bfloat16" else "float32"
 
 
 def is_sharded(train: Train, accelerator: Accelerator, quantization: str | None) -> bool:
@@ -125,9 +132,11 @@ class Calls(torch.nn.Module):
     def __init__(self, forward: Forward) -> None:
         super().__init__()
         self.model, self._forward = forward.model, forward
+        self._tower = UsedParameters(forward.model)
 
     def forward(self, groups: list[list[TokenSequence]], **options: Any) -> Logps:
-        return self._forward.logps(groups, **options)
+        logps = self._forward.logps(groups, **options)
+        return logps._replace(values_N=self._tower.add_to(logps.values_N))
 
     def choose_layout(self, like: Sequence[TokenSequence]) -> None:
         self._forward.choose_layout(like)
@@ -135,7 +144,10 @@ class Calls(torch.nn.Module):
     def adopt(self, change: Callable[[], Callable[[], None]], like: Sequence[TokenSequence]) -> str | None:
         return self._forward.adopt(change, like)
 
-    def generate(self, **inputs: Any) -> torch.Tensor:
+    def generate(self, prompt: TokenSequence | None = None, **inputs: Any) -> torch.Tensor:
+        """Generate answers; `prompt` is the only one of the batch, if it has images."""
+        if prompt is not None and self._forward.vision is not None:
+            inputs |= self._forward.vision.plain_inputs(prompt, len(prompt.prompt_ids))
         ids: torch.Tensor = self.model.generate(**inputs)
         return ids
 
@@ -147,9 +159,12 @@ def shard(calls: Calls, layers: Sequence[torch.nn.Module], accelerator: Accelera
     """Leave each process its part of the weights.
 
     A layer is gathered while it is computed, and so are embeddings; what lies outside of them (the last norm, the head, and embeddings
-    that are the head's weight as well), during a whole call.
+    that are the head's weight as well, and a vision tower that is trained), during a whole call.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # A process whose examples have no picture does not compute the tower, so it is gathered with the call, not layer by layer.
+    seeing = tower_modules(calls.model)
+    layers = [layer for layer in layers if layer not in seeing]
     # Launched with false, layers are gathered once for forward and backward, as in ZeRO 2.
     reshard = os.environ.get(_RESHARD, "true").lower() != "false"
     # Gradients are summed over the processes in float32 where they are kept in bf16.

@@ -41,7 +41,7 @@ def generate_samples(s: Session) -> list[str]:
     prompts = _sample_prompts(s)
     if not prompts or not (s.main or s.policy.sharded):
         return []
-    return s.policy.generate([prompt.ids for prompt in prompts])
+    return s.policy.generate([prompt.sequence for prompt in prompts])
 
 
 def sample_rows(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def _sample_prompts(s: Session) -> list[sample_answers.Prompt]:
     if not len(indices):
         return list(s.own_prompts)
     texts, ids = examples.prompts(indices)
-    found = zip(examples.example_ids(indices), texts, ids, strict=True)
+    found = zip(examples.example_ids(indices), texts, ids, examples.images(indices), strict=True)
     return [*(sample_answers.Prompt(*each) for each in found), *s.own_prompts]
 
 

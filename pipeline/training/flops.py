@@ -7,6 +7,7 @@ queries and keys. Layers and logits recomputed to save memory and a first pass o
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from prefcache.pipeline.model.packed_row import lay_out
+from prefcache.pipeline.model.tower import tower_modules
 from prefcache.pipeline.model.trainable import adapted_parameters
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training import gpus
+
+_PROJECTOR = re.compile(r"merger|projector|connector")
 
 
 class Work(NamedTuple):
@@ -27,6 +31,7 @@ class Work(NamedTuple):
     positions: float
     head_positions: float
     attended: float  # pairs of a query and a key, in each head of each layer
+    image_tokens: float = 0  # tokens of images that the vision tower computes; 0 where their features are stored
 
     def plus(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -35,17 +40,22 @@ class Work(NamedTuple):
         return Work(*(n * value for value in self))
 
 
-def count_work(groups: Sequence[Sequence[TokenSequence]], layout: str) -> Work:
-    """Count a forward of these groups; forward.py explains the layouts."""
+def count_work(groups: Sequence[Sequence[TokenSequence]], layout: str, image_token: int | None = None) -> Work:
+    """Count a forward of these groups; forward.py explains the layouts.
+
+    `image_token`: its id, if the forward computes the tower; each prompt's images then count once.
+    """
+    prompts = {sequence.prompt: sequence for group in groups for sequence in group if sequence.images}
+    seen = sum(int((each.prompt_ids == image_token).sum()) for each in prompts.values()) if image_token else 0
     if layout == "padded":
         sequences = [sequence for group in groups for sequence in group]
         longest = max(sequence.n_tokens for sequence in sequences) - 1
         # The head computes a position for all if it predicts a counted token of any.
         kept = np.unique(np.concatenate([len(each.prompt_ids) + each.counted_positions for each in sequences]))
-        return Work(len(sequences) * longest, len(sequences) * len(kept), len(sequences) * longest**2)
+        return Work(len(sequences) * longest, len(sequences) * len(kept), len(sequences) * longest**2, seen)
     row = lay_out(groups)
     attended = sum(branch.n_queries * branch.n_keys for branch in row.branches)
-    return Work(len(row.input_T), len(row.source_M), attended)
+    return Work(len(row.input_T), len(row.source_M), attended, seen)
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,13 @@ class Cost:
     head_position: float
     attended: float
     each_forward: float = 0  # the products of an adapter's factors, which are added to the weights of experts
+    image_token: float = 0  # of the vision tower, without its attention
 
     def flops(self, work: Work) -> float:
         by_size = (
             self.position * work.positions + self.head_position * work.head_positions + self.attended * work.attended
         )
-        return 2 * (by_size + self.each_forward)
+        return 2 * (by_size + self.image_token * work.image_tokens + self.each_forward)
 
 
 def model_cost(model: Any, *, backward: bool = True) -> Cost:
@@ -72,6 +83,7 @@ def model_cost(model: Any, *, backward: bool = True) -> Cost:
     pairs = [(a, wrapper.lora_B[name]) for wrapper in wrappers for name, a in wrapper.lora_A.items()]
     apart = {id(module) for module in (head, *itertools.chain(*pairs))}
     summed = {id(wrapper.get_param()) for wrapper in wrappers}
+    apart |= set(map(id, tower_modules(model)))
     modules = [module for module in model.modules() if id(module) not in apart]
     body = sum(_module_cost(module, model, summed, backward) for module in modules)
     most = 3 if backward else 1
@@ -79,7 +91,31 @@ def model_cost(model: Any, *, backward: bool = True) -> Cost:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_width, value_width = (getattr(config, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
     attended = most * config.num_hidden_layers * config.num_attention_heads * (key_width + value_width)
-    return Cost(body, _passes(head.weight, backward) * head.weight.numel(), attended, products)
+    head_cost = _passes(head.weight, backward) * head.weight.numel()
+    return Cost(body, head_cost, attended, products, _tower_cost(model, backward))
+
+
+def _tower_cost(model: Any, backward: bool) -> float:
+    """Multiplications of the tower for one token of an image, which several patches make up. Its attention is left out."""
+    tower, cost = tower_modules(model), 0.0
+    for name, module in model.named_modules():
+        if module in tower and not isinstance(module, torch.nn.Embedding):
+            per_token = 1 if _PROJECTOR.search(name) else _patches_of_token(model.config)
+            matrices = [weight for weight in module.parameters(recurse=False) if weight.ndim > 1]
+            cost += per_token * sum(_passes(weight, backward) * weight.numel() for weight in matrices)
+    return cost
+
+
+def _patches_of_token(config: Any) -> float:
+    """How many patches of a picture the projector makes one token of."""
+    vision = config.vision_config
+    side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    side = side or getattr(config, "scale_factor", None)
+    if side is None and (ratio := getattr(config, "downsample_ratio", None)):
+        side = 1 / ratio
+    if side is None and (n_tokens := getattr(config, "mm_tokens_per_image", None)):
+        return float((vision.image_size // vision.patch_size) ** 2 / n_tokens)
+    return float(side**2) if side else 1.0
 
 
 def _passes(weight: torch.Tensor, backward: bool) -> int:

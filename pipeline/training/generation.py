@@ -1,14 +1,15 @@
 """Greedy answers of the policy to tokenized prompts."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import StoppingCriteriaList
 
 from prefcache.pipeline.model.packing import token_budget_batches
 from prefcache.pipeline.progress import Counter, counting
+from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training.distributed import Calls
 
 _MIN_BUDGET = 16_384  # tokens; a token's step through the model costs the same for many prompts as for one
@@ -24,11 +25,18 @@ def _note_tokens(counter: Counter, n_prompt: int, n_most: int) -> StoppingCriter
     return StoppingCriteriaList([note])
 
 
+def _batches(prompts: Sequence[TokenSequence], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Prompts to answer together: each with images alone, the others as many as fit."""
+    text = [i for i, prompt in enumerate(prompts) if not prompt.images]
+    batches = token_budget_batches([lengths[i] for i in text], budget) if text else []
+    return [[text[k] for k in batch] for batch in batches] + [[i] for i, each in enumerate(prompts) if each.images]
+
+
 def generate_answers(
     calls: Calls,
     tokenizer: Any,
     accelerator: Accelerator,
-    prompts: list[np.ndarray],
+    prompts: Sequence[TokenSequence],
     *,
     max_new_tokens: int,
     max_length: int,
@@ -40,19 +48,21 @@ def generate_answers(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
     model_end = calls.model.generation_config.eos_token_id
     ends = {end, *(model_end if isinstance(model_end, list) else [model_end])} - {None}
-    lengths = [len(ids) + max_new_tokens for ids in prompts]
+    lengths = [len(prompt.prompt_ids) + max_new_tokens for prompt in prompts]
     answers: dict[int, str] = {}
     with counting("greedy answers", len(prompts), "prompts") as counter:
-        for batch in token_budget_batches(lengths, max(budget, _MIN_BUDGET)):
-            longest = max(len(prompts[i]) for i in batch)
+        for batch in _batches(prompts, lengths, max(budget, _MIN_BUDGET)):
+            longest = max(len(prompts[i].prompt_ids) for i in batch)
             n_new = min(max_new_tokens, max_length - longest)
             if n_new <= 0:
                 answers |= dict.fromkeys(batch, "")
                 continue
-            ids = [[pad] * (longest - len(prompts[i])) + prompts[i].tolist() for i in batch]
-            mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+            lists = [prompts[i].prompt_ids.tolist() for i in batch]
+            ids = [[pad] * (longest - len(each)) + each for each in lists]
+            mask = [[0] * (longest - len(each)) + [1] * len(each) for each in lists]
             with torch.no_grad(), accelerator.autocast():
                 out = calls.generate(
+                    prompt=prompts[batch[0]] if prompts[batch[0]].images else None,
                     input_ids=torch.tensor(ids, device=accelerator.device),
                     attention_mask=torch.tensor(mask, device=accelerator.device),
                     do_sample=False,

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from prefcache.pipeline import model_files
+from prefcache.pipeline import image_processor, model_files
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
@@ -41,6 +41,7 @@ from prefcache.pipeline.training.objective import Objective, RunningStats
 from prefcache.pipeline.training.offloaded_state import OffloadedState
 from prefcache.pipeline.training.policy_logps import PolicyLogps, Visit, stored_columns
 from prefcache.pipeline.training.released_gradients import ReleasedGradients, refuse_copies
+from prefcache.pipeline.training.run_images import RunImages
 
 logging.set_verbosity_error()
 
@@ -56,6 +57,7 @@ class Policy:
         accelerator: Accelerator,
         like: Sequence[TokenSequence],
         say: Callable[[str], None],
+        images: RunImages | None = None,
     ) -> None:
         """`like` are some of the sequences to come, the longest among them: the layout and the budget are tried on them."""
         torch.manual_seed(train.seed)
@@ -76,11 +78,17 @@ class Policy:
         with distributed.hidden_fsdp_launch():
             # A model that no device could hold whole is sharded from the host's memory.
             device = torch.device("cpu") if self.sharded else accelerator.device
-            trained = trainable.load(start, train, kernel, device)
-        self._set_up(trained, kernel, like, say)
+            trained = trainable.load(start, train, kernel, device, trains_tower=bool(images and images.trains_tower))
+        self._processor = start.processor
+        self._set_up(trained, kernel, like, say, images)
 
     def _set_up(
-        self, trained: trainable.Trainable, kernel: str, like: Sequence[TokenSequence], say: Callable[[str], None]
+        self,
+        trained: trainable.Trainable,
+        kernel: str,
+        like: Sequence[TokenSequence],
+        say: Callable[[str], None],
+        images: RunImages | None = None,
     ) -> None:
         """Make what computes with this model and updates it."""
         train, accelerator = self.train, self.accelerator
@@ -88,7 +96,10 @@ class Policy:
         self.head_dtype = choose_head_dtype(train.head_dtype, self.precision, accelerator.device)
         # A copy of a frozen head would be whole in every process.
         set_head_dtype(model, self.head_dtype, frozen=train.lora is not None and not self.sharded)
-        self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows")
+        vision = images.attach(model, accelerator.device) if images else None
+        if images:
+            self.notes += images.describe(model)
+        self.forward = Forward(model, kernel, train.rows, self.precision, "train.rows", vision)
         self._calls = distributed.Calls(self.forward)
         if self.sharded:
             distributed.shard(self._calls, trainable.model_layers(model), accelerator)
@@ -120,6 +131,7 @@ class Policy:
             routers=routers,
             cost=flops.model_cost(model),
             shortest=min(like, key=lambda sequence: sequence.n_tokens),
+            trains_tower=bool(images and images.trains_tower),
         )
 
     def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
@@ -162,8 +174,7 @@ class Policy:
 
     @property
     def precision(self) -> str:
-        weights = self.train.lora.base_dtype if self.train.lora else self.train.weights
-        return "bfloat16" if self.accelerator.mixed_precision == "bf16" or weights == "bfloat16" else "float32"
+        return distributed.arithmetic(self.train, self.accelerator)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -244,8 +255,8 @@ class Policy:
         """The log-probs that the current weights give these answers, the same on every process."""
         return self._logps.score(examples, indices, answers, tokens=tokens)
 
-    def generate(self, prompts: list[np.ndarray]) -> list[str]:
-        """Greedy answers to tokenized prompts. With a sharded model every process has to call this."""
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[str]:
+        """Greedy answers to prompts, sequences without an answer. With a sharded model every process has to call this."""
         with self.forward.native_attention():
             return generate_answers(
                 self._calls,
@@ -279,6 +290,8 @@ class Policy:
         with working("save the model"), self.forward.native_attention():
             self._trained.save(folder, state)
         self.tokenizer.save_pretrained(folder)
+        if self._trained.adapter is None:
+            image_processor.copy_settings(self._processor, folder)
 
     def load_weights(self, folder: Path, *, reshaped: bool = False) -> None:
         """Replace the weights in place. `reshaped`: parameters of other shapes take those of the file."""

@@ -88,6 +88,7 @@ class PolicyLogps:
     routers: RouterLoss | None  # of a mixture of experts that has a balancing loss
     cost: flops.Cost
     shortest: TokenSequence  # for turns in which this process has nothing to compute
+    trains_tower: bool = False
     step_flops: float = 0.0  # of the forwards with gradients, by this process
 
     @property
@@ -253,7 +254,9 @@ class PolicyLogps:
         hook = self.routers.hook if self.routers and plan.names[0] not in WITHOUT_GRADIENT else None
         logps = self._run(groups, squares=squares, router_hook=hook)
         if torch.is_grad_enabled():
-            self.step_flops += self.cost.flops(flops.count_work(groups, self.layout))
+            vision = self.forward.vision
+            image_token = vision.token if vision and self.trains_tower else None
+            self.step_flops += self.cost.flops(flops.count_work(groups, self.layout, image_token))
         return logps
 
     def _run(self, groups: list[list[TokenSequence]], **options: Any) -> Logps:

@@ -12,7 +12,7 @@ from prefcache.pipeline.config import Config, Train
 from prefcache.pipeline.errors import IdentityError, UsageError
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.freshness import Freshness
-from prefcache.pipeline.stored.model_ids import identify, is_same_model
+from prefcache.pipeline.stored.model_ids import identify, identify_tower, is_same_model
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Provenance, ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference, retract_if_damaged
@@ -90,7 +90,8 @@ def _identify_run(
     remember: bool,
 ) -> dict[str, Any]:
     own_prompts = config.train.samples_from
-    settings = config.train.model_dump(mode="json", exclude=_excluded_keys(config.train)) | selection.identity
+    excluded = _excluded_keys(config.train, has_images=bool(prepared.manifest.images))
+    settings = config.train.model_dump(mode="json", exclude=excluded) | selection.identity
     inputs = {
         "prepared": prepared.id,
         "reference": scored.reference.model_id if scored else None,
@@ -102,6 +103,9 @@ def _identify_run(
         # A file is identified by its content, not by its path.
         "train": settings | ({"samples_from": sample_answers.file_id(own_prompts)} if own_prompts else {}),
     }
+    if prepared.manifest.images:
+        tower = identify_tower(start, Path(config.cache), remember=remember)["tower_id"]
+        inputs["vision"] = {"tower": tower, "processor": prepared.manifest.inputs.processor_id}
     _refuse_unmixable_start(config.train, inputs["policy"], inputs["reference"])
     return inputs | _recorded_older_ids(config, inputs, start, remember=remember)
 
@@ -142,7 +146,7 @@ def find_start(config: Config, *, weights: bool = True) -> identity.Reference:
     return start
 
 
-def _excluded_keys(train: Train) -> dict[str, Any]:
+def _excluded_keys(train: Train, *, has_images: bool) -> dict[str, Any]:
     """Keys of train that do not identify a run, or that `inputs` holds elsewhere.
 
     The size of micro-batches matters where statistics are taken over them, and the times of evaluations where they choose the best
@@ -153,6 +157,7 @@ def _excluded_keys(train: Train) -> dict[str, Any]:
     harmless |= {"micro_batch_size"} if train.scope == "batch" else set()
     harmless |= {"weights"} if train.weights == "float32" else set()
     harmless |= {"epochs"} if train.max_steps else set()
+    harmless |= set() if has_images else {"vision"}
     harmless -= {"eval_every"} if train.best or train.moving_reference else set()
     adapts_layers_only = train.lora and not train.lora.target_parameters
     return dict.fromkeys(harmless, True) | ({"lora": {"target_parameters"}} if adapts_layers_only else {})

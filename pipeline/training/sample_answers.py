@@ -12,7 +12,7 @@ import numpy as np
 
 from prefcache.pipeline.config import Kinds
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.schema import OWN_PROMPT
+from prefcache.pipeline.schema import OWN_PROMPT, TokenSequence
 from prefcache.pipeline.stored import artifact
 
 FILE = "samples.parquet"
@@ -25,6 +25,12 @@ class Prompt:
     id: str
     text: str
     ids: np.ndarray
+    images: tuple[bytes, ...] = ()
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The prompt as it is computed, without an answer."""
+        return TokenSequence(self.ids, np.empty(0, np.int32), images=self.images)
 
     @classmethod
     def make_own(cls, text: str, ids: np.ndarray) -> "Prompt":

@@ -162,6 +162,7 @@ def _train(
             cache_join,
             finalize_run,
             moving_reference,
+            run_images,
             start_check,
             trackers,
             train_loop,
@@ -186,9 +187,10 @@ def _train(
     own_prompts = _read_own_prompts(config, setup)
     examples = cache_join.load_examples(setup, progress)
     moving_reference.refuse_never(config.train, len(examples[TRAIN]))
+    images = run_images.find(setup.start, config.train, setup.prepared, examples, devices, Path(config.cache), progress)
     longest, template = examples[TRAIN].longest(TRIED), setup.prepared.manifest.template
     with working("set up the policy"):
-        policy = Policy(setup.start, template, config.train, devices, longest, progress.say)
+        policy = Policy(setup.start, template, config.train, devices, longest, progress.say, images)
     moving = None
     if config.train.moving_reference:
         moving = moving_reference.MovingReference(config.train, objective, examples, policy, config.run)

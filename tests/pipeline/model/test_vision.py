@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from prefcache.pipeline import image_processor
+from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.image_processor import PromptImages
+from prefcache.pipeline.model import weights
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.logprobs import plain_logps
-from prefcache.pipeline.model.vision import Vision, VisionTower
-from prefcache.pipeline.schema import TokenSequence
+from prefcache.pipeline.model.vision import ComputedFeatures, Vision, VisionTower, encode_image, pack
+from prefcache.pipeline.schema import StoredFeatures, TokenSequence
 from tests.helpers import vision_models
 from tests.helpers.models import compute, dpo_loss, gradient, relative_error
 
@@ -73,6 +75,60 @@ def test_every_layout_gives_what_the_model_gives_for_each_sequence_alone(name, l
         forward_native = vision_models.load(data.folder)
         expected = plainly(forward_native, Vision(forward_native, vision.source, data.images), data.sequences)
     assert max((a - b).abs().max().item() for a, b in zip(logps, expected, strict=True)) < 1e-5
+
+
+class Shelf:
+    """What a tower made of pictures, as bytes."""
+
+    def __init__(self, model, images: PromptImages, dtype: str) -> None:
+        self.dtype, self._model, self._images = dtype, model, images
+
+    def read(self, image: bytes) -> StoredFeatures:
+        with torch.no_grad():
+            return pack(encode_image(self._model, self._images.inputs(image)))
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stored_features_do_for_a_model_without_its_tower(name, layout):
+    data = prompts(name)
+    model, vision = data.load()
+    language = weights.load_base(Reference(data.folder), "float32", "sdpa", "cpu", "language")
+    stored = Vision(language, ComputedFeatures(Shelf(model, data.images, "float32"), "cpu"))
+    forward = Forward(language, "sdpa", layout, "float32", "train.rows", stored)
+    forward.choose_layout(data.sequences)
+    assert forward.layout == layout, forward.layout_reason
+    with torch.no_grad():
+        logps, _ = compute(forward, data.sequences)
+        expected = plainly(model, vision, data.sequences)
+    assert max((a - b).abs().max().item() for a, b in zip(logps, expected, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "llava-onevision"])
+def test_features_are_stored_bit_by_bit(name):
+    data = prompts(name)
+    model, image = data.load()[0].bfloat16(), data.sequences[0].images[0]
+    with torch.no_grad():
+        expected = encode_image(model, data.images.inputs(image))
+    (found,) = ComputedFeatures(Shelf(model, data.images, "bfloat16"), "cpu").features([image])
+    assert found.embeds_ND.dtype == torch.bfloat16 and torch.equal(found.embeds_ND, expected.embeds_ND)
+    assert (found.deep_KND is None) == (name != "qwen3-vl")
+    assert found.deep_KND is None or torch.equal(found.deep_KND, expected.deep_KND)
+    assert found[2:] == expected[2:]
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_picture_is_computed_once_in_a_forward(layout, monkeypatch):
+    data = prompts("qwen2.5-vl")
+    model, vision = data.load()
+    vision = Vision(model, vision.source)
+    forward, asked = Forward(model, "sdpa", layout, "float32", "train.rows", vision), []
+    forward.choose_layout(data.sequences)
+    features = vision.source.features
+    monkeypatch.setattr(vision.source, "features", lambda images: asked.extend(images) or features(images))
+    with torch.no_grad():
+        forward.logps([[sequence] for sequence in data.sequences])
+    assert len(asked) == len({*asked}) > 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)

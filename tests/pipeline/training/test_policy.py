@@ -11,6 +11,7 @@ from prefcache.pipeline.config import Lora, Train
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import layer_kernels, trainable
 from prefcache.pipeline.model.device import traced_as
+from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training.dataset import Examples, SplitData
 from prefcache.pipeline.training.distributed import make_accelerator
 from prefcache.pipeline.training.objective import Objective
@@ -122,7 +123,8 @@ def test_evaluating_with_alpha_dpo_moves_no_running_moments(model):
 def test_an_answer_is_the_same_alone_and_in_a_batch(model):
     """The shorter prompts of a batch are padded on the left, which the model must not see."""
     policy, _, _ = policy_of(model, sample_tokens=8)
-    prompts = [np.array(row["prompt_ids"][: 2 + 2 * (i % 4)]) for i, row in enumerate(PAIRS)]
+    ids = [np.array(row["prompt_ids"][: 2 + 2 * (i % 4)]) for i, row in enumerate(PAIRS)]
+    prompts = [TokenSequence(each, np.empty(0, np.int32)) for each in ids]
     alone = [policy.generate([prompt])[0] for prompt in prompts]
     assert len(set(alone)) == N and all(alone)
     assert policy.generate(prompts) == alone
