@@ -44,8 +44,8 @@ def run(
     prepared = Prepared(config.prepared)
     if prepared.manifest.images:
         raise UsageError(
-            f"{config.prepared} has prompts with images, which --for trl does not write: TRL takes no log-probs of a reference for "
-            "data with images. Without --for, export adds the scores to the records."
+            f"{config.prepared} has prompts with images, which --for trl does not write: TRL reads no ids that a row with images "
+            "brings. Without --for, export adds the scores to the records."
         )
     scored, cache = require_scored(config, prepared, every_byte=False)
     if reason := prepared_inputs.explain_if_stale(config):

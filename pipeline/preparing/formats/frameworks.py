@@ -172,15 +172,17 @@ def _is_swift_pair(record: Record) -> bool:
 
 @data_format(
     *("messages", "rejected_response"),
-    optional=(*_CONTEXT, "rejected_messages", "rejected_tools"),
+    optional=(*_CONTEXT, "rejected_messages", "rejected_tools", "rejected_images"),
     when=_is_swift_pair,
 )
 def ms_swift(record: Record) -> Pair | Ranking:
     """ms-swift for preferences: messages, whose turns after the last question are chosen; rejected_response or _messages.
 
     rejected_response is text, messages, or a list of texts, which are several rejected answers. A call of a tool and its
-    result belong to the answer. Other tools in rejected_tools than in tools send the record to quarantine.
+    result belong to the answer. Other tools in rejected_tools than in tools, or other images in rejected_images, send the record to quarantine.
     """
+    if fields.has(record, "rejected_images") and record["rejected_images"] != record.get("images"):
+        raise Unusable("different images", "chosen and rejected have images of their own; a pair has one prompt")
     chosen = _swift_messages(record, "messages")
     prompt, answer = fields.split_after_last_question(chosen, "messages")
     if fields.has(record, "rejected_messages"):

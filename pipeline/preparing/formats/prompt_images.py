@@ -24,6 +24,8 @@ _OTHER_KINDS = {
     "audio_url": "audio",
     "input_audio": "audio",
 }
+_OTHER_COLUMNS = {"videos": "video", "audios": "audio"}  # of LLaMA-Factory and ms-swift
+_COLUMNS_OF_MEDIA = frozenset((*COLUMNS, *_OTHER_COLUMNS))
 _IMAGE_KINDS = ("image", "image_url", "input_image")
 _SOURCES = ("image", "url", "path", "base64", "image_url")
 
@@ -66,8 +68,11 @@ def _find_image(part: dict[str, Any]) -> Any:
 def place_images(example: Pair | Label | Ranking, record: dict[str, Any]) -> Pair | Label | Ranking:
     """Return the example with the pictures of its record, and a mark in the prompt for each."""
     prompt, answers_have_own = example.prompt, any(map(_has_own, _answers(example)))
-    if not answers_have_own and "images" not in record and "image" not in record and not _has_own(prompt):
+    if not answers_have_own and _COLUMNS_OF_MEDIA.isdisjoint(record) and not _has_own(prompt):
         return example
+    for column in _OTHER_COLUMNS:
+        if isinstance(record.get(column), list) and record[column]:
+            raise Unusable(f"{_OTHER_COLUMNS[column]} in the record", f"column {column}")
     if answers_have_own:
         raise Unusable("image in an answer")
     own = [] if isinstance(prompt, str) else [image for turn in prompt for image in turn.get(IMAGE_MARK, ())]

@@ -17,7 +17,7 @@ from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.images import decode
 from prefcache.pipeline.preparing.example import IMAGE_MARK
-from prefcache.pipeline.preparing.part_worker import PartWorker, PreparedPart
+from prefcache.pipeline.preparing.part_worker import LateImagesError, PartWorker, PreparedPart
 from prefcache.pipeline.preparing.resolved_config import resolve_config
 from prefcache.pipeline.preparing.sources import open_source
 from prefcache.pipeline.progress import Progress
@@ -260,7 +260,7 @@ def test_a_picture_may_come_after_many_records_without(tmp_path):
     assert len(part.table) == 121
     for row in data[:-1]:
         del row["images"]
-    with pytest.raises(UsageError, match=r"line 121, has an image, and the first records of all sources have none"):
+    with pytest.raises(LateImagesError, match=r"line 121, has images, and the first records of all sources have none"):
         prepare(vision_models.save("qwen2.5-vl"), tmp_path, data)
 
 

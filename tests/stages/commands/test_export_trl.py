@@ -18,9 +18,11 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from prefcache.pipeline.schema import sequence_key
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.scored import open_scored
+from tests.helpers import vision_models
 from tests.helpers.conversations import TOOLS, assistant, call, tool, user
 from tests.helpers.project import CHATML, pair, write_config
 from tests.helpers.scored import write_labels
+from tests.helpers.vision_models import picture
 
 N = 10
 # Prints calls and tools, and thoughts only in the last turn.
@@ -278,6 +280,17 @@ def test_a_template_that_prints_the_day_of_training_is_refused(export, tmp_path)
     (tmp_path / "chat.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
     _, said = export([messages(i) for i in range(N)], "prepare.chat_template=chat.jinja", code=2)
     assert "prints today's date: TRL would train on another one than 2025-01-01" in said
+
+
+def test_prompts_with_images_are_refused(prefcache, tmp_path):
+    picture(60, 40).save(tmp_path / "a.png")
+    records = [messages(i) | {"images": ["a.png"]} for i in range(N)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    config = write_config(tmp_path, vision_models.save("qwen2.5-vl"))
+    prefcache("prepare", config)
+    said = prefcache("export", config, "--out", "rows.parquet", "--for", "trl", code=2).stderr
+    assert "has prompts with images, which --for trl does not write" in said
+    assert not (tmp_path / "rows.parquet").exists()
 
 
 def test_rendered_text_and_messages_do_not_go_into_one_file(export, tmp_path):

@@ -169,6 +169,19 @@ def test_other_media_are_named(kind):
     assert unusable.reason == f"{'video' if 'video' in kind else 'audio'} in a message"
 
 
+def test_columns_of_other_media_are_named():
+    record = {"prompt": "<video>why?", "chosen": "a", "rejected": "b"}
+    assert refused("pairs", record | {"videos": ["a.mp4"]}).reason == "video in the record"
+    assert refused("pairs", record | {"audios": ["a.wav"], "images": []}).reason == "audio in the record"
+    assert read("pairs", record | {"videos": [], "audios": None}).prompt == record["prompt"]
+
+
+def test_swifts_images_of_the_rejected_side_have_to_be_those_of_the_other():
+    swift = {"messages": [*user("<image>why?"), *assistant("a")], "rejected_response": "b", "images": [PNG]}
+    assert read("ms_swift", swift | {"rejected_images": [PNG]}) == read("ms_swift", swift)
+    assert refused("ms_swift", swift | {"rejected_images": ["b.png"]}).reason == "different images"
+
+
 def test_an_answer_has_no_picture():
     answer = [{"role": "assistant", "content": [TEXT, {"type": "image", "image": "a.png"}]}]
     assert (
