@@ -1,25 +1,21 @@
 """Killed at any step, by any means, a cache has lost and doubled no row; and going on ends with the same bytes."""
 
 import hashlib
-import os
 import shutil
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from prefcache.pipeline.stored.prepared import Sequences
 from tests.helpers.caches import BUDGET, MINE, NUMERICS, PAIRS, create, expected, reopen, scored
+from tests.helpers.kills import killed_at
 from tests.helpers.processes import read_stderr, start_process
 from tests.helpers.scored import cache_folder, rows_of
 
 FEW = PAIRS.slice(0, 5)
-STEPS = {artifact.Stream: ["write"], os: ["fsync", "link", "replace", "unlink"]}
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -39,53 +35,6 @@ def score(root: Path) -> None:
 
 def merge(root: Path) -> None:
     gc(create(root).folder, 400)
-
-
-def killed_at(step: int, act: Callable[[], None]) -> bool:
-    """Run `act` in a process that is killed at its n-th step on the disk; whether it came to that.
-
-    Even steps are just before one, odd ones just after it; a write is killed when half of it is done.
-    """
-    if child := os.fork():
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-        return os.WIFSIGNALED(status)
-    code = 1
-    try:
-        _die_at(step)
-        act()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def _die_at(step: int) -> None:
-    count = 0
-
-    def reached(n: int) -> None:
-        nonlocal count
-        for _ in range(n):
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-    def dying(call):
-        def instead(*arguments, **options):
-            reached(1)
-            if call.__name__ == "write" and count == step:
-                stream, data = arguments
-                call(stream, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
-                stream.flush()
-                reached(1)
-            result = call(*arguments, **options)
-            reached(1)
-            return result
-
-        return instead
-
-    for module, names in STEPS.items():
-        for name in names:
-            setattr(module, name, dying(getattr(module, name)))
 
 
 def check(root: Path) -> int:
