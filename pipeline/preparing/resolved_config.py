@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prefcache.pipeline.config import Prepare
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing import formats, tokenizer_facts
@@ -151,9 +153,17 @@ def _check_sees_images(model: Path, template: ChatTemplate | None, source: str) 
             f"{source} has images, for which prepare.template: none has no place. Set prepare.template: chat."
         )
     try:
-        placeholder = image_processor.load(model).placeholder
+        processor = image_processor.load(model)
     except UsageError as error:
         raise UsageError(f"{source} has images. {error} Name a model that sees images, or data without.") from None
+    try:
+        processor.process(np.zeros((64, 64, 3), np.uint8))
+    except Exception as error:  # Processors of an older make lack what is called here.
+        raise UsageError(
+            f"{source} has images, and the processor in {model} cannot process one by itself ({type(error).__name__}: {error}). Name "
+            "a model of another family."
+        ) from None
+    placeholder = processor.placeholder
     if count_printed(template, placeholder) != 1:
         raise UsageError(
             f"{source} has images, and the chat template prints no {placeholder} for one, by which the model's processor finds its "

@@ -276,6 +276,15 @@ def test_a_template_that_prints_no_picture_is_refused_in_one_sentence(tmp_path):
         )
 
 
+def test_a_processor_that_takes_no_single_picture_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    def process(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(image_processor.ImageProcessor, "process", process)
+    with pytest.raises(UsageError, match=r"cannot process one by itself \(NotImplementedError"):
+        prepare(vision_models.save("qwen2.5-vl"), tmp_path, [record(PROMPTS["one picture"])])
+
+
 def test_plain_text_has_no_place_for_a_picture(tmp_path):
     data = [{"prompt": "Look: <image>", "chosen": "a", "rejected": "b", "images": [inline(A)]}]
     with pytest.raises(UsageError, match=r"prepare.template: none has no place"):
