@@ -10,6 +10,8 @@ Whatever the effect, what is joined afterwards must be the log-probs that the mo
 without anything of ours, gives for the tokens that are prepared then.
 """
 
+import base64
+import io
 import json
 import os
 import random
@@ -22,11 +24,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import ScoredManifest
+from tests.helpers import vision_models
 from tests.helpers.project import WORDS, Done, build_model, pair
 
 N_PAIRS = 10
@@ -462,6 +466,10 @@ assert {knob.name for knob in KNOBS} >= RARELY
     [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.name in RARELY else []) for each in KNOBS],
 )
 def test_a_change_makes_neither_a_stale_hit_nor_a_needless_miss(world, knob):
+    check_change(world, knob)
+
+
+def check_change(world: World, knob: Knob) -> None:
     knob.before(world)
     world.prepare()
     first, old, old_keys = world.score(), world.joined(), world.keys()
@@ -490,6 +498,135 @@ def test_a_change_makes_neither_a_stale_hit_nor_a_needless_miss(world, knob):
     check_close(found, world.truth(), world, knob.tolerance)
     world.score(cache="fresh")
     check_close(found, world.joined(), world, 1e-5 if knob.effect != "numerics" else knob.tolerance)
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+class SeeingWorld(World):
+    """Every prompt has a picture, in a file of its own."""
+
+    def draw(self, i: int) -> Image.Image:
+        return vision_models.picture(20 + i, 16 + i % 3, seed=i)
+
+    def truth(self) -> dict[tuple[str, str], float]:
+        """By Transformers' own model and image processor."""
+        model = vision_models.load(self.model)
+        process = AutoImageProcessor.from_pretrained(self.model, backend="pil")
+        found = {}
+        for row in Prepared(self.out / "prepared").table().to_pylist():
+            (value,) = self.records[row["line"] - 1]["images"]
+            file = io.BytesIO(base64.b64decode(value.partition(",")[2])) if value[:5] == "data:" else self.root / value
+            seen = process(images=[Image.open(file).convert("RGB")], return_tensors="pt")
+            for side in ("chosen", "rejected"):
+                prompt, ids = row["prompt_ids"], torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+                is_image = (ids == model.config.image_token_id).int()
+                with torch.no_grad():
+                    logps = model(input_ids=ids, mm_token_type_ids=is_image, **seen).logits[0].double().log_softmax(-1)
+                found[row["example_id"], side] = sum(
+                    logps[n - 1, ids[0, n]].item() for n in range(len(prompt), ids.shape[1])
+                )
+        return found
+
+
+@pytest.fixture
+def seeing(tmp_path, prefcache, monkeypatch) -> SeeingWorld:
+    shutil.copytree(vision_models.save("qwen2.5-vl"), tmp_path / "model")
+    settings = {
+        "model": "model",
+        "out": "runs/tiny",
+        "cache": "cache",
+        "prepare.data": "pairs.jsonl",
+        "prepare.workers": 1,
+        "prepare.held_out": 0.2,
+        "prepare.max_quarantine": 1.0,
+        "score.tokens_per_batch": 256,
+        "score.parity_sample": 4,
+    }
+    records = [conversation(i) | {"images": [f"pics/{i}.png"]} for i in range(N_PAIRS)]
+    made = SeeingWorld(tmp_path, prefcache, monkeypatch, records, settings)
+    (tmp_path / "pics").mkdir()
+    for i in range(N_PAIRS):
+        made.draw(i).save(tmp_path / f"pics/{i}.png")
+    return made
+
+
+def one_pixel(world: SeeingWorld) -> None:
+    image = world.draw(3)
+    red, green, blue = image.getpixel((5, 5))
+    image.putpixel((5, 5), (red ^ 255, green, blue))
+    image.save(world.root / "pics/3.png")
+
+
+def in_processor(**values: Any) -> Callable[[World], None]:
+    def edit(world: World) -> None:
+        path = world.model / "processor_config.json"
+        content = json.loads(path.read_text())
+        content["image_processor"] |= values
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def moved_pictures(world: World) -> None:
+    shutil.move(world.root / "pics", world.root / "elsewhere")
+    for each in world.records:
+        each["images"] = [each["images"][0].replace("pics/", "elsewhere/")]
+
+
+def renamed_pictures(world: World) -> None:
+    for i, each in enumerate(world.records):
+        os.replace(world.root / f"pics/{i}.png", world.root / f"pics/picture-{i}.png")
+        each["images"] = [f"pics/picture-{i}.png"]
+
+
+def other_container(world: World) -> None:
+    for i, each in enumerate(world.records):
+        Image.open(world.root / f"pics/{i}.png").save(world.root / f"pics/{i}.bmp")
+        each["images"] = [f"pics/{i}.bmp"]
+
+
+def in_another_record(world: World) -> None:
+    """From the last record's line on, and from another file."""
+    shutil.copy(world.root / "pics/3.png", world.root / "pics/copied.png")
+    world.records.append(world.records[3] | {"images": ["pics/copied.png"]})
+
+
+def data_addresses(world: World) -> None:
+    for i, each in enumerate(world.records):
+        text = base64.b64encode((world.root / f"pics/{i}.png").read_bytes()).decode()
+        each["images"] = [f"data:image/png;base64,{text}"]
+
+
+def touched_pictures(world: World) -> None:
+    for path in (world.root / "pics").iterdir():
+        os.utime(path, (0, 0))
+
+
+PICTURE_KNOBS = [
+    Knob("a pixel of a picture", one_pixel, "keys", scored=2),
+    Knob(
+        "resolution of the processor",
+        in_processor(size={"shortest_edge": 24 * 24, "longest_edge": 48 * 48}),
+        "keys",
+        scored=2 * N_PAIRS,
+    ),
+    Knob("normalisation of the processor", in_processor(image_mean=[0.1, 0.2, 0.3]), "keys", scored=2 * N_PAIRS),
+    Knob("the folder of the pictures", moved_pictures, "nothing"),
+    Knob("the names of the pictures", renamed_pictures, "nothing"),
+    Knob("another container of the same pixels", other_container, "nothing"),
+    Knob("the same picture in another record", in_another_record, "nothing"),
+    Knob("data addresses instead of files", data_addresses, "nothing"),
+    Knob("times of the picture files", touched_pictures, "nothing"),
+]
+
+
+@pytest.mark.parametrize("knob", [pytest.param(each, id=each.name) for each in PICTURE_KNOBS])
+def test_a_change_of_pictures_makes_neither_a_stale_hit_nor_a_needless_miss(seeing, knob):
+    check_change(seeing, knob)
+
+
+# -- beyond one change -----------------------------------------------------------------------------------------------
 
 
 def test_the_boundary_is_part_of_the_key_though_the_tokens_are_the_same(world):
