@@ -241,6 +241,9 @@ def test_the_vllm_worker_needs_nothing_that_the_environment_of_vllm_lacks():
     assert top_level("prefcache.pipeline.scoring.vllm_worker") - set(sys.stdlib_module_names) == {
         "numpy",
         "vllm",
+        # Of which it needs more for pictures only, and which vLLM brings.
+        "PIL",
+        "transformers",
     }
 
 

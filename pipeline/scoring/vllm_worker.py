@@ -1,6 +1,6 @@
 """vLLM in a process of its own, started by pipeline/scoring/engines/vllm.py with the Python that has vLLM.
 
-It imports only the standard library, numpy and vllm. Requests and replies go over one socket, each a line of JSON
+It imports only the standard library, numpy, vllm and, for pictures, what vLLM brings. Requests and replies go over one socket, each a line of JSON
 followed by bytes:
 
     {"ask": "open", ...}                          -> {"runner": ..., ...}
