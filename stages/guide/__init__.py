@@ -11,6 +11,7 @@ from prefcache.pipeline.errors import look_up
 
 _ORDER = (
     "data",
+    "images",
     "scoring",
     "training",
     "losses",
