@@ -1,6 +1,8 @@
 """show: one example token by token, as its reference and a trained policy see the answers."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.ui.token_process import TokenProcess
+from tests.helpers import vision_models
 from tests.helpers.examples import mask
+from tests.helpers.project import invoke, pair, write_config
 
 TRAIN = ["--set", "train.learning_rate=0.003", "--set", "train.epochs=2"]
 
@@ -98,3 +103,65 @@ def test_control_characters_do_not_reach_the_terminal(prefcache, config, tmp_pat
     (row,) = Prepared(tmp_path / "runs/tiny/prepared").table().to_pylist()
     shown = prefcache("show", row["example_id"], config).stdout
     assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def illustrated(tmp_path_factory) -> Path:
+    """Scored pairs about pictures, and a run whose model is still its reference."""
+    folder, model = tmp_path_factory.mktemp("illustrated"), vision_models.save("qwen2.5-vl")
+    rows = []
+    for n in range(4):
+        vision_models.picture(20 + 4 * n, 30, seed=n).save(folder / f"{n}.png")
+        rows.append(pair(n) | {"prompt": f"<image>{pair(n)['prompt']}", "images": [f"{n}.png"]})
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = write_config(folder, model)
+    invoke(folder, "prepare", config)
+    invoke(folder, "score", config)
+    shutil.copytree(model, folder / "runs/tiny/trained/model")
+    return folder
+
+
+def show_all(folder: Path) -> list[dict]:
+    examples = Prepared(folder / "runs/tiny/prepared").table()["example_id"].to_pylist()
+    return [json.loads(invoke(folder, "show", each, "config.yaml", "--json").stdout) for each in examples]
+
+
+def test_the_policy_sees_the_pictures_of_the_prompt(illustrated):
+    tokens = [token for shown in show_all(illustrated) for answer in shown["answers"] for token in answer["tokens"]]
+    # The cached values were computed from the same pictures by rows that share prompts.
+    assert len(tokens) > 40
+    assert [token["policy"] for token in tokens] == pytest.approx([token["reference"] for token in tokens], abs=1e-4)
+
+
+def test_the_process_behind_the_pages_sees_them_too(illustrated):
+    prepared = Prepared(illustrated / "runs/tiny/prepared")
+    rows, process = prepared.table().to_pylist(), TokenProcess()
+    try:
+
+        def compute(row: dict, images: list[bytes]) -> list[float]:
+            answers = {"chosen": row["chosen_ids"]}
+            return process.compute_logps(illustrated / "runs/tiny/trained", row["prompt_ids"], images, answers, 120)[
+                "chosen"
+            ]
+
+        shown = {each["example_id"]: each for each in show_all(illustrated)}
+        for row in rows:
+            expected = [token["reference"] for token in shown[row["example_id"]]["answers"][0]["tokens"]]
+            assert compute(row, row["images"]) == pytest.approx(expected, abs=1e-4)
+            assert compute(row, []) != pytest.approx(expected, abs=1e-2)
+    finally:
+        process.close()
+
+
+def test_a_model_that_is_used_with_another_processor_is_refused(illustrated, tmp_path):
+    folder = Path(shutil.copytree(illustrated, tmp_path / "other"))
+    file = folder / "runs/tiny/trained/model/processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    file.write_text(json.dumps(config))
+    example = Prepared(folder / "runs/tiny/prepared").table()["example_id"][0].as_py()
+    failed = invoke(folder, "show", example, "config.yaml", code=2)
+    assert "were prepared by another image processor" in failed.stderr
