@@ -47,7 +47,8 @@ FLOORS = {
     "prefcache.pipeline.stored": [
         "artifact claims disk_usage duckdb_connection id_lists key_index",
         "records",
-        "images memos overwrite_guard shards",
+        "images memos shards",
+        "overwrite_guard",
         "contradictions prepared row_writers verified_shards",
         "cache image_features",
         "cache_writer model_ids scoring_plan token_logps",

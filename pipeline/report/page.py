@@ -213,7 +213,13 @@ def _list_provenance(facts: Facts) -> Iterator[_Provenance]:
         "prepared data": facts.prepared_id,
         "made from": inputs.data,
         "tokenizer": inputs.tokenizer_id,
-        "shards": [*facts.prepared.shards, facts.prepared.quarantine],
+        **({"image processor": inputs.processor_id} if inputs.processor_id else {}),
+        "shards": [
+            *facts.prepared.shards,
+            *facts.prepared.images,
+            *facts.prepared.image_files,
+            facts.prepared.quarantine,
+        ],
         "chat template": facts.prepared.template,
         "date in the template": facts.prepared.date,
     }

@@ -1,6 +1,7 @@
 """The pictures of prepared examples, each stored once: Arrow shards next to the examples."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.images import UnusableImage, decode, image_tag
-from prefcache.pipeline.schema import IMAGES
+from prefcache.pipeline.schema import IMAGE_FILES, IMAGES
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.records import TableEntry
 
@@ -52,17 +53,20 @@ class FileStamp(NamedTuple):
         return None
 
 
-def explain_changed_files(folder: Path, entries: Sequence[TableEntry], since_ns: int) -> str | None:
-    """Say which of these files of pictures are not what they were; None if all are.
-
-    `entries` are tables of schema.IMAGE_FILES. Only what was touched since then is read.
-    """
-    first, n_changed = "", 0
+def read_stamps(folder: Path, entries: Sequence[TableEntry]) -> Iterator[FileStamp]:
+    """Yield the rows of tables of schema.IMAGE_FILES; none of one that cannot be read."""
     for entry in entries:
-        for batch in artifact.open_arrow_stream(folder / entry.file).to_batches():
-            for row in batch.to_pylist():
-                if why := FileStamp(**row).why_changed(since_ns):
-                    first, n_changed = first or why, n_changed + 1
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+            for batch in artifact.open_arrow_stream(folder / entry.file).cast(IMAGE_FILES).to_batches():
+                yield from (FileStamp(**row) for row in batch.to_pylist())
+
+
+def explain_changed_files(folder: Path, entries: Sequence[TableEntry], since_ns: int) -> str | None:
+    """Say which files of pictures are not what they were; None if all are. Only what was touched since then is read."""
+    first, n_changed = "", 0
+    for stamp in read_stamps(folder, entries):
+        if why := stamp.why_changed(since_ns):
+            first, n_changed = first or why, n_changed + 1
     if not n_changed:
         return None
     return first if n_changed == 1 else f"{n_changed:,} files of images have changed: {first}, for one"
@@ -80,8 +84,17 @@ class StoredImages:
     @cached_property
     def table(self) -> pa.Table:
         """The rows of schema.IMAGES, memory-mapped."""
-        tables = [artifact.open_arrow_stream(self._folder / entry.file) for entry in self._entries]
-        return pa.concat_tables(tables) if tables else IMAGES.empty_table()
+        tables = [IMAGES.empty_table()]
+        for entry in self._entries:
+            path = self._folder / entry.file
+            try:
+                tables.append(artifact.open_arrow_stream(path).cast(IMAGES))
+            except (OSError, ValueError, pa.ArrowException) as error:
+                reason = str(error).partition("\n")[0]
+                raise IntegrityError(
+                    f"{path} cannot be read ({reason}). Delete {self._folder} and prepare again (prefcache prepare CONFIG)."
+                ) from None
+        return pa.concat_tables(tables)
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:

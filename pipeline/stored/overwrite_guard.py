@@ -13,11 +13,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.images import read_stamps
 from prefcache.pipeline.stored.records import PreparedManifest
 from prefcache.pipeline.stored_paths import candidate_places
 
@@ -180,7 +182,9 @@ def _find_data(experiment: Path) -> Iterator[Path]:
     except IntegrityError:
         return
     entries = [entry for source in manifest.inputs.data for entry in source] if manifest else []
-    for name in [entry["file"] for entry in entries if isinstance(entry.get("file"), str)]:
+    names = [entry["file"] for entry in entries if isinstance(entry.get("file"), str)]
+    images = read_stamps(experiment / "prepared", manifest.image_files) if manifest else []
+    for name in chain(names, (stamp.path for stamp in images)):
         yield from candidate_places(name, experiment / "prepared")
 
 

@@ -64,6 +64,7 @@ def test_every_way_to_hold_or_name_a_picture_gives_the_same(data):
         {"bytes": ENCODED, "path": None},
         {"bytes": ENCODED, "path": "no such file"},
         {"bytes": None, "path": "pics/a b.png"},
+        {"bytes": TEXT, "path": None},  # as an export to JSON Lines writes them
         {"path": str(file)},
         {"url": f"data:image/png;base64,{TEXT}"},
         {"image_url": {"url": TEXT, "detail": "high"}},

@@ -49,6 +49,15 @@ def test_an_unknown_id_says_what_to_do(tmp_path):
         stored.encoded(id_of(PICTURES[1]))
 
 
+def test_a_shard_that_holds_something_else_says_what_to_do(tmp_path):
+    entry = commit(tmp_path, "0.arrow", [image_row(PICTURES[0])], IMAGES)
+    (tmp_path / "0.arrow").write_bytes(bytes(entry.bytes))
+    other = commit(tmp_path, "1.arrow", [], IMAGE_FILES)
+    for each in (entry, other):
+        with pytest.raises(IntegrityError, match=f"{each.file} cannot be read .* prepare again"):
+            len(StoredImages(tmp_path, [each]).table)
+
+
 def test_other_pixels_than_were_prepared_are_refused(tmp_path):
     row = image_row(PICTURES[0])
     other, broken = row | {"encoded": PICTURES[1].encoded}, row | {"encoded": PICTURES[0].encoded[:40]}

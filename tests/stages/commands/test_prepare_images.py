@@ -306,8 +306,17 @@ def test_other_settings_of_the_processor_make_it_stale(prepared):
 def test_records_are_not_read_again_with_other_pictures(prepared):
     """Values would be written next to records that they do not belong to."""
     prepared.draw("a.png", 3)
-    done = prepared.prefcache("export", "runs/seen", "out.jsonl", code=None)
-    assert done.returncode in (2, 5)
+    prepared.settings.append("score.parity_sample=0")
+    done = prepared.prefcache("import", *prepared.options(), code=5)
+    assert "data/pics/a.png has changed since runs/seen/prepared was prepared" in done.stderr
+
+
+def test_a_picture_that_was_read_is_never_overwritten(prepared):
+    before = encoded(prepared.pics / "a.png")
+    (prepared.root / "link.csv").hardlink_to(prepared.pics / "a.png")
+    asked = ["sql", "select 1", "runs/seen", "--out"]
+    done = prepared.prefcache(*asked, "link.csv", "--force", code=2)
+    assert "data that runs/seen was made from" in done.stderr and encoded(prepared.pics / "a.png") == before
 
 
 def test_a_damaged_picture_is_noticed(prepared):
