@@ -20,6 +20,7 @@ from prefcache.pipeline.preparing import chat_template
 from prefcache.pipeline.preparing.chat_template import ChatTemplate, TemplateLimit, read_template
 from prefcache.pipeline.preparing.example import IMAGE_MARK, Unusable
 from tests.helpers.project import ROOT
+from tests.helpers.real_tokenizers import trl_templates
 from tests.helpers.tokenizers import (
     DATE,
     GEMMA_CHAT,
@@ -105,6 +106,23 @@ def test_a_template_that_takes_texts_gets_texts(name):
     template = made(TEMPLATES[name], **SPECIAL)
     for message in (USER, SYSTEM, REPLY):
         assert template.split_content(message) is message
+
+
+SEEING = [name for name, text in trl_templates().items() if "'image'" in text or '"image"' in text]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_published_templates_print_pictures_as_in_transformers(pinned, name):
+    template = trl_templates()[name]
+    theirs = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Look "}, {"type": "image"}]},
+        *in_parts([{"role": "assistant", "content": "so"}, LAST]),
+    ]
+    ours = [{"role": "user", "content": f"{IMAGE_MARK}Look {IMAGE_MARK}"}, {"role": "assistant", "content": "so"}, LAST]
+    expected = build("byte-level", bos=True, template=template).apply_chat_template(
+        theirs, tokenize=False, add_generation_prompt=True
+    )
+    assert made(template, **SPECIAL).render(ours, add_generation_prompt=True) == expected
 
 
 def test_roles_may_differ_in_what_they_take():

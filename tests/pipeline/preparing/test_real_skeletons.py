@@ -21,11 +21,9 @@ SHAPES = ("u", "su", "suau", "uauau")
 NEMOTRON = ("3_5_lightning", "3_nano", "3_super", "3_ultra")
 FETCHED = ("qwen3", "qwen2_5", "llama3_1")  # gptoss comes without a template; TRL has one for it
 # Templates and shapes without a skeleton, and why. Every other template has one for each shape.
-PICTURES = "takes a content for a list of parts, and refuses a text"
 REWRITES = "begins an answer with a thought when it asks for one, and without when it prints one"
 MISSING = (
-    dict.fromkeys(["idefics3", "llava_next", "smolvlm"], (" ".join(SHAPES), PICTURES))
-    | dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], (" ".join(SHAPES), REWRITES))
+    dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], (" ".join(SHAPES), REWRITES))
     | dict.fromkeys([f"nemotron_{kind}" for kind in NEMOTRON], (" ".join(SHAPES), REWRITES))
     | {
         "cohere2": ("su suau", "compares a system message with others"),
