@@ -31,7 +31,7 @@ class Placeholders:
         prompt, at, spans = sequence.prompt_ids.astype("<i4").tobytes(), 0, list[Span]()
         for image in sequence.images:
             ids = self._expanded_ids(image)
-            if (begin := _find_ids(prompt, ids.tobytes(), at)) is None:
+            if (begin := find_ids(prompt, ids.tobytes(), at)) is None:
                 raise UsageError(
                     "The tokens of a picture merge with the text around them in some prompts, so that this engine cannot be asked for "
                     "exactly these tokens. Set score.engine=transformers."
@@ -49,7 +49,7 @@ class Placeholders:
         return self._by_size[size]
 
 
-def _find_ids(ids: bytes, wanted: bytes, start: int) -> int | None:
+def find_ids(ids: bytes, wanted: bytes, start: int) -> int | None:
     """Return the first place, from `start` on, at which these ids stand; both are little-endian int32."""
     at = ids.find(wanted, 4 * start)
     while at % 4 and at >= 0:

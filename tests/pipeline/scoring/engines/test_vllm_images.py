@@ -1,6 +1,5 @@
 """vLLM on prompts with images, on the CPU, against Transformers' plain forward."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 
 from prefcache.pipeline import image_processor
 from prefcache.pipeline.config import Score
-from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.schema import TokenSequence
@@ -61,11 +59,3 @@ def test_log_probs_are_those_of_the_plain_forward(vllm_python_for_images, monkey
     swapped = TokenSequence(second.prompt_ids, first.completion_ids, images=second.images)
     (other,) = score_plainly(Reference(data.folder), [swapped], data.images)
     assert np.abs(other - found[0]).max() > 1e-2
-
-
-def test_pictures_whose_tokens_merge_with_the_text_are_refused(vllm_python):
-    """Gemma 3's processor writes line ends around a picture, which merge with those of the chat template."""
-    data = Prompts(vision_models.save("gemma3"))
-    engine = data.engine(vllm_python)
-    with pytest.raises(UsageError, match=re.escape("merge with the text around them in some prompts")):
-        engine._placeholders.find(data.sequences[0])
