@@ -78,8 +78,9 @@ class Parts:
         for record in self.records:
             entry = getattr(record, name)
             if entry is not None:
-                with pa.memory_map(str(self.folder / entry.file)) as mapped:
-                    yield from pa.ipc.open_stream(mapped)
+                # Read and not mapped: the pages of a part's pictures would count as this process's memory.
+                with pa.OSFile(str(self.folder / entry.file)) as file:
+                    yield from pa.ipc.open_stream(file)
 
     def sum_counts(self, name: Literal["done", "quarantined"]) -> dict[str, int]:
         total: Counter[str] = Counter()
