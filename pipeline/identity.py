@@ -394,7 +394,7 @@ def numerics(engine: str, packages: Iterable[str], **facts: str) -> dict[str, st
 
 def tower_numerics(reference: Reference, device: str, dtype: str, attention: str) -> dict[str, str]:
     """How a vision tower computes features."""
-    optional = [*(["peft"] if reference.adapter else []), *(["bitsandbytes"] if reference.quantization else [])]
+    optional = [*(["peft"] if tower_adapter(reference) else []), *(["bitsandbytes"] if reference.quantization else [])]
     packages = ["torch", "transformers", *optional]
     return numerics("tower", packages, device=device, dtype=dtype, attention=attention)
 

@@ -154,8 +154,9 @@ class PictureSource(Protocol):
 class PromptImages:
     """The images of prompts as arrays for a model: decoded and processed when they are asked for."""
 
-    def __init__(self, processor: ImageProcessor, pictures: PictureSource) -> None:
-        self.processor, self.pictures = processor, pictures
+    def __init__(self, processor: ImageProcessor, pictures: PictureSource, features: Path | None = None) -> None:
+        """`features`: where a tower's features may be kept, if anywhere."""
+        self.processor, self.pictures, self.features = processor, pictures, features
 
     def inputs(self, image: bytes) -> dict[str, np.ndarray]:
         """Return the keywords of the model's get_image_features for one image."""

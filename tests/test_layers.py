@@ -82,7 +82,7 @@ FLOORS = {
         "finalize",
     ],
     "prefcache.pipeline.scoring": [
-        "baseline placeholders refusals vllm_worker",
+        "baseline kept_features placeholders refusals vllm_worker",
         "engines",
         "scored_inputs scorer",
         "actors",

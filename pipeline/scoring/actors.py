@@ -115,7 +115,7 @@ class ScoringActor:
                 f"({identity.differences(numerics, work.numerics)}). Install the same versions on every machine of the cluster."
             )
         sequences = Sequences(prepared.table())
-        images = prepared.prompt_images(work.reference.processor)
+        images = prepared.prompt_images(work.reference.processor, cache.folder.parent)
         self._scorer = Scorer(work.score, work.reference, work.numerics, cache, sequences, self._progress, images)
         self._scorer.check(list(work.sample))
         return Answer(None, self._progress.take())

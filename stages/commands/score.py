@@ -139,7 +139,7 @@ def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
     score, sequences = task.config.score, Sequences(task.examples)
     scorer: Scorer | actors.Pool
     if score.ray is None:
-        images = task.prepared.prompt_images(task.reference.processor)
+        images = task.prepared.prompt_images(task.reference.processor, cache.folder.parent)
         scorer = Scorer(score, task.reference, task.numerics, cache, sequences, progress, images)
     else:
         n_chunks = len(plan.chunks)

@@ -61,19 +61,23 @@ class TransformersEngine:
         from prefcache.pipeline.model.attention import choose_kernel
         from prefcache.pipeline.model.forward import Forward
         from prefcache.pipeline.model.lm_head import set_head_dtype
-        from prefcache.pipeline.model.vision import Vision, VisionTower
+        from prefcache.pipeline.model.vision import Vision
         from prefcache.pipeline.scoring.baseline import load_frozen
+        from prefcache.pipeline.scoring.kept_features import KeptFeatures
 
         device = _choose_device(score)
         dtype, kernel = resolve_dtype(reference.folder, score, device), choose_kernel(reference.folder, score.attention)
         model = load_frozen(reference, dtype, score.attention, device)
         set_head_dtype(model, _choose_head_dtype(reference, score, device), frozen=True)
-        vision = Vision(model, VisionTower(model, images), images) if images else None
+        self._features = KeptFeatures(model, images, reference, device, dtype, kernel) if images else None
+        vision = Vision(model, self._features) if self._features else None
         self._forward = Forward(model, kernel, score.rows, dtype, "score.rows", vision)
         self._budget = score.tokens_per_batch or (2_048 if device == "cpu" else 16_384)
         self.facts: dict[str, Any] = {}
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        if self._features:
+            self._features.compute({image for sequence in sequences for image in sequence.images})
         if self._forward.layout is None:
             with working("try the layouts of rows"):
                 self._forward.choose_layout(sequences, self._score)
@@ -84,7 +88,7 @@ class TransformersEngine:
     def close(self) -> None:
         import torch
 
-        self._forward.model = None
+        self._forward.model = self._forward.vision = self._features = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -144,6 +144,28 @@ def test_the_tower_is_in_memory_only_until_its_pictures_are_computed(scored, mon
     assert "computes" not in said(second)
 
 
+def test_scoring_and_training_compute_each_picture_once_together(tmp_path, monkeypatch):
+    from prefcache.pipeline.model import vision
+
+    project = vision_data.write_project(tmp_path, vision_models.save(GEMMA))
+    n_pictures, encoded = len(Prepared(project / "runs/tiny/prepared").images()), []
+    encode_image = vision.encode_image
+
+    def note(model, inputs):
+        encoded.append(inputs)
+        return encode_image(model, inputs)
+
+    for module in ("scoring.kept_features", "training.run_images", "model.vision"):
+        monkeypatch.setattr(f"prefcache.pipeline.{module}.encode_image", note)
+    # The sample is checked by the plain forward from pixels, without features.
+    invoke(project, "score", "config.yaml", *options("score.parity_sample=2"))
+    run = train(project, "after")
+    assert len(encoded) == n_pictures > 10 and len(stores(project)) == 1
+    assert metrics(run)[0]["rewards/margins"] == 0
+    train(project, "bf16", "train.weights=bfloat16")
+    assert len(encoded) == 2 * n_pictures and len(stores(project)) == 2, "another dtype, other features"
+
+
 def test_a_store_belongs_to_the_weights_of_its_tower(scored, tmp_path):
     project = scored(QWEN)
     train(project, "reference")
