@@ -137,6 +137,12 @@ class Policy:
     def _choose_layout(self, like: Sequence[TokenSequence]) -> None:
         with working("try the layouts of rows"), self.accelerator.autocast():
             self._calls.choose_layout(like)
+        if self.sharded and self.forward.vision and self.forward.layout == "padded":
+            # Each layer waits for all processes, and they would compute it a different number of times.
+            raise UsageError(
+                f"Rows are padded ({self.forward.layout_reason or 'train.rows'}), and each sequence with images then takes a forward of "
+                "its own, whose number differs among processes that share a sharded model. Set train.shard=none, or train.rows=auto."
+            )
 
     def _change_kernels(self, like: Sequence[TokenSequence]) -> None:
         """On a GPU, take the kernels that the settings ask for."""

@@ -16,6 +16,7 @@ from prefcache.pipeline.config import Config, Lora, Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import attention, trainable
+from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.tokenizer import refuse_own_code
 from prefcache.pipeline.training import flops, gpus, micro_batch_size, run_inputs
 from prefcache.pipeline.training.gpus import Gpu
@@ -160,6 +161,8 @@ class RunEstimate:
                 f"the frozen weights are counted in {self.train.lora.base_dtype if self.train.lora else 'float32'}; "
                 f"in {self.start.quantization} (score.quantization) they take less"
             )
+        if self.train.vision == "trained" and Prepared(self.config.prepared).manifest.images:
+            yield "the vision tower is trained (train.vision): its memory and arithmetic are not counted"
         if self.train.offload:
             yield "what waits in the host's memory (train.offload) is counted as if it stayed on the GPU"
         if self.processes > 1:
