@@ -96,12 +96,15 @@ def model_cost(model: Any, *, backward: bool = True) -> Cost:
 
 
 def _tower_cost(model: Any, backward: bool) -> float:
-    """Multiplications of the tower for one token of an image, which several patches make up. Its attention is left out."""
+    """Multiplications of a trained tower for one token of an image, which several patches make up.
+
+    Its attention is left out, and so is what its features do not depend on, which is frozen (vision.freeze_unused).
+    """
     tower, cost = tower_modules(model), 0.0
     for name, module in model.named_modules():
         if module in tower and not isinstance(module, torch.nn.Embedding):
             per_token = 1 if _PROJECTOR.search(name) else _patches_of_token(model.config)
-            matrices = [weight for weight in module.parameters(recurse=False) if weight.ndim > 1]
+            matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1 and p.requires_grad]
             cost += per_token * sum(_passes(weight, backward) * weight.numel() for weight in matrices)
     return cost
 

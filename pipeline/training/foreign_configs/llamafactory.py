@@ -104,7 +104,7 @@ _IGNORED = {
     "block_diag_attn": "rows are packed where that is exact (train.rows)",
 }
 _PREFIXES = {
-    "freeze_": "for finetuning_type: freeze, and for models with images",
+    "freeze_": "for finetuning_type: freeze",
     "oft_": "for finetuning_type: oft",
     "module_dropout": "for finetuning_type: oft",
     "ppo_": "for stage: ppo",
@@ -231,6 +231,7 @@ def convert(given: Mapping[str, Any], folder: Path) -> Converted:
     else:
         converted.differs["finetuning_type"] = "all weights are trained; train.lora trains LoRA adapters"
     _convert_models(converted)
+    _convert_tower(converted, is_lora)
     _convert_precision(converted, is_lora)
     converted.put_same(_SAME)
     hf_trainer.explain_trainer(converted, _IGNORED, _PREFIXES, _DIFFERS, _READ_HERE)
@@ -445,6 +446,27 @@ def _convert_models(converted: Converted) -> None:
         )
     elif adapters:  # trained further, against the model without it
         converted.put("adapter_name_or_path", "train.model", adapters[0])
+
+
+def _convert_tower(converted: Converted, is_lora: bool) -> None:
+    """Say what becomes of a vision tower and its projector, which are frozen by default in both programs."""
+    given, keys = converted.given, ("freeze_vision_tower", "freeze_multi_modal_projector")
+    frozen = {key: given.get(key) is not False for key in keys}
+    for key in keys:
+        if key not in given:
+            continue
+        if frozen[key]:
+            converted.became[key] = "train.vision: frozen"
+        elif is_lora:
+            converted.differs[key] = "an adapter leaves the vision tower as it is (train.vision is frozen)"
+        elif not any(frozen.values()):
+            converted.put(key, "train.vision", "trained")
+        else:
+            converted.differs[key] = (
+                "the vision tower is trained with its projector or not at all: train.vision is frozen or trained"
+            )
+    if given.get("freeze_language_model"):
+        converted.differs["freeze_language_model"] = "the language model is always trained"
 
 
 def _convert_precision(converted: Converted, is_lora: bool) -> None:

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from prefcache.pipeline import image_processor
+from prefcache.pipeline.identity import Reference
+from prefcache.pipeline.model import weights
+from prefcache.pipeline.model.vision import encode_image, freeze_unused
 from prefcache.pipeline.training.flops import Work, count_work, model_cost, peak_flops
+from tests.helpers import vision_models
 from tests.helpers.models import build, sequence, start_forward
 
 PROMPTS = [sequence(n, 2).prompt_ids for n in (9, 4)]
@@ -117,3 +122,20 @@ def test_a_runs_steps_say_their_arithmetic_and_no_share_of_a_peak_on_a_cpu(prefc
     cut = json.loads(prefcache("sql", query + ", run", "runs/tiny", "--json").stdout)
     totals = np.array([row["flops"] for row in cut]).reshape(-1, 2).sum(0)
     assert totals[0] == pytest.approx(totals[1], rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "size"), [("qwen2.5-vl", (32, 48)), ("gemma3", (32, 32)), ("smolvlm", (32, 32))])
+def test_a_tower_costs_its_matrix_products_for_each_token_of_an_image(name, size):
+    """Counted while it runs, without its attention; forward only, since the patches' own gradient is not needed."""
+    folder = vision_models.save(name)
+    model = vision_models.load(folder)
+    inputs = image_processor.load(folder).process(np.asarray(vision_models.picture(*size))).inputs
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = encode_image(model, inputs)
+    freeze_unused(model, [inputs])
+    products = ("mm", "addmm", "convolution", "bmm")
+    ran = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).rpartition(".")[2] in products)
+    counted = model_cost(model, backward=False).flops(Work(0, 0, 0, image_tokens=len(features.embeds_ND)))
+    assert counted == pytest.approx(ran, rel=0.02)
+    text = weights.load_base(Reference(folder), "float32", "sdpa", "cpu", "language")
+    assert model_cost(text).position == model_cost(model).position and model_cost(text).image_token == 0

@@ -195,3 +195,20 @@ def test_the_config_trains(prefcache, model, tmp_path, more):
     for stage in ("prepare", "score", "train"):
         done = prefcache(stage, "mine.yaml", "--set", "train.max_steps=2")
     assert "2 steps with loss" in done.stdout and (tmp_path / "saves/llama3-8b/lora/dpo/trained/model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ({"freeze_vision_tower": True}, None),
+        ({"freeze_vision_tower": False, "freeze_multi_modal_projector": False}, "trained"),
+        ({"freeze_vision_tower": False}, "differs"),
+        ({"freeze_vision_tower": False, "freeze_multi_modal_projector": False, "finetuning_type": "lora"}, "differs"),
+    ],
+    ids=["frozen", "trained", "tower alone", "with an adapter"],
+)
+def test_a_vision_tower_is_frozen_or_trained_as_there(convert, theirs, expected):
+    found = convert(SMALLEST | {"finetuning_type": "full"} | theirs)
+    assert found.config["train"].get("vision") == (expected if expected == "trained" else None)
+    assert ("freeze_vision_tower" in found.differs) is (expected == "differs")
+    assert "freeze_vision_tower" not in found.ignored
