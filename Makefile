@@ -1,4 +1,5 @@
 # make prepare score train                                      the demo, from nothing to a trained policy
+# make prepare score train CONFIG=data/images-demo/config.yaml  the demo with pictures
 # make prepare score train CONFIG=my.yaml                       your own config
 # make prepare score train MODEL=org/name DATA=pairs.jsonl OUT=runs/x
 # make train RUN=ipo SET="train.loss=ipo train.beta=0.5"        another run on the same cache
@@ -18,6 +19,7 @@ VLLM_CONSTRAINTS := tests/constraints-vllm.txt
 VLLM_VERSION := 0.32.0
 DEMO_CONFIG := data/demo/config.yaml
 DEMO_REFERENCE := data/demo/reference/model.safetensors
+IMAGES_DEMO := data/images-demo/pairs.jsonl data/images-demo/reference/model.safetensors
 
 # A model or data of your own starts from an empty config, not from the demo's.
 ifeq ($(origin CONFIG),undefined)
@@ -58,7 +60,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-gpu gpu-ledger compare-tokenizers real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-images bench-gpu gpu-ledger compare-tokenizers real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -70,7 +72,7 @@ train: $(TRAINED)
 report: $(REPORT)
 	@echo "report: up to date, $<"
 
-$(PREPARED): $(CONFIG) $(DATA_STAMP) | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE)))
+$(PREPARED): $(CONFIG) $(DATA_STAMP) | $(INSTALLED) $(if $(filter $(DEMO_CONFIG),$(CONFIG)),$(if $(MODEL),,$(DEMO_REFERENCE))) $(if $(filter data/images-demo/config.yaml,$(CONFIG)),$(IMAGES_DEMO))
 	$(strip $(BIN)/prefcache prepare $(CONFIG) $(DATA_SETTINGS))
 	$(made)
 $(SCORED): $(PREPARED) $(CONFIG) $(DATA_STAMP)
@@ -102,10 +104,14 @@ $(PREPARED): $(prepared_from)
 $(SCORED): $(scored_from)
 $(TRAINED): $(trained_from)
 # An input that vanishes is no error of make's: the stage reports it.
-$(sort $(filter-out $(DEMO_REFERENCE),$(prepared_from) $(scored_from) $(trained_from))): ;
+$(sort $(filter-out $(DEMO_REFERENCE) $(IMAGES_DEMO),$(prepared_from) $(scored_from) $(trained_from))): ;
 
 $(DEMO_REFERENCE): | $(INSTALLED)
 	$(BIN)/python data/demo/make_reference.py
+data/images-demo/pairs.jsonl: | $(INSTALLED)
+	$(BIN)/python data/images-demo/make_pairs.py
+data/images-demo/reference/model.safetensors: | $(INSTALLED)
+	$(BIN)/python data/images-demo/make_reference.py
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -184,6 +190,8 @@ bench-sql: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.sql
 bench-ui: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.ui
+bench-images: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.images
 # Does fastokens give this model's tokenizer the same ids? A quarter of an hour, mostly of random texts.
 compare-tokenizers: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.tokenizers $(MODEL) $(if $(DATA),--data $(DATA))

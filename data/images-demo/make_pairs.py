@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 SEED = 23
 N_PAIRS = 1200
-SIZE = 48  # pixels of a picture's sides
+SIZE = 32  # pixels of a picture's sides
 # In a circle: a wrong answer names the next one.
 COLOURS = {
     "red": (214, 39, 40),
@@ -28,7 +28,7 @@ COLOURS = {
     "purple": (140, 60, 170),
 }
 SHAPES = ("circle", "square", "cross", "triangle")
-BACKGROUNDS = ((250, 250, 250), (230, 225, 215), (40, 44, 52))
+BACKGROUNDS = ((250, 250, 250), (230, 225, 215), (215, 225, 235))
 QUESTIONS = (
     "What is in the picture?",
     "Describe the picture.",
@@ -42,8 +42,8 @@ def draw(rng, colour, shape):
     """A shape of a random size, about in the middle."""
     picture = Image.new("RGB", (SIZE, SIZE), rng.choice(BACKGROUNDS))
     pen = ImageDraw.Draw(picture)
-    size = rng.randint(SIZE // 2, 2 * SIZE // 3)
-    left, top = ((SIZE - size) // 2 + rng.randint(-4, 4) for _ in range(2))
+    size = rng.randint(2 * SIZE // 3, 5 * SIZE // 6)
+    left, top = ((SIZE - size) // 2 + rng.randint(-2, 2) for _ in range(2))
     right, bottom, third = left + size, top + size, size // 3
     paint = {"fill": COLOURS[colour]}
     if shape == "circle":
