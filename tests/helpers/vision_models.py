@@ -271,10 +271,12 @@ def save(name: str, *, wide: bool = False) -> Path:
 
     A wide model has heads of 32, the smallest that vLLM's kernels for CPUs take.
     """
-    family, folder = (
-        _widen(FAMILIES[name]) if wide else FAMILIES[name],
-        Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_FOLDER.name)),
-    )
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_FOLDER.name))
+    write(folder, _widen(FAMILIES[name]) if wide else FAMILIES[name])
+    return folder
+
+
+def write(folder: Path, family: Family) -> None:
     tokenizer = tokenizers.build("byte-level", template=family.template)
     tokenizer.add_special_tokens({"additional_special_tokens": list(family.specials)})
     if family.named:
@@ -295,7 +297,16 @@ def save(name: str, *, wide: bool = False) -> Path:
         kind = "Qwen3VLVideoProcessor" if "Qwen3" in family.config else "Qwen2VLVideoProcessor"
         video = {"video_processor_type": kind, "patch_size": 4}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
-    return folder
+
+
+def resize(name: str, text_config: dict[str, Any], vision_config: dict[str, Any], **image_settings: Any) -> Family:
+    """Return the family with a model of another size and pictures of another size."""
+    family = FAMILIES[name]
+    model = family.model | {
+        "text_config": family.model["text_config"] | text_config,
+        "vision_config": family.model["vision_config"] | vision_config,
+    }
+    return replace(family, model=model, image_settings=image_settings)
 
 
 def _widen(family: Family) -> Family:
@@ -310,7 +321,7 @@ def _widen(family: Family) -> Family:
 
 def _configure(family: Family, tokenizer: Any) -> dict[str, Any]:
     ids = tokenizer.convert_tokens_to_ids
-    text = family.model["text_config"] | {"vocab_size": len(tokenizer)}
+    text = {"vocab_size": len(tokenizer)} | family.model["text_config"]
     more: dict[str, Any] = {"tie_word_embeddings": False}
     for token in ("<image_soft_token>", "<|image_pad|>", "<IMG_CONTEXT>", "[IMG]", "<image>"):
         if token in family.specials:
