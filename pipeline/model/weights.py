@@ -111,6 +111,16 @@ def _model_class(folder: Path) -> Any:
     return _get_model_class(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 
 
+def make_language_model(config: Any, **options: Any) -> Any:
+    """Make the model of a config with random weights; of one that sees images, without its tower."""
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    model_class = _get_model_class(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    model = part_class(model_class, "language")._from_config(config, **options)
+    model.__class__ = model_class
+    return model
+
+
 def read_tower(folder: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of the model's tower as they are stored, by their names in the model."""
     dtypes = {dtype for file in select_weights(folder).files for dtype in tensor_dtypes(file)} & _DTYPES.keys()

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from prefcache.pipeline import model_config, model_files
 from prefcache.pipeline.config import Config, Lora, Train
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.identity import Reference
-from prefcache.pipeline.model import attention, trainable
+from prefcache.pipeline.model import attention, trainable, weights
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.tokenizer import refuse_own_code
 from prefcache.pipeline.training import flops, gpus, micro_batch_size, run_inputs
@@ -222,7 +222,7 @@ def read_config(start: Reference) -> Any:
 def make_meta_model(config: Any, lora: Lora | None) -> Any:
     """Make the model without memory for its weights; with an adapter in its layers, if one is trained."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = weights.make_language_model(config)
         if lora is not None:
             trainable.create_adapter(model, lora, seed=0)
     return model

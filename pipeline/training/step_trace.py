@@ -4,6 +4,7 @@ The program's own step (`Policy.update`) runs on fake tensors, so what is counte
 """
 
 import contextlib
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +19,18 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from prefcache.pipeline.config import Train
-from prefcache.pipeline.model import attention, layer_kernels, trainable
-from prefcache.pipeline.model.device import kind_of
+from prefcache.pipeline.model import attention, layer_kernels, trainable, weights
+from prefcache.pipeline.model.device import kind_of, to_device
 from prefcache.pipeline.model.logprobs import Logps
 from prefcache.pipeline.model.offload import OffloadedInputs
 from prefcache.pipeline.model.packed_row import lay_out
+from prefcache.pipeline.model.tower import tower_names
 from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, replaced, trace_gpu
+from prefcache.pipeline.model.vision import ImageFeatures, Vision
 from prefcache.pipeline.schema import PAIRS, TokenSequence
 from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.training import distributed, optimizers
@@ -46,6 +50,7 @@ class Lengths(NamedTuple):
     prompt: int
     chosen: int
     rejected: int
+    image: int = 0  # of the prompt's, those that stand for a picture
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,14 @@ def trace_step(
 ) -> StepCost:
     """Trace a process's step on these pairs, the second one of a run: the optimizer has its state.
 
-    `config` is a Transformers config or a folder that holds one. Several `processes` share a sharded model (train.shard: fsdp);
+    `config` is a Transformers config or a folder that holds one. A vision tower is frozen and not in memory. Several `processes` share a sharded model (train.shard: fsdp);
     what passes between them is counted as memory traffic alone. `kind` is the device's (see traced_gpu).
     """
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config, trust_remote_code=False)
     with trace_gpu(kind) as trace, _fake_processes(processes, trace):
         policy = TracedPolicy(make_model(config, train, trace), train, trace, processes)
-        examples, objective = make_examples(pairs), Objective(train)
+        examples, objective = make_examples(pairs, getattr(config, "image_token_id", 0)), Objective(train)
         policy.make_optimizer_state()
         trace.phase = "forward"
         trace.restart()
@@ -129,10 +134,8 @@ def trace_step(
 def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:
     """Make the policy that trainable.load would load."""
     dtype = getattr(torch, train.lora.base_dtype if train.lora else train.weights)
-    with GPU:
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa"
-        )
+    with GPU, no_init_weights():  # of fake weights, which some initializations would draw again and again
+        model = weights.make_language_model(config, dtype=dtype, attn_implementation="sdpa")
         adapter = trainable.create_adapter(model, train.lora, train.seed) if train.lora else None
     model.eval()
     if train.gradient_checkpointing:
@@ -152,13 +155,16 @@ def _note_gradient(trace: Trace, parameter: torch.Tensor) -> None:
         trace.phase = "layers"
 
 
-def make_examples(pairs: Sequence[Lengths]) -> Examples:
+def make_examples(pairs: Sequence[Lengths], image_token: int = 0) -> Examples:
     """Examples of these lengths. Prompts differ, and the answers of a pair from their first token on."""
     rows = []
     for i, lengths in enumerate(pairs):
         row: dict[str, Any] = dict.fromkeys(PAIRS.names)
         row |= {"example_id": str(i), "prompt": "", "n_prompt": lengths.prompt}
         row["prompt_ids"] = np.full(lengths.prompt, i, np.int32)
+        if lengths.image:
+            row["prompt_ids"][1 : 1 + lengths.image] = image_token
+            row["images"] = [_name_image(i, lengths.image)]
         for token, name in enumerate(("rejected", "chosen")):
             n = getattr(lengths, name)
             row |= {f"{name}_ids": np.full(n, token, np.int32), f"n_{name}": n}
@@ -166,6 +172,38 @@ def make_examples(pairs: Sequence[Lengths]) -> Examples:
         rows.append(row)
     columns = {f"ref_{name}_logp": np.zeros(len(pairs)) for name in ("chosen", "rejected")}
     return Examples(SplitData(pa.Table.from_pylist(rows, schema=PAIRS), columns, ("chosen", "rejected")))
+
+
+def _name_image(number: int, n_tokens: int) -> bytes:
+    """The id of a picture that exists by its size alone."""
+    return struct.pack("<QQ", number, n_tokens)
+
+
+class _TracedVision(Vision):
+    """Counts positions as those of text, since their values cost nothing."""
+
+    def _count_by_grid(self, prompt: bytes, grids: tuple[tuple[int, ...], ...]) -> np.ndarray:
+        return np.tile(np.arange(len(prompt) // 4), (3, 1))
+
+
+class TracedImages:
+    """What a frozen tower made of pictures, read from the host's memory: as RunImages gives it, but without values."""
+
+    trains_tower = False
+
+    def attach(self, model: Any, device: torch.device) -> Vision:
+        self._width, self._dtype, self._device = model.config.get_text_config().hidden_size, model.dtype, device
+        return _TracedVision(model, self)
+
+    def describe(self, model: Any) -> list[str]:
+        return []
+
+    def features(self, images: Sequence[bytes]) -> list[ImageFeatures]:
+        return [self._make(struct.unpack("<QQ", image)[1]) for image in images]
+
+    def _make(self, n_tokens: int) -> ImageFeatures:
+        embeds_ND = to_device(torch.empty(n_tokens, self._width, dtype=self._dtype), self._device)
+        return ImageFeatures(embeds_ND, grid=(1, 1, n_tokens))
 
 
 @dataclass
@@ -239,7 +277,8 @@ class TracedPolicy(Policy):
         self.train, self.sharded, self._trace = train, processes > 1, trace
         self.accelerator: Any = TracedAccelerator(trace, mixed_precision(train, on_gpu=True))
         shortest = TokenSequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
-        self._set_up(trained, "sdpa", [shortest], print)
+        images: Any = TracedImages() if tower_names(trained.model) else None
+        self._set_up(trained, "sdpa", [shortest], print, images)
         trace.assign("weights", map(_local, self._parameters.values()))
         if type(self._optimizer).__module__.startswith("torchao"):
             self._optimizer.step = self._count_as_compiled(self._optimizer.step)

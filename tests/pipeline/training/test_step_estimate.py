@@ -89,4 +89,4 @@ def test_the_least_time_is_bounded_by_arithmetic_and_by_traffic():
 
 @pytest.mark.parametrize("tokens", [2, 511, 900, 4096])
 def test_pairs_take_as_many_tokens_as_are_asked_for(tokens):
-    assert sum(p + c - 1 + r - 1 for p, c, r in cut_pairs(MEAN, tokens)) == tokens
+    assert sum(p + c - 1 + r - 1 for p, c, r, _ in cut_pairs(MEAN, tokens)) == tokens

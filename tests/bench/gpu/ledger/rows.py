@@ -22,6 +22,7 @@ from prefcache.pipeline.model import attention
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.lm_head import choose_head_dtype, set_head_dtype
 from prefcache.pipeline.model.traced_gpu import GPU, Op, Trace, trace_gpu
+from prefcache.pipeline.model.weights import make_language_model
 from prefcache.pipeline.schema import TokenSequence
 from prefcache.pipeline.training.gpus import Gpu, find_gpu
 from prefcache.pipeline.training.losses import LOSSES
@@ -38,7 +39,7 @@ from prefcache.pipeline.training.step_trace import (
     trace_step,
 )
 from tests.bench.gpu.ledger import trl_step
-from tests.bench.gpu.ledger.models import MODELS, make_config, step_pairs
+from tests.bench.gpu.ledger.models import IMAGE_TOKENS, MODELS, make_config, step_pairs
 from tests.bench.gpu.ledger.trl_step import TrlSettings, trace_trl
 
 LAUNCH_SECONDS = 4e-6
@@ -72,10 +73,18 @@ class Row:
 
 def rows() -> Iterator[Row]:
     yield from _shallow_rows("0.5B-4-layers")
-    for model in list(MODELS)[1:]:
+    for model in [name for name in list(MODELS)[1:] if name not in IMAGE_TOKENS]:
         yield from _shard_rows(model) if model == "70B" else _full_rows(model)
         yield from _lora_rows(model)
         yield Row(model, "scorer", optimizer="none", checkpointing=False)
+    for model in IMAGE_TOKENS:
+        yield from _image_rows(model)
+
+
+def _image_rows(model: str) -> Iterator[Row]:
+    ours = functools.partial(Row, model, "prefcache", "cached")
+    yield from (ours(), ours(checkpointing=False), ours(optimizer="adamw_8bit", release_gradients=True), ours(lora=16))
+    yield ours(processes=8)
 
 
 def _shallow_rows(model: str) -> Iterator[Row]:
@@ -131,7 +140,7 @@ def train_settings(row: Row) -> Train:
 
 def trace_row(row: Row, layers: int | None = None) -> tuple[Row, StepCost]:
     """Trace a row; return it with the batches that were chosen."""
-    config, pairs = make_config(row.model, layers), step_pairs()
+    config, pairs = make_config(row.model, layers), step_pairs(model=row.model)
     if row.trainer == "trl":
         return _trace_trl_row(row, pairs, layers)
     traced: dict[str, Callable[[], StepCost]] = {
@@ -301,9 +310,10 @@ def step_seconds(cost: StepCost, name: str) -> float:
 
 def count_needed_flops(model: str, lora: int | None) -> float:
     """Arithmetic that no technique leaves out, forward and backward: a prompt once, no padding, causal attention."""
-    config, pairs = make_config(model), step_pairs()
+    whole, pairs = make_config(model), step_pairs(model=model)
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config)
+        made = make_language_model(whole)
+    config = whole.get_text_config()
     layers = 0.0
     for name, p in made.named_parameters():
         if ".layers." in name and p.ndim == 2:
@@ -312,7 +322,7 @@ def count_needed_flops(model: str, lora: int | None) -> float:
             layers += p.numel() * config.num_experts_per_tok / len(p)
     n_tokens = sum(pair.prompt + pair.chosen + pair.rejected - 2 for pair in pairs)
     n_head = sum(pair.chosen + pair.rejected for pair in pairs)
-    groups = [[TokenSequence(np.zeros(p), np.full(n, token)) for token, n in ((1, c), (0, r))] for p, c, r in pairs]
+    groups = [[TokenSequence(np.zeros(p), np.full(n, token)) for token, n in ((1, c), (0, r))] for p, c, r, _ in pairs]
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)  # fmt: skip
     linear = 2 * (n_tokens * layers + n_head * config.hidden_size * config.vocab_size)
     passes = 2 if lora else 3
