@@ -124,7 +124,9 @@ def test_a_runs_steps_say_their_arithmetic_and_no_share_of_a_peak_on_a_cpu(prefc
     assert totals[0] == pytest.approx(totals[1], rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "size"), [("qwen2.5-vl", (32, 48)), ("gemma3", (32, 32)), ("smolvlm", (32, 32))])
+@pytest.mark.parametrize(
+    ("name", "size"), [("qwen2.5-vl", (32, 48)), ("smolvlm", (32, 32)), ("internvl", (32, 32)), ("mistral3", (32, 48))]
+)
 def test_a_tower_costs_its_matrix_products_for_each_token_of_an_image(name, size):
     """Counted while it runs, without its attention; forward only, since the patches' own gradient is not needed."""
     folder = vision_models.save(name)
