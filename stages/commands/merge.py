@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from prefcache.command_results import MergeResult
-from prefcache.pipeline import identity, model_config, model_files
+from prefcache.pipeline import identity, image_processor, model_config, model_files
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.model import weights
@@ -57,6 +57,7 @@ def run(folder: Path, output: Path | None, dtype: str | None, progress: Progress
             merged.to(getattr(torch, dtype)).save_pretrained(temporary)
         del merged
         load_tokenizer(reference.tokenizer).save_pretrained(temporary)
+        image_processor.copy_settings(reference.processor, temporary)
         deviation = np.abs(_logps(_load(Reference(temporary)), sequences) - unmerged)
         largest, mean, effect = (
             float(deviation.max()),

@@ -208,6 +208,19 @@ def test_the_saved_model_computes_what_the_policy_did(scored, name, settings):
     assert ours != recorded(train(project, "other", "train.learning_rate=1e-5"))
 
 
+def test_a_merged_adapter_is_a_whole_model(scored):
+    project, start = scored(GEMMA), vision_models.save(GEMMA)
+    keep_processor(project, start)
+    run = train(project, "to-merge", "train.lora={r: 4}")
+    invoke(project, "merge", run)
+    merged, before = tower_of(run / "merged"), tower_of(start)
+    assert all(torch.equal(merged[key], value) for key, value in before.items())
+    assert image_processor.load(run / "merged").id == image_processor.load(start).id
+    ours, theirs = recorded(run), computed(project, vision_models.load(run / "merged"))
+    for example in ours:
+        assert ours[example] == pytest.approx(theirs[example], abs=2e-3)
+
+
 def test_damaged_features_are_noticed_and_computed_again(scored):
     project = scored(QWEN)
     expected = losses(train(project, "whole"))
