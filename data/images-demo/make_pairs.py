@@ -21,7 +21,7 @@ SIZE = 32  # pixels of a picture's sides
 # In a circle: a wrong answer names the next one.
 COLOURS = {
     "red": (214, 39, 40),
-    "orange": (255, 127, 14),
+    "pink": (244, 140, 190),
     "yellow": (240, 215, 40),
     "green": (44, 160, 44),
     "blue": (31, 90, 200),

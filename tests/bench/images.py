@@ -239,6 +239,7 @@ def trl(name: str, folder: Path, n_pairs: int) -> Steps:
         trains_tower=name == "trl",
         learning_rate=RATE,
         lr_scheduler_type="constant",
+        warmup_steps=0,
     )
 
     def steps() -> list[float]:

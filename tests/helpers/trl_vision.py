@@ -14,6 +14,25 @@ from prefcache.pipeline import image_processor
 Row = dict[str, Any]  # prompt, chosen and rejected as messages, and images
 
 
+_ARGUMENTS: Row = {
+    "num_train_epochs": 1,
+    "train_sampling_strategy": "sequential",
+    "beta": 0.1,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "max_length": None,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
 class InOrder(DPOTrainer):
     """Takes the rows in their order and keeps every loss in full."""
 
@@ -35,25 +54,9 @@ def make_trainer(folder: Path, rows: list[Row], out: Path, *, batch: int, trains
         model=model,
         ref_model=AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32),
         args=DPOConfig(
+            **_ARGUMENTS | {"warmup_steps": len(rows) // batch // 10} | settings,
             output_dir=str(out),
             per_device_train_batch_size=batch,
-            num_train_epochs=1,
-            train_sampling_strategy="sequential",
-            beta=0.1,
-            lr_scheduler_type="cosine",
-            warmup_steps=len(rows) // batch // 10,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            max_length=None,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **settings,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
