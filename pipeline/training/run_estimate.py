@@ -116,6 +116,7 @@ class RunEstimate:
             adapter = ["train.lora.base_dtype=bfloat16", "train.gradient_checkpointing=true"]
             adapter += ["train.weights=float32"] if train.weights != "float32" else []
             adapter += ["train.release_gradients=false"] if train.release_gradients else []
+            adapter += ["train.vision=frozen"] if train.vision == "trained" else []
             yield Saving(adapter, adapter, self.processes)
             steps = [["train.gradient_checkpointing=true"], ["train.weights=bfloat16"]]
             if train.shard != "fsdp":  # quantized moments are not sharded

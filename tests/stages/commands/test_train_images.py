@@ -1,5 +1,6 @@
 """Training on prompts with pictures: the frozen tower computes each once and is not loaded; or the tower is trained as well."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -355,6 +356,17 @@ def test_on_text_alone_the_tower_is_not_loaded_and_stays(tmp_path, monkeypatch):
         after = tower_of(run / "model")
         assert all(torch.equal(after[key], value) for key, value in tower_of(start).items())
     assert "no example has a picture" in said(run)
+
+
+@pytest.mark.parametrize("vision", ["frozen", "trained"])
+def test_a_dry_run_says_what_a_run_takes_without_the_tower(scored, vision):
+    project = scored(QWEN)
+    done = invoke(project, "train", "config.yaml", "--dry-run", "--json", *options(f"train.vision={vision}"))
+    plan = json.loads(done.stdout)
+    language = weights.load_base(Reference(vision_models.save(QWEN)), "float32", "sdpa", "cpu", "language")
+    assert plan["parameters"] == plan["trained_parameters"] == sum(p.numel() for p in language.parameters())
+    noted = [note for note in plan["notes"] if "the vision tower is trained" in note]
+    assert len(noted) == (vision == "trained")
 
 
 def test_what_is_not_supported_is_refused_with_a_sentence(scored, model, tmp_path):
