@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 SEED = 23
 N_PAIRS = 1200
 SIZE = 32  # pixels of a picture's sides
-# In a circle: a wrong answer names the next one.
+# The reference often takes one for the next, in a circle.
 COLOURS = {
     "red": (214, 39, 40),
     "pink": (244, 140, 190),
@@ -58,17 +58,17 @@ def draw(rng, colour, shape):
     return picture
 
 
-def answers(rng, colour, shape):
-    """A right description, and the same with the next colour or the next shape."""
+def answers(rng, colour, shape, steps=(1, 1, 2, 3)):
+    """A right description, and the same with a colour or a shape that is some steps further."""
     sentence = rng.choice(SENTENCES)
-    right = {"colour": colour, "shape": shape}
-    wrong = {"colour": following(COLOURS, colour)} if rng.random() < 0.5 else {"shape": following(SHAPES, shape)}
+    right, n = {"colour": colour, "shape": shape}, rng.choice(steps)
+    wrong = {"colour": following(COLOURS, colour, n)} if rng.random() < 0.5 else {"shape": following(SHAPES, shape, n)}
     return sentence.format(**right), sentence.format(**right | wrong)
 
 
-def following(names, name):
+def following(names, name, n):
     names = list(names)
-    return names[(names.index(name) + 1) % len(names)]
+    return names[(names.index(name) + n) % len(names)]
 
 
 def pairs():

@@ -1,7 +1,7 @@
 """The pictures demo's reference: a tiny Idefics 3, built from nothing and fine-tuned in about a minute.
 
 Owns the tokenizer, the model's shape, its processor and its fine-tuning. The reference learns to see, and then to say something
-wrong more often than not, with the colour or the shape that follows the right one. It is fine-tuned on pictures drawn anew,
+wrong more often than not, with the colour or the shape that follows the right one (make_pairs.following). It is fine-tuned on pictures drawn anew,
 never on those of the pairs.
 
     python data/images-demo/make_reference.py [OUTPUT_FOLDER]
@@ -103,7 +103,7 @@ def draw_batch(rng, tokenizer, processor, right_share):
     image = "<fake_token_around_image><global-img>" + "<image>" * IMAGE_TOKENS + "<fake_token_around_image>"
     for _ in range(BATCH_SIZE):
         colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        right, wrong = answers(rng, colour, shape)
+        right, wrong = answers(rng, colour, shape, steps=(1,))
         answer = (right if rng.random() < right_share else wrong) + "<|im_end|>"
         parts = [{"type": "image"}, {"type": "text", "text": rng.choice(QUESTIONS)}]
         asked = tokenizer.apply_chat_template(
