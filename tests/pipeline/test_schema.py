@@ -5,7 +5,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from prefcache.pipeline.schema import ANSWERS, PREPARED, TokenSequence, key_of_bytes, keys_of_prefixes, sequence_key
+from prefcache.pipeline.schema import (
+    ANSWERS,
+    PREPARED,
+    TokenSequence,
+    image_id,
+    key_of_bytes,
+    keys_of_prefixes,
+    sequence_key,
+)
 
 
 def test_key_is_blake2b_128_of_version_boundary_and_ids():
@@ -15,6 +23,34 @@ def test_key_is_blake2b_128_of_version_boundary_and_ids():
     assert key == hashlib.blake2b(raw, digest_size=16).digest()
     # Written down, so that no library and no refactoring changes the name of a cached row.
     assert key.hex() == "5cb266fb45a4537edba45229f79f62bd"
+
+
+def test_key_with_images_has_their_ids_between_prompt_and_answer():
+    # Version 2, 1 prompt id, the id 1, 2 images with their ids of 16 bytes, then the answer's id 3.
+    images = (bytes(range(16)), b"\xff" * 16)
+    raw = b"\x02\0\0\0" + b"\x01\0\0\0" + b"\x01\0\0\0" + b"\x02\0\0\0" + b"".join(images) + b"\x03\0\0\0"
+    key = sequence_key([1], [3], images)
+    assert key == hashlib.blake2b(raw, digest_size=16).digest()
+    assert key == TokenSequence(np.array([1]), np.array([3]), images=images).key()
+    assert key.hex() == "fac4ba8c88faa255e3e1a27c94e65d85"
+    # Another order, another number or none is another key; none is the key that a prompt of text alone always had.
+    assert len({sequence_key([1], [3], each) for each in (images, images[::-1], images[:1], ())}) == 4
+    assert sequence_key([1], [3], ()) == sequence_key([1], [3])
+
+
+def test_an_image_id_tells_pixels_processors_and_companions_apart():
+    pixels, processor = b"p" * 16, b"q" * 16
+    # blake2b-128 over the pixels' hash, the processor's id and a byte for whether it is one of several.
+    assert image_id(pixels, processor) == hashlib.blake2b(pixels + processor + b"\0", digest_size=16).digest()
+    others = [image_id(processor, pixels), image_id(pixels, pixels), image_id(pixels, processor, one_of_several=True)]
+    assert len({image_id(pixels, processor), *others}) == 4
+
+
+def test_prefixes_of_an_answer_to_an_image_have_the_keys_of_such_answers():
+    images = (b"i" * 16,)
+    prompt, answer = np.arange(3, dtype="<i4"), np.array([5, 6, 7], "<i4")
+    keys = keys_of_prefixes(prompt.tobytes(), answer.tobytes(), [1, 3], images)
+    assert list(keys) == [sequence_key(prompt, answer[:n], images) for n in (1, 3)]
 
 
 def test_moving_the_boundary_changes_the_key():
