@@ -238,8 +238,8 @@ def _deviation(logps: np.ndarray, plain: np.ndarray, tolerance: tuple[float, flo
 
 
 def _pick_trial(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Pick the longest sequence with others of its prompt, which exceed the attention window if any do, some more, and
-    short ones.
+    """Pick the longest sequence with others of its prompt, which exceed the attention window if any do, the longest with
+    images likewise, some more, and short ones.
 
     The short ones are cut from the longest and fit in one row: answers to one prompt, of which some share a beginning and some
     more of it, and another prompt. Sequences that are alone in their rows would not show that a model mixes up what shares a
@@ -248,8 +248,9 @@ def _pick_trial(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     longest_first = sorted(
         packing.group_by_prompt(sequences), key=lambda group: -max(sequences[i].n_tokens for i in group)
     )
+    illustrated = [group for group in longest_first if sequences[group[0]].images][:1]
     spread = longest_first[:: max(1, len(longest_first) // 8)]
-    indices = flatten([longest_first[0][:4], *(group[:4] for group in spread[1:])])
+    indices = [*dict.fromkeys(flatten(group[:4] for group in (longest_first[0], *illustrated, *spread[1:])))]
     trial = [sequences[i] for i in indices[:_TRIAL_SEQUENCES]]
     ids_T = max(trial, key=lambda sequence: sequence.n_tokens).ids
     if len(ids_T) < 8:

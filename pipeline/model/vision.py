@@ -7,6 +7,7 @@ Shapes: T positions, N image tokens of a picture, D hidden width, K layers to wh
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,7 @@ from prefcache.pipeline.schema import StoredFeatures, TokenSequence
 
 # Their image tokens also see the later tokens of their picture.
 _BOTH_WAYS = {"gemma3", "shieldgemma2"}
+_TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}  # keywords of a model's forward: 1 for an image token, else 0
 _REMEMBERED_PROMPTS = 4096
 Positions = Callable[[int, int], np.ndarray]
 
@@ -209,10 +211,9 @@ class Vision:
         is_image_T = torch.zeros(1, n_tokens, dtype=torch.int64)
         is_image_T[0, self.image_places(sequence)] = 1
         types = to_device(is_image_T, device)
-        if self._sees_both_ways:
-            more: dict[str, Any] = {"token_type_ids": types}
-        else:
-            more = {"mm_token_type_ids": types} if self._counts_by_grid else {}
+        # Whoever takes them may attend by them. What a row lacks of that shows when its layout is tried.
+        taken = inspect.signature(type(self.model).forward).parameters.keys() & _TOKEN_TYPES
+        more: dict[str, Any] = dict.fromkeys(taken, types)
         if self._images is not None:
             return more | _to_model(self.model, self._images.prompt_inputs(sequence.images))
         features = self.features(sequence.images)

@@ -379,18 +379,22 @@ def ask(
     folder: Path, pictures: Pictures, images: list[Image.Image], question: str
 ) -> tuple[np.ndarray, tuple[bytes, ...]]:
     """The ids of a prompt with these images, as the model's processor places them, and the images' ids."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-    )
     several = len(images) > 1
-    pieces = rendered.split(pictures.processor.placeholder)
+    pieces = render(folder, len(images), question).split(pictures.processor.placeholder)
     text = pieces[0]
     for image, rest in zip(images, pieces[1:], strict=True):
         text += pictures.processor.process(np.asarray(image), one_of_several=several).replacement + rest
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    ids = np.array(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"], np.int32)
     return ids, tuple(pictures.add(image, one_of_several=several) for image in images)
+
+
+def render(folder: Path, n_images: int, question: str) -> str:
+    """A prompt of that many images and a question, as the chat template prints it."""
+    parts = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]
+    text: str = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    return text
 
 
 def load(folder: Path) -> Any:

@@ -1,6 +1,8 @@
 """Log-probs of answers to prompts with images: those of each model's own forward, whatever shares a row."""
 
 import functools
+import inspect
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from prefcache.pipeline import image_processor
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.image_processor import PromptImages
+from prefcache.pipeline.model import vision as vision_module
 from prefcache.pipeline.model import weights
 from prefcache.pipeline.model.forward import Forward
 from prefcache.pipeline.model.logprobs import plain_logps
@@ -28,7 +31,7 @@ class Prompts:
         self.pictures = vision_models.Pictures(image_processor.load(self.folder))
         self.images = PromptImages(self.pictures.processor, self.pictures)
         a, b = vision_models.picture(40, 24, seed=1), vision_models.picture(30, 44, seed=2)
-        asked = [
+        self.asked = [
             ([a], "why the cat?"),
             ([b], "why the cat?"),
             ([a, b], "the dog runs"),
@@ -37,7 +40,7 @@ class Prompts:
         ]
         self.sequences = [
             TokenSequence(ids, answer, images=images)
-            for prompt, (pictures, question) in enumerate(asked)
+            for prompt, (pictures, question) in enumerate(self.asked)
             for ids, images in [vision_models.ask(self.folder, self.pictures, pictures, question)]
             for answer in self._answers(prompt)
         ]
@@ -55,6 +58,33 @@ class Prompts:
 @functools.cache
 def prompts(name: str) -> Prompts:
     return Prompts(name)
+
+
+def published_logps(model, data: Prompts, prompt: int) -> torch.Tensor:
+    """Of the first answer to a prompt, by what the model's own processor makes of the prompt, all of it as it came."""
+    sequence, (pictures, question) = data.sequences[3 * prompt], data.asked[prompt]
+    text = vision_models.render(data.folder, len(pictures), question)
+    inputs = data.pictures.processor.transformers(
+        text=[text], images=[pictures], add_special_tokens=False, return_mm_token_type_ids=True, return_tensors="pt"
+    )
+    answer_1N = torch.from_numpy(sequence.completion_ids.astype(np.int64)).unsqueeze(0)
+    for name in ("token_type_ids", "mm_token_type_ids"):  # an answer is text
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(answer_1N)], 1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer_1N], 1)
+    taken = inspect.signature(type(model).forward).parameters.keys() - {"attention_mask"}
+    logits = model(**{name: value for name, value in inputs.items() if name in taken}).logits[0]
+    return logits[-1 - answer_1N.shape[1] : -1].log_softmax(-1).gather(1, answer_1N.T).squeeze(1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plain_forward_gets_what_the_model_s_processor_gives(name):
+    data = prompts(name)
+    model, vision = data.load()
+    with torch.no_grad():
+        for prompt in (0, 2):  # of one picture, of two
+            expected = published_logps(model, data, prompt)
+            assert (plain_logps(model, data.sequences[3 * prompt], vision) - expected).abs().max() < 1e-5
 
 
 def plainly(model, vision: Vision, sequences: list[TokenSequence]) -> list[torch.Tensor]:
@@ -75,6 +105,25 @@ def test_every_layout_gives_what_the_model_gives_for_each_sequence_alone(name, l
         forward_native = vision_models.load(data.folder)
         expected = plainly(forward_native, Vision(forward_native, vision.source, data.images), data.sequences)
     assert max((a - b).abs().max().item() for a, b in zip(logps, expected, strict=True)) < 1e-5
+
+
+def test_rows_are_padded_for_a_model_whose_images_attend_in_an_unknown_way(monkeypatch):
+    monkeypatch.setattr(vision_module, "_BOTH_WAYS", set())
+    data = prompts("gemma3")
+    model, vision = data.load()
+    # Most prompts are text alone, and longer.
+    texts = [
+        TokenSequence(np.arange(i, i + 120, dtype=np.int32), np.arange(20, 30, dtype=np.int32)) for i in range(100)
+    ]
+    sequences = [*texts, *data.sequences]
+    forward = Forward(model, "sdpa", "auto", "float32", "train.rows", vision)
+    forward.choose_layout(sequences)
+    assert forward.layout == "padded"
+    assert re.match(r"not shared: off by .*; not packed: off by ", forward.layout_reason)
+    with torch.no_grad():
+        logps, _ = compute(forward, data.sequences[:1])
+        expected = published_logps(model, data, 0)
+    assert (logps[0] - expected).abs().max() < 1e-5
 
 
 class Shelf:
