@@ -119,8 +119,11 @@ def plain_text(turns: Turns, images: Sequence[Any] = ()) -> str:
         text = "\n".join(f"{message['role']}: {_turn_text(message)}" for message in turns)
     if IMAGE_MARK not in text:
         return text
-    before, *rest = text.split(IMAGE_MARK)
-    return before + "".join(f"{image.tag}{piece}" for image, piece in zip(images, rest, strict=True))
+    text, *rest = text.split(IMAGE_MARK)
+    for image, piece in zip(images, rest, strict=True):
+        # A tag is a word of its own, though templates often join picture and text.
+        text += f"{' ' if text[-1:].isalnum() else ''}{image.tag}{' ' if piece[:1].isalnum() else ''}{piece}"
+    return text
 
 
 def count_images(turns: Turns) -> int:

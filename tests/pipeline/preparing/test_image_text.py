@@ -157,7 +157,7 @@ def test_the_prompts_text_has_a_tag_for_each_picture(tmp_path):
     folder = vision_models.save("qwen2.5-vl")
     (row,) = prepare(folder, tmp_path, [record(PROMPTS["pictures of several sizes"])]).table.to_pylist()
     tags = [decode(base64.b64decode(inline(image).partition(",")[2])).tag for image in (A, B)]
-    assert row["prompt"] == f"{tags[0]}or{tags[1]}?" and tags[0].startswith("[image 60x40 ")
+    assert row["prompt"] == f"{tags[0]} or {tags[1]}?" and tags[0].startswith("[image 60x40 ")
 
 
 def test_a_picture_of_a_size_seen_before_is_written_out_the_same_way(tmp_path):

@@ -108,7 +108,7 @@ def test_each_picture_is_stored_once_under_its_id_as_it_came(project):
     ids = {name: hashlib.blake2b(pixels[name] + processor.id + b"\0", digest_size=16).digest() for name in "ab"}
     assert [found[line]["images"] for line in (1, 2, 3, 4)] == [[ids["a"]], [ids["b"], ids["a"]], [], [ids["a"]]]
     tag = f"[image 24x16 {pixels['a'].hex()[:12]}]"
-    assert found[1]["prompt"] == f"{tag}what is it, 0?" and found[3]["prompt"] == "what is it, 2?"
+    assert found[1]["prompt"] == f"{tag} what is it, 0?" and found[3]["prompt"] == "what is it, 2?"
     for row in found.values():
         for side in ("chosen", "rejected"):
             assert row[f"{side}_key"] == sequence_key(row["prompt_ids"], row[f"{side}_ids"], row["images"])

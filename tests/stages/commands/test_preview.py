@@ -159,4 +159,4 @@ def test_pictures_are_shown_by_their_tokens_and_left_out_ones_by_their_tags(pref
     settings = options(f"prepare.max_prompt_length={prompt['n_tokens'] - 1}", "prepare.too_long=keep_end")
     (example,) = shown(prefcache, config, *settings)["examples"]
     left_out = example["parts"][0]["cut_turns"]
-    assert left_out.startswith("user: [image 60x40 ") and left_out.endswith("]the first?\nassistant: red")
+    assert left_out.startswith("user: [image 60x40 ") and left_out.endswith("] the first?\nassistant: red")
