@@ -1,6 +1,7 @@
 """Training on prompts with pictures: the frozen tower computes each once and is not loaded; or the tower is trained as well."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -224,9 +225,9 @@ def test_a_merged_adapter_is_a_whole_model(scored):
 
 def test_damaged_features_are_noticed_and_computed_again(scored):
     project = scored(QWEN)
-    expected = losses(train(project, "whole"))
-    store = stores(project)[0]
-    (shard,) = sorted(store.glob("*.arrow"))
+    whole = train(project, "whole")
+    expected, store = losses(whole), project / re.search(r"(\S+) has its features", said(whole))[1]
+    shard = min(store.glob("*.arrow"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
