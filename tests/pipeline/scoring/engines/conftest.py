@@ -49,9 +49,9 @@ def vllm_python_for_images(vllm_python: Path, tmp_path_factory: pytest.TempPathF
     if subprocess.run([vllm_python, "-c", "import torchvision"], capture_output=True).returncode == 0:
         return vllm_python
     folder = tmp_path_factory.mktemp("torchvision")
-    pip = [vllm_python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, TORCHVISION]
-    if subprocess.run(pip, capture_output=True, timeout=600).returncode:
-        pytest.skip(f"{TORCHVISION} cannot be installed here: vLLM was not given any images")
+    pip = [vllm_python, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=15", "--no-deps"]
+    if subprocess.run([*pip, "--target", folder, TORCHVISION], capture_output=True).returncode:
+        pytest.skip(f"{TORCHVISION} is not installed and cannot be here (no network?): vLLM was not given any images")
     (folder / "sitecustomize.py").write_text(_DEFINE_OPERATORS)
     program = folder / "python"
     program.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {vllm_python} "$@"\n')
