@@ -269,7 +269,7 @@ def tower_identity(reference: Reference, digests: Digests | None = None) -> dict
     It does not depend on the weights of the language model. A tensor of an unknown name counts as the tower's.
     """
     digests = digests or Digests()
-    tensors = {name: each for name, each in _read_tensors(reference.folder, digests).items() if _is_seeing(name)}
+    tensors = {name: each for name, each in _read_tensors(reference.folder, digests).items() if _is_tower_tensor(name)}
     config = canonical_config(model_config.read_object(reference.folder / model_config.FILE))
     content: dict[str, Any] = {"tensors": _summarize(tensors), "config": without_keys(config, {"text_config"})}
     if adapted := tower_adapter(reference, digests):
@@ -285,10 +285,10 @@ def tower_adapter(reference: Reference, digests: Digests | None = None) -> dict[
     if reference.adapter is None:
         return {}
     tensors = (digests or Digests()).read(reference.adapter / ADAPTER_WEIGHTS)
-    return {name: each for name, each in tensors.items() if _is_seeing(name.removeprefix("base_model.model."))}
+    return {name: each for name, each in tensors.items() if _is_tower_tensor(name.removeprefix("base_model.model."))}
 
 
-def _is_seeing(name: str) -> bool:
+def _is_tower_tensor(name: str) -> bool:
     return _LANGUAGE.fullmatch(name) is None
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 64 << 20  # of a picture as it is stored
 MOST_PIXELS = 64 << 20  # more would take 192 MiB once decoded
-SHORTEST_TAG = 12  # hex digits
-TAG = re.compile(rf"\[image \d+x\d+ [0-9a-f]{{{SHORTEST_TAG}}}\]")  # what image_tag returns
+_TAG_DIGITS = 12  # hex digits
+TAG = re.compile(rf"\[image \d+x\d+ [0-9a-f]{{{_TAG_DIGITS}}}\]")  # what image_tag returns
 _FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP"}  # by Pillow's names
 _SEVERAL_IN_JPEG = "MPO"
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
@@ -190,7 +190,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 def image_tag(width: int, height: int, pixel_hash: bytes) -> str:
     """How a picture stands in text: [image 640x480 3f2a91c0d4e5]."""
-    return f"[image {width}x{height} {pixel_hash.hex()[:SHORTEST_TAG]}]"
+    return f"[image {width}x{height} {pixel_hash.hex()[:_TAG_DIGITS]}]"
 
 
 def hash_pixels(pixels: np.ndarray) -> bytes:

@@ -58,7 +58,7 @@ class TokenSequence(NamedTuple):
 def sequence_key(
     prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray, images: Sequence[bytes] = ()
 ) -> bytes:
-    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32); with images, `_begun` says how."""
+    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32); with images, `_start_digest` says how."""
     return key_of_bytes(
         np.asarray(prompt_ids, dtype="<i4").tobytes(), np.asarray(completion_ids, dtype="<i4").tobytes(), images
     )
@@ -66,7 +66,7 @@ def sequence_key(
 
 def key_of_bytes(prompt: bytes, completion: bytes, images: Sequence[bytes] = ()) -> bytes:
     """The same, of ids that are little-endian int32 already."""
-    digest = _begun(prompt, images)
+    digest = _start_digest(prompt, images)
     digest.update(completion)
     return digest.digest()
 
@@ -75,7 +75,7 @@ def keys_of_prefixes(
     prompt: bytes, completion: bytes, lengths: Iterable[int], images: Sequence[bytes] = ()
 ) -> Iterator[bytes]:
     """The keys of the prompt with the first n tokens of the completion, for each n of `lengths`, which ascend."""
-    digest, at = _begun(prompt, images), 0
+    digest, at = _start_digest(prompt, images), 0
     for length in lengths:
         # No token is hashed twice, however many lengths there are.
         digest.update(completion[4 * at : 4 * length])
@@ -83,7 +83,7 @@ def keys_of_prefixes(
         yield digest.copy().digest()
 
 
-def _begun(prompt: bytes, images: Sequence[bytes]) -> "hashlib.blake2b":
+def _start_digest(prompt: bytes, images: Sequence[bytes]) -> "hashlib.blake2b":
     version = IMAGES_KEY_VERSION if images else KEY_VERSION
     digest = hashlib.blake2b(struct.pack("<II", version, len(prompt) // 4), digest_size=16)
     digest.update(prompt)

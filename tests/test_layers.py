@@ -82,7 +82,7 @@ FLOORS = {
         "finalize",
     ],
     "prefcache.pipeline.scoring": [
-        "baseline kept_features placeholders refusals vllm_worker",
+        "baseline cached_features placeholders refusals vllm_worker",
         "engines",
         "scored_inputs scorer",
         "actors",

@@ -80,7 +80,7 @@ def part_class(model_class: Any, part: Part) -> Any:
         if not names:
             return
         if part == "tower":
-            names = _names_besides(self, names)
+            names = _names_outside_tower(self, names)
             self.all_tied_weights_keys = {}
         for name in names:
             owner, _, own = name.rpartition(".")
@@ -94,7 +94,7 @@ def part_class(model_class: Any, part: Part) -> Any:
     return type(model_class.__name__, (model_class,), dict(members))
 
 
-def _names_besides(model: Any, tower: list[str]) -> list[str]:
+def _names_outside_tower(model: Any, tower: list[str]) -> list[str]:
     """Names of the language model and of the head."""
     base, prefix = getattr(model, model.base_model_prefix), model.base_model_prefix
     inside = (f"{prefix}.{name}" for name in {**base._modules, **base._parameters})

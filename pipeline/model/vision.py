@@ -23,7 +23,7 @@ from prefcache.pipeline.model.tower import tower_parameters
 from prefcache.pipeline.schema import StoredFeatures, TokenSequence
 
 # Their image tokens also see the later tokens of their picture.
-_BOTH_WAYS = {"gemma3", "shieldgemma2"}
+_BIDIRECTIONAL = {"gemma3", "shieldgemma2"}
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}  # keywords of a model's forward: 1 for an image token, else 0
 _REMEMBERED_PROMPTS = 4096
 Positions = Callable[[int, int], np.ndarray]
@@ -57,7 +57,7 @@ class VisionTower:
             return [encode_image(self._model, self._images.inputs(image)) for image in images]
 
 
-class FeatureShelf(Protocol):
+class FeatureReader(Protocol):
     """Features that were computed before: `stored.image_features.FeatureStore`."""
 
     @property
@@ -68,11 +68,11 @@ class FeatureShelf(Protocol):
 class ComputedFeatures:
     """Features that were computed before, by a tower that need not be in memory."""
 
-    def __init__(self, shelf: FeatureShelf, device: torch.device | str) -> None:
-        self._shelf, self._device = shelf, device
+    def __init__(self, reader: FeatureReader, device: torch.device | str) -> None:
+        self._reader, self._device = reader, device
 
     def features(self, images: Sequence[bytes]) -> list[ImageFeatures]:
-        return [self._unpack(self._shelf.read(image)) for image in images]
+        return [self._unpack(self._reader.read(image)) for image in images]
 
     def _unpack(self, stored: StoredFeatures) -> ImageFeatures:
         embeds_ND = self._to_tensor(stored.embeds).view(stored.n_tokens, -1)
@@ -81,7 +81,7 @@ class ComputedFeatures:
 
     def _to_tensor(self, values: np.ndarray) -> torch.Tensor:
         # A copy: the bytes are a view of a read-only memory map.
-        return to_device(torch.from_numpy(values.copy()).view(getattr(torch, self._shelf.dtype)), self._device)
+        return to_device(torch.from_numpy(values.copy()).view(getattr(torch, self._reader.dtype)), self._device)
 
 
 def pack(features: ImageFeatures) -> StoredFeatures:
@@ -144,26 +144,26 @@ class Vision:
         self._base = getattr(model, model.base_model_prefix)
         self.token: int = model.config.image_token_id
         self._counts_by_grid = hasattr(self._base, "get_rope_index")
-        self._sees_both_ways = model.config.model_type in _BOTH_WAYS
+        self._is_bidirectional = model.config.model_type in _BIDIRECTIONAL
         self._prompt_positions = lru_cache(_REMEMBERED_PROMPTS)(self._count_by_grid)
-        self._seen: dict[bytes, ImageFeatures] | None = None
+        self._computed: dict[bytes, ImageFeatures] | None = None
 
     # -- features ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def one_forward(self) -> Iterator[None]:
         """Compute the features of each image once until the end of the block, however many prompts have it."""
-        self._seen = {}
+        self._computed = {}
         try:
             yield
         finally:
-            self._seen = None
+            self._computed = None
 
     def features(self, images: Sequence[bytes]) -> list[ImageFeatures]:
-        seen = {} if self._seen is None else self._seen
-        missing = [image for image in dict.fromkeys(images) if image not in seen]
-        seen |= zip(missing, self.source.features(missing), strict=True) if missing else {}
-        return [seen[image] for image in images]
+        computed = {} if self._computed is None else self._computed
+        missing = [image for image in dict.fromkeys(images) if image not in computed]
+        computed |= zip(missing, self.source.features(missing), strict=True) if missing else {}
+        return [computed[image] for image in images]
 
     # -- one sequence ------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Vision:
 
     def blocks(self, sequence: TokenSequence) -> list[slice]:
         """The runs of image tokens that see one another both ways."""
-        if not self._sees_both_ways:
+        if not self._is_bidirectional:
             return []
         places = self.image_places(sequence)
         runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []

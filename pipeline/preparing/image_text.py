@@ -92,7 +92,7 @@ class ImageText:
             )
 
 
-def count_printed(template: ChatTemplate, placeholder: str) -> int:
+def count_placeholders(template: ChatTemplate, placeholder: str) -> int:
     """Count the placeholders that a template prints for a user's picture."""
     with ChatTemplate.limits():
         try:

@@ -146,7 +146,7 @@ def _check_sees_images(model: Path, template: ChatTemplate | None, source: str) 
     """Refuse images that the model or its chat template has no place for, before all of them are quarantined."""
     # Imported for data with images: it loads Pillow, and Transformers.
     from prefcache.pipeline import image_processor
-    from prefcache.pipeline.preparing.image_text import count_printed
+    from prefcache.pipeline.preparing.image_text import count_placeholders
 
     if template is None:
         raise UsageError(
@@ -164,7 +164,7 @@ def _check_sees_images(model: Path, template: ChatTemplate | None, source: str) 
             "a model of another family."
         ) from None
     placeholder = processor.placeholder
-    if count_printed(template, placeholder) != 1:
+    if count_placeholders(template, placeholder) != 1:
         raise UsageError(
             f"{source} has images, and the chat template prints no {placeholder} for one, by which the model's processor finds its "
             "place. Name another: prepare.chat_template: FILE.jinja."

@@ -67,13 +67,13 @@ def _find_image(part: dict[str, Any]) -> Any:
 
 def place_images(example: Pair | Label | Ranking, record: dict[str, Any]) -> Pair | Label | Ranking:
     """Return the example with the pictures of its record, and a mark in the prompt for each."""
-    prompt, answers_have_own = example.prompt, any(map(_has_own, _answers(example)))
-    if not answers_have_own and _COLUMNS_OF_MEDIA.isdisjoint(record) and not _has_own(prompt):
+    prompt, answers_have_images = example.prompt, any(map(_has_images, _answers(example)))
+    if not answers_have_images and _COLUMNS_OF_MEDIA.isdisjoint(record) and not _has_images(prompt):
         return example
     for column in _OTHER_COLUMNS:
         if isinstance(record.get(column), list) and record[column]:
             raise Unusable(f"{_OTHER_COLUMNS[column]} in the record", f"column {column}")
-    if answers_have_own:
+    if answers_have_images:
         raise Unusable("image in an answer")
     own = [] if isinstance(prompt, str) else [image for turn in prompt for image in turn.get(IMAGE_MARK, ())]
     if not isinstance(prompt, str):
@@ -148,7 +148,7 @@ def _answers(example: Pair | Label | Ranking) -> list[Turns]:
     return list(example.answers)
 
 
-def _has_own(turns: Turns) -> bool:
+def _has_images(turns: Turns) -> bool:
     if isinstance(turns, str):
         return False
     # Every example comes here: a loop takes a third of the time of any().

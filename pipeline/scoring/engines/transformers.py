@@ -63,13 +63,13 @@ class TransformersEngine:
         from prefcache.pipeline.model.lm_head import set_head_dtype
         from prefcache.pipeline.model.vision import Vision
         from prefcache.pipeline.scoring.baseline import load_frozen
-        from prefcache.pipeline.scoring.kept_features import KeptFeatures
+        from prefcache.pipeline.scoring.cached_features import CachedFeatures
 
         device = _choose_device(score)
         dtype, kernel = resolve_dtype(reference.folder, score, device), choose_kernel(reference.folder, score.attention)
         model = load_frozen(reference, dtype, score.attention, device)
         set_head_dtype(model, _choose_head_dtype(reference, score, device), frozen=True)
-        self._features = KeptFeatures(model, images, reference, device, dtype, kernel) if images else None
+        self._features = CachedFeatures(model, images, reference, device, dtype, kernel) if images else None
         vision = Vision(model, self._features) if self._features else None
         self._forward = Forward(model, kernel, score.rows, dtype, "score.rows", vision)
         self._budget = score.tokens_per_batch or (2_048 if device == "cpu" else 16_384)

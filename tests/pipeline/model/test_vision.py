@@ -108,7 +108,7 @@ def test_every_layout_gives_what_the_model_gives_for_each_sequence_alone(name, l
 
 
 def test_rows_are_padded_for_a_model_whose_images_attend_in_an_unknown_way(monkeypatch):
-    monkeypatch.setattr(vision_module, "_BOTH_WAYS", set())
+    monkeypatch.setattr(vision_module, "_BIDIRECTIONAL", set())
     data = prompts("gemma3")
     model, vision = data.load()
     # Most prompts are text alone, and longer.

@@ -157,7 +157,7 @@ def test_scoring_and_training_compute_each_picture_once_together(tmp_path, monke
         encoded.append(inputs)
         return encode_image(model, inputs)
 
-    for module in ("scoring.kept_features", "training.run_images", "model.vision"):
+    for module in ("scoring.cached_features", "training.run_images", "model.vision"):
         monkeypatch.setattr(f"prefcache.pipeline.{module}.encode_image", note)
     # The sample is checked by the plain forward from pixels, without features.
     invoke(project, "score", "config.yaml", *options("score.parity_sample=2"))

@@ -20,7 +20,7 @@ from prefcache.pipeline.model.vision import (
 from prefcache.pipeline.stored import feature_writer
 
 
-class KeptFeatures:
+class CachedFeatures:
     """What is in the store of the reference's tower, after `compute` also what was missing; without a store, the live tower."""
 
     def __init__(
