@@ -530,7 +530,7 @@ class Train(Section):
     router_aux_loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of a mixture of experts' load-balancing loss. Default: the model config's router_aux_loss_coef if its output_router_logits is on, else 0."""
     vision: Literal["frozen", "trained"] = "frozen"
-    """What becomes of a model's vision tower and projector. frozen: they compute each picture once, for all runs, and are not loaded for training. trained: they are trained with the language model."""
+    """How to treat the vision tower and projector. frozen: the features of each image are computed once, for all runs, and the tower is not loaded for training. trained: they are trained with the language model."""
     moving_reference: MovingReference | None = None
     """Move the reference during training: {every: 512, alpha: 0.6}. After each update, the examples up to the next one are scored again."""
     gradient_checkpointing: bool = False
@@ -630,8 +630,8 @@ class Train(Section):
     def _adapters_leave_the_tower_alone(self) -> "Train":
         if self.vision == "trained" and self.lora is not None:
             raise ValueError(
-                "vision: trained trains the tower's own weights, and lora trains an adapter of the language model, next to which the "
-                "tower stays as it is. Leave one of the two out"
+                "vision: trained trains the tower's own weights, and lora trains an adapter of the language model alone. Leave one of "
+                "the two out"
             )
         return self
 

@@ -22,6 +22,7 @@ from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from prefcache.pipeline.safetensors_files import Digests, Tensor, shorten_list, stamp_file
+from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS
 
 # Keys of a config that do not shape the computation, or are recorded elsewhere: dtype and attention are numerics.
 # Transformers chooses the class by model_type, and never by auto_map here. vLLM chooses by architectures; whatever class
@@ -78,7 +79,6 @@ _TOKENIZER_FILES = [
     ],
 ]
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 # Notes of the place it was loaded from, and how batches are padded and cut, which is never done here.
 _VOLATILE_IN_TOKENIZERS = {
     "device_map",
@@ -272,8 +272,8 @@ def tower_identity(reference: Reference, digests: Digests | None = None) -> dict
     tensors = {name: each for name, each in _read_tensors(reference.folder, digests).items() if _is_tower_tensor(name)}
     config = canonical_config(model_config.read_object(reference.folder / model_config.FILE))
     content: dict[str, Any] = {"tensors": _summarize(tensors), "config": without_keys(config, {"text_config"})}
-    if adapted := tower_adapter(reference, digests):
-        settings = without_keys(model_config.read_object(reference.adapter / ADAPTER_CONFIG), VOLATILE_IN_ADAPTERS)  # type: ignore[operator]
+    if reference.adapter is not None and (adapted := tower_adapter(reference, digests)):
+        settings = without_keys(model_config.read_object(reference.adapter / ADAPTER_CONFIG), VOLATILE_IN_ADAPTERS)
         content["adapter"] = {"tensors": _summarize(adapted), "config": settings}
     if reference.quantization is not None:
         content["quantization"] = QUANTIZED[reference.quantization]

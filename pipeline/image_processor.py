@@ -18,11 +18,11 @@ import numpy as np
 
 from prefcache.pipeline import model_config
 from prefcache.pipeline.errors import UsageError
-from prefcache.pipeline.tokenizer import load_tokenizer, refuse_own_code
+from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS, load_tokenizer, refuse_own_code
 
 # Keys of an image processor's settings that do not shape its results.
 _VOLATILE = {"processor_class", "image_processor_type", "auto_map", "return_tensors", "device", "data_format"}
-_SETTINGS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_SETTINGS = (*PROCESSOR_CONFIGS, "video_preprocessor_config.json")
 # What a processor counts, beyond what the model's forward reads.
 _COUNTS = {"num_crops", "num_patches", "rows", "cols"}
 # Their processors cut a picture into tiles only if it is the only one of its prompt.
@@ -138,21 +138,21 @@ def load(folder: Path) -> ImageProcessor:
 
 
 def copy_settings(source: Path, folder: Path) -> None:
-    """Copy the files from which a model's processor is loaded, besides those of its tokenizer."""
+    """Copy the files from which a model's processor is loaded, except its tokenizer's."""
     for name in _SETTINGS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
 class PictureSource(Protocol):
-    """Where the pixels of images are, by their ids: `stored.images.StoredImages`."""
+    """Reads the pixels of images by their ids: `stored.images.StoredImages`."""
 
     def pixels(self, image: bytes) -> np.ndarray: ...
     def is_one_of_several(self, image: bytes) -> bool: ...
 
 
 class PromptImages:
-    """The images of prompts as arrays for a model: decoded and processed when they are asked for."""
+    """Reads images of prompts as arrays for a model: decodes and processes them on demand."""
 
     def __init__(self, processor: ImageProcessor, pictures: PictureSource, features: Path | None = None) -> None:
         """`features`: where a tower's features may be kept, if anywhere."""

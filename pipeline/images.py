@@ -1,13 +1,16 @@
-"""Pictures: their bytes as they came, decoded to RGB the same way everywhere, and named by their pixels.
+"""Pictures: files of pixels, decoded to RGB the same way everywhere, and named by a hash of their pixels.
+
+In the whole project a *picture* is such a file, an *image* is a picture in a prompt: its id (schema.image_id) also names the
+processor that prepares it for the model (image_processor.py). *Features* are what a model's vision tower computes of an image
+(model/vision.py).
 
     orientation   as EXIF says, applied
     transparency  put onto white
     palette, grey, CMYK   converted to RGB; colour profiles are not applied
     several pictures in a JPEG (MPO)   the first one
 
-A picture is known by a hash of its pixels, so neither its file's name nor its format matters. Reading one fails with
-UnusableImage, whose reason can be counted. What a file claims is checked before it is decoded, so that a hostile one
-costs little memory and time.
+Neither a file's name nor its format matters to the hash. Decoding fails with UnusableImage, whose reason can be counted.
+The header is checked before anything is decoded, so that a hostile file costs little memory and time.
 """
 
 import io
@@ -34,7 +37,7 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # A scan passes over all of a JPEG's pixels, and may be a few bytes long. Cameras and encoders write about ten.
 _MOST_SCANS = 100
 _RECENT_BYTES = 128 << 20
-# What begins a file. Those of other formats are only for the message.
+# First bytes of files. Formats that are not read are listed for the error message.
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
@@ -74,7 +77,7 @@ class UnusableImage(Exception):
 class Picture(NamedTuple):
     """A picture of the data: its bytes, and what is known of its pixels, which take far more memory."""
 
-    encoded: bytes  # as they came: PNG, JPEG, WebP, ...
+    encoded: bytes  # the unchanged file: PNG, JPEG, WebP, ...
     format: str
     width: int
     height: int
@@ -123,7 +126,7 @@ def decode(encoded: bytes) -> Picture:
 
 
 def find_format(encoded: bytes) -> str | None:
-    """Name a file's format by its first bytes; None if it is none that is known."""
+    """Name a file's format by its first bytes; None if they are unknown."""
     if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
         return "WebP"
     if encoded[4:8] == b"ftyp":
@@ -137,7 +140,7 @@ def _decode_pixels(encoded: bytes) -> tuple[str, np.ndarray]:
 
     kind = find_format(encoded)
     if kind is None or kind not in _FORMATS.values():
-        found = f"found {kind}" if kind else "found none that is known" if encoded else "found no bytes"
+        found = f"found {kind}" if kind else "found another one" if encoded else "found no bytes"
         raise UnusableImage("unknown image format", f"{found}; expected PNG, JPEG, WebP, GIF or BMP")
     if len(encoded) > MOST_BYTES:
         raise UnusableImage("image too large", "bytes", n_found=len(encoded), n_limit=MOST_BYTES)
@@ -163,7 +166,7 @@ def _decode_pixels(encoded: bytes) -> tuple[str, np.ndarray]:
 
 
 def _check_header(image: "Image.Image", encoded: bytes) -> None:
-    """Refuse what a file says of itself, before its pixels are decoded."""
+    """Refuse a picture by its header, before its pixels are decoded."""
     n_pixels = image.width * image.height
     if n_pixels > MOST_PIXELS:
         raise UnusableImage("image too large", "pixels", n_found=n_pixels, n_limit=MOST_PIXELS)
@@ -189,7 +192,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def image_tag(width: int, height: int, pixel_hash: bytes) -> str:
-    """How a picture stands in text: [image 640x480 3f2a91c0d4e5]."""
+    """Return the tag that stands for a picture in text: [image 640x480 3f2a91c0d4e5]."""
     return f"[image {width}x{height} {pixel_hash.hex()[:_TAG_DIGITS]}]"
 
 

@@ -58,7 +58,10 @@ class TokenSequence(NamedTuple):
 def sequence_key(
     prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray, images: Sequence[bytes] = ()
 ) -> bytes:
-    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32); with images, `_start_digest` says how."""
+    """blake2b-128 over (key version, number of prompt ids, all ids as little-endian int32).
+
+    With images, their number and ids stand between the prompt's ids and the completion's.
+    """
     return key_of_bytes(
         np.asarray(prompt_ids, dtype="<i4").tobytes(), np.asarray(completion_ids, dtype="<i4").tobytes(), images
     )
@@ -94,7 +97,7 @@ def _start_digest(prompt: bytes, images: Sequence[bytes]) -> "hashlib.blake2b":
 
 
 def image_id(pixel_hash: bytes, processor_id: bytes, *, one_of_several: bool = False) -> bytes:
-    """Name a picture as a model sees it: blake2b-128 over its pixels' hash and its processor's id.
+    """Name a picture as one processor prepares it: blake2b-128 over its pixels' hash and its processor's id.
 
     `one_of_several`: it shares its prompt with others, and the processor treats such a picture in another way.
     """
@@ -218,12 +221,12 @@ IMAGES = pa.schema(
     ]
 )
 
-# What a vision tower makes of each picture, exactly as it computed it; the dtype of the values is that of the store.
+# What a vision tower computed of each image, bit for bit; the store names the dtype.
 FEATURES = pa.schema(
     [
         ("image", KEY),
-        ("embeds", pa.large_binary()),  # [tokens, width], what takes the places of the picture's tokens
-        ("deep", pa.large_binary()),  # [layers, tokens, width], what DeepStack adds in later layers
+        ("embeds", pa.large_binary()),  # [tokens, width], which replace the embeddings of the image's tokens
+        ("deep", pa.large_binary()),  # [layers, tokens, width], which DeepStack adds in later layers
         ("n_tokens", pa.int32()),
         ("grid", pa.list_(pa.int32())),  # frames, rows and columns of patches
         ("n_tiles", pa.int32()),  # NULL if the tower does not cut pictures into tiles
@@ -242,7 +245,7 @@ class StoredFeatures(NamedTuple):
     n_tiles: int | None
 
 
-# The files from which pictures were read, each as it was then: by these a later change is noticed.
+# The files that pictures were read from, with size and checksum, by which a later change is noticed.
 IMAGE_FILES = pa.schema(
     [
         ("path", pa.string()),

@@ -9,6 +9,8 @@ from typing import Any
 
 from prefcache.pipeline.errors import UsageError
 
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")  # a model that sees images has one of them
+
 
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
@@ -29,7 +31,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _processor_template(folder: Path) -> str | None:
     """Return the template that a processor has in a file of its own, and which a tokenizer does not load."""
-    is_with_images = any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+    is_with_images = any((folder / name).exists() for name in PROCESSOR_CONFIGS)
     names = ("processor_config.json", *(() if (folder / "chat_template.jinja").exists() else ("chat_template.json",)))
     for path in (folder / name for name in names if is_with_images):
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

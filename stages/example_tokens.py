@@ -24,6 +24,7 @@ from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import PreparedManifest, Provenance, RunManifest, ScoredManifest
 from prefcache.pipeline.stored.scored import open_scored
 from prefcache.pipeline.stored.token_logps import token_logps
+from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS
 from prefcache.pipeline.training.run_log import PROVENANCE
 
 MODEL = "model"  # a run's folder of trained weights
@@ -83,7 +84,7 @@ def open_images(run: Path, images: Sequence[bytes]) -> PromptImages | None:
 
 def _find_processor(run: Path) -> Path:
     """Find the folder with the image processor of a run's model: its own, or that of what it was trained from."""
-    if any((run / MODEL / name).exists() for name in identity.PROCESSOR_CONFIGS):
+    if any((run / MODEL / name).exists() for name in PROCESSOR_CONFIGS):
         return run / MODEL
     with config_file.open_config(run / "config.yaml") as (config, base):
         return ((base or Path()) / identity.find_reference(config, weights=False).processor).resolve()

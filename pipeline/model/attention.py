@@ -62,7 +62,7 @@ class Branch(NamedTuple):
 
     path: tuple[slice, ...]  # empty for the first branch of a tree
     own: slice
-    blocks: tuple[slice, ...] = ()  # within `own`: positions that see one another both ways
+    blocks: tuple[slice, ...] = ()  # within `own`: positions that attend to one another in both directions
 
     @property
     def n_queries(self) -> int:

@@ -18,8 +18,8 @@ from prefcache.pipeline.model.lm_head import add_product, multiply, multiply_hea
 
 
 def trained_beyond_head(model: Any) -> list[str]:
-    """Names of trained parameters that neither come before the head nor are its matrix. `score_hidden` gives them no gradient."""
-    # A model that sees images has its tower and projector next to the decoder, before which they are computed.
+    """Names of trained parameters that are neither before the head nor its matrix. `score_hidden` gives them no gradient."""
+    # A tower and its projector are outside the decoder, but computed before it.
     before = getattr(model, model.base_model_prefix) if hasattr(model, "get_image_features") else model.get_decoder()
     covered = {id(p) for part in (before, model.get_output_embeddings()) for p in part.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
@@ -223,7 +223,7 @@ class _DecoderOutput:
         self.last_hidden_state = last_hidden_state
 
     def keys(self) -> list[str]:
-        """Some models unpack it into the output of a wrapper."""
+        # Some models unpack it into the output of a wrapper.
         return ["last_hidden_state"]
 
     def __getitem__(self, i: Any) -> torch.Tensor:

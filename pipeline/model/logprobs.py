@@ -23,7 +23,7 @@ RouterHook = Callable[[Sequence[torch.Tensor]], None]
 
 
 class ImageInputs(Protocol):
-    """What a model's own forward needs besides ids: `vision.Vision`."""
+    """Inputs of a model's own forward next to ids: `vision.Vision`."""
 
     def plain_inputs(self, sequence: TokenSequence, n_tokens: int) -> dict[str, Any]: ...
 
@@ -78,7 +78,7 @@ def padded_logps(
     squares: bool = False,
     router_hook: RouterHook | None = None,
 ) -> Logps:
-    """Log-prob of each counted token of each sequence, in one padded forward. A sequence with images has one to itself.
+    """Log-prob of each counted token of each sequence, in one padded forward. A sequence with images must come alone.
 
     Sequences are padded on the right, which a causal model never looks at, so no mask is needed and the fastest attention is
     used. The head computes only positions that predict a counted token of some sequence. The last token of a sequence is

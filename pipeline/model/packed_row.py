@@ -91,7 +91,7 @@ class _ImagesOfRow:
         return () if self._vision is None else tuple(self._vision.blocks(sequence))
 
     def positions(self, sequence: TokenSequence) -> Positions:
-        """Return what gives the positions from one place to another, of any answer to this sequence's prompt."""
+        """Return a function that gives the position ids of tokens begin:end, for any answer to this sequence's prompt."""
         if self._vision is None:
             return np.arange
         return self._vision.positions(sequence, [self._features[image].grid or () for image in sequence.images])

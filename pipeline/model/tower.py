@@ -15,9 +15,9 @@ Part = Literal["whole", "language", "tower"]
 
 
 def tower_names(model: Any) -> list[str]:
-    """Names of the modules and parameters that make up the tower, also if it was left out; none without one.
+    """List the modules and parameters that make up the tower, also if it was left out; none if the model has no tower.
 
-    Nor if the model's own forward takes no features, since the tower is then needed wherever an image is.
+    Also none if the model's own forward takes no features: such a model always needs its tower.
     """
     base, decoder = getattr(model, model.base_model_prefix, model), model.get_decoder()
     if decoder is base or "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
@@ -27,7 +27,7 @@ def tower_names(model: Any) -> list[str]:
 
 
 def tower_pattern(model: Any) -> str | None:
-    """A pattern of the names of everything in the tower; None without one."""
+    """Return a pattern that matches the names of everything in the tower; None without a tower."""
     names = tower_names(model)
     return rf"(?:{'|'.join(map(re.escape, names))})(?:\..*)?" if names else None
 
@@ -50,9 +50,9 @@ def _is_module(model: Any, name: str) -> bool:
 
 
 class UsedParameters:
-    """The tower's parameters that are trained, to which every forward gives a gradient, be it of zeros.
+    """Makes every forward a function of the tower's trained parameters, so that each has a gradient, if only zeros.
 
-    All processes have to have gradients of the same parameters, also those whose examples have no picture.
+    All processes must have gradients of the same parameters, also those whose examples have no image.
     """
 
     def __init__(self, model: Any) -> None:
@@ -70,7 +70,7 @@ class UsedParameters:
 
 
 def part_class(model_class: Any, part: Part) -> Any:
-    """Return a class whose models lack what is not of this part from the beginning; `model_class` itself for the whole."""
+    """Return a subclass whose models never allocate the other part; `model_class` itself for the whole."""
     if part == "whole":
         return model_class
 

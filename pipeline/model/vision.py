@@ -1,7 +1,7 @@
-"""Images in a model's forward: what its tower makes of a picture takes the places of the prompt's image tokens.
+"""Images in a model's forward: the features of an image replace the embeddings of its tokens in the prompt.
 
-The decoder gets embeddings instead of ids. A picture's features come from the tower (`VisionTower`), or from wherever they were
-stored; one picture's features do not depend on what else is computed with it.
+Features come from the tower (`VisionTower`), or from where they were stored (`ComputedFeatures`). Those of one image do not depend
+on what else is computed with it. What belongs to the tower, and how to load it alone, is in tower.py.
 
 Shapes: T positions, N image tokens of a picture, D hidden width, K layers to which DeepStack adds features.
 """
@@ -22,7 +22,8 @@ from prefcache.pipeline.model.device import to_device, to_host
 from prefcache.pipeline.model.tower import tower_parameters
 from prefcache.pipeline.schema import StoredFeatures, TokenSequence
 
-# Their image tokens also see the later tokens of their picture.
+# Models whose image tokens also attend to later tokens of their image. Any other such model fails the trial of a layout, and its
+# rows are padded (forward.py).
 _BIDIRECTIONAL = {"gemma3", "shieldgemma2"}
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}  # keywords of a model's forward: 1 for an image token, else 0
 _REMEMBERED_PROMPTS = 4096
@@ -58,7 +59,7 @@ class VisionTower:
 
 
 class FeatureReader(Protocol):
-    """Features that were computed before: `stored.image_features.FeatureStore`."""
+    """Reads stored features: `stored.image_features.FeatureStore`."""
 
     @property
     def dtype(self) -> str: ...
@@ -85,7 +86,7 @@ class ComputedFeatures:
 
 
 def pack(features: ImageFeatures) -> StoredFeatures:
-    """Features as they are stored, bit by bit."""
+    """Convert features to bytes, bit for bit."""
     embeds, deep = features.embeds_ND, features.deep_KND
     return StoredFeatures(
         _to_bytes(embeds), None if deep is None else _to_bytes(deep), len(embeds), features.grid, features.n_tiles
@@ -136,10 +137,10 @@ def _to_model(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tens
 
 
 class Vision:
-    """A model's way with images, given their features."""
+    """Feeds images to a model's forward, packed or plain."""
 
     def __init__(self, model: Any, source: FeatureSource, images: PromptImages | None = None) -> None:
-        """With `images`, the model's plain forward gets their pixels, else their features."""
+        """Give the plain forward the pixels of `images`; without `images` it gets features from `source`, as packed rows do."""
         self.model, self.source, self._images = model, source, images
         self._base = getattr(model, model.base_model_prefix)
         self.token: int = model.config.image_token_id
@@ -168,13 +169,13 @@ class Vision:
     # -- one sequence ------------------------------------------------------------------------------------------------
 
     def image_places(self, sequence: TokenSequence) -> np.ndarray:
-        """Where in the prompt the image tokens are; none without images, whatever its ids."""
+        """Return the positions of image tokens in the prompt; none for a sequence without images."""
         if not sequence.images:
             return np.empty(0, np.int64)
         return np.flatnonzero(sequence.prompt_ids == self.token)
 
     def blocks(self, sequence: TokenSequence) -> list[slice]:
-        """The runs of image tokens that see one another both ways."""
+        """Return the runs of image tokens that attend to one another in both directions."""
         if not self._is_bidirectional:
             return []
         places = self.image_places(sequence)
@@ -182,9 +183,9 @@ class Vision:
         return [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
 
     def positions(self, sequence: TokenSequence, grids: Sequence[tuple[int, ...]]) -> Positions:
-        """Return what gives the positions of the tokens from one place to another, for any answer to this prompt.
+        """Return a function that gives the position ids of tokens begin:end, for any answer to this prompt.
 
-        They are [T]; with M-RoPE those of frame, row and column, [3, T].
+        They are [T]; with M-RoPE frame, row and column, [3, T].
         """
         if not self._counts_by_grid:
             return np.arange
@@ -206,12 +207,12 @@ class Vision:
         return counted
 
     def plain_inputs(self, sequence: TokenSequence, n_tokens: int) -> dict[str, Any]:
-        """Keywords of the model's own forward for the first `n_tokens` of a sequence with images, besides its ids."""
+        """Return keywords of the model's own forward, next to ids, for the first `n_tokens` of a sequence with images."""
         device = next(self.model.parameters()).device
         is_image_T = torch.zeros(1, n_tokens, dtype=torch.int64)
         is_image_T[0, self.image_places(sequence)] = 1
         types = to_device(is_image_T, device)
-        # Whoever takes them may attend by them. What a row lacks of that shows when its layout is tried.
+        # Some models attend by them. Packed rows do not get them, so the trial of the layout shows whether that matters.
         taken = inspect.signature(type(self.model).forward).parameters.keys() & _TOKEN_TYPES
         more: dict[str, Any] = dict.fromkeys(taken, types)
         if self._images is not None:
@@ -226,7 +227,7 @@ class Vision:
     def embed(
         self, ids_T: torch.Tensor, place_I: torch.Tensor, features: Sequence[ImageFeatures]
     ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Keywords of the decoder for a row of ids with images at these places: embeddings instead of ids."""
+        """Return keywords of the decoder for a row: embeddings, with the features of images at these places."""
         decoder = self.model.get_decoder()
         # The image token may lie outside the vocabulary; its own embedding is not used.
         embeds_TD = decoder.get_input_embeddings()(ids_T.index_fill(0, place_I, 0))
@@ -246,7 +247,7 @@ class Vision:
 
 
 def _as_tower_output(features: Sequence[ImageFeatures]) -> BaseModelOutputWithPooling:
-    """Features as the model's own forward takes them, in the shape in which its tower gives them."""
+    """Pack features as the tower's output, which the model's own forward takes instead of pixels."""
     if features[0].n_tiles is None:
         pooled: Any = [each.embeds_ND for each in features]
     else:

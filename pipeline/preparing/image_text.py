@@ -1,4 +1,4 @@
-"""The text that stands for a picture: what the model's processor puts in the place of the chat template's placeholder.
+"""The text that stands for a picture: the model's processor puts it in the place of the chat template's placeholder.
 
 It is the same for all pictures of a size, so the processor is asked once per size. The ids are those of the processor itself:
 the first prompts of each part are compared with what it makes of the whole.
@@ -31,7 +31,7 @@ class ImageText:
         self._n_compared = 0
 
     def start_part(self) -> None:
-        """Which prompts are compared depends on the part alone."""
+        """Compare anew, so that the prompts compared depend on the part alone."""
         self._n_compared = 0
 
     def refuse_placeholders(self, example: Example) -> None:

@@ -39,7 +39,7 @@ class PartImages:
 
     @property
     def entry(self) -> dict[str, Any] | None:
-        """What a record says of the file, once it is closed; None if there is none."""
+        """The entry of the closed file in the part's record; None without pictures."""
         return self._writer.entries[0] if self._path is not None and self._writer.entries else None
 
     def add(self, pictures: Sequence[Picture]) -> tuple[bytes, ...]:

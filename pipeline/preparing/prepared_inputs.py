@@ -19,6 +19,7 @@ from prefcache.pipeline.stored.freshness import Difference, Freshness, check_pre
 from prefcache.pipeline.stored.images import explain_changed_files
 from prefcache.pipeline.stored.memos import TokenizersMemo
 from prefcache.pipeline.stored.records import PreparedManifest
+from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS
 
 if TYPE_CHECKING:
     from prefcache.pipeline.image_processor import ImageProcessor
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 # They differ between folders with the same tokenizer, so they are compared by what the tokenizer does.
 _TOKENIZER = ("tokenizer_id", "fingerprint")
 _PROCESSOR = "processor_id"
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def read_processor_id(
 ) -> str:
     """Return the id of a model's image processor, which is loaded only if the experiment has no memo of it."""
     path = TokenizersMemo.path(experiment)
-    stamp = f"{identity.tokenizer_stamp(folder)}, {identity.hash_bytes(folder, _PROCESSOR_FILES)}"
+    stamp = f"{identity.tokenizer_stamp(folder)}, {identity.hash_bytes(folder, PROCESSOR_CONFIGS)}"
     memo = TokenizersMemo.recall(path) or TokenizersMemo()
     if stamp not in memo.processors:
         memo = memo.with_another_processor(stamp, (loaded or _load_processor(folder)).id.hex())

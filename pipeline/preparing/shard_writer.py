@@ -11,7 +11,7 @@ from prefcache.pipeline.stored import artifact
 
 
 class ShardWriter:
-    """Writes the shards of one table; without rows there is none.
+    """Writes the shards of one table; no file without rows.
 
     `name` gives the file of a shard by its number. A shard ends with `most_rows` rows, or after the block with which it has
     `most_bytes`. `facts` go into each entry.

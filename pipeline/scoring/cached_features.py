@@ -1,4 +1,4 @@
-"""The features of the pictures that a reference sees, computed by its own tower, and kept for training."""
+"""The features of a reference's images: computed by its own tower, and cached for training."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from prefcache.pipeline.stored import feature_writer
 
 
 class CachedFeatures:
-    """What is in the store of the reference's tower, after `compute` also what was missing; without a store, the live tower."""
+    """A source of features: the store of the reference's tower, which `compute` fills; without a store, the live tower."""
 
     def __init__(
         self, model: Any, images: PromptImages, reference: Reference, device: str, dtype: str, kernel: str
@@ -34,7 +34,7 @@ class CachedFeatures:
             self._source = ComputedFeatures(self._store, next(model.parameters()).device)
 
     def compute(self, images: Collection[bytes]) -> None:
-        """Compute and keep the features of those pictures that are missing."""
+        """Compute and store the features of those images that are missing."""
         if self._store is not None:
             with torch.inference_mode():
                 feature_writer.fill(

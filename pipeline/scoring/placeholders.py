@@ -1,7 +1,7 @@
-"""Prompts with images as an engine takes that expands them itself: one placeholder for what stands for a picture.
+"""Prompts for an engine that expands images itself: one placeholder for the tokens of each image.
 
-A placeholder is what the chat template writes, and the engine puts in its place what the model's processor does. Where the
-prepared prompt has these tokens is found by processing each size of picture once.
+`prepare` has expanded what the chat template writes (preparing/image_text.py); here the tokens of each image are found again, by
+processing one picture of each size.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The pictures of a prompt, whatever the format: where they stand in its text, and where the record has them.
+"""The pictures of a prompt, in any format: where they stand in its text, and where the record has them.
 
     a part of a content   {"type": "image"}, with the picture itself (image, url, path, base64, or OpenAI's image_url), or without
     <image>               in the text of a record that has a column of pictures
@@ -60,7 +60,7 @@ def _find_image(part: dict[str, Any]) -> Any:
     value = part[key]
     if key == "image_url" and isinstance(value, dict):
         return value.get("url")
-    # Told apart from a path.
+    # Else it could be taken for a path.
     is_bare = key == "base64" and isinstance(value, str) and not value.startswith("data:")
     return f"data:image;base64,{value}" if is_bare else value
 

@@ -267,5 +267,5 @@ def _as_json(record: Record) -> bytes:
 
 
 def _shorten(value: Any) -> str:
-    """Write out what JSON has no form for; of a picture's bytes, only how many they are."""
+    """Write a value that JSON lacks as text; long bytes, such as a picture's, as their number alone."""
     return f"({len(value):,} bytes)" if isinstance(value, bytes) and len(value) > _MOST_BYTES_SHOWN else str(value)
