@@ -51,7 +51,7 @@ class Forward:
 
         `compute`, by default a plain loop, computes log-probs by the layout on trial.
         """
-        refuse_lookahead(self.model, sequences, self._dtype)
+        refuse_lookahead(self.model, sequences, self._dtype, self.vision)
         reasons = []
         candidates = {"auto": ("shared", "packed"), "padded": ()}.get(self._wanted, (self._wanted,))
         for layout in candidates:
@@ -178,26 +178,38 @@ def flatten(groups: Iterable[Iterable[int]]) -> list[int]:
 # -- the trials ------------------------------------------------------------------------------------------------------
 
 
-def refuse_lookahead(model: Any, sequences: Sequence[TokenSequence], dtype: str) -> None:
+def refuse_lookahead(model: Any, sequences: Sequence[TokenSequence], dtype: str, vision: Vision | None = None) -> None:
     """Raise UsageError if a token sees later ones, as in BERT unless its config says `is_decoder`.
 
-    A token's log-prob must not change when the second half of a sequence is reversed, nor when its last token is cut.
+    A token's log-prob must not change when the second half of a sequence is reversed, nor when its last token is cut. Tokens of an
+    image may see one another, but no answer may see what follows.
     """
     ids_T = _longest_ids(sequences)
-    half = len(ids_T) // 2
-    if half < 2:
-        return
-    reversed_T = np.concatenate([ids_T[:half], ids_T[half:][::-1]])
-    original, other, cut = (_all_logps(model, variant_T) for variant_T in (ids_T, reversed_T, ids_T[:-1]))
-    deviation = _deviation(other[: half - 1], original[: half - 1], ROUNDING[dtype]) or _deviation(
-        cut, original[:-1], _mean_tolerance(dtype)
-    )
+    deviation = _find_lookahead(model, TokenSequence(ids_T[:1], ids_T[1:]), dtype, None)
+    illustrated = [sequence for sequence in sequences if sequence.images and vision]
+    if deviation is None and illustrated:
+        longest = max(illustrated, key=lambda sequence: len(sequence.completion_ids))
+        cut = longest._replace(completion_ids=longest.completion_ids[:_TRIAL_TOKENS], counted=None)
+        deviation = _find_lookahead(model, cut, dtype, vision)
     if deviation is None:
         return
     hint = " Its config has is_decoder: false." if getattr(model.config, "is_decoder", None) is False else ""
     raise UsageError(
         f"{type(model).__name__} is not causal here: a token's log-prob is {deviation}, when later tokens are changed or "
         f"fewer.{hint} Scores of such a model would know the answer; use a causal language model."
+    )
+
+
+def _find_lookahead(model: Any, sequence: TokenSequence, dtype: str, vision: Vision | None) -> str | None:
+    """How far the answer's log-probs deviate when later tokens are others; None if only by rounding, or if it is too short."""
+    ids_N = sequence.completion_ids
+    half = len(ids_N) // 2
+    if half < 1:
+        return None
+    variants = (ids_N, np.concatenate([ids_N[:half], ids_N[half:][::-1]]), ids_N[:-1])
+    original, other, cut = (_all_logps(model, sequence._replace(completion_ids=ids), vision) for ids in variants)
+    return _deviation(other[:half], original[:half], ROUNDING[dtype]) or _deviation(
+        cut, original[:-1], _mean_tolerance(dtype)
     )
 
 
@@ -209,7 +221,8 @@ def _padding_problem(model: Any, sequences: Sequence[TokenSequence], dtype: str)
         return None
     with torch.no_grad():
         batch = padded_logps(model, [TokenSequence(each_T[:1], each_T[1:]) for each_T in (short_T, ids_T)]).logps
-    return _deviation(batch[0].float().cpu().numpy(), _all_logps(model, short_T), _mean_tolerance(dtype))
+    alone = _all_logps(model, TokenSequence(short_T[:1], short_T[1:]))
+    return _deviation(batch[0].float().cpu().numpy(), alone, _mean_tolerance(dtype))
 
 
 def _mean_tolerance(dtype: str) -> tuple[float, float]:
@@ -222,9 +235,9 @@ def _longest_ids(sequences: Sequence[TokenSequence]) -> np.ndarray:
     return longest.ids[:_TRIAL_TOKENS]
 
 
-def _all_logps(model: Any, ids_T: np.ndarray) -> np.ndarray:
+def _all_logps(model: Any, sequence: TokenSequence, vision: Vision | None = None) -> np.ndarray:
     with torch.no_grad():
-        logps: np.ndarray = plain_logps(model, TokenSequence(ids_T[:1], ids_T[1:])).float().cpu().numpy()
+        logps: np.ndarray = plain_logps(model, sequence, vision).float().cpu().numpy()
         return logps
 
 

@@ -46,7 +46,7 @@ def score_plainly(
         vision = Vision(plain, VisionTower(plain, images), images) if images else None
         with torch.inference_mode():
             if sequences:
-                refuse_lookahead(plain, sequences, "float32")
+                refuse_lookahead(plain, sequences, "float32", vision)
             scores = []
             with counting("plain float32 forward", len(sequences), "sequences") as counter:
                 for sequence in sequences:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prefcache.pipeline import image_processor
+from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.model import vision as vision_module
@@ -124,6 +125,21 @@ def test_rows_are_padded_for_a_model_whose_images_attend_in_an_unknown_way(monke
         logps, _ = compute(forward, data.sequences[:1])
         expected = published_logps(model, data, 0)
     assert (logps[0] - expected).abs().max() < 1e-5
+
+
+def test_a_model_whose_answers_see_what_follows_next_to_images_is_refused(monkeypatch):
+    """As PaliGemma's do with these token types: to it, 0 is a prompt, all of whose tokens see one another."""
+    data = prompts("gemma3")
+    model, vision = data.load()
+    plain_inputs = vision.plain_inputs
+
+    def as_one_image(sequence, n_tokens):
+        return plain_inputs(sequence, n_tokens) | {"token_type_ids": torch.ones(1, n_tokens, dtype=torch.int64)}
+
+    forward = Forward(model, "sdpa", "auto", "float32", "train.rows", vision)
+    monkeypatch.setattr(vision, "plain_inputs", as_one_image)
+    with pytest.raises(UsageError, match="not causal here"):
+        forward.choose_layout(data.sequences)
 
 
 class Shelf:
