@@ -370,6 +370,13 @@ def tokenizer_stamp(folder: Path) -> str:
     return ", ".join(parts)
 
 
+def find_processor(folder: Path) -> Path:
+    """Find the folder with the settings of a model's image processor; an adapter that brings none has its base's."""
+    if not model_files.is_adapter(folder) or any((folder / name).exists() for name in PROCESSOR_CONFIGS):
+        return folder
+    return model_files.find_base(folder, weights=False)
+
+
 def hash_bytes(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for path in _match_files(folder, patterns):
@@ -400,7 +407,10 @@ def tower_numerics(reference: Reference, device: str, dtype: str, attention: str
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    return {name: version(name).partition("+")[0] for name in packages}
+    try:
+        return {name: version(name).partition("+")[0] for name in packages}
+    except PackageNotFoundError as error:
+        raise UsageError(f"This needs the package {error.name}, which is not installed (pip install {error.name}).") from None
 
 
 def coarsest_dtype(record: Mapping[str, str]) -> str:

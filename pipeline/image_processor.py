@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from prefcache.pipeline import model_config
+from prefcache.pipeline import identity, model_config, model_files
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS, load_tokenizer, refuse_own_code
 
@@ -105,11 +105,12 @@ class ImageProcessor:
 
 
 def load(folder: Path) -> ImageProcessor:
-    """Load the processor of a model's folder; UsageError if it has none."""
+    """Load the processor of a model's folder, or of an adapter's and its base's; UsageError if there is none."""
     from transformers import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    model_type = model_config.read(folder).model_type or ""
+    model = model_files.find_base(folder, weights=False) if model_files.is_adapter(folder) else folder
+    model_type = model_config.read(model).model_type or ""
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if not isinstance(name, str):
         raise UsageError(f"{folder} is a {model_type} model, for which Transformers has no processor of pictures.")
@@ -117,8 +118,9 @@ def load(folder: Path) -> ImageProcessor:
         # Not by AutoProcessor, which also loads what processes video, and that needs torchvision.
         module = sys.modules["transformers"]._class_to_module[name]
         base = getattr(import_module(f"transformers.{module}"), name)
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        settings, _ = base.get_processor_dict(folder)
+        source = identity.find_processor(folder)
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+        settings, _ = base.get_processor_dict(source)
         parts = {"image_processor": image_processor, "tokenizer": load_tokenizer(folder)}
         attributes = classmethod(lambda _: list(parts))
         without_video: Any = type(name, (base,), {"get_attributes": attributes})
@@ -127,6 +129,10 @@ def load(folder: Path) -> ImageProcessor:
         vars(processor).update(absent)
     except UsageError:
         raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"The image processor of {folder} needs the package {error.name}, which is not installed (pip install {error.name})."
+        ) from None
     except Exception as error:  # The loader raises whatever its parts raise.
         refuse_own_code(error, folder)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -125,7 +125,8 @@ def read_processor_id(
 ) -> str:
     """Return the id of a model's image processor, which is loaded only if the experiment has no memo of it."""
     path = TokenizersMemo.path(experiment)
-    stamp = f"{identity.tokenizer_stamp(folder)}, {identity.hash_bytes(folder, PROCESSOR_CONFIGS)}"
+    settings = identity.hash_bytes(identity.find_processor(folder), PROCESSOR_CONFIGS)
+    stamp = f"{identity.tokenizer_stamp(folder)}, {settings}"
     memo = TokenizersMemo.recall(path) or TokenizersMemo()
     if stamp not in memo.processors:
         memo = memo.with_another_processor(stamp, (loaded or _load_processor(folder)).id.hex())

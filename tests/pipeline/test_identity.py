@@ -612,3 +612,8 @@ def test_differences_name_what_differs():
     mine, other = {"torch": "2.13.0", "dtype": "float32", "new": "x"}, {"torch": "2.11.0", "dtype": "float32"}
     assert identity.differences(mine, other) == "new None -> x, torch 2.11.0 -> 2.13.0"
     assert identity.differences(mine, mine) == "nothing"
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(UsageError, match=r"needs the package no-such-package, which is not installed \(pip install"):
+        identity.versions(["torch", "no-such-package"])

@@ -188,6 +188,34 @@ def test_a_picture_among_several_has_an_id_of_its_own_where_the_processor_tells_
     assert images.facts(one[0]).pixels == images.facts(several[0]).pixels
 
 
+@pytest.mark.parametrize("brings", [[], ["tokenizer.json"], ["tokenizer.json", "processor_config.json"]], ids=str)
+def test_an_adapter_is_prepared_with_the_processor_of_its_base(project, brings):
+    project.write(record(0, project.draw("a.png", 1)))
+    project.prepare()
+    expected, adapter = project.keys(), project.root / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "model"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    for name in [*brings, *(["tokenizer_config.json", "chat_template.jinja"] if brings else [])]:
+        shutil.copy(project.root / "model" / name, adapter)
+    project.prepare("model=adapter")
+    assert project.keys() == expected and project.why_stale("model=adapter") is None
+    path = (adapter if "processor_config.json" in brings else project.root / "model") / "processor_config.json"
+    path.write_text(path.read_text().replace('"longest_edge": 4096', '"longest_edge": 2048'))
+    assert "image processor have changed" in project.why_stale("model=adapter")
+
+
+def test_a_processor_that_lacks_a_package_names_it(project, monkeypatch):
+    def lack(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {'torchvision'!r}", name="torchvision")
+
+    monkeypatch.setattr(image_processor, "import_module", lack)
+    project.write(record(0, project.draw("a.png")))
+    done = project.prefcache("prepare", *project.options(), code=2)
+    assert "needs the package torchvision, which is not installed (pip install torchvision)" in done.stderr
+    assert "Expected preprocessor_config.json" not in done.stderr
+
+
 def test_mismatched_answers_of_labels_have_keys_with_the_picture(project):
     names = [project.draw(f"{i}.png", i) for i in range(4)]
     project.write(*(record(0, names[i]) | {"chosen": record(i)["chosen"]} for i in range(4)))
