@@ -47,7 +47,8 @@ def _preview_line(worker: PartWorker, line: Line, source: int) -> Iterator[Previ
                 source=line.source, line=line.number, reason=unusable.reason, detail=unusable.description
             )
     for row in quarantine.rows:
-        yield PreviewUnusable(source=line.source, line=line.number, reason=row["reason"], detail=row["detail"])
+        why = Unusable(row["reason"], row["detail"], n_found=row["n_found"], n_limit=row["n_limit"])
+        yield PreviewUnusable(source=line.source, line=line.number, reason=why.reason, detail=why.description)
 
 
 def _preview_example(line: Line, worker: PartWorker, example: Example) -> PreviewExample:

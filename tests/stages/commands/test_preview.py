@@ -160,3 +160,12 @@ def test_pictures_are_shown_by_their_tokens_and_left_out_ones_by_their_tags(pref
     (example,) = shown(prefcache, config, *settings)["examples"]
     left_out = example["parts"][0]["cut_turns"]
     assert left_out.startswith("user: [image 60x40 ") and left_out.endswith("] the first?\nassistant: red")
+
+
+def test_numbers_that_do_not_fit_are_shown(prefcache, tmp_path):
+    config = write_config(tmp_path, vision_models.save("qwen2.5-vl"))
+    good = {"prompt": [user("what?")], "chosen": [assistant("red")], "rejected": [assistant("blue")], "images": []}
+    bad = good | {"prompt": [user("<image> and <image>?")], "images": ["a.png", "a.png", "a.png"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    (_, unusable) = shown(prefcache, config)["examples"]
+    assert unusable["reason"] == "wrong number of images" and unusable["detail"].endswith(": 2, limit 3")
