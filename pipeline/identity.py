@@ -410,7 +410,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     try:
         return {name: version(name).partition("+")[0] for name in packages}
     except PackageNotFoundError as error:
-        raise UsageError(f"This needs the package {error.name}, which is not installed (pip install {error.name}).") from None
+        raise UsageError(
+            f"This needs the package {error.name}, which is not installed (pip install {error.name})."
+        ) from None
 
 
 def coarsest_dtype(record: Mapping[str, str]) -> str:
