@@ -160,9 +160,9 @@ class PictureSource(Protocol):
 class PromptImages:
     """Reads images of prompts as arrays for a model: decodes and processes them on demand."""
 
-    def __init__(self, processor: ImageProcessor, pictures: PictureSource, features: Path | None = None) -> None:
-        """`features`: where a tower's features may be kept, if anywhere."""
-        self.processor, self.pictures, self.features = processor, pictures, features
+    def __init__(self, processor: ImageProcessor, pictures: PictureSource, features_root: Path | None = None) -> None:
+        """`features_root`: the folder in which features may be cached, if any."""
+        self.processor, self.pictures, self.features_root = processor, pictures, features_root
 
     def inputs(self, image: bytes) -> dict[str, np.ndarray]:
         """Return the keywords of the model's get_image_features for one image."""

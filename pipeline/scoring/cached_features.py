@@ -28,9 +28,9 @@ class CachedFeatures:
     ) -> None:
         self._model, self._images, self._store = model, images, None
         self._source: FeatureSource = VisionTower(model, images)
-        if images.features is not None and tower_names(model):
+        if images.features_root is not None and tower_names(model):
             numerics = identity.tower_numerics(reference, device, dtype, kernel)
-            self._store = feature_writer.open_store(images.features, reference, numerics)
+            self._store = feature_writer.open_store(images.features_root, reference, numerics)
             self._source = ComputedFeatures(self._store, next(model.parameters()).device)
 
     def compute(self, images: Collection[bytes]) -> None:

@@ -87,13 +87,13 @@ class Prepared:
         """The pictures of the examples' prompts."""
         return StoredImages(self.folder, self.manifest.images)
 
-    def prompt_images(self, processor: Path, features: Path | None = None) -> PromptImages | None:
+    def prompt_images(self, processor: Path, features_root: Path | None = None) -> PromptImages | None:
         """The images of the prompts as the processor in this folder prepares them; None if there are none.
 
-        `features`: the folder of caches in which a tower's features may be kept, for whoever needs them next.
+        `features_root`: the folder of caches, in which features may be stored for later runs.
         """
         pictures = self.images()
-        return PromptImages(image_processor.load(processor), pictures, features) if len(pictures) else None
+        return PromptImages(image_processor.load(processor), pictures, features_root) if len(pictures) else None
 
     def _open(self, shard: ShardEntry) -> pa.Table:
         path = self.folder / shard.file

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # The first that fits is recognised: data sets with columns of their own, then frameworks, then TRL's shape, whose few
 # columns many of them have too.
 # isort: off
-from prefcache.pipeline.preparing.formats import vision as vision
+from prefcache.pipeline.preparing.formats import public_images as public_images
 from prefcache.pipeline.preparing.formats import public as public
 from prefcache.pipeline.preparing.formats import frameworks as frameworks
 from prefcache.pipeline.preparing.formats import trl as trl
