@@ -8,7 +8,16 @@ import pytest
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.preparing.example import IMAGE_MARK, Label, Pair, Ranking, Unusable, plain_text
-from prefcache.pipeline.preparing.formats import FORMATS, fields, frameworks, get_format, public, recognise, trl, vision
+from prefcache.pipeline.preparing.formats import (
+    FORMATS,
+    fields,
+    frameworks,
+    get_format,
+    public,
+    public_images,
+    recognise,
+    trl,
+)
 from prefcache.pipeline.preparing.formats.registry import Format
 
 USER, SYSTEM = {"role": "user", "content": "why?"}, {"role": "system", "content": "be kind"}
@@ -219,7 +228,7 @@ MORE = {"id": 3, "source": "web", "metadata": {"lang": "en"}}
 OF_THESE_FILES = [
     each
     for each in FORMATS.values()
-    if each.reader.__module__ in {m.__name__ for m in (public, frameworks, trl, vision)}
+    if each.reader.__module__ in {m.__name__ for m in (public, frameworks, trl, public_images)}
 ]
 
 
