@@ -160,7 +160,7 @@ def _decode_pixels(encoded: bytes) -> tuple[str, np.ndarray]:
     except Image.DecompressionBombError:
         raise UnusableImage("image too large", "pixels", n_limit=MOST_PIXELS) from None
     except Exception as error:  # A damaged file makes a decoder raise whatever its parts raise.
-        raise UnusableImage("broken image", type(error).__name__) from None
+        raise UnusableImage("broken image", f"damaged or cut off ({type(error).__name__})") from None
     pixels.flags.writeable = False
     return kind, pixels
 

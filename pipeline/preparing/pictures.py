@@ -110,7 +110,8 @@ class PictureLoader:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str):
-            raise Unusable("no image", f"found {type(value).__name__}")
+            found = "nothing" if value is None else type(value).__name__
+            raise Unusable("no image", f"found {found}; expected a path, bytes, base64 or a data: address")
         if value[:5].lower() == "data:":
             return _decode_data_address(value)
         if (encoded := _decode_base64(value)) is not None:

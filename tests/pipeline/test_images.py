@@ -142,6 +142,7 @@ def test_a_truncated_file_is_broken(kind):
     encoded = encode(picture(40, 40), kind)
     for n in (len(encoded) // 2, len(encoded) * 9 // 10):
         assert refuse(encoded[:n]).reason == "broken image", n
+        assert refuse(encoded[:n]).detail.startswith("damaged or cut off ("), n
 
 
 def test_animations_are_refused():

@@ -84,10 +84,13 @@ def test_a_loaded_picture_stays_as_it_is():
 
 
 def test_what_is_no_picture_says_what_it_is(data):
-    assert refuse(None) == ("no image", "found NoneType")
-    assert refuse({"bytes": None, "path": None}) == ("no image", "found NoneType")
-    assert refuse(7) == ("no image", "found int")
-    assert refuse({"url": {"url": {"url": "x"}}}) == ("no image", "found dict")
+    for value, found in (
+        (None, "nothing"),
+        ({"bytes": None, "path": None}, "nothing"),
+        (7, "int"),
+        ({"url": {"url": {"url": "x"}}}, "dict"),
+    ):
+        assert refuse(value) == ("no image", f"found {found}; expected a path, bytes, base64 or a data: address")
     assert refuse(b"hello")[0] == "unknown image format"
     assert refuse(ENCODED[:-30])[0] == "broken image"
     assert refuse(TEXT[:-101]) == ("broken image", "base64")
