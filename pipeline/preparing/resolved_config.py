@@ -158,9 +158,8 @@ def _check_sees_images(model: Path, template: ChatTemplate | None, source: str) 
         raise UsageError(f"{source} has images. {error} Name a model that sees images, or data without.") from None
     try:
         processor.process(np.zeros((64, 64, 3), np.uint8))
-    except (
-        Exception
-    ) as error:  # Processors written for earlier versions of Transformers lack methods that are called here.
+    except Exception as error:
+        # Processors written for earlier versions of Transformers lack methods that are called here.
         raise UsageError(
             f"{source} has images, and the processor in {model} cannot process one by itself ({type(error).__name__}: {error}). Name "
             "a model of another family."
