@@ -136,6 +136,7 @@ def make_model(config: Any, train: Train, trace: Trace) -> trainable.Trainable:
     dtype = getattr(torch, train.lora.base_dtype if train.lora else train.weights)
     with GPU, no_init_weights():  # of fake weights, which some initializations would draw again and again
         model = weights.make_language_model(config, dtype=dtype, attn_implementation="sdpa")
+        model.tie_weights()  # which comes with the initialization
         adapter = trainable.create_adapter(model, train.lora, train.seed) if train.lora else None
     model.eval()
     if train.gradient_checkpointing:

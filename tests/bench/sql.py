@@ -172,6 +172,7 @@ def _pairs(rng: np.random.Generator, first: int, n: int) -> pa.Table:
         "chosen_score": rng.normal(1, 1, n),
         "rejected_score": rng.normal(0, 1, n),
         "cut_prompt": np.zeros(n, np.int32),
+        "images": pa.nulls(n),
     }
     for side, length in lengths.items():
         columns |= {side: _texts(rng, length), f"{side}_ids": _lists(rng.integers(0, 32_000, length.sum()), length)}
