@@ -218,10 +218,12 @@ def order_chunks(plan: Plan, rank: int, world: int) -> list[np.ndarray]:
 def sample_slots(plan: Plan, sequences: Sequences, n: int) -> list[int]:
     """Return the slots of the longest, the shortest and random sequences, each followed by its prompt's other answer.
 
-    Sequences that share a forward are checked together, as they will be computed.
+    Sequences that share a forward are checked together, as they will be computed. If any prompt has images, one such prompt is the
+    first: whether images are computed rightly shows only there.
     """
     slots: dict[int, None] = {}
-    for slot in map(int, plan.probe):
+    illustrated = sequences.slot_with_images
+    for slot in [*([] if illustrated is None else [illustrated]), *map(int, plan.probe)]:
         for answer in (slot, slot ^ 1):
             if len(sequences[answer].completion_ids):
                 slots[answer] = None

@@ -164,6 +164,13 @@ class ImageLists:
     def __getitem__(self, row: int) -> tuple[bytes, ...]:
         return tuple(self._column[row].as_py() or ()) if self._column is not None else ()
 
+    @property
+    def first_row(self) -> int | None:
+        """The first row whose prompt has images; None if none has any."""
+        if self._column is None:
+            return None
+        return int(np.argmax(pc.list_value_length(self._column).fill_null(0).to_numpy() > 0))
+
 
 class CountedTokens:
     """Which tokens of an answer count (spans.py), by the rows of a table of examples."""
@@ -249,3 +256,9 @@ class Sequences:
     def __getitem__(self, slot: int) -> TokenSequence:
         row, side = divmod(int(slot), 2)
         return TokenSequence(self._prompt[row], self._answers[side][row], images=self._images[row])
+
+    @property
+    def slot_with_images(self) -> int | None:
+        """The first slot of a prompt with images; None if no prompt has any."""
+        row = self._images.first_row
+        return None if row is None else 2 * row

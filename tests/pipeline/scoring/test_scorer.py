@@ -1,12 +1,16 @@
 """The comparison of an engine with the plain forward, and what is done about a deviation."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from prefcache.pipeline.config import Score
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.progress import Progress
-from prefcache.pipeline.scoring.scorer import measure_parity
+from prefcache.pipeline.schema import IDS, IMAGE_IDS
+from prefcache.pipeline.scoring.scorer import measure_parity, sample_slots
+from prefcache.pipeline.stored.prepared import Sequences
+from prefcache.pipeline.stored.scoring_plan import Plan
 
 PLAIN = [-1.0, -3.0]
 REMEDIES = {
@@ -14,6 +18,23 @@ REMEDIES = {
     "vllm": "score.vllm.prefix_caching=false",
     "transformers": "score.rows=padded",
 }
+
+
+def test_a_sample_has_a_prompt_with_images_if_any_prompt_has_some():
+    """With few of them, a sample of text alone would approve an engine that computes images wrongly."""
+    images = [None] * 50 + [[b"i" * 16]] + [None] * 9
+    examples = pa.table(
+        {
+            "prompt_ids": pa.array([[i] for i in range(60)], IDS),
+            "images": pa.array(images, IMAGE_IDS),
+            "chosen_ids": pa.array([[1]] * 60, IDS),
+            "rejected_ids": pa.array([[2]] * 60, IDS),
+        }
+    )
+    plan = Plan([], np.arange(0, 40), 120, 0, 0, 0, 0, {})
+    assert sample_slots(plan, Sequences(examples), 4) == [100, 101, 0, 1]
+    text = examples.set_column(1, "images", pa.array([None] * 60, IMAGE_IDS))
+    assert sample_slots(plan, Sequences(text), 4) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("engine", REMEDIES)
