@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from prefcache.pipeline.config import Train
 from prefcache.pipeline.errors import DataError, ResourceError, UsageError
-from prefcache.pipeline.schema import KEY, PREPARED
+from prefcache.pipeline.schema import IMAGE_IDS, KEY, PREPARED
 from prefcache.pipeline.stored import duckdb_connection
 from prefcache.pipeline.stored.prepared import drop_ids
 from prefcache.pipeline.training.example_filter import ExampleFilter
@@ -37,14 +37,21 @@ _REFERENCE = {
     kind: tuple(f"ref_{answer}_logp{which}" for which in ("", "_all") for answer in answers)
     for kind, answers in _ANSWERS.items()
 }
+_IMAGES = {"n_images": "coalesce(len(images), 0)"}
 _COMPUTED = {
     "pairs": {
         "margin": "ref_chosen_logp - ref_rejected_logp",
         "margin_per_token": "ref_chosen_logp / n_chosen_counted - ref_rejected_logp / n_rejected_counted",
         "length_difference": "n_chosen_counted - n_rejected_counted",
         "score_gap": "chosen_score - rejected_score",
+        **_IMAGES,
     },
-    "labels": {},
+    "labels": _IMAGES,
+}
+# How ids are written, by the type of their column.
+_IN_HEX = {
+    str(KEY): "lower(hex({0}))",
+    str(IMAGE_IDS): "coalesce(list_transform({0}, lambda id: lower(hex(id))), [])",
 }
 _REFERENCE_PREFIXES = ("ref_", "margin")  # of columns that need the reference
 EPOCH = "epoch"  # counts from 1; only train.order_by has it
@@ -233,7 +240,7 @@ class _Expression:
         con.register("given", columns.append_column("is_given", pa.array(is_given)))
         # As the view `examples` of `prefcache sql` has them.
         fields = drop_ids(PREPARED[self._kind].empty_table()).schema
-        selected = [f"lower(hex({f.name})) as {f.name}" if f.type == KEY else f.name for f in fields]
+        selected = [f"{_IN_HEX.get(str(f.type), '{0}').format(f.name)} as {f.name}" for f in fields]
         selected += [*_REFERENCE[self._kind], *(f"{sql} as {name}" for name, sql in _COMPUTED[self._kind].items())]
         selected += [f"{epoch}::bigint as {EPOCH}"] if self._is_order else []
         con.execute(f"create view examples as select {', '.join([*selected, 'row_'])} from given where is_given")

@@ -86,11 +86,11 @@ def test_released_gradients_never_exist_together():
 def test_arithmetic_by_hand():
     cost = trace_step(LLAMA, Train(), PAIRS)
     hidden, intermediate, layers, vocabulary, width = 128, 256, 3, 3000, 64  # of keys and values
-    n = sum(p + c - 1 + r - 1 for p, c, r in PAIRS)
+    n = sum(p + c - 1 + r - 1 for p, c, r, _ in PAIRS)
     linear = layers * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * intermediate)
     # Causal: a query sees the keys up to its own; the rejected answer the prompt and itself. Backward computes scores again.
-    attended = sum((p + c - 1) * (p + c) // 2 + (r - 1) * p + (r - 1) * r // 2 for p, c, r in PAIRS)
-    n_head = sum(c + r for _, c, r in PAIRS)
+    attended = sum((p + c - 1) * (p + c) // 2 + (r - 1) * p + (r - 1) * r // 2 for p, c, r, _ in PAIRS)
+    n_head = sum(pair.chosen + pair.rejected for pair in PAIRS)
     head = 3 * 2 * n_head * hidden * vocabulary
     expected = 3 * 2 * n * linear + layers * (4 + 10) * hidden * attended
     rope = 3 * n * 32  # the product of positions and frequencies, which is in float32
@@ -152,7 +152,7 @@ def test_a_mixture_of_experts_computes_the_chosen_ones():
     two, four = (
         trace_step(Qwen3MoeConfig(**sizes, num_experts_per_tok=n), Train(weights="bfloat16"), PAIRS) for n in (2, 4)
     )
-    n = sum(p + c - 1 + r - 1 for p, c, r in PAIRS)
+    n = sum(p + c - 1 + r - 1 for p, c, r, _ in PAIRS)
     assert sum(four.flops.values()) - sum(two.flops.values()) == 3 * 2 * n * 2 * 3 * 128 * 64
 
 

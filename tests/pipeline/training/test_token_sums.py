@@ -201,7 +201,8 @@ def test_wpo_weights_are_those_of_the_models_own_distributions():
     exact = build("llama").double()
     expected = np.ones(2)
     for sequences in answers.values():
-        for i, (prompt, completion, _) in enumerate(sequences):
+        for i, answer in enumerate(sequences):
+            prompt, completion = answer.prompt_ids, answer.completion_ids
             ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]])
             with torch.no_grad():
                 p_TV = exact(input_ids=ids).logits[0].softmax(-1)[len(prompt) - 1 : -1]
