@@ -88,3 +88,9 @@ def first_complaint(error: "ValidationError", within: str = "") -> str:
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:200]
     message = f"{message[:1].lower()}{message[1:]}"
     return f"{where}{shown} ({message})" if where else message
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library's error says, or its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

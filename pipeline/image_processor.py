@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from prefcache.pipeline import identity, model_config, model_files
-from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.errors import UsageError, first_line
 from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS, load_tokenizer, refuse_own_code
 
 # Keys of an image processor's settings that do not shape its results.
@@ -135,9 +135,8 @@ def load(folder: Path) -> ImageProcessor:
         ) from None
     except Exception as error:  # The loader raises whatever its parts raise.
         refuse_own_code(error, folder)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{folder} has no processor of pictures that loads ({first}). Expected preprocessor_config.json or "
+            f"{folder} has no processor of pictures that loads ({first_line(error)}). Expected preprocessor_config.json or "
             "processor_config.json next to the model."
         ) from None
     return ImageProcessor(processor, counts_pictures=model_type in _COUNTS_PICTURES)

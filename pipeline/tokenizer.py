@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.errors import UsageError, first_line
 
 PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")  # a model that sees images has one of them
 
@@ -23,9 +23,8 @@ def load_tokenizer(folder: Path) -> Any:
         return tokenizer
     except Exception as error:  # The loader raises whatever its parts raise.
         refuse_own_code(error, folder)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{folder} has no tokenizer that loads ({first}). Expected tokenizer.json next to the model."
+            f"{folder} has no tokenizer that loads ({first_line(error)}). Expected tokenizer.json next to the model."
         ) from None
 
 
