@@ -131,20 +131,23 @@ def plain_model(world: World) -> Any:
     return found.eval()
 
 
+SETTINGS = {
+    "model": "model",
+    "out": "runs/tiny",
+    "cache": "cache",
+    "prepare.data": "pairs.jsonl",
+    "prepare.workers": 1,
+    "prepare.held_out": 0.2,
+    "prepare.max_quarantine": 1.0,
+    "score.tokens_per_batch": 256,
+    "score.parity_sample": 4,
+}
+
+
 @pytest.fixture
 def world(tmp_path, prefcache, monkeypatch, model) -> World:
     shutil.copytree(model, tmp_path / "model")
-    settings = {
-        "model": "model",
-        "out": "runs/tiny",
-        "cache": "cache",
-        "prepare.data": "pairs.jsonl",
-        "prepare.workers": 1,
-        "prepare.held_out": 0.2,
-        "prepare.max_quarantine": 1.0,
-        "score.tokens_per_batch": 256,
-        "score.parity_sample": 4,
-    }
+    settings = dict(SETTINGS)
     made = World(tmp_path, prefcache, monkeypatch, [conversation(i) for i in range(N_PAIRS)], settings)
     real = AutoModelForCausalLM.from_pretrained
 
@@ -532,17 +535,7 @@ class SeeingWorld(World):
 @pytest.fixture
 def seeing(tmp_path, prefcache, monkeypatch) -> SeeingWorld:
     shutil.copytree(vision_models.save("qwen2.5-vl"), tmp_path / "model")
-    settings = {
-        "model": "model",
-        "out": "runs/tiny",
-        "cache": "cache",
-        "prepare.data": "pairs.jsonl",
-        "prepare.workers": 1,
-        "prepare.held_out": 0.2,
-        "prepare.max_quarantine": 1.0,
-        "score.tokens_per_batch": 256,
-        "score.parity_sample": 4,
-    }
+    settings = dict(SETTINGS)
     records = [conversation(i) | {"images": [f"pics/{i}.png"]} for i in range(N_PAIRS)]
     made = SeeingWorld(tmp_path, prefcache, monkeypatch, records, settings)
     (tmp_path / "pics").mkdir()
