@@ -58,9 +58,16 @@ READY = """
 import atexit, threading, time
 from prefcache import interrupts
 interrupts.install()
+def sleep():
+    # In short steps: a signal just before a system call does not end that call early.
+    for _ in range(600):
+        time.sleep(0.1)
 def wait():
     print(flush=True)
-    time.sleep(60)
+    sleep()
+def wait_in_thread():
+    time.sleep(0.5)  # until the main thread waits
+    wait()
 class Slow:
     def __del__(self):
         wait()
@@ -80,13 +87,13 @@ except KeyboardInterrupt:
     ("sent", "code"),
     [
         # A destructor, where an exception would only be printed.
-        (signal.SIGINT, "slow = Slow(); del slow; time.sleep(60)"),
+        (signal.SIGINT, "slow = Slow(); del slow; sleep()"),
         # A library that makes an error of its own of it.
         (signal.SIGHUP, "import odd"),
         # When the command is done.
-        (signal.SIGTERM, "threading.Thread(target=wait).start()"),
+        (signal.SIGTERM, "threading.Thread(target=wait_in_thread).start()"),
         # A thread that outlives the command.
-        (signal.SIGTERM, "threading.Thread(target=wait).start(); time.sleep(60)"),
+        (signal.SIGTERM, "threading.Thread(target=wait_in_thread).start(); sleep()"),
         (signal.SIGINT, "atexit.register(wait)"),
     ],
     ids=["destructor", "another error", "threads at the end", "a thread that stays", "exit"],
