@@ -14,6 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from prefcache.pipeline import cache_place
+from prefcache.pipeline.errors import UsageError
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -668,13 +671,18 @@ class Config(Section):
     out: str
     """Folder of the experiment: prepared/, scored/ and its runs."""
     cache: str = "cache"
-    """Folder of the cached log-probs, with one subfolder per reference. Share it between experiments."""
+    """Folder of the cached log-probs, with one subfolder per reference. Share it between experiments; with others, as a URL (s3://bucket/refs, gs://, az://)."""
     prepare: Prepare
     """From data to token ids."""
     score: Score = Score()
     """From token ids to the reference's log-probs."""
     train: Train = Train()
     """From log-probs to a trained policy."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder in which the cache is read and written: of a URL, the mirror on this machine."""
+        return cache_place.local_folder(self.cache)
 
     @property
     def prepared(self) -> Path:
@@ -687,6 +695,14 @@ class Config(Section):
     @property
     def run(self) -> Path:
         return Path(self.out) / self.train.run
+
+    @model_validator(mode="after")
+    def _url_of_the_cache_is_one(self) -> "Config":
+        try:
+            cache_place.local_folder(self.cache)
+        except UsageError as error:
+            raise ValueError(f"cache: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _run_has_a_folder_of_its_own(self) -> "Config":

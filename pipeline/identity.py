@@ -206,7 +206,7 @@ def _find_gguf(config: Config) -> tuple[Path, Path | None]:
         raise UsageError(
             f"revision {config.revision} is a hub id's, and model {file} is a local file. Leave revision out."
         )
-    if found := gguf_files.find_converted(file, Path(config.cache)):
+    if found := gguf_files.find_converted(file, config.cache_folder):
         return found[0], None
     return gguf_files.describe(file), file
 

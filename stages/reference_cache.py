@@ -38,7 +38,7 @@ class ReferenceCache:
     def __init__(self, config: Config, progress: Progress) -> None:
         refuse_unused(config.score)
         self.config, self.progress = config, progress
-        root = Path(config.cache)
+        root = config.cache_folder
         with progress:
             convert_models(config, progress)
             self.reference = identity.find_reference(config)
@@ -134,7 +134,7 @@ class ReferenceCache:
 
     def _open(self) -> Cache:
         """The cache as it is on disk now; an empty one if it does not exist yet."""
-        root = Path(self.config.cache)
+        root = self.config.cache_folder
         folder = find_folder(root, self.config.model, self.model_id)
         if (folder / REFERENCE_FILE).is_file():
             return Cache(folder, self.model_id)
@@ -161,7 +161,7 @@ class ReferenceCache:
     def _score(self, sequences: pa.Table) -> ScoreResult:
         examples = _as_examples(sequences)
         table = sequence_table(examples)
-        self._cache = create_cache(Path(self.config.cache), self.config.model, self._described)
+        self._cache = create_cache(self.config.cache_folder, self.config.model, self._described)
         refusals.warn_about_damage(self._cache, self.progress)
         CacheWriter(self._cache).discard_damaged()
         plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)

@@ -35,7 +35,7 @@ ROOMS = {
 FLOORS = {
     "prefcache.pipeline": [
         "errors images intervals stored_paths token_colours token_text schema spans visible_text",
-        "progress_display",
+        "cache_place progress_display",
         "progress",
         "foreign_programs html_templates model_config process_pool safetensors_files thumbnails tokenizer",
         "gguf_files model_files",
@@ -45,7 +45,7 @@ FLOORS = {
         "config_file config_settings",
     ],
     "prefcache.pipeline.stored": [
-        "artifact claims disk_usage duckdb_connection id_lists key_index",
+        "artifact claims disk_usage duckdb_connection id_lists key_index object_store",
         "records",
         "images memos shards",
         "overwrite_guard",

@@ -16,7 +16,7 @@ def convert_models(config: Config, progress: Progress) -> None:
     """Convert what `model` and `train.model` name, where they name GGUF files that the cache lacks."""
     for name in dict.fromkeys((config.model, config.train.model)):
         if name is not None and gguf_files.is_gguf(name):
-            _convert(Path(name), Path(config.cache) / CONVERTED, progress)
+            _convert(Path(name), config.cache_folder / CONVERTED, progress)
 
 
 def _convert(file: Path, root: Path, progress: Progress) -> None:

@@ -97,7 +97,7 @@ def find_scored_cache(scored: Path, manifest: ScoredManifest) -> Path:
 
 def refuse_other_reference(config: Config, scored: ScoredManifest, *, remember: bool = False) -> None:
     """IdentityError if the config now names other weights than those that scored, under whatever name."""
-    reference, model, root = scored.reference, identity.find_reference(config), Path(config.cache)
+    reference, model, root = scored.reference, identity.find_reference(config), config.cache_folder
     if not is_same_model(reference.model_id, model, root, remember=remember):
         model_id = identify(model, root, remember=remember)["model_id"]
         raise IdentityError(

@@ -96,7 +96,7 @@ def _identify_run(
         "prepared": prepared.id,
         "reference": scored.reference.model_id if scored else None,
         "numerics": scored.accepted_numerics if scored else None,
-        "policy": identify(start, Path(config.cache), remember=remember)["model_id"],
+        "policy": identify(start, config.cache_folder, remember=remember)["model_id"],
         # As computed: naming a default does not make another run.
         "loss": objective.loss_arguments,
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
@@ -104,7 +104,7 @@ def _identify_run(
         "train": settings | ({"samples_from": sample_answers.file_id(own_prompts)} if own_prompts else {}),
     }
     if prepared.manifest.images:
-        tower = identify_tower(start, Path(config.cache), remember=remember)["tower_id"]
+        tower = identify_tower(start, config.cache_folder, remember=remember)["tower_id"]
         inputs["vision"] = {"tower": tower, "processor": prepared.manifest.inputs.processor_id}
     _refuse_unmixable_start(config.train, inputs["policy"], inputs["reference"])
     return inputs | _recorded_older_ids(config, inputs, start, remember=remember)
@@ -188,5 +188,5 @@ def _recorded_older_ids(
         name: recorded[name]
         for name, model in models.items()
         if recorded.get(name) not in (None, inputs[name])
-        and is_same_model(recorded[name], model, Path(config.cache), remember=remember)
+        and is_same_model(recorded[name], model, config.cache_folder, remember=remember)
     }

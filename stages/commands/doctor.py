@@ -225,7 +225,7 @@ def _check_prepared(config: Config) -> Iterator[Finding]:
 
 
 def _check_scores(config: Config) -> Iterator[Finding]:
-    if reason := WeightsMemo.damage(WeightsMemo.path(Path(config.cache))):
+    if reason := WeightsMemo.damage(WeightsMemo.path(config.cache_folder)):
         yield Finding("scores", "problem", reason, "prefcache score CONFIG rebuilds it")
     if (manifest := ScoredManifest.find(config.scored)) is None:
         yield Finding("scores", "absent", f"{config.prepared} has not been scored", "prefcache score CONFIG")
@@ -340,5 +340,5 @@ def _check_rows(config: Config) -> Freshness:
 
 def _preview_cache(config: Config) -> tuple[identity.Reference, Cache]:
     reference = identity.find_reference(config)
-    described = identify(reference, Path(config.cache), remember=False)
-    return reference, Cache.preview(Path(config.cache), config.model, described)
+    described = identify(reference, config.cache_folder, remember=False)
+    return reference, Cache.preview(config.cache_folder, config.model, described)

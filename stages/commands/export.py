@@ -137,7 +137,7 @@ def keep_working_folder(config: Config, progress: Progress) -> Iterator[Config]:
     ]
     for source in config.prepare.sources:
         refuse_undecodable(source.path or "")
-    root = Path(config.cache) / ".standalone"
+    root = config.cache_folder / ".standalone"
     folder = root / artifact.checksum_bytes(artifact.canonical_json(job))[:16]
     root.mkdir(parents=True, exist_ok=True)
     with _claim_alone(folder, progress):

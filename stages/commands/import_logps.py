@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
         "columns": ", ".join(names),
     }
     numerics_id = identity.numerics_id(numerics)
-    cache = create_cache(Path(config.cache), config.model, identify(reference, Path(config.cache)))
+    cache = create_cache(config.cache_folder, config.model, identify(reference, config.cache_folder))
     writer = CacheWriter(cache)
     for rows in _split_into_shards(values, numerics_id, config.score.tokens_per_shard):
         if not writer.has_chunk(rows["key"].to_pylist(), numerics_id):

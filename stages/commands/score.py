@@ -40,7 +40,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
     if not dry_run:
         convert_models(config, progress)
     reference = identity.find_reference(config)
-    root, described = Path(config.cache), identify(reference, Path(config.cache), remember=not dry_run)
+    root, described = config.cache_folder, identify(reference, config.cache_folder, remember=not dry_run)
     inputs = find_inputs(config, prepared, reference, described["model_id"])
     if dry_run:
         cache = Cache.preview(root, config.model, described)

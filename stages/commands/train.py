@@ -187,7 +187,9 @@ def _train(
     own_prompts = _read_own_prompts(config, setup)
     examples = cache_join.load_examples(setup, progress)
     moving_reference.refuse_never(config.train, len(examples[TRAIN]))
-    images = run_images.find(setup.start, config.train, setup.prepared, examples, devices, Path(config.cache), progress)
+    images = run_images.find(
+        setup.start, config.train, setup.prepared, examples, devices, config.cache_folder, progress
+    )
     longest, template = examples[TRAIN].longest(TRIED), setup.prepared.manifest.template
     with working("set up the policy"):
         policy = Policy(setup.start, template, config.train, devices, longest, progress.say, images)

@@ -1,0 +1,66 @@
+"""Where a cache is: a folder, or an object store with a mirror of it on this machine.
+
+Everything reads and writes a folder. For a URL this folder is the mirror: stored/mirror.py fills it and sends what is new.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from prefcache.pipeline.errors import UsageError
+
+SCHEMES = ("s3", "gs", "az")
+MIRROR_VARIABLE = "PREFCACHE_MIRROR"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether the place is in an object store."""
+    return _URL.match(os.fspath(place)) is not None and not os.fspath(place).startswith("file://")
+
+
+def parse_url(place: str) -> str:
+    """Return the URL of a place in an object store without a slash at its end; UsageError if it is not one."""
+    try:
+        parts = urlsplit(place)
+    except ValueError as error:
+        raise UsageError(f"{place} is not a URL ({error}). Expected {_expected()}.") from None
+    if parts.username or parts.password or "@" in parts.netloc:
+        raise UsageError(
+            "The URL of a cache contains credentials. Leave them out: they are taken from the environment, as other "
+            "programs take them (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, ...)."
+        )
+    if parts.scheme not in SCHEMES or not parts.netloc or parts.query or parts.fragment:
+        raise UsageError(f"{_without_query(place)} does not name a place in an object store. Expected {_expected()}.")
+    steps = [step for step in parts.path.split("/") if step]
+    if any(step in (".", "..") for step in steps):
+        raise UsageError(f"{place} has {'.' if '.' in steps else '..'} in its path. Write the path without it.")
+    return "/".join([f"{parts.scheme}://{parts.netloc}", *steps])
+
+
+def local_folder(place: str) -> Path:
+    """The folder in which a cache is read and written: the place itself, or the mirror of a URL."""
+    if place.startswith("file://"):
+        return Path(urlsplit(place).path)
+    return mirror_folder(parse_url(place)) if is_url(place) else Path(place)
+
+
+def mirror_folder(url: str) -> Path:
+    """The mirror of an object store: PREFCACHE_MIRROR, or prefcache/ in the user's folder for caches, and a name."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(os.environ.get(MIRROR_VARIABLE) or Path(home) / "prefcache")
+    readable = re.sub(r"[^\w.-]+", "-", url.partition("://")[2])[-60:].strip("-.")
+    # The same bucket name may be another bucket at another endpoint.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    digest = hashlib.blake2b(f"{url} {endpoint}".encode(), digest_size=6).hexdigest()
+    return base / f"{readable}-{digest}"
+
+
+def _without_query(place: str) -> str:
+    return place.partition("?")[0]
+
+
+def _expected() -> str:
+    return "s3://bucket/path, gs://bucket/path or az://container/path"

@@ -1,0 +1,309 @@
+"""An object store, by its URL: S3 and what speaks like it, Google Cloud Storage, Azure. Through obstore.
+
+obstore and not pyarrow.fs, which has no conditional writes: without them two scorers could both believe that they were
+first. An object appears whole or not at all. `create` is a put with If-None-Match, of which one writer wins; `replace` is
+one with If-Match. Credentials come from the environment and are never stored, printed or put into a URL.
+
+A failed request is repeated; when it keeps failing, the error says what to do. A missing object is a FileNotFoundError.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple, TypeVar
+
+from prefcache.pipeline.cache_place import parse_url
+from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# Requests at once: enough that a latency of 50 ms does not limit the reading of many small objects.
+N_PARALLEL = 32
+_TRIES = 4
+_SECONDS_PER_REQUEST = 120
+_FIRST_PAUSE = 0.5
+
+
+class StoredObject(NamedTuple):
+    """What a listing says of an object."""
+
+    name: str  # below the store's URL
+    size: int
+    etag: str | None
+    modified: datetime
+
+
+class ObjectStore:
+    """The objects below a URL. Names are relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = parse_url(url)
+        self._store = _connect(self.url)
+        self._pid = os.getpid()
+        self.requests: Counter[str] = Counter()  # by kind, as a provider prices them: get, put, list, delete
+        self.bytes: Counter[str] = Counter()  # received, sent
+        self._counting = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ObjectStore {self.url}>"
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def list_objects(self, prefix: str = "") -> list[StoredObject]:
+        """List all objects whose names begin with this folder's: `prefix` ends with a slash, or is empty."""
+        return self._retry("list", prefix, lambda: self._list_pages(prefix))
+
+    def list_folders(self) -> list[str]:
+        """List the names of the folders directly below the URL."""
+        import obstore
+
+        found = self._retry("list", "", lambda: obstore.list_with_delimiter(self._store))
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
+
+    def head(self, name: str) -> StoredObject | None:
+        """What the store says of an object; None if there is none."""
+        import obstore
+
+        try:
+            return _describe(self._retry("get", name, lambda: obstore.head(self._store, name)))
+        except FileNotFoundError:
+            return None
+
+    def get(self, name: str) -> bytes:
+        return self.get_with_etag(name)[0]
+
+    def get_with_etag(self, name: str) -> tuple[bytes, str | None]:
+        import obstore
+
+        def read() -> tuple[bytes, str | None]:
+            result = obstore.get(self._store, name)
+            data = bytes(result.bytes())
+            if len(data) != result.meta["size"]:
+                raise _Incomplete(f"{len(data)} of {result.meta['size']} bytes came")
+            return data, result.meta["e_tag"]
+
+        data, etag = self._retry("get", name, read)
+        self._count("received", len(data))
+        return data, etag
+
+    def get_range(self, name: str, start: int, end: int) -> bytes:
+        """Read the bytes from `start` up to `end`."""
+        import obstore
+
+        def read() -> bytes:
+            data = bytes(obstore.get_range(self._store, name, start=start, end=end))
+            if len(data) != end - start:
+                raise _Incomplete(f"{len(data)} of {end - start} bytes came")
+            return data
+
+        data = self._retry("get", name, read)
+        self._count("received", len(data))
+        return data
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write an object whose name says what it contains, so that writing it twice changes nothing."""
+        import obstore
+
+        self._retry("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
+        self._count("sent", len(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one of this name; return whether there is one with these bytes now.
+
+        An answer may get lost after its request was carried out, so an object that is there already may be this writer's.
+        """
+        import obstore
+
+        def write() -> bool:
+            try:
+                obstore.put(self._store, name, data, mode="create", use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+            return True
+
+        is_first = self._retry("put", name, write)
+        self._count("sent", len(data))
+        if is_first:
+            return True
+        try:
+            return self.get(name) == data
+        except FileNotFoundError:  # deleted meanwhile
+            return self.create(name, data)
+
+    def replace(self, name: str, data: bytes, etag: str) -> bool:
+        """Replace an object that still is as its ETag says; return whether it was."""
+        import obstore
+
+        def write() -> bool:
+            try:
+                obstore.put(self._store, name, data, mode={"e_tag": etag}, use_multipart=False)
+            except (obstore.exceptions.PreconditionError, FileNotFoundError):
+                return False
+            return True
+
+        return self._retry("put", name, write)
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if there is one."""
+        import obstore
+
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, name)
+
+        self._retry("delete", name, delete)
+
+    def parallel(self, function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
+        """Yield the function's results in the order of the items, many of which are under way at once."""
+        if len(items) < 2:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(min(N_PARALLEL, len(items)), thread_name_prefix="prefcache-store") as pool:
+            try:
+                yield from pool.map(function, items)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def _list_pages(self, prefix: str) -> list[StoredObject]:
+        import obstore
+
+        objects = []
+        for page in obstore.list(self._store, prefix or None, chunk_size=1000):
+            objects += [_describe(each) for each in page]
+            self._count("list", 1, self.requests)
+        return objects
+
+    def _retry(self, kind: str, name: str, request: Callable[[], T]) -> T:
+        """Carry out a request, and repeat it while its failure may pass."""
+        import obstore
+
+        if os.getpid() != self._pid:  # the threads that speak to the store do not survive a fork
+            self._store, self._pid = _connect(self.url), os.getpid()
+        pause = _FIRST_PAUSE
+        for attempt in range(_TRIES):
+            self._count(kind, 1, self.requests)
+            try:
+                return request()
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, "there is no such object", self._path(name)) from None
+            except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
+                raise UsageError(self._refused(name, error)) from None
+            except (obstore.exceptions.BaseError, OSError, _Incomplete) as error:
+                if reason := _explain_permanent(str(error)):
+                    raise UsageError(f"{self._path(name)}: {reason}") from None
+                if attempt + 1 == _TRIES:
+                    raise ResourceError(
+                        f"{self._path(name)} could not be reached in {_TRIES} tries ({_shorten(error)}). Finished work is kept: check "
+                        "the network and the endpoint, then run the same command again."
+                    ) from None
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause *= 2
+        raise AssertionError
+
+    def _path(self, name: str) -> str:
+        return f"{self.url}/{name}".rstrip("/")
+
+    def _refused(self, name: str, error: Exception) -> str:
+        return (
+            f"{self._path(name)}: access was refused ({_shorten(error)}). Check that the credentials of this machine may read it, "
+            "and write to it if something is to be stored; they come from the environment (AWS_ACCESS_KEY_ID, ...) and never from "
+            "a config."
+        )
+
+    def _count(self, kind: str, n: int, counter: Counter[str] | None = None) -> None:
+        with self._counting:
+            (self.bytes if counter is None else counter)[kind] += n
+
+
+class _Incomplete(Exception):
+    """An answer is shorter than it says itself."""
+
+
+@functools.cache
+def open_store(url: str) -> ObjectStore:
+    """The store of a URL, one in each process."""
+    return ObjectStore(url)
+
+
+def refuse_escape(name: str) -> str:
+    """Return an object's name if it is one file in one folder of ours; IntegrityError if it could lead elsewhere."""
+    if not all(re.fullmatch(r"[\w.][\w.+@=,~ -]{0,254}", step) and step not in (".", "..") for step in name.split("/")):
+        raise IntegrityError(
+            f"The object store has an object named {name[:200]!r}, which prefcache does not write. Remove it."
+        )
+    return name
+
+
+def _describe(meta: Any) -> StoredObject:
+    return StoredObject(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"])
+
+
+def _connect(url: str) -> Any:
+    try:
+        import obstore.store
+    except ImportError:
+        raise UsageError(
+            f"{url} is in an object store, and obstore is not installed. Install it (pip install 'prefcache[stores]')."
+        ) from None
+    # obstore repeats single requests, such as that for a page of a listing; ObjectStore whole operations.
+    options: dict[str, Any] = {
+        "client_options": {"timeout": f"{_SECONDS_PER_REQUEST}s", "connect_timeout": "10s"},
+        "retry_config": {"max_retries": 5, "retry_timeout": timedelta(seconds=_SECONDS_PER_REQUEST)},
+    }
+    if url.startswith("s3://"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            options["endpoint"] = endpoint
+            options["client_options"]["allow_http"] = endpoint.startswith("http://")
+        options |= _boto3_credentials()
+    try:
+        return obstore.store.from_url(url, **options)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise UsageError(f"{url} cannot be used ({_shorten(error)}).") from None
+
+
+def _boto3_credentials() -> dict[str, Any]:
+    """Credentials of a profile or of SSO, which boto3 knows, where the environment has none and boto3 is installed."""
+    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+        return {}
+    try:
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        session = boto3.Session()
+        if session.get_credentials() is None:
+            return {}
+    except Exception:  # a broken profile of boto3's must not hide what obstore finds itself
+        return {}
+    return {"credential_provider": Boto3CredentialProvider(session)}
+
+
+def _explain_permanent(message: str) -> str | None:
+    """Why a request can never succeed; None if trying again may help."""
+    if "NoSuchBucket" in message or "ContainerNotFound" in message:
+        return "there is no such bucket. Create it, or correct the URL."
+    if "InvalidAccessKeyId" in message or "SignatureDoesNotMatch" in message:
+        return "the store does not accept these credentials. They come from the environment (AWS_ACCESS_KEY_ID, ...)."
+    if "PermanentRedirect" in message or "AuthorizationHeaderMalformed" in message:
+        return "the bucket is in another region. Set AWS_DEFAULT_REGION to it."
+    return None
+
+
+def _shorten(error: Exception) -> str:
+    """Return the sentence of an error that says what happened, without query strings, which may hold signatures."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:300].rstrip(". ")
