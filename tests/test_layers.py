@@ -50,7 +50,7 @@ FLOORS = {
         "images memos shards",
         "overwrite_guard",
         "contradictions prepared row_writers verified_shards",
-        "cache image_features",
+        "cache image_features prepared_store",
         "cache_writer model_ids scoring_plan token_logps",
         "feature_writer",
         "cache_maintenance freshness cut_answers counted_logps gguf_conversion lookups scored",

@@ -10,6 +10,7 @@ A failed request is repeated; when it keeps failing, the error says what to do. 
 import contextlib
 import errno
 import functools
+import math
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from prefcache.pipeline.cache_place import parse_url
@@ -32,6 +34,7 @@ N_PARALLEL = 32
 _TRIES = 4
 _SECONDS_PER_REQUEST = 120
 _FIRST_PAUSE = 0.5
+_PART_BYTES = 16 << 20
 
 
 class StoredObject(NamedTuple):
@@ -118,6 +121,19 @@ class ObjectStore:
 
         self._retry("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
         self._count("sent", len(data))
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Write an object from a file: a large one in parts, of which few are in memory at once."""
+        import obstore
+
+        n_bytes = path.stat().st_size
+        is_large = n_bytes > _PART_BYTES
+        self._retry(
+            "put", name, lambda: obstore.put(self._store, name, path, use_multipart=is_large, chunk_size=_PART_BYTES)
+        )
+        if is_large:  # a request for each part, one before and one after them
+            self._count("put", 1 + math.ceil(n_bytes / _PART_BYTES), self.requests)
+        self._count("sent", n_bytes)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether there is one with these bytes now.
