@@ -449,6 +449,22 @@ class GcResult:
     dry_run: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class SignedCache:
+    """How many shards of a reference's cache were signed, and how many this key had signed before."""
+
+    folder: Path
+    signed: int
+    already: int
+    statement: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignResult:
+    key: str
+    caches: Sequence[SignedCache]
+
+
 @dataclass(frozen=True)
 class ConvertResult:
     """A config made from another program's settings; each key of these is in one of the other three."""

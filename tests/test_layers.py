@@ -47,7 +47,7 @@ FLOORS = {
     "prefcache.pipeline.stored": [
         "artifact claims disk_usage duckdb_connection id_lists key_index object_store",
         "records",
-        "images memos shards",
+        "images memos shards signatures",
         "overwrite_guard",
         "contradictions prepared row_writers verified_shards",
         "cache image_features prepared_store",
@@ -133,7 +133,7 @@ FLOORS = {
         "server",
     ],
     "prefcache.commands": [
-        "config convert doctor export export_trl gc import_logps merge parity prepare preview push query report score show train verify",
+        "config convert doctor export export_trl fetch gc import_logps merge parity prepare preview publish push query report score show sign train verify",
     ],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.

@@ -24,7 +24,7 @@ import pyarrow as pa
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import CACHE
-from prefcache.pipeline.stored import artifact, claims, feature_writer, shards
+from prefcache.pipeline.stored import artifact, claims, feature_writer, shards, signatures
 from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.contradictions import Contradictions
@@ -230,11 +230,14 @@ def _collect(folder: Path, target_bytes: int, dry_run: bool, old_seconds: float)
     kept, contradicting = _mark_duplicates(cache, whole)
     result.damaged |= wrong | contradicting
     result.doubled = sum(int((~shard.keep).sum()) for shard in kept)
-    superseded = [shard.record for shard in kept if not shard.keep.any()]
+    # A merged shard would be another one, which nobody has signed.
+    signed = signatures.names_in_statements(folder)
+    free = [shard for shard in kept if shard.record.name not in signed]
+    superseded = [shard.record for shard in free if not shard.keep.any()]
     result.superseded = len(superseded)
     if not dry_run:
         _remove(cache, superseded)
-    for group in _group(cache, [shard for shard in kept if shard.keep.any()], target_bytes):
+    for group in _group(cache, [shard for shard in free if shard.keep.any()], target_bytes):
         result.merged += len(group)
         result.into += 1
         if not dry_run:

@@ -6,16 +6,15 @@ newer prefcache wrote is ignored and kept.
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field
 
 from prefcache.pipeline.errors import IntegrityError, PrefcacheError
 from prefcache.pipeline.safetensors_files import Digests, Tensor
 from prefcache.pipeline.stored import artifact
-from prefcache.pipeline.stored.records import BareName, Checksum, Fingerprint, NewerError, StoredRecord
+from prefcache.pipeline.stored.records import BareName, Checksum, Fingerprint, NewerError, Sha256, StoredRecord
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _MAX_TOKENIZERS = 64
 
 

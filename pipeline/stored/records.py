@@ -53,12 +53,14 @@ Count = Annotated[int, Field(ge=0, le=_MOST)]
 Signed = Annotated[int, Field(ge=-_MOST, le=_MOST)]
 Step = Annotated[int, Field(ge=0, lt=10**8)]  # a checkpoint's name has eight digits
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModelId = Annotated[str, Field(pattern=r"^[0-9a-f]{32,64}$")]
 Numerics = dict[str, str]
 # A shard of the cache and its record. Files of other names in a cache's folder are not prefcache's.
 _SHARD_NAME = r"(merged-)?[0-9a-f]{32}"
 SHARD_FILE = re.compile(rf"{_SHARD_NAME}-[0-9a-f]{{8}}\.parquet")
 SHARD_RECORD_FILE = re.compile(rf"{_SHARD_NAME}\.json")
+STATEMENT_FILE = re.compile(r"signed-[0-9a-f]{32}\.json")
 Tree = dict[str, Any]  # settings and the like: compared key by key and shown
 
 
@@ -217,6 +219,26 @@ class ReferenceRecord(StoredRecord):
 
     name: Annotated[str, Field(min_length=1)]
     model_id: ModelId
+
+
+class SignedRecord(Entry):
+    """A record of a shard, and what it and its shard were when somebody signed them."""
+
+    record: Annotated[str, Field(pattern=rf"^{SHARD_RECORD_FILE.pattern}$")]
+    sha256: Sha256
+    shard_sha256: Sha256
+
+
+class Statement(StoredRecord):
+    """What the owner of a key vouches for: shards of one reference. Its signature is a file next to it (signatures.py)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    model_id: ModelId
+    key: Annotated[str, Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
+    records: Annotated[list[SignedRecord], Field(min_length=1)]
+
+    def why_misplaced(self, path: Path) -> str | None:
+        return None if STATEMENT_FILE.fullmatch(path.name) else "is not the name of a statement"
 
 
 class RemovalRecord(StoredRecord):

@@ -1,4 +1,6 @@
-"""Export, import, compare, verify and clean up cached log-probs."""
+"""Export, import, compare, verify, clean up, sign and share cached log-probs."""
+
+from pathlib import Path
 
 import click
 
@@ -155,3 +157,27 @@ def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, a
         result = gc.run(caches or ["cache"], progress, target_mib, dry_run)
     print_result(result, as_json)
     verify.refuse_damage(result)
+
+
+@main.command()
+@click.argument("caches", nargs=-1, metavar="[CACHE]...")
+@click.option(
+    "--key", required=True, metavar="FILE", help="SSH key to sign with; a .pub file for a key that the agent holds."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def sign(caches: tuple[str, ...], key: str, quiet: bool, as_json: bool) -> None:
+    """Sign the rows of a cache with an SSH key.
+
+    \b
+        prefcache sign --key ~/.ssh/id_ed25519
+        prefcache sign cache/reference-4f1c0a9b77e2 --key ~/.ssh/id_ed25519.pub
+
+    CACHE is the `cache` folder of a config (default: cache), or the folder of one reference in it. All of it is verified first, and shards that this key has signed are not signed again. Whoever sets `allowed_signers` in a config reads only what somebody in that file has signed. Needs ssh-keygen of OpenSSH 8.9 or later; no passphrase is asked for (ssh-add puts a key into the agent).
+    """
+    from prefcache.commands import sign
+    from prefcache.pipeline.progress import Progress
+
+    with Progress(quiet, command="sign") as progress:
+        result = sign.run(caches or ["cache"], Path(key), progress)
+    print_result(result, as_json)

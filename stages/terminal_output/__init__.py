@@ -43,6 +43,7 @@ for _printer in (
     caches_and_exports.print_parity,
     caches_and_exports.print_verify,
     caches_and_exports.print_gc,
+    caches_and_exports.print_sign,
     runs_on_disk.print_runs,
     runs_on_disk.print_clean,
     machine.print_doctor,

@@ -89,6 +89,14 @@ def print_gc(result: command_results.GcResult) -> None:
     _print_damage(result)
 
 
+def print_sign(result: command_results.SignResult) -> None:
+    for cache in result.caches:
+        already = f", {cache.already:,} were already" if cache.already else ""
+        say(f"{cache.folder}: {count(cache.signed, 'shard')} signed{already}")
+        if cache.statement is not None:
+            say(f"  {cache.statement.name} and {cache.statement.name}.sig, by {result.key}")
+
+
 def _print_damage(result: command_results.VerifyResult | command_results.GcResult) -> None:
     for cache in result.caches:
         for file, reason in cache.damaged.items():

@@ -27,6 +27,7 @@ MISSING = {
     "parity": ["nowhere.yaml", "a", "b"],
     "push": ["nowhere", "me/nowhere"],
     "show": ["nowhere", "nowhere.yaml"],
+    "sign": ["nowhere", "--key", "nowhere"],
     "sql": ["select 1 from nowhere", "nowhere"],
     "verify": ["nowhere"],
 }

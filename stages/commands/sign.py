@@ -1,0 +1,42 @@
+"""sign: vouch for the rows of a cache with an SSH key."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefcache.command_results import SignedCache, SignResult
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.progress import Progress, counting
+from prefcache.pipeline.stored import cache_maintenance, signatures
+from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.visible_text import count
+
+
+def run(paths: Sequence[str], key_file: Path, progress: Progress) -> SignResult:
+    """Sign what no valid statement of this key covers, in every reference's cache among `paths`."""
+    folders = [each for each in cache_maintenance.find_caches(paths) if (each / REFERENCE_FILE).exists()]
+    if not folders:
+        raise UsageError(f"{', '.join(paths)}: there is no cache of a reference, and only those are signed. Name one.")
+    key = signatures.SigningKey(key_file)
+    signatures.refuse_unusable_key(key, None)
+    return SignResult(key=key.fingerprint, caches=[_sign(folder, key, progress) for folder in folders])
+
+
+def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> SignedCache:
+    progress.say(f"sign: reading all of {folder}")
+    verified = cache_maintenance.verify(folder)
+    if verified.damaged:
+        first = next(iter(verified.damaged.values()))
+        raise IntegrityError(
+            f"{count(len(verified.damaged), 'file')} of {folder} are damaged, so nothing of it was signed: {first}. "
+            f"`prefcache verify {folder}` lists them and says what to do."
+        )
+    cache = Cache(folder, None, remember="nothing")
+    by_me = signatures.find_signed_by(folder, cache.reference, key)
+    with counting(f"hash {folder}", len(cache.records), "shards") as counter:
+        new = []
+        for record in cache.records:
+            described = signatures.describe(folder, record)
+            new += [] if described in by_me else [described]
+            counter.add(1)
+    statement = signatures.sign_records(folder, cache.reference, new, key)
+    return SignedCache(folder=folder, signed=len(new), already=len(cache.records) - len(new), statement=statement)
