@@ -98,7 +98,7 @@ class ScorePlan:
     """What `score --dry-run` would do."""
 
     dry_run: Literal[True] = True
-    cache: Path
+    cache: str
     sequences: int
     cached_before: int
     to_score: int

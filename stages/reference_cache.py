@@ -19,13 +19,15 @@ from prefcache.pipeline.schema import IDS, IMAGE_IDS, KEY
 from prefcache.pipeline.scoring import refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache, find_folder
+from prefcache.pipeline.stored.cache import Cache, find_folder
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.gguf_conversion import convert_models
 from prefcache.pipeline.stored.id_lists import read_sequences, sequence_keys
 from prefcache.pipeline.stored.lookups import Logps, look_up
+from prefcache.pipeline.stored.mirror import open_root
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Sequences, sequence_table
+from prefcache.pipeline.stored.records import REFERENCE_FILE
 from prefcache.pipeline.stored.scoring_plan import plan_scoring
 
 
@@ -38,7 +40,7 @@ class ReferenceCache:
     def __init__(self, config: Config, progress: Progress) -> None:
         refuse_unused(config.score)
         self.config, self.progress = config, progress
-        root = config.cache_folder
+        root = open_root(config.cache)
         with progress:
             convert_models(config, progress)
             self.reference = identity.find_reference(config)
@@ -109,7 +111,7 @@ class ReferenceCache:
         return sum(record.rows for record in self._cache.records)
 
     def __repr__(self) -> str:
-        return f"<ReferenceCache {self.folder}: {len(self):,} sequences of {self.config.model}>"
+        return f"<ReferenceCache {self._cache.place}: {len(self):,} sequences of {self.config.model}>"
 
     # -- lookups -----------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class ReferenceCache:
             plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
             refusals.refuse_unscored(self._cache, plan)
         return ScoreResult(
-            cache=str(self.folder),
+            cache=self._cache.place,
             sequences=plan.n_sequences,
             cached_before=before.n_hits,
             scored=before.n_missing,

@@ -12,9 +12,15 @@ import pyarrow.parquet as pq
 from prefcache.pipeline import config_file, views
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact, cache_maintenance
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.prepared import Prepared
-from prefcache.pipeline.stored.records import CheckpointManifest, PreparedManifest, Provenance, RunManifest
+from prefcache.pipeline.stored.records import (
+    REFERENCE_FILE,
+    CheckpointManifest,
+    PreparedManifest,
+    Provenance,
+    RunManifest,
+)
 from prefcache.pipeline.stored.scored import open_scored
 from prefcache.pipeline.training.run_log import PROVENANCE
 

@@ -4,6 +4,7 @@ Several scorers may fill one cache, here or on other machines. Each does its own
 so none waits for one that died. A chunk is claimed before it is computed, and its first record wins.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,26 +82,38 @@ class Scorer:
     def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
         """Score what is missing; yield the tokens of each finished chunk, whoever finished it."""
         chunks = order_chunks(plan, rank, world)
-        for wait in (False, True):
-            taken = []
-            for slots in chunks:
-                if (n_tokens := self.score(slots, wait)) is None:
-                    taken.append(slots)
-                else:
-                    yield n_tokens
-            chunks = taken
+        try:
+            for wait in (False, True):
+                taken = []
+                for slots, following in itertools.zip_longest(chunks, chunks[1:]):
+                    if (n_tokens := self._score_chunk(slots, wait, following)) is None:
+                        taken.append(slots)
+                    else:
+                        yield n_tokens
+                chunks = taken
+        finally:
+            self._writer.flush()
 
     def score(self, slots: np.ndarray, wait: bool) -> int | None:
         """Score a chunk and return its tokens. Return None if another scorer has claimed it, unless `wait` waits for it."""
+        try:
+            return self._score_chunk(slots, wait)
+        finally:
+            self._writer.flush()
+
+    def _score_chunk(self, slots: np.ndarray, wait: bool, following: np.ndarray | None = None) -> int | None:
+        """Score a chunk, which an object store may not have yet when this returns; claim the following one meanwhile."""
         chunk = [self._sequences[slot] for slot in slots]
         keys = [sequence.key() for sequence in chunk]
         with self._writer.claim(keys, self._numerics_id, wait=wait) as claim:
             if claim == "taken":
                 return None
             if claim == "mine":
+                if following is not None:
+                    self._writer.claim_ahead([self._sequences[slot].key() for slot in following], self._numerics_id)
                 rows = self._compute_rows(keys, chunk)
                 self._refuse_changed_weights()
-                self._writer.commit(rows, self._numerics, self._numerics_id, self._parity)
+                self._writer.commit(rows, self._numerics, self._numerics_id, self._parity, in_background=True)
         return sum(sequence.n_tokens for sequence in chunk)
 
     def _refuse_changed_weights(self) -> None:

@@ -33,7 +33,7 @@ _HOST = socket.gethostname().replace("-", "_")
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an error that says what to do."""
     try:
         yield
@@ -115,7 +115,7 @@ def commit_stream(path: Path, *, once: bool = False, durable: bool = True) -> It
     wait for the disk: for files that a checksum verifies and that can be made again.
     """
     temporary = _temporary(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -149,7 +149,7 @@ def commit_bytes(path: Path, data: bytes | memoryview, *, once: bool = False, du
 def scratch_folder(path: Path) -> Iterator[Path]:
     """A folder next to `path`, deleted after the block; if the process dies in it, by `remove_leftovers`."""
     temporary = _temporary(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

@@ -15,6 +15,7 @@ pages (SQL).
 So memory grows with the number of wanted keys (about 60 bytes for each), not with the cache. See keys.py.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +30,19 @@ from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.contradictions import Contradictions, tolerance
 from prefcache.pipeline.stored.key_index import KeyIndex, Keys, concat, read_keys
-from prefcache.pipeline.stored.records import MalformedError, NewerError, Parity, ReferenceRecord, ShardRecord
+from prefcache.pipeline.stored.mirror import find_mirror, show_place
+from prefcache.pipeline.stored.records import (
+    REFERENCE_FILE,
+    MalformedError,
+    NewerError,
+    Parity,
+    ReferenceRecord,
+    ShardRecord,
+)
 from prefcache.pipeline.stored.verified_shards import Remember, VerifiedShards
 
 T = TypeVar("T")
 
-REFERENCE_FILE = "reference.json"
 # Rows that are looked up at once, so that many small shards cost no more than a large one.
 _ROWS_AT_ONCE = 1 << 20
 # How often a reader starts over because gc merged shards while it was reading.
@@ -59,14 +67,14 @@ class Cache:
 
         `reference` stands in for reference.json where the folder does not exist yet. `remember`: see VerifiedShards.
         """
-        self.folder, self._remember = folder, remember
+        self.folder, self._remember, self._mirror = folder, remember, find_mirror(folder)
         if reference is None and not (folder / REFERENCE_FILE).exists():
-            raise IntegrityError(f"The cache {folder} is gone. Score again (prefcache score CONFIG).")
+            raise IntegrityError(f"The cache {self.place} is gone. Score again (prefcache score CONFIG).")
         if reference is None:
             reference = ReferenceRecord.read(folder / REFERENCE_FILE, _REMOVE_REFERENCE)
         if model_id not in (None, reference.model_id):
             raise IdentityError(
-                f"{folder} holds log-probs of {reference.name}@{reference.model_id[:8]}; this run names a model "
+                f"{self.place} holds log-probs of {reference.name}@{reference.model_id[:8]}; this run names a model "
                 f"@{str(model_id)[:8]}. Score with it (prefcache score CONFIG), or set the reference back."
             )
         self.reference = reference
@@ -91,6 +99,11 @@ class Cache:
     @property
     def shards(self) -> list[str]:
         return [str(self.folder / record.file) for record in self.records]
+
+    @property
+    def place(self) -> str:
+        """Where the cache is, as people know it: its folder, or its URL."""
+        return show_place(self.folder)
 
     def record_path(self, record: ShardRecord) -> Path:
         return self.folder / record.name
@@ -118,10 +131,10 @@ class Cache:
         remedy = "Score again (prefcache score CONFIG)"
         # Only a stage that writes can make `make score` run again and the scorer hash every byte.
         if self._remember == "nothing":
-            remedy = f"Run `prefcache verify {self.folder}`, then `prefcache score CONFIG`"
+            remedy = f"Run `prefcache verify {self.place}`, then `prefcache score CONFIG`"
         reason = next(iter(self.damaged.values())).rstrip(".")
         raise IntegrityError(
-            f"{len(self.damaged)} of {len(self.damaged) + len(self.records)} shards of {self.folder} are damaged; "
+            f"{len(self.damaged)} of {len(self.damaged) + len(self.records)} shards of {self.place} are damaged; "
             f"{reason}. {remedy}: only what they held is computed."
         )
 
@@ -133,21 +146,34 @@ class Cache:
     def _scan(self, every_byte: bool = False) -> None:
         """List the shards, and tell whole ones from damaged ones."""
         self.records, self.damaged, self.malformed, self.newer, self.listed = [], {}, set(), set(), set()
+        if self._mirror is not None:
+            self._mirror.refresh(self.folder)
         verified, paths = VerifiedShards(self.folder, self._remember), shards.list_records(self.folder)
-        with counting(f"open {self.folder}", len(paths), "shards") as counter:
+        unfetched = self._fetch_all(paths) if every_byte else {}
+        with counting(f"open {self.place}", len(paths), "shards") as counter:
             for path in paths:
-                self._add(path, verified, every_byte)
+                self._add(path, verified, every_byte, unfetched)
                 counter.add(1)
         verified.save()
 
-    def _add(self, path: Path, verified: VerifiedShards, every_byte: bool) -> None:
+    def _fetch_all(self, paths: Sequence[Path]) -> dict[str, str]:
+        """Have all shards here as a whole; return what is wrong with those that the store cannot give, by file."""
+        if self._mirror is None:
+            return {}
+        records = []
+        for path in paths:
+            with contextlib.suppress(IntegrityError):  # which is reported when it is added
+                records.append(ShardRecord.read(path))
+        return self._mirror.fetch(self.folder, records)
+
+    def _add(self, path: Path, verified: VerifiedShards, every_byte: bool, unfetched: dict[str, str]) -> None:
         """Add the shard of a record to the whole ones or to the damaged ones."""
         self.listed.add(path.name)
         reason = None
         try:
             record = ShardRecord.read(path, _REMOVE)
-            if damage := verified.find_damage(record, every_byte):
-                reason = f"{self.folder / record.file} {damage}"
+            if damage := unfetched.get(record.file) or verified.find_damage(record, every_byte):
+                reason = f"{self.place}/{record.file} {damage}"
         except MalformedError as error:
             self.malformed.add(path)
             if isinstance(error, NewerError):
@@ -157,7 +183,7 @@ class Cache:
             reason = str(error).removesuffix(f" {_REMOVE}")
         if not reason:
             self.records.append(record)
-        elif path.exists():
+        elif path.exists() and (self._mirror is None or self._mirror.has_record(self.folder, path.name)):
             self.damaged[path] = reason
         else:
             # Merged since the listing, which may lack the shard that replaced it.
@@ -171,7 +197,7 @@ class Cache:
             except _Changed:
                 if rescan:
                     self._retry(self._scan, rescan=False)
-        raise IntegrityError(f"{self.folder} kept changing while it was read. Run the same command again.")
+        raise IntegrityError(f"{self.place} kept changing while it was read. Run the same command again.")
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +291,9 @@ class Cache:
         """Yield ranks and values of the rows whose keys are in the index, many shards at once."""
         parts: list[tuple[Keys, np.ndarray]] = []
         n_rows, records = 0, [record for record in self.records if record.numerics_id == numerics_id]
-        with counting(f"look up in {self.folder}", sum(record.rows for record in records), "rows") as counter:
+        if self._mirror is not None:
+            self._mirror.prefetch(self.folder, records, shards.VALUE_COLUMNS)
+        with counting(f"look up in {self.place}", sum(record.rows for record in records), "rows") as counter:
             for i, record in enumerate(records):
                 if (values := self._read_values(record)) is not None:
                     parts.append(values)
@@ -281,9 +309,11 @@ class Cache:
         try:
             return shards.read_values(self.folder, record)
         except (IntegrityError, FileNotFoundError) as error:
+            if self._mirror is not None:
+                self._mirror.refresh(self.folder)
             if not self.record_path(record).exists():
                 raise _Changed from None
-            reason = str(error) if isinstance(error, IntegrityError) else f"{self.folder / record.file} is missing"
+            reason = str(error) if isinstance(error, IntegrityError) else f"{self.place}/{record.file} is missing"
         self.note_damage(record, reason)
         verified = VerifiedShards(self.folder, self._remember)
         verified.forget(record)

@@ -25,12 +25,19 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import CACHE
 from prefcache.pipeline.stored import artifact, claims, feature_writer, shards, signatures
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.contradictions import Contradictions
 from prefcache.pipeline.stored.image_features import TOWER_FILE, FeatureStore
 from prefcache.pipeline.stored.key_index import concat
-from prefcache.pipeline.stored.records import SHARD_FILE, MalformedError, NewerError, RemovalRecord, ShardRecord
+from prefcache.pipeline.stored.records import (
+    REFERENCE_FILE,
+    SHARD_FILE,
+    MalformedError,
+    NewerError,
+    RemovalRecord,
+    ShardRecord,
+)
 
 TARGET_MIB = 128
 _TRIES = 5

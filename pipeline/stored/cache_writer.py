@@ -2,7 +2,7 @@
 
 **No lock is needed.** A chunk of work is named from its keys and numerics, and the first record under a name wins; the
 shard's own name holds a hash of its content, so two scorers never write different bytes to one name. Claims only spare
-a scorer the work that another is doing.
+a scorer the work that another is doing. In an object store all of this is the same: see mirror.py and store_writer.py.
 """
 
 import contextlib
@@ -17,11 +17,15 @@ import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact, claims, shards
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache, find_folder, has_whole_reference
+from prefcache.pipeline.stored.cache import Cache, find_folder, has_whole_reference
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
-from prefcache.pipeline.stored.records import ReferenceRecord, ShardRecord
+from prefcache.pipeline.stored.mirror import find_mirror
+from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord, ShardRecord
+from prefcache.pipeline.stored.store_writer import StoreWriter
 
 _MERGED = "merged-"
+# How often a scorer looks whether gc has merged shards of an object store: each time it lists all of them.
+_MERGED_SECONDS = 300.0
 
 
 def create_cache(root: Path, name: str, reference: dict[str, Any]) -> Cache:
@@ -29,7 +33,11 @@ def create_cache(root: Path, name: str, reference: dict[str, Any]) -> Cache:
     folder = find_folder(root, name, reference["model_id"])
     if not has_whole_reference(folder):
         (folder / REFERENCE_FILE).unlink(missing_ok=True)
-        ReferenceRecord.make(name=name, **reference).commit(folder / REFERENCE_FILE, once=True)
+        record, mirror = ReferenceRecord.make(name=name, **reference), find_mirror(folder)
+        if mirror is None:
+            record.commit(folder / REFERENCE_FILE, once=True)
+        else:
+            mirror.create_reference(folder, record)
     # A read-only cache is still readable; skip cleanup.
     with contextlib.suppress(OSError):
         artifact.remove_leftovers(folder)
@@ -46,9 +54,13 @@ class CacheWriter:
         self._merged: list[
             tuple[str, KeyIndex]
         ] = []  # numerics_id and keys of shards merged since the cache was opened
+        self._mirror = find_mirror(cache.folder)
+        self._store = StoreWriter(self._mirror, cache.folder) if self._mirror else None
 
     def refuse_read_only(self) -> None:
-        if not os.access(self.cache.folder, os.W_OK):
+        if self._store is not None:
+            self._store.refuse_read_only()
+        elif not os.access(self.cache.folder, os.W_OK):
             raise UsageError(
                 f"{self.cache.folder} is read-only, and some sequences are missing in it. Name another place (cache), or "
                 "change its permissions."
@@ -57,9 +69,14 @@ class CacheWriter:
     def discard_damaged(self) -> None:
         """Delete the records of damaged shards, so that their rows count as missing and are scored again."""
         self.cache.refuse_malformed()
-        for record in self.cache.damaged:
-            artifact.member(self.cache.folder, record.name).unlink(missing_ok=True)
-        self.cache.damaged = {}
+        for record in list(self.cache.damaged):
+            self._discard(record)
+
+    def _discard(self, record: Path) -> None:
+        if self._mirror is not None:
+            self._mirror.delete_record(self.cache.folder, record.name)
+        artifact.member(self.cache.folder, record.name).unlink(missing_ok=True)
+        self.cache.damaged.pop(record, None)
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
@@ -76,8 +93,7 @@ class CacheWriter:
         if self.has_chunk(keys, numerics_id):
             yield "done"
             return
-        path = claims.claim_path(self.cache.folder, _chunk_name(keys, numerics_id))
-        with claims.claim(path, wait=wait) as is_mine:
+        with self._claim(_chunk_name(keys, numerics_id), wait=wait) as is_mine:
             if not is_mine:
                 yield "taken"
             elif self.has_chunk(keys, numerics_id):
@@ -85,12 +101,28 @@ class CacheWriter:
             else:
                 yield "mine"
 
+    def claim_ahead(self, keys: Sequence[bytes], numerics_id: str) -> None:
+        """Begin to claim the chunk that comes next. On a disk, where claiming takes no time, this does nothing."""
+        if self._store is not None and not self.has_chunk(keys, numerics_id):
+            self._store.claim_ahead(_chunk_name(keys, numerics_id))
+
+    def claim_work(self, name: str) -> contextlib.AbstractContextManager[object]:
+        """Wait for a piece of work that only one scorer does at a time."""
+        return self._claim(name, wait=True)
+
+    def _claim(self, name: str, *, wait: bool) -> contextlib.AbstractContextManager[bool | None]:
+        if self._store is not None:
+            return self._store.claim(name, wait=wait)
+        return claims.claim(claims.claim_path(self.cache.folder, name), wait=wait)
+
     def has_chunk(self, keys: Sequence[bytes], numerics_id: str) -> bool:
         """Whether another scorer has committed this chunk meanwhile, even if gc has merged it into a larger shard."""
         folder = self.cache.folder
         path = folder / f"{_chunk_name(keys, numerics_id)}.json"
         if path in self.cache.damaged or path.is_file():
             return path not in self.cache.damaged
+        if self._mirror is not None:
+            self._mirror.refresh(folder, older_than=_MERGED_SECONDS)
         names = {path.name for path in shards.list_records(folder) if path.name.startswith(_MERGED)}
         for name in sorted(names - self._listed):
             with contextlib.suppress(IntegrityError, FileNotFoundError):
@@ -108,13 +140,30 @@ class CacheWriter:
 
     # -- commits -----------------------------------------------------------------------------------------------------
 
-    def commit(self, rows: pa.Table, numerics: dict[str, str], numerics_id: str, parity: dict[str, Any] | None) -> None:
-        """Write the rows of a chunk to disk. If another scorer was first, what it wrote stays."""
+    def commit(
+        self,
+        rows: pa.Table,
+        numerics: dict[str, str],
+        numerics_id: str,
+        parity: dict[str, Any] | None,
+        *,
+        in_background: bool = False,
+    ) -> None:
+        """Commit the rows of a chunk. If another scorer was first, what it wrote stays.
+
+        `in_background`: return before an object store has them; `flush` waits for that.
+        """
         name = _chunk_name(rows["key"].to_pylist(), numerics_id)
         path = self.cache.folder / f"{name}.json"
-        if self.cache.damaged.pop(path, None):
-            path.unlink(missing_ok=True)
-        self._commit(name, rows.sort_by("key"), {"numerics_id": numerics_id, "numerics": numerics, "parity": parity})
+        if path in self.cache.damaged:
+            self._discard(path)
+        facts = {"numerics_id": numerics_id, "numerics": numerics, "parity": parity}
+        self._commit(name, rows.sort_by("key"), facts, in_background)
+
+    def flush(self) -> None:
+        """Wait until everything that was committed is in the object store, and raise what went wrong."""
+        if self._store is not None:
+            self._store.flush()
 
     def commit_merged(self, rows: pa.Table, merged: Sequence[ShardRecord]) -> ShardRecord:
         """Write sorted rows of several shards as one. Its generation is above theirs, so that its rows replace them."""
@@ -124,17 +173,19 @@ class CacheWriter:
         digest = hashlib.blake2b(f"{facts['numerics_id']} {generation} ".encode(), digest_size=16)
         digest.update(read_keys([rows["key"]]).checksum().encode())
         name = f"{_MERGED}{digest.hexdigest()}"
-        self._commit(name, rows, {**facts, "generation": generation})
+        self._commit(name, rows, {**facts, "generation": generation}, in_background=False)
         return ShardRecord.read(self.cache.folder / f"{name}.json")
 
-    def _commit(self, name: str, rows: pa.Table, facts: dict[str, Any]) -> None:
+    def _commit(self, name: str, rows: pa.Table, facts: dict[str, Any], in_background: bool) -> None:
         data, folder = artifact.parquet(rows, float_lists=["logps"]), self.cache.folder
         shard = artifact.member(folder, f"{name}-{artifact.checksum_bytes(data)[:8]}.parquet")
         entry = artifact.commit_file(shard, data, rows=len(rows))
         checksum = shards.checksum_values(read_keys([rows["key"]]), shards.usable_sums(rows))
         record = ShardRecord.make(**{**facts, **entry, "values_xxh3_128": checksum})
         path = artifact.member(folder, record.name)
-        if not record.commit(path, once=True) and not path.is_file():
+        if self._store is not None:
+            (self._store.send if in_background else self._store.send_now)(record)
+        elif not record.commit(path, once=True) and not path.is_file():
             raise IntegrityError(f"{path} is not a file, and a shard's record belongs there. Remove it.")
 
 

@@ -1,6 +1,6 @@
-"""Results that need not be computed again: shards found whole, hashes of weights, fingerprints of tokenizers, ids of processors.
+"""Results that need not be computed again: shards found whole, hashes of weights, records of object stores, tokenizers' fingerprints.
 
-The first two lie next to the caches, the third in each experiment. A damaged memo is ignored and rebuilt; one that a
+The last lie in each experiment, the others next to the caches. A damaged memo is ignored and rebuilt; one that a
 newer prefcache wrote is ignored and kept.
 """
 
@@ -54,6 +54,12 @@ class VerifiedMemo(_Memo):
     """Shards that were found whole, with their size, times, inode and checksum then."""
 
     known: dict[BareName, tuple[int, int, int, int, Checksum]]
+
+
+class ListingMemo(_Memo):
+    """The ETags of the records of a reference that were read from an object store."""
+
+    etags: dict[BareName, str | None]
 
 
 class WeightsMemo(_Memo):

@@ -11,9 +11,8 @@ from typing import Any
 from prefcache.pipeline import identity, older_ids
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.safetensors_files import Digests
-from prefcache.pipeline.stored.cache import REFERENCE_FILE
 from prefcache.pipeline.stored.memos import WeightsMemo
-from prefcache.pipeline.stored.records import ReferenceRecord
+from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord
 
 
 def identify(reference: identity.Reference, root: Path, *, remember: bool = True) -> dict[str, Any]:

@@ -211,6 +211,9 @@ class ShardRecord(StoredRecord):
         return None if path.name == self.name else f"names {self.file}, whose record is {self.name}"
 
 
+REFERENCE_FILE = "reference.json"
+
+
 class ReferenceRecord(StoredRecord):
     """Whose log-probs a cache holds. Further fields tell a person what the id was made from."""
 
@@ -245,6 +248,12 @@ class RemovalRecord(StoredRecord):
     """The shards that gc is about to remove."""
 
     files: list[BareName]
+
+
+class StoreRecord(StoredRecord):
+    """Which object store a folder mirrors."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 # -- features of pictures --------------------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefcache.pipeline import identity, stored_paths
+from prefcache.pipeline.cache_place import is_url
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import IdentityError, IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.mirror import find_mirror, open_root, show_place
 from prefcache.pipeline.stored.model_ids import identify, is_same_model
 from prefcache.pipeline.stored.prepared import Prepared
-from prefcache.pipeline.stored.records import MalformedError, ReferenceRecord, ScoredManifest
+from prefcache.pipeline.stored.records import REFERENCE_FILE, MalformedError, ReferenceRecord, ScoredManifest
 from prefcache.pipeline.stored.verified_shards import Remember
 
 
@@ -68,13 +70,17 @@ def retract_if_damaged(scored: Path) -> Iterator[None]:
 def describe_cache_place(cache: Path, scored: Path) -> dict[str, str]:
     """What the manifest in `scored` says about where its cache is: the path as the command named it, a relative and an
     absolute one, so that it is found from any working directory and when the experiment moves with or without it."""
+    if find_mirror(cache) is not None:
+        return {"cache": show_place(cache)}
     absolute = cache.resolve()
     relative = os.path.relpath(absolute, scored.resolve())
     return {"cache": str(cache), "cache_relative": relative, "cache_absolute": str(absolute)}
 
 
 def find_scored_cache(scored: Path, manifest: ScoredManifest) -> Path:
-    """Find the folder of the cache that a manifest names."""
+    """Find the folder of the cache that a manifest names; of a URL, the one in its mirror."""
+    if is_url(manifest.cache):
+        return _find_in_store(manifest)
     # Manifests of earlier versions have `cache` alone, relative to where score was run.
     stored = [
         *([scored / manifest.cache_relative] if manifest.cache_relative else []),
@@ -93,6 +99,16 @@ def find_scored_cache(scored: Path, manifest: ScoredManifest) -> Path:
         f"The cache that {scored} was made with is gone: it is not at {tried}. Put it back, or score again "
         "(prefcache score CONFIG)."
     )
+
+
+def _find_in_store(manifest: ScoredManifest) -> Path:
+    root, _, name = manifest.cache.rpartition("/")
+    folder = open_root(root) / name
+    if not stored_paths.is_bare(name) or not (folder / REFERENCE_FILE).is_file():
+        raise CacheMissing(
+            f"The cache {manifest.cache} is gone: there is no {REFERENCE_FILE} in it. Put it back, or score again (prefcache score CONFIG)."
+        )
+    return folder
 
 
 def refuse_other_reference(config: Config, scored: ScoredManifest, *, remember: bool = False) -> None:

@@ -2,12 +2,17 @@
 
 Parquet has a checksum for each page; the record has one for all keys and sums, which also covers headers and footers.
 A damaged shard is an IntegrityError, a shard that is gone a FileNotFoundError: gc may have merged it meanwhile.
+
+In the mirror of an object store a shard may be here in parts; what is missing of the columns that are read is fetched. A
+copy that turns out to be damaged is dropped and read again from the store.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +22,11 @@ import xxhash
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.schema import OK
 from prefcache.pipeline.stored.key_index import Keys, read_keys
+from prefcache.pipeline.stored.mirror import find_mirror
 from prefcache.pipeline.stored.records import SHARD_RECORD_FILE, ShardRecord
 
+# What read_values reads.
+VALUE_COLUMNS = ("key", "logp_sum", "status")
 # Below this, waking Arrow's threads takes longer than reading the rows.
 _ROWS_FOR_THREADS = 1 << 16
 
@@ -35,20 +43,47 @@ def list_records(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
-    path = folder / record.file
+    path, mirror = folder / record.file, find_mirror(folder)
+    # Dictionary codes cost next to nothing where every row has the same string.
+    how: dict[str, Any] = {"page_checksum_verification": True, "read_dictionary": ["status", "numerics_id"]}
     try:
-        # Dictionary codes cost next to nothing where every row has the same string.
-        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["status", "numerics_id"]) as file:
-            yield file
+        with contextlib.ExitStack() as opened:
+            if mirror is None or mirror.has_whole(folder, record):
+                file = pq.ParquetFile(path, **how)
+            else:
+                part = opened.enter_context(mirror.open_part(folder, record))
+                # Arrow's reading ahead would fetch more than is asked for.
+                file = pq.ParquetFile(part, metadata=mirror.read_metadata(part, record), pre_buffer=False, **how)
+            yield opened.enter_context(file)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
         raise IntegrityError(f"{path} cannot be read ({str(error).partition(chr(10))[0]})") from error
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _read_again_if_copy_is_damaged(read: F) -> F:
+    """Read once more, from the object store, where only the mirror's copy of a shard may be damaged."""
+
+    @functools.wraps(read)
+    def read_twice(folder: Path, record: ShardRecord, *arguments: Any, **options: Any) -> Any:
+        try:
+            return read(folder, record, *arguments, **options)
+        except IntegrityError:
+            mirror = find_mirror(folder)
+            if mirror is None or not mirror.forget(folder, record):
+                raise
+        return read(folder, record, *arguments, **options)
+
+    return cast(F, read_twice)
+
+
+@_read_again_if_copy_is_damaged
 def read_rows(folder: Path, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
     with _open(folder, record) as file:
-        table = file.read(columns, use_threads=record.rows > _ROWS_FOR_THREADS)
+        table = file.read(columns and list(columns), use_threads=record.rows > _ROWS_FOR_THREADS)
     if len(table) != record.rows:
         raise IntegrityError(f"{folder / record.file} has {len(table)} rows, {record.rows} were written")
     return table
@@ -61,9 +96,10 @@ def read_batches(folder: Path, record: ShardRecord, n_rows: int = 8192) -> Itera
             yield pa.Table.from_batches([batch])
 
 
+@_read_again_if_copy_is_damaged
 def read_values(folder: Path, record: ShardRecord) -> tuple[Keys, np.ndarray]:
     """Return the keys and summed log-probs of a shard, verified by the record; nan where a row has no value."""
-    table = read_rows(folder, record, ["key", "logp_sum", "status"])
+    table = read_rows(folder, record, VALUE_COLUMNS)
     try:
         keys, sums = read_keys([table["key"]]), usable_sums(table)
     except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
@@ -73,6 +109,7 @@ def read_values(folder: Path, record: ShardRecord) -> tuple[Keys, np.ndarray]:
     return keys, sums
 
 
+@_read_again_if_copy_is_damaged
 def lacks_lists(folder: Path, record: ShardRecord) -> bool:
     """Whether any row may have no log-prob per token. Parquet's statistics count them, so that no list is read."""
     with _open(folder, record) as file:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.memos import VerifiedMemo
+from prefcache.pipeline.stored.mirror import find_mirror
 from prefcache.pipeline.stored.records import FeaturesRecord, ShardRecord
 
 # A file changed twice within a tick of the clock shows the same times, so younger files are not noted.
@@ -23,7 +24,7 @@ class VerifiedShards:
 
     def __init__(self, folder: Path, remember: Remember) -> None:
         self._folder, self._file = folder, folder.parent / f".verified-{folder.name}.json"
-        self._remember, self._now = remember, time.time()
+        self._remember, self._now, self._mirror = remember, time.time(), find_mirror(folder)
         memo = VerifiedMemo.recall(self._file)
         self._before: dict[str, Stamp] = dict(memo.known) if memo else {}
         self._known, self._seen, self._damaged = dict(self._before), set[str](), set[str]()
@@ -36,6 +37,10 @@ class VerifiedShards:
             return None
         self._known.pop(name, None)
         reason = artifact.damage(self._folder, record)
+        if reason is not None and self._mirror is not None and isinstance(record, ShardRecord):
+            # No whole copy is here, or a damaged one. The store says whether the shard exists.
+            artifact.member(self._folder, name).unlink(missing_ok=True)
+            return self._mirror.find_damage(self._folder, record)
         if reason is not None:
             self._damaged.add(name)
         elif stamp is not None and stamp == self._stamp(record) and max(stamp[1:3]) / 1e9 < self._now - SETTLED_SECONDS:

@@ -29,6 +29,7 @@ from prefcache.pipeline.stored import cache_maintenance
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.freshness import Freshness, check_rows, check_scoring
 from prefcache.pipeline.stored.memos import TokenizersMemo, WeightsMemo
+from prefcache.pipeline.stored.mirror import open_root
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Prepared, sequence_table
 from prefcache.pipeline.stored.records import Provenance, RunManifest, ScoredManifest
@@ -104,7 +105,7 @@ def _check_machine(config: Config | None) -> Iterator[Finding]:
     )
     yield Finding("machine", "ok", f"{os.cpu_count()} cores, {total:.1f} GiB of memory, {free:.1f} free")
     yield from _check_gpus()
-    for place in dict.fromkeys((config.out, config.cache) if config else (".",)):
+    for place in dict.fromkeys((config.out, str(config.cache_folder)) if config else (".",)):
         path = Path(place)
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         n_bytes = shutil.disk_usage(existing).free
@@ -340,5 +341,6 @@ def _check_rows(config: Config) -> Freshness:
 
 def _preview_cache(config: Config) -> tuple[identity.Reference, Cache]:
     reference = identity.find_reference(config)
-    described = identify(reference, config.cache_folder, remember=False)
-    return reference, Cache.preview(config.cache_folder, config.model, described)
+    root = open_root(config.cache)
+    described = identify(reference, root, remember=False)
+    return reference, Cache.preview(root, config.model, described)

@@ -27,6 +27,7 @@ from prefcache.pipeline.scoring.scorer import TOLERANCE
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
+from prefcache.pipeline.stored.mirror import open_root
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Prepared, Sequences, sequence_table
 from prefcache.pipeline.stored.records import Parity
@@ -74,7 +75,8 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
         "columns": ", ".join(names),
     }
     numerics_id = identity.numerics_id(numerics)
-    cache = create_cache(config.cache_folder, config.model, identify(reference, config.cache_folder))
+    root = open_root(config.cache)
+    cache = create_cache(root, config.model, identify(reference, root))
     writer = CacheWriter(cache)
     for rows in _split_into_shards(values, numerics_id, config.score.tokens_per_shard):
         if not writer.has_chunk(rows["key"].to_pylist(), numerics_id):

@@ -21,13 +21,14 @@ from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scored_inputs import find_inputs
 from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
 from prefcache.pipeline.stored import artifact, claims, cut_answers
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.freshness import Freshness, check_scoring
 from prefcache.pipeline.stored.gguf_conversion import convert_models
+from prefcache.pipeline.stored.mirror import find_mirror, open_root
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import CountedTokens, Prepared, Sequences, answer_names, sequence_table
-from prefcache.pipeline.stored.records import ScoredManifest
+from prefcache.pipeline.stored.records import REFERENCE_FILE, ScoredManifest
 from prefcache.pipeline.stored.scored import describe_cache_place
 from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_scoring
 
@@ -40,7 +41,8 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
     if not dry_run:
         convert_models(config, progress)
     reference = identity.find_reference(config)
-    root, described = config.cache_folder, identify(reference, config.cache_folder, remember=not dry_run)
+    root = open_root(config.cache)
+    described = identify(reference, root, remember=not dry_run)
     inputs = find_inputs(config, prepared, reference, described["model_id"])
     if dry_run:
         cache = Cache.preview(root, config.model, described)
@@ -52,7 +54,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
     with claims.claim_stage(Path(config.out), "score", "name another place (out)", job):
         freshness = check_scoring(config.scored, inputs, cache)
         if freshness.is_fresh and not config.score.rescore:
-            progress.say(f"score: nothing to do, {cache.folder} has every sequence of {config.prepared}")
+            progress.say(f"score: nothing to do, {cache.place} has every sequence of {config.prepared}")
             artifact.touch_manifest(config.scored)
             manifest = ScoredManifest.read(config.scored / artifact.MANIFEST)
             return _summarize(manifest, n_scored=0, n_tokens=0, changed=False)
@@ -100,7 +102,7 @@ def _estimate(task: _Task, cache: Cache, progress: Progress) -> ScorePlan:
     # Per row: the key, two counts, the sum, and four bytes per token's log-prob; before compression.
     n_bytes = plan.n_missing * 32 + (4 * plan.n_completion_tokens if task.config.score.logps else 0)
     return ScorePlan(
-        cache=cache.folder,
+        cache=cache.place,
         sequences=plan.n_sequences,
         cached_before=plan.n_hits,
         to_score=plan.n_missing - n_cut,
@@ -179,7 +181,7 @@ def _warn_about_sums(task: _Task, cache: Cache, plan: Plan, progress: Progress) 
         )
     if task.config.score.logps and plan.n_hits and (n := count_sums_only(cache, task.sequences, task.accepted)):
         progress.warn(
-            f"{cache.folder} keeps only the sums of {n:,} sequences (scored with score.logps=false, or imported), and they "
+            f"{cache.place} keeps only the sums of {n:,} sequences (scored with score.logps=false, or imported), and they "
             "stay as they are. For every token's log-prob, score into another place (cache)."
         )
 
@@ -197,7 +199,7 @@ def _commit_cut_answers(task: _Task, cache: Cache) -> int:
     """Commit them and return their number. One scorer at a time, over the cache as it is then: the next one finds them there."""
     if not cut_answers.has_cut_answers(task.examples):
         return 0
-    with claims.claim(claims.claim_path(cache.folder, "cut-answers"), wait=True):
+    with CacheWriter(cache).claim_work("cut-answers"):
         writer = CacheWriter(cache := cache.reopen())
         n_rows, known = 0, cache.numerics()
         for rows in _cut_answers(task, cache, task.plan(cache)):
@@ -228,7 +230,9 @@ def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> Score
     )
     manifest.commit(config.scored / artifact.MANIFEST)
     indexes = task.reference.folder.glob("*.safetensors.index.json")
-    artifact.commit_make_inputs(config.scored, [*task.reference.weight_files, *indexes, cache.folder / REFERENCE_FILE])
+    # A mirror is not an input: it may be deleted.
+    reference = [] if find_mirror(cache.folder) else [cache.folder / REFERENCE_FILE]
+    artifact.commit_make_inputs(config.scored, [*task.reference.weight_files, *indexes, *reference])
     return manifest
 
 

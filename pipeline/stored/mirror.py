@@ -1,0 +1,379 @@
+"""The mirror of an object store: a cache folder on this machine that holds what was read of the store and what was made here.
+
+Its records are those of the store as of the last listing; a shard is here as a whole, in parts, or not at all. Everything
+that reads a cache reads the mirror, and asks it for what is missing. Shards and records never change, so a copy is right
+or damaged, never old. A damaged copy is dropped and read again: it says nothing about the store.
+
+In the store lies what would lie in a folder, under the same names. A shard's name holds a hash of its content, so that
+putting it twice changes nothing; of its record the first one wins.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prefcache.pipeline import stored_paths
+from prefcache.pipeline.cache_place import is_url, local_folder, parse_url
+from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.progress import counting
+from prefcache.pipeline.stored import artifact, partial_file
+from prefcache.pipeline.stored.memos import ListingMemo
+from prefcache.pipeline.stored.object_store import ObjectStore, StoredObject, open_store, refuse_escape
+from prefcache.pipeline.stored.partial_file import PartialFile
+from prefcache.pipeline.stored.records import (
+    REFERENCE_FILE,
+    SHARD_FILE,
+    SHARD_RECORD_FILE,
+    STATEMENT_FILE,
+    ReferenceRecord,
+    ShardRecord,
+    StoreRecord,
+)
+
+STORE_FILE = "store.json"
+LIMIT_VARIABLE = "PREFCACHE_MIRROR_GIB"
+_DEFAULT_GIB = 100.0
+# Files that some process has used within this time are kept, whatever the limit.
+_KEPT_SECONDS = 3600.0
+_FOOTER_BYTES = 8 << 10  # of a Parquet file of ours, with its last column, in most cases
+_COPY_BYTES = 8 << 20  # of a shard in memory at once
+# Above this part of a shard, its whole is read, which its checksum then covers.
+_WORTH_ALL = 0.5
+
+
+class Mirror:
+    """The mirror of one store: the folder of a cache, with a folder for each reference."""
+
+    def __init__(self, root: Path, store: ObjectStore) -> None:
+        self.root, self.store = root, store
+        self._sizes: dict[str, dict[str, int]] = {}  # of a reference's shards in the last listing
+        self._refreshed: dict[str, float] = {}
+        self._fetched_bytes = 0
+        self._lock = threading.Lock()
+
+    def url(self, folder: Path) -> str:
+        """The URL of a reference's folder."""
+        return f"{self.store.url}/{folder.name}"
+
+    # -- listings ----------------------------------------------------------------------------------------------------
+
+    def refresh_references(self) -> None:
+        """Bring the references of the store up to date: reference.json in a folder for each."""
+        names = [name for name in self.store.list_folders() if stored_paths.is_bare(name) and not name.startswith(".")]
+
+        def read(name: str) -> bytes | None:
+            try:
+                return self.store.get(f"{name}/{REFERENCE_FILE}")
+            except FileNotFoundError:
+                return None
+
+        for name, content in zip(names, self.store.parallel(read, names), strict=True):
+            path = self.root / name / REFERENCE_FILE
+            if content is not None and not (path.is_file() and path.read_bytes() == content):
+                artifact.commit_bytes(path, content, durable=False)
+
+    def refresh(self, folder: Path, *, older_than: float = 0.0) -> None:
+        """Make the records in a reference's folder those of the store, unless they were less than `older_than` seconds ago."""
+        if time.monotonic() - self._refreshed.get(folder.name, -1e9) < older_than:
+            return
+        begun = time.monotonic()
+        objects = {found.name.rpartition("/")[2]: found for found in self._list_files(folder)}
+        self._sizes[folder.name] = {name: found.size for name, found in objects.items() if SHARD_FILE.fullmatch(name)}
+        listed = {name: found for name, found in objects.items() if _is_mirrored(name)}
+        memo = ListingMemo.recall(self._memo_path(folder))
+        known = dict(memo.etags) if memo else {}
+        here = {path.name for path in folder.iterdir() if _is_mirrored(path.name)} if folder.is_dir() else set()
+        new = [name for name, found in listed.items() if name not in here or found.etag != known.get(name)]
+        etags = {name: found.etag for name, found in listed.items() if name not in new}
+        etags |= self._fetch_records(folder, new)
+        for name in here - etags.keys():
+            self.drop_record(folder, name)
+        if etags != known:
+            ListingMemo.make(etags=etags).remember(self._memo_path(folder))
+        self._refreshed[folder.name] = begun
+
+    def _list_files(self, folder: Path) -> Iterator[StoredObject]:
+        for found in self.store.list_objects(f"{folder.name}/"):
+            if found.name.count("/") == 1:
+                yield found
+
+    def _fetch_records(self, folder: Path, names: Sequence[str]) -> dict[str, str | None]:
+        """Write records of the store into the folder; return their ETags, without those that are gone meanwhile."""
+
+        def read(name: str) -> tuple[bytes, str | None] | None:
+            try:
+                return self.store.get_with_etag(f"{folder.name}/{refuse_escape(name)}")
+            except FileNotFoundError:
+                return None
+
+        etags = {}
+        with counting(f"list {self.url(folder)}", len(names), "records") as counter:
+            for name, found in zip(names, self.store.parallel(read, names), strict=True):
+                if found is not None:
+                    artifact.commit_bytes(artifact.member(folder, name), found[0], durable=False)
+                    etags[name] = found[1]
+                counter.add(1)
+        return etags
+
+    def _memo_path(self, folder: Path) -> Path:
+        return self.root / f".listing-{folder.name}.json"
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def has_whole(self, folder: Path, record: ShardRecord) -> bool:
+        return artifact.is_inside(folder, record.file) and (folder / record.file).is_file()
+
+    def find_damage(self, folder: Path, record: ShardRecord) -> str | None:
+        """What the store says is wrong with a shard; None if it has one of the size that was written."""
+        size = self._sizes.get(folder.name, {}).get(record.file)
+        if size is None:
+            # A listing takes a while: the shard may have come after its part was read.
+            found = self.store.head(f"{folder.name}/{record.file}")
+            size = found and found.size
+        if size is None:
+            return "is missing in the object store"
+        return None if size == record.bytes else f"has {size} bytes in the object store, {record.bytes} were written"
+
+    def open_part(self, folder: Path, record: ShardRecord) -> PartialFile:
+        """Open a shard that is not here as a whole: what is read of it is fetched."""
+        name = f"{folder.name}/{refuse_escape(record.file)}"
+
+        def fetch(start: int, end: int) -> bytes:
+            data = self.store.get_range(name, start, end)
+            self._note_fetched(len(data))
+            return data
+
+        return PartialFile(self._part_path(record), record.bytes, fetch)
+
+    def read_metadata(self, part: PartialFile, record: ShardRecord) -> pq.FileMetaData:
+        """Read the footer of a shard, with one request for most shards; Arrow alone would ask for more bytes."""
+        start = max(0, record.bytes - _FOOTER_BYTES)
+        tail = part.read_at(start, record.bytes)
+        n_footer = int.from_bytes(tail[-8:-4], "little") + 8
+        if n_footer > len(tail):
+            tail = part.read_at(max(0, record.bytes - n_footer), record.bytes)
+        return pq.read_metadata(pa.BufferReader(tail))
+
+    def prefetch(self, folder: Path, records: Sequence[ShardRecord], columns: Sequence[str]) -> None:
+        """Fetch columns of several shards, many at once. What is damaged or gone shows when it is read."""
+        remote = [record for record in records if not self.has_whole(folder, record)]
+
+        def fetch(record: ShardRecord) -> None:
+            with (
+                contextlib.suppress(OSError, ValueError, pa.ArrowException),
+                self.open_part(folder, record) as part,
+            ):
+                for start, end in column_ranges(self.read_metadata(part, record), columns):
+                    part.require(start, min(end, record.bytes))
+
+        with counting(f"read {self.url(folder)}", len(remote), "shards") as counter:
+            for _ in self.store.parallel(fetch, remote):
+                counter.add(1)
+        self.trim()
+
+    def fetch(self, folder: Path, records: Sequence[ShardRecord]) -> dict[str, str]:
+        """Fetch whole shards that are not here, many at once; return what is wrong with those that cannot be, by file.
+
+        A shard that is gone is not among these: it may have been merged.
+        """
+        remote = [record for record in records if not self.has_whole(folder, record)]
+        wrong = {}
+        with counting(f"fetch {self.url(folder)}", sum(record.bytes for record in remote), "bytes") as counter:
+            results = self.store.parallel(lambda record: self._fetch_whole(folder, record), remote)
+            for record, reason in zip(remote, results, strict=True):
+                if reason is not None:
+                    wrong[record.file] = reason
+                counter.add(record.bytes)
+        self.trim()
+        return wrong
+
+    def _fetch_whole(self, folder: Path, record: ShardRecord) -> str | None:
+        name = f"{folder.name}/{refuse_escape(record.file)}"
+        path = artifact.member(folder, record.file)
+        # A name of this thread's own: two of them may fetch one shard.
+        temporary = path.with_name(f"{path.name}.{threading.get_ident()}")
+        try:
+            with artifact.commit_stream(temporary, durable=False) as stream:
+                for start in range(0, record.bytes, _COPY_BYTES):
+                    stream.write(self.store.get_range(name, start, min(start + _COPY_BYTES, record.bytes)))
+            if stream.entry(path)["xxh3_128"] != record.xxh3_128:
+                return "has other bytes in the object store than were written (checksum)"
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            return None
+        finally:
+            temporary.unlink(missing_ok=True)
+        partial_file.remove(self._part_path(record))
+        self._note_fetched(record.bytes)
+        return None
+
+    def fetch_if_worth_it(self, folder: Path, record: ShardRecord, n_bytes: int) -> None:
+        """Fetch a whole shard if so many of its bytes are about to be read that its parts would save little."""
+        if not self.has_whole(folder, record) and n_bytes > _WORTH_ALL * record.bytes:
+            self._fetch_whole(folder, record)
+
+    def forget(self, folder: Path, record: ShardRecord) -> bool:
+        """Drop the copy of a shard, whole or in parts; return whether there was one."""
+        had_part = partial_file.remove(self._part_path(record))
+        had_whole = self.has_whole(folder, record)
+        artifact.member(folder, record.file).unlink(missing_ok=True)
+        return had_part or had_whole
+
+    def _part_path(self, record: ShardRecord) -> Path:
+        return self.root / ".parts" / f"{record.xxh3_128}.parquet"
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def create_reference(self, folder: Path, reference: ReferenceRecord) -> None:
+        """Say whose cache a folder of the store is, unless it says so already."""
+        self.store.create(f"{folder.name}/{REFERENCE_FILE}", reference.seal())
+        content = self.store.get(f"{folder.name}/{REFERENCE_FILE}")
+        artifact.commit_bytes(folder / REFERENCE_FILE, content, durable=False)
+
+    def send(self, folder: Path, record: ShardRecord) -> bool:
+        """Put a shard that was written into the folder, then its record; return whether it was the first."""
+        shard = f"{folder.name}/{record.file}"
+        with open(folder / record.file, "rb") as file:
+            data = file.read()
+        self.store.put(shard, data)
+        is_first = self.store.create(f"{folder.name}/{record.name}", record.seal())
+        # gc may have taken an older object of this name for one that nobody needs, just before the record came.
+        if is_first and self.store.head(shard) is None:
+            self.store.put(shard, data)
+        self._sizes.setdefault(folder.name, {})[record.file] = record.bytes
+        if is_first:
+            record.commit(folder / record.name, durable=False)
+        elif self._fetch_records(folder, [record.name]) and not _names(folder / record.name, record.file):
+            (folder / record.file).unlink(missing_ok=True)
+        return is_first
+
+    def has_record(self, folder: Path, name: str) -> bool:
+        return self.store.head(f"{folder.name}/{refuse_escape(name)}") is not None
+
+    def fetch_record(self, folder: Path, name: str) -> bool:
+        """Bring one record up to date; return whether the store has it."""
+        return self.has_record(folder, name) and bool(self._fetch_records(folder, [name]))
+
+    def delete_record(self, folder: Path, name: str) -> None:
+        """Delete a record in the store and here, so that its rows count as missing for everybody."""
+        self.store.delete(f"{folder.name}/{refuse_escape(name)}")
+        self.drop_record(folder, name)
+
+    def drop_record(self, folder: Path, name: str) -> None:
+        """Delete a record here, with its shard."""
+        path = artifact.member(folder, name)
+        with contextlib.suppress(IntegrityError, FileNotFoundError):
+            if SHARD_RECORD_FILE.fullmatch(name):
+                self.forget(folder, ShardRecord.read(path))
+        path.unlink(missing_ok=True)
+
+    # -- size --------------------------------------------------------------------------------------------------------
+
+    def trim(self) -> None:
+        """Delete the copies that were not used for the longest time, while the mirrors need more than their limit."""
+        limit = _limit_bytes()
+        if self._fetched_bytes < limit / 50:  # since the last time
+            return
+        self._fetched_bytes = 0
+        copies = sorted(self._list_copies(), key=lambda copy: copy[0])
+        total, now = sum(size for _, size, _ in copies), time.time()
+        for used, size, path in copies:
+            if total <= limit or now - used < _KEPT_SECONDS:
+                return
+            partial_file.remove(path)
+            total -= size
+
+    def _list_copies(self) -> Iterator[tuple[float, int, Path]]:
+        """Yield when each copied shard was last used, its bytes on the disk and its path."""
+        for folder in (self.root / ".parts", *(path.parent for path in self.root.glob(f"*/{REFERENCE_FILE}"))):
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.endswith(".parquet"):
+                        stat = entry.stat()
+                        yield max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, Path(entry.path)
+
+    def _note_fetched(self, n_bytes: int) -> None:
+        with self._lock:
+            self._fetched_bytes += n_bytes
+
+
+_MIRRORS: dict[Path, Mirror] = {}
+
+
+def find_mirror(folder: Path) -> Mirror | None:
+    """The mirror to which a reference's folder belongs; None if it is an ordinary folder."""
+    root = folder.parent
+    if root not in _MIRRORS:
+        if not (root / STORE_FILE).is_file():
+            return None
+        url = StoreRecord.read(root / STORE_FILE, f"Delete {root}: it is only a mirror.").url
+        _MIRRORS[root] = Mirror(root, open_store(url))
+    return _MIRRORS[root]
+
+
+def open_root(place: str) -> Path:
+    """Return the local folder of a cache; of a URL, the mirror with all references that the store has now."""
+    root = local_folder(place)
+    if is_url(place):
+        url = parse_url(place)
+        if not (root / STORE_FILE).is_file():
+            StoreRecord.make(url=url).commit(root / STORE_FILE, durable=False)
+        mirror = find_mirror(root / "any")
+        assert mirror is not None
+        if mirror.store.url != url:
+            raise IntegrityError(
+                f"{root} is the mirror of {mirror.store.url}, not of {url}. Delete it: it is only a mirror."
+            )
+        mirror.refresh_references()
+    return root
+
+
+def show_place(folder: Path) -> str:
+    """The place of a reference's cache, as people know it: the URL of a mirror's."""
+    mirror = find_mirror(folder)
+    return str(folder) if mirror is None else mirror.url(folder)
+
+
+def column_ranges(
+    metadata: pq.FileMetaData, columns: Sequence[str], row_groups: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """The places of columns in a Parquet file, neighbours joined."""
+    ranges: list[tuple[int, int]] = []
+    for i in range(metadata.num_row_groups) if row_groups is None else row_groups:
+        group = metadata.row_group(i)
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] in columns:
+                starts = [column.data_page_offset, column.dictionary_page_offset]
+                start = min(each for each in starts if each is not None)
+                if start < 0 or column.total_compressed_size < 0:
+                    raise pa.ArrowInvalid("a column has no place in the file")
+                ranges.append((start, start + column.total_compressed_size))
+    return ranges
+
+
+def _names(record: Path, shard: str) -> bool:
+    """Whether the record at this path vouches for this shard."""
+    try:
+        return ShardRecord.read(record).file == shard
+    except IntegrityError:
+        return False
+
+
+def _is_mirrored(name: str) -> bool:
+    """Whether a file of the store is kept in the mirror as a listing says: a record, or a signed statement."""
+    return bool(SHARD_RECORD_FILE.fullmatch(name) or STATEMENT_FILE.fullmatch(name.removesuffix(".sig")))
+
+
+def _limit_bytes() -> float:
+    text = os.environ.get(LIMIT_VARIABLE)
+    try:
+        gib = float(text) if text else _DEFAULT_GIB
+    except ValueError:
+        raise UsageError(f"{LIMIT_VARIABLE} is {text!r}; expected a number of GiB.") from None
+    return gib * 2**30
