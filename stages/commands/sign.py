@@ -7,7 +7,8 @@ from prefcache.command_results import SignedCache, SignResult
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Progress, counting
 from prefcache.pipeline.stored import cache_maintenance, signatures
-from prefcache.pipeline.stored.cache import REFERENCE_FILE, Cache
+from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.records import REFERENCE_FILE
 from prefcache.pipeline.visible_text import count
 
 
