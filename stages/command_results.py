@@ -229,6 +229,24 @@ class PushResult:
     files: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class UploadResult:
+    prepared: Path
+    url: str
+    files: int
+    bytes: int  # of all files but the manifest
+    sent: int  # bytes that the store lacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadResult:
+    prepared: Path
+    url: str
+    kind: str
+    examples: int
+    received: int  # bytes that were not here
+
+
 @dataclass(frozen=True)
 class RunsResult:
     folder: Path

@@ -134,7 +134,7 @@ FLOORS = {
         "server",
     ],
     "prefcache.commands": [
-        "config convert doctor export export_trl fetch gc import_logps merge parity prepare preview publish push query report score show sign train verify",
+        "config convert doctor download export export_trl fetch gc import_logps merge parity prepare preview publish push query report score show sign train upload verify",
     ],
 }
 # Of one floor: a template with what is traced through it, and a reference with the keys that name it.

@@ -4,7 +4,7 @@ Nothing heavy is imported before a command is known, so that --help is fast. A c
 files here.
 """
 
-from prefcache.cli import cache, info, pipeline, query, runs, setup
+from prefcache.cli import cache, info, pipeline, query, runs, setup, transfer
 from prefcache.cli.app import main
 
-__all__ = ["cache", "info", "main", "pipeline", "query", "runs", "setup"]
+__all__ = ["cache", "info", "main", "pipeline", "query", "runs", "setup", "transfer"]

@@ -36,6 +36,7 @@ _SECTIONS = {
     "Query": ("preview", "show", "sql", "ask", "ui", "report"),
     "Runs": ("runs", "clean"),
     "Cache": ("export", "import", "parity", "verify", "gc", "sign"),
+    "Other machines": ("upload", "download"),
     "Setup": ("init", "config", "from-trl", "from-axolotl", "from-llamafactory", "completion"),
     "Info": ("guide", "losses", "formats", "architectures", "doctor"),
 }

@@ -109,7 +109,7 @@ def _refuse_in_use(config: Config) -> None:
     """
     if not (config.prepared / artifact.MANIFEST).exists():
         return
-    for stage in ("score", "train"):
+    for stage in ("score", "train", "upload"):
         for path, holder in claims.find_holders(Path(config.out), stage):
             raise UsageError(
                 f"{config.prepared} is being read by {stage} ({holder or path.name}), and this data or config gives other "

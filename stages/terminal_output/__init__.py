@@ -31,6 +31,8 @@ for _printer in (
     data_and_scores.print_score_plan,
     data_and_scores.print_score_files,
     data_and_scores.print_report,
+    data_and_scores.print_upload,
+    data_and_scores.print_download,
     training_plan.print_train_plan,
     training_runs.print_train,
     training_runs.print_sweep,

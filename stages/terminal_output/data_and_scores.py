@@ -2,7 +2,7 @@
 
 from prefcache import command_results
 from prefcache.pipeline.stored.prepared import DONE
-from prefcache.pipeline.visible_text import count
+from prefcache.pipeline.visible_text import count, format_bytes
 from prefcache.terminal_output.caches_and_exports import print_export
 from prefcache.terminal_output.console import say
 
@@ -60,3 +60,15 @@ def print_score_files(result: command_results.ScoreFilesResult) -> None:
 
 def print_report(result: command_results.ReportResult) -> None:
     say(f"{result.report}: {result.bytes:,} bytes")
+
+
+def print_upload(result: command_results.UploadResult) -> None:
+    say(
+        f"{result.prepared}: {count(result.files, 'file')}, {format_bytes(result.bytes)}; {format_bytes(result.sent)} sent now"
+    )
+    # On a line of its own, so that it can be copied whole.
+    say(result.url)
+
+
+def print_download(result: command_results.DownloadResult) -> None:
+    say(f"{result.prepared}: {result.examples:,} {result.kind}, {format_bytes(result.received)} received now")

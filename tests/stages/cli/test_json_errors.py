@@ -18,6 +18,7 @@ MISSING = {
     "architectures": ["nowhere"],
     "ask": ["nowhere"],
     "config": ["train.nowhere"],
+    "download": ["s3://nowhere", "--out", "nowhere"],
     "export": ["nowhere.yaml", "--output", "rows.parquet"],
     "formats": ["nowhere"],
     "gc": ["nowhere"],
