@@ -30,7 +30,7 @@ def refuse_mixed_numerics(cache: Cache, plan: Plan, numerics: dict[str, str], sc
         for other, n in sorted(plan.other_numerics.items())
     )
     raise IdentityError(
-        f"{cache.folder} has {others}, of {plan.n_missing} sequences that this engine has not scored. Use those rows "
+        f"{cache.place} has {others}, of {plan.n_missing} sequences that this engine has not scored. Use those rows "
         f"(--set score.accept_numerics=[{','.join(sorted(plan.other_numerics))}]), or compute them again "
         "(--set score.rescore=true)."
     )
@@ -61,5 +61,5 @@ def refuse_unscored(cache: Cache, plan: Plan) -> None:
     """Refuse to vouch for a scoring that left sequences out."""
     if plan.n_missing:
         raise IntegrityError(
-            f"{plan.n_missing} sequences are still missing in {cache.folder}. Run the same command again."
+            f"{plan.n_missing} sequences are still missing in {cache.place}. Run the same command again."
         )

@@ -383,7 +383,7 @@ def open_arrow_stream(path: Path) -> pa.Table:
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
-def parquet(table: pa.Table, *, float_lists: Iterable[str] = ()) -> memoryview:
+def parquet(table: pa.Table, *, float_lists: Iterable[str] = (), rows_per_group: int | None = None) -> memoryview:
     """Write Parquet with zstd and page checksums; float lists byte-split, so that they compress."""
     split = [f"{name}.list.element" for name in float_lists]
     plain = [name for name in table.schema.names if name not in set(float_lists)]
@@ -395,5 +395,6 @@ def parquet(table: pa.Table, *, float_lists: Iterable[str] = ()) -> memoryview:
         use_dictionary=[name for name in plain if table.schema.field(name).type == pa.string()],
         use_byte_stream_split=split or False,
         write_page_checksum=True,
+        row_group_size=rows_per_group,
     )
     return memoryview(sink.getvalue())

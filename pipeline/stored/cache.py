@@ -204,6 +204,15 @@ class Cache:
     def read(self, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
         return shards.read_rows(self.folder, record, columns)
 
+    def take(self, record: ShardRecord, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Read columns of some rows, given by their places in ascending order."""
+        return shards.take_rows(self.folder, record, rows, columns)
+
+    def prefetch_rows(self, rows: Sequence[tuple[ShardRecord, np.ndarray]], columns: Sequence[str]) -> None:
+        """Bring what `take` is about to read from an object store, many shards at once."""
+        if self._mirror is not None:
+            self._mirror.prefetch_rows(self.folder, rows, columns)
+
     def logps(self, columns: Sequence[pa.ChunkedArray], accepted: Sequence[str]) -> list[np.ma.MaskedArray]:
         """Return the summed log-prob behind each key of several columns, in their order; masked where there is none.
 

@@ -24,6 +24,8 @@ from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord, S
 from prefcache.pipeline.stored.store_writer import StoreWriter
 
 _MERGED = "merged-"
+# Of a merged shard, so that a reader of few rows reads few of its bytes.
+_ROWS_PER_GROUP = 1 << 14
 # How often a scorer looks whether gc has merged shards of an object store: each time it lists all of them.
 _MERGED_SECONDS = 300.0
 
@@ -177,7 +179,7 @@ class CacheWriter:
         return ShardRecord.read(self.cache.folder / f"{name}.json")
 
     def _commit(self, name: str, rows: pa.Table, facts: dict[str, Any], in_background: bool) -> None:
-        data, folder = artifact.parquet(rows, float_lists=["logps"]), self.cache.folder
+        data, folder = _write_parquet(rows), self.cache.folder
         shard = artifact.member(folder, f"{name}-{artifact.checksum_bytes(data)[:8]}.parquet")
         entry = artifact.commit_file(shard, data, rows=len(rows))
         checksum = shards.checksum_values(read_keys([rows["key"]]), shards.usable_sums(rows))
@@ -187,6 +189,10 @@ class CacheWriter:
             (self._store.send if in_background else self._store.send_now)(record)
         elif not record.commit(path, once=True) and not path.is_file():
             raise IntegrityError(f"{path} is not a file, and a shard's record belongs there. Remove it.")
+
+
+def _write_parquet(rows: pa.Table) -> memoryview:
+    return artifact.parquet(rows, float_lists=["logps"], rows_per_group=_ROWS_PER_GROUP)
 
 
 def _chunk_name(keys: Sequence[bytes], numerics_id: str) -> str:

@@ -114,7 +114,7 @@ def _sum_lists(
 
 def wrong_length(cache: Cache) -> IntegrityError:
     return IntegrityError(
-        f"{cache.folder} has another number of log-probs for an answer than the answer has tokens: no scorer wrote that. Score "
+        f"{cache.place} has another number of log-probs for an answer than the answer has tokens: no scorer wrote that. Score "
         "again into another cache (--set cache=FOLDER)."
     )
 

@@ -195,15 +195,16 @@ def _find_usable(
     places, ranks = index.find(keys)
     has_value = ~np.isnan(sums[places])
     places, ranks = places[has_value], ranks[has_value]
-    if not len(places) or (table := _read(cache, record, ["logps"])) is None:
+    order = np.argsort(places)
+    places, ranks = places[order], ranks[order]
+    if not len(places) or (table := _read(cache, record, ["logps"], places)) is None:
         return None
     lists = IdLists(table["logps"])
     # Lists are covered by page checksums only, sums also by the record: where the two disagree, no value is derived.
     agrees = np.array(
         [
-            len(logps := lists[place]) == n
-            and math.isclose(logps.sum(dtype=np.float64), total, rel_tol=1e-6, abs_tol=1e-6)
-            for place, n, total in zip(places.tolist(), length_K[ranks], sums[places], strict=True)
+            len(logps := lists[i]) == n and math.isclose(logps.sum(dtype=np.float64), total, rel_tol=1e-6, abs_tol=1e-6)
+            for i, (n, total) in enumerate(zip(length_K[ranks], sums[places], strict=True))
         ]
     )
     return places[agrees], ranks[agrees], sums[places[agrees]]
@@ -215,11 +216,13 @@ def _build_rows(cut: _CutAnswers, matches: _Matches, cache: Cache, records: list
     n_tokens = 0
     for at in np.split(np.arange(len(matches.shard)), np.flatnonzero(np.diff(matches.shard)) + 1):
         record = records[matches.shard[at[0]]] if len(at) else None
-        if record is None or (longer := _read(cache, record, ["logps", "status"])) is None:
+        # One answer may be cut in several places, so rows may repeat.
+        rows = np.unique(matches.row[at])
+        if record is None or (longer := _read(cache, record, ["logps", "status"], rows)) is None:
             continue
         lists, until = IdLists(longer["logps"]), np.cumsum(cut.n_kept[matches.answer[at]])
         for some in np.split(at, np.flatnonzero(np.diff(until // _TOKENS_AT_ONCE)) + 1):
-            answers, places = matches.answer[some], matches.row[some]
+            answers, places = matches.answer[some], np.searchsorted(rows, matches.row[some])
             n_kept = cut.n_kept[answers]
             logps = [lists[place][:n] for place, n in zip(places.tolist(), n_kept.tolist(), strict=True)]
             columns = {
@@ -240,9 +243,10 @@ def _build_rows(cut: _CutAnswers, matches: _Matches, cache: Cache, records: list
         yield pa.concat_tables(tables)
 
 
-def _read(cache: Cache, record: ShardRecord, columns: list[str]) -> pa.Table | None:
+def _read(cache: Cache, record: ShardRecord, columns: list[str], rows: np.ndarray | None = None) -> pa.Table | None:
+    """Read columns of all rows of a shard, or of some, in ascending order; None if it cannot be read."""
     try:
-        return cache.read(record, columns)
+        return cache.read(record, columns) if rows is None else cache.take(record, rows, columns)
     except (IntegrityError, FileNotFoundError) as error:
         _note_unreadable(cache, record, error)
         return None
@@ -251,5 +255,5 @@ def _read(cache: Cache, record: ShardRecord, columns: list[str]) -> pa.Table | N
 def _note_unreadable(cache: Cache, record: ShardRecord, error: Exception) -> None:
     """Note damage, unless the record is gone too: then the shard was merged meanwhile."""
     if cache.record_path(record).exists():
-        gone = f"{cache.folder / record.file} is missing"
+        gone = f"{cache.place}/{record.file} is missing"
         cache.note_damage(record, str(error) if isinstance(error, IntegrityError) else gone)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -213,9 +214,35 @@ class Mirror:
         self._note_fetched(record.bytes)
         return None
 
-    def fetch_if_worth_it(self, folder: Path, record: ShardRecord, n_bytes: int) -> None:
-        """Fetch a whole shard if so many of its bytes are about to be read that its parts would save little."""
-        if not self.has_whole(folder, record) and n_bytes > _WORTH_ALL * record.bytes:
+    def prefetch_rows(
+        self, folder: Path, rows: Sequence[tuple[ShardRecord, np.ndarray]], columns: Sequence[str]
+    ) -> None:
+        """Fetch columns of some rows of several shards, many at once: the row groups that have them, or a whole shard."""
+        remote = [each for each in rows if not self.has_whole(folder, each[0])]
+
+        def fetch(each: tuple[ShardRecord, np.ndarray]) -> None:
+            with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+                self.fetch_if_worth_it(folder, *each, columns, in_parts=True)
+
+        with counting(f"read {self.url(folder)}", len(remote), "shards") as counter:
+            for _ in self.store.parallel(fetch, remote):
+                counter.add(1)
+        self.trim()
+
+    def fetch_if_worth_it(
+        self, folder: Path, record: ShardRecord, rows: np.ndarray, columns: Sequence[str], *, in_parts: bool = False
+    ) -> None:
+        """Fetch a whole shard if its parts would save little; otherwise, with `in_parts`, the parts with these rows."""
+        if self.has_whole(folder, record):
+            return
+        with self.open_part(folder, record) as part:
+            metadata = self.read_metadata(part, record)
+            ranges = column_ranges(metadata, columns, find_row_groups(metadata, rows)[0])
+            is_worth_it = sum(end - start for start, end in ranges) > _WORTH_ALL * record.bytes
+            for start, end in ranges if in_parts and not is_worth_it else ():
+                part.require(start, min(end, record.bytes))
+        # Damaged bytes are noticed when the parts are read.
+        if is_worth_it:
             self._fetch_whole(folder, record)
 
     def forget(self, folder: Path, record: ShardRecord) -> bool:
@@ -355,6 +382,15 @@ def column_ranges(
                     raise pa.ArrowInvalid("a column has no place in the file")
                 ranges.append((start, start + column.total_compressed_size))
     return ranges
+
+
+def find_row_groups(metadata: pq.FileMetaData, rows: np.ndarray) -> tuple[list[int], list[int]]:
+    """The row groups that have any of these rows, given in ascending order, and the place of each group's first row."""
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    begins = np.cumsum([0, *sizes])
+    groups = np.unique(np.searchsorted(begins, rows, side="right") - 1)
+    groups = groups[(groups >= 0) & (groups < len(sizes))]
+    return groups.tolist(), begins[groups].tolist()
 
 
 def _names(record: Path, shard: str) -> bool:

@@ -22,7 +22,7 @@ import xxhash
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.schema import OK
 from prefcache.pipeline.stored.key_index import Keys, read_keys
-from prefcache.pipeline.stored.mirror import find_mirror
+from prefcache.pipeline.stored.mirror import find_mirror, find_row_groups
 from prefcache.pipeline.stored.records import SHARD_RECORD_FILE, ShardRecord
 
 # What read_values reads.
@@ -87,6 +87,23 @@ def read_rows(folder: Path, record: ShardRecord, columns: Sequence[str] | None =
     if len(table) != record.rows:
         raise IntegrityError(f"{folder / record.file} has {len(table)} rows, {record.rows} were written")
     return table
+
+
+@_read_again_if_copy_is_damaged
+def take_rows(folder: Path, record: ShardRecord, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """Read columns of some rows, given by their places in ascending order, and no row group that has none of them."""
+    mirror = find_mirror(folder)
+    if mirror is not None:
+        mirror.fetch_if_worth_it(folder, record, rows, columns)
+    with _open(folder, record) as file:
+        groups, begins = find_row_groups(file.metadata, rows)
+        table = file.read_row_groups(groups, list(columns), use_threads=record.rows > _ROWS_FOR_THREADS)
+        # A row's place in what was read: less the rows of the groups before it that were left out.
+        n_rows = [file.metadata.row_group(group).num_rows for group in groups]
+    if len(table) != sum(n_rows) or (len(rows) and rows[-1] >= record.rows):
+        raise IntegrityError(f"{folder / record.file} has other rows than were written")
+    offsets = np.concatenate([begin + np.arange(n) for begin, n in zip(begins, n_rows, strict=True)] or [rows])
+    return table.take(pa.array(np.searchsorted(offsets, rows)))
 
 
 def read_batches(folder: Path, record: ShardRecord, n_rows: int = 8192) -> Iterator[pa.Table]:

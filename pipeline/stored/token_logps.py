@@ -14,9 +14,11 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
+from prefcache.pipeline.stored.records import ShardRecord
 
 T = TypeVar("T")
 
+_LIST_COLUMNS = ("n_completion", "logps")
 # Times that reading starts over because shards were merged meanwhile.
 _TRIES = 5
 
@@ -99,23 +101,23 @@ def served_lists(cache: Cache, index: KeyIndex, sum_K: np.ndarray, accepted: Seq
     is_read_K, file_without = np.isnan(sum_K), ""
     # The numerics named first win, as they do for the sums.
     records = [record for id_ in accepted for record in cache.records if record.numerics_id == id_]
-    with counting(f"read tokens of {cache.folder}", sum(record.rows for record in records), "rows") as counter:
-        for record in records:
+    served = [each for record in records if (each := _find_served(cache, record, index, sum_K)) is not None]
+    cache.prefetch_rows([(each.record, each.rows) for each in served], _LIST_COLUMNS)
+    with counting(f"read tokens of {cache.place}", sum(each.record.rows for each in served), "rows") as counter:
+        for record, rows, ranks in served:
             counter.add(record.rows)
-            table = cache.read(record, ["key", "logp_sum"])
-            rows, ranks = index.find(read_keys([table["key"]]))
-            # If a sequence was scored twice: only the row whose sum is served, and only once.
-            is_served = (table["logp_sum"].to_numpy()[rows] == sum_K[ranks]) & ~is_read_K[ranks]
-            if not is_served.any():
+            # If a sequence was scored twice: only once.
+            rows, ranks = rows[~is_read_K[ranks]], ranks[~is_read_K[ranks]]
+            if not len(rows):
                 continue
-            table = cache.read(record, ["n_completion", "logps"])
-            has_tokens = is_served & table["logps"].is_valid().to_numpy()[rows]
-            file_without = file_without or (record.file if (is_served & ~has_tokens).any() else "")
-            lists = table["logps"].take(pa.array(rows[has_tokens])).combine_chunks()
+            table = cache.take(record, rows, _LIST_COLUMNS)
+            has_tokens = table["logps"].is_valid().to_numpy()
+            file_without = file_without or ("" if has_tokens.all() else record.file)
+            lists = table["logps"].filter(pa.array(has_tokens)).combine_chunks()
             lengths = lists.value_lengths().to_numpy()
-            if (lengths != table["n_completion"].to_numpy()[rows[has_tokens]]).any():
+            if (lengths != table["n_completion"].to_numpy()[has_tokens]).any():
                 raise IntegrityError(
-                    f"{cache.folder / record.file} has a row with another number of log-probs than its answer has tokens. "
+                    f"{cache.place}/{record.file} has a row with another number of log-probs than its answer has tokens. "
                     f"Remove {cache.record_path(record)} and score again (prefcache score CONFIG): only what it held is computed."
                 )
             is_read_K[ranks[has_tokens]] = True
@@ -123,7 +125,24 @@ def served_lists(cache: Cache, index: KeyIndex, sum_K: np.ndarray, accepted: Seq
     if not is_read_K.all():
         if file_without:
             raise SumsOnlyError(str(cache.folder / file_without))
-        raise IntegrityError(f"{cache.folder} has lost rows since it was opened. Score again (prefcache score CONFIG).")
+        raise IntegrityError(f"{cache.place} has lost rows since it was opened. Score again (prefcache score CONFIG).")
+
+
+class _ServedRows(NamedTuple):
+    """The rows of a shard whose sums the cache serves: their places, ascending, and the ranks of their keys."""
+
+    record: ShardRecord
+    rows: np.ndarray
+    ranks: np.ndarray
+
+
+def _find_served(cache: Cache, record: ShardRecord, index: KeyIndex, sum_K: np.ndarray) -> _ServedRows | None:
+    table = cache.read(record, ["key", "logp_sum"])
+    rows, ranks = index.find(read_keys([table["key"]]))
+    is_served = table["logp_sum"].to_numpy()[rows] == sum_K[ranks]
+    rows, ranks = rows[is_served], ranks[is_served]
+    order = np.argsort(rows)
+    return _ServedRows(record, rows[order], ranks[order]) if len(rows) else None
 
 
 def retry_if_merged(cache: Cache, read: Callable[[Cache], T]) -> T:
@@ -133,7 +152,7 @@ def retry_if_merged(cache: Cache, read: Callable[[Cache], T]) -> T:
             return read(cache)
         except FileNotFoundError:
             cache = cache.reopen()
-    raise IntegrityError(f"{cache.folder} kept changing while it was read. Run the same command again.")
+    raise IntegrityError(f"{cache.place} kept changing while it was read. Run the same command again.")
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

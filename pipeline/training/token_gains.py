@@ -61,7 +61,7 @@ def read_reference(cache: Cache, sequences: Sequences, accepted: Sequence[str]) 
     ):
         if any(len(lists[row]) != len(sequence.completion_ids) for row, sequence in enumerate(column)):
             raise IntegrityError(
-                f"{cache.folder} has lost rows since the run began. Score again (prefcache score CONFIG)."
+                f"{cache.place} has lost rows since the run began. Score again (prefcache score CONFIG)."
             )
         logps[answer] = [lists[row][sequence.counted_positions] for row, sequence in enumerate(column)]
     return logps

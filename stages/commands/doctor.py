@@ -240,7 +240,7 @@ def _check_scores(config: Config) -> Iterator[Finding]:
     if cache.damaged:
         reason = next(iter(cache.damaged.values())).rstrip(".")
         verb = "is" if len(cache.damaged) == 1 else "are"
-        what = f"{cache.folder}: {len(cache.damaged):,} of its shards {verb} damaged. {reason}"
+        what = f"{cache.place}: {len(cache.damaged):,} of its shards {verb} damaged. {reason}"
         yield Finding("scores", "problem", what, remedy)
         return
     cache.refuse_damage()
@@ -249,7 +249,7 @@ def _check_scores(config: Config) -> Iterator[Finding]:
         yield Finding("scores", "problem", what, remedy)
         return
     rows, n_shards = sum(record.rows for record in cache.records), len(cache.records)
-    what = f"{cache.folder}: {rows:,} sequences in {count(n_shards, 'shard')} (prefcache verify reads every byte)"
+    what = f"{cache.place}: {rows:,} sequences in {count(n_shards, 'shard')} (prefcache verify reads every byte)"
     yield Finding("scores", "ok", what)
 
 
