@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.helpers.project import (
     write_config,
     write_pairs,
 )
+from tests.helpers.stores import Bucket, S3Server, use_environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models here are tiny: more threads would only wait for one another.
@@ -154,3 +155,18 @@ def demo(clone: Clone) -> Clone:
     """The clone after the README's first command."""
     clone.demo_output = clone.run("make prepare score train").stdout
     return clone
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 server, which the tests of a worker share."""
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A new bucket, which this process and those it starts can use."""
+    bucket = Bucket(s3_server, tmp_path / "mirror")
+    use_environment(bucket.environment, monkeypatch)
+    return bucket
