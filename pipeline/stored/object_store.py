@@ -32,8 +32,14 @@ U = TypeVar("U")
 # Requests at once: enough that a latency of 50 ms does not limit the reading of many small objects.
 N_PARALLEL = 32
 _TRIES = 4
-_SECONDS_PER_REQUEST = 120
+_TRIES_OF_OBSTORE = 6  # of each request, within one of ours
 _FIRST_PAUSE = 0.5
+# A request may take as long as bytes come, for a slow line is not a fault. While bytes are sent, none come.
+_SECONDS_WITHOUT_BYTES = 120.0
+_SECONDS_PER_REQUEST = 3600.0
+# A larger object is sent in parts, each by a request of its own.
+_LARGEST_PUT = 64 * 2**20
+_PART = 16 * 2**20
 _PART_BYTES = 16 << 20
 
 
@@ -52,7 +58,6 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         self.url = parse_url(url)
         self._store = _connect(self.url)
-        self._pid = os.getpid()
         self.requests: Counter[str] = Counter()  # by kind, as a provider prices them: get, put, list, delete
         self.bytes: Counter[str] = Counter()  # received, sent
         self._counting = threading.Lock()
@@ -117,20 +122,27 @@ class ObjectStore:
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write an object whose name says what it contains, so that writing it twice changes nothing."""
-        import obstore
-
-        self._retry("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
-        self._count("sent", len(data))
+        self._send(name, data, len(data))
 
     def put_file(self, name: str, path: Path) -> None:
-        """Write an object from a file: a large one in parts, of which few are in memory at once."""
+        """Write such an object from a file: a large one in parts, of which few are in memory at once."""
+        self._send(name, path, path.stat().st_size)
+
+    def _send(self, name: str, content: bytes | memoryview | Path, n_bytes: int) -> None:
         import obstore
 
-        n_bytes = path.stat().st_size
         is_large = n_bytes > _PART_BYTES
-        self._retry(
-            "put", name, lambda: obstore.put(self._store, name, path, use_multipart=is_large, chunk_size=_PART_BYTES)
-        )
+
+        def write() -> None:
+            try:
+                obstore.put(self._store, name, content, use_multipart=is_large, chunk_size=_PART_BYTES)
+            except FileNotFoundError as error:
+                if is_large and "NoSuchBucket" not in str(error):
+                    # Also when the answer to the last request of an upload got lost, which obstore then repeats.
+                    raise _Incomplete("the store no longer knows of this upload") from None
+                raise
+
+        self._retry("put", name, write)
         if is_large:  # a request for each part, one before and one after them
             self._count("put", 1 + math.ceil(n_bytes / _PART_BYTES), self.requests)
         self._count("sent", n_bytes)
@@ -151,25 +163,31 @@ class ObjectStore:
 
         is_first = self._retry("put", name, write)
         self._count("sent", len(data))
-        if is_first:
-            return True
         try:
-            return self.get(name) == data
+            return is_first or self.get(name) == data
         except FileNotFoundError:  # deleted meanwhile
             return self.create(name, data)
 
     def replace(self, name: str, data: bytes, etag: str) -> bool:
-        """Replace an object that still is as its ETag says; return whether it was."""
+        """Replace an object that still is as its ETag says; return whether its bytes are these now.
+
+        As with `create`, what was replaced since may have been replaced by this writer, whose answer got lost.
+        """
         import obstore
 
         def write() -> bool:
             try:
                 obstore.put(self._store, name, data, mode={"e_tag": etag}, use_multipart=False)
-            except (obstore.exceptions.PreconditionError, FileNotFoundError):
+            except obstore.exceptions.PreconditionError:
                 return False
             return True
 
-        return self._retry("put", name, write)
+        try:
+            is_replaced = self._retry("put", name, write)
+            self._count("sent", len(data))
+            return is_replaced or self.get(name) == data
+        except FileNotFoundError:
+            return False
 
     def delete(self, name: str) -> None:
         """Delete an object, if there is one."""
@@ -198,29 +216,35 @@ class ObjectStore:
         import obstore
 
         objects = []
-        for page in obstore.list(self._store, prefix or None, chunk_size=1000):
+        for n, page in enumerate(obstore.list(self._store, prefix or None, chunk_size=1000)):
             objects += [_describe(each) for each in page]
-            self._count("list", 1, self.requests)
+            if n:  # the first was counted when it was asked for
+                self._count("list", 1, self.requests)
         return objects
 
     def _retry(self, kind: str, name: str, request: Callable[[], T]) -> T:
         """Carry out a request, and repeat it while its failure may pass."""
         import obstore
 
-        if os.getpid() != self._pid:  # the threads that speak to the store do not survive a fork
-            self._store, self._pid = _connect(self.url), os.getpid()
+        refuse_fork(self.url)
         pause = _FIRST_PAUSE
         for attempt in range(_TRIES):
             self._count(kind, 1, self.requests)
             try:
                 return request()
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if reason := _explain_permanent(str(error)):
+                    raise UsageError(f"{self._path(name)}: {reason}") from None
                 raise FileNotFoundError(errno.ENOENT, "there is no such object", self._path(name)) from None
             except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
+                if reason := _explain_permanent(str(error)):
+                    raise UsageError(f"{self._path(name)}: {reason}") from None
                 raise UsageError(self._refused(name, error)) from None
             except (obstore.exceptions.BaseError, OSError, _Incomplete) as error:
                 if reason := _explain_permanent(str(error)):
                     raise UsageError(f"{self._path(name)}: {reason}") from None
+                if _is_refusal(str(error)):  # of a listing, for which obstore has no error of its own
+                    raise UsageError(self._refused(name, error)) from None
                 if attempt + 1 == _TRIES:
                     raise ResourceError(
                         f"{self._path(name)} could not be reached in {_TRIES} tries ({_shorten(error)}). Finished work is kept: check "
@@ -247,6 +271,22 @@ class ObjectStore:
 
 class _Incomplete(Exception):
     """An answer is shorter than it says itself."""
+
+
+# The process whose threads carry out obstore's requests. They start with the first request and do not survive a fork.
+_requesting_pid: int | None = None
+
+
+def refuse_fork(url: str) -> None:
+    """Raise UsageError in a fork of a process that has made requests: obstore's next one would wait for ever."""
+    global _requesting_pid
+    if _requesting_pid is None:
+        _requesting_pid = os.getpid()
+    elif _requesting_pid != os.getpid():
+        raise UsageError(
+            f"{url} cannot be read in a forked process once its parent has read from an object store. Start the process by spawn "
+            "(multiprocessing.get_context('spawn'), or DataLoader's multiprocessing_context='spawn')."
+        )
 
 
 @functools.cache
@@ -277,8 +317,15 @@ def _connect(url: str) -> Any:
         ) from None
     # obstore repeats single requests, such as that for a page of a listing; ObjectStore whole operations.
     options: dict[str, Any] = {
-        "client_options": {"timeout": f"{_SECONDS_PER_REQUEST}s", "connect_timeout": "10s"},
-        "retry_config": {"max_retries": 5, "retry_timeout": timedelta(seconds=_SECONDS_PER_REQUEST)},
+        "client_options": {
+            "timeout": timedelta(seconds=_SECONDS_PER_REQUEST),
+            "read_timeout": timedelta(seconds=_SECONDS_WITHOUT_BYTES),
+            "connect_timeout": timedelta(seconds=10),
+        },
+        "retry_config": {
+            "max_retries": _TRIES_OF_OBSTORE - 1,
+            "retry_timeout": timedelta(seconds=_SECONDS_WITHOUT_BYTES),
+        },
     }
     if url.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -314,12 +361,28 @@ def _explain_permanent(message: str) -> str | None:
         return "there is no such bucket. Create it, or correct the URL."
     if "InvalidAccessKeyId" in message or "SignatureDoesNotMatch" in message:
         return "the store does not accept these credentials. They come from the environment (AWS_ACCESS_KEY_ID, ...)."
+    if "ExpiredToken" in message or "TokenRefreshRequired" in message:
+        return "the credentials have expired. Get new ones, for example by logging in again."
+    if "RequestTimeTooSkewed" in message:
+        return "the store refuses requests because the clock of this machine is wrong. Set it."
     if "PermanentRedirect" in message or "AuthorizationHeaderMalformed" in message:
         return "the bucket is in another region. Set AWS_DEFAULT_REGION to it."
     return None
 
 
+def _is_refusal(message: str) -> bool:
+    return re.search(r"status code: 40[13]\b|<Code>(AccessDenied|AllAccessDisabled)</Code>", message) is not None
+
+
 def _shorten(error: Exception) -> str:
-    """Return the sentence of an error that says what happened, without query strings, which may hold signatures."""
-    line = str(error).strip().partition("\n")[0]
-    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:300].rstrip(". ")
+    """Return the sentence of an error that says what happened.
+
+    Without query strings, which may hold signatures, and with no more of S3's XML than the code and its message: the rest
+    can hold the key id and what was signed.
+    """
+    text = str(error).strip()
+    code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
+    if code:
+        text = f"{code[1]}: {message[1]}" if message else code[1]
+    line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text.partition("\n")[0])
+    return re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}", "...", line)[:300].rstrip(". ")
