@@ -52,8 +52,7 @@ def collect(
     if tables & _REFERENCES:
         sources["references"] = references = list(_open_references(folder / "scored", others=other_references))
         if "cached" in tables:
-            for reference in references:
-                cache_maintenance.refuse_contradictions(reference.cache)
+            sources["shards"] = [shard for reference in references for shard in _list_whole_shards(reference.cache)]
     runs = [path for path in list_runs(folder) if only is None or path.name in only]
     if tables & {"runs", "tokens", *_RUN_PARTS}:
         sources["runs"] = pa.Table.from_pylist([_describe_run(run) for run in runs], schema=views.RUNS)
@@ -120,6 +119,14 @@ def _open_references(scored: Path, *, others: bool) -> Iterator[views.Reference]
             other.refuse_damage()
             known = sorted(other.numerics(), key=lambda name: (name not in manifest.accepted_numerics, name))
             yield views.Reference(other, known, used=False)
+
+
+def _list_whole_shards(cache: Cache) -> list[str]:
+    """The files of all shards of a reference, each of them whole and none in contradiction to another."""
+    cache.fetch_shards()
+    cache.refuse_damage()
+    cache_maintenance.refuse_contradictions(cache)
+    return cache.shards
 
 
 def _describe_run(folder: Path) -> dict[str, Any]:

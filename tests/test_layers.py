@@ -52,8 +52,8 @@ FLOORS = {
         "overwrite_guard shards",
         "contradictions prepared row_writers store_writer verified_shards",
         "cache image_features prepared_store",
-        "cache_writer model_ids scoring_plan token_logps",
-        "feature_writer",
+        "cache_writer folder_upkeep model_ids scoring_plan token_logps",
+        "feature_writer store_upkeep",
         "cache_maintenance freshness cut_answers counted_logps gguf_conversion lookups scored",
     ],
     "prefcache.pipeline.model": [

@@ -263,9 +263,16 @@ def unseal(path: Path, remedy: str = "") -> dict[str, Any]:
         # Opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise _unreadable(path, "is not a regular file", remedy)
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, f"cannot be read: {error.strerror}", remedy) from error
+    return unseal_bytes(data, path, remedy)
+
+
+def unseal_bytes(data: bytes, path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read the content of a sealed file; `path` says in errors where it came from."""
+    try:
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, "is not JSON", remedy) from error
     if not isinstance(content, dict):

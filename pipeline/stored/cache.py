@@ -8,14 +8,13 @@ Writing is in cache_writer.py, upkeep in cache_maintenance.py.
 **What is checked when.** All bytes of a shard are hashed when it is first opened and whenever its size, times or inode
 have changed since it was last found whole (verified_shards.py). What rots on the disk without touching those is caught
 when it is read: by Parquet's page checksums, and by the record's checksum of keys and values. So opening reads a tenth
-of the bytes, and still serves no value that was not written. `every_byte` hashes everything, for readers that check no
-pages (SQL).
+of the bytes, and still serves no value that was not written. `every_byte` hashes everything that is on this machine, for readers that
+check no pages (SQL).
 
 **Scale.** The wanted keys are sorted once, each shard's keys are looked up in them and values are put in their places.
 So memory grows with the number of wanted keys (about 60 bytes for each), not with the cache. See keys.py.
 """
 
-import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +137,13 @@ class Cache:
             f"{reason}. {remedy}: only what they held is computed."
         )
 
+    def fetch_shards(self) -> None:
+        """Have all shards here as a whole, for readers of files; those of an object store that are damaged are noted."""
+        if self._mirror is not None:
+            wrong = self._mirror.fetch(self.folder, self.records)
+            for record in [record for record in self.records if record.file in wrong]:
+                self.note_damage(record, f"{self.place}/{record.file} {wrong[record.file]}")
+
     def note_damage(self, record: ShardRecord, reason: str) -> None:
         """Count a shard as damaged from now on: it serves nothing, and `CacheWriter.discard_damaged` deletes its record."""
         self.damaged.setdefault(self.record_path(record), reason)
@@ -149,30 +155,19 @@ class Cache:
         if self._mirror is not None:
             self._mirror.refresh(self.folder)
         verified, paths = VerifiedShards(self.folder, self._remember), shards.list_records(self.folder)
-        unfetched = self._fetch_all(paths) if every_byte else {}
         with counting(f"open {self.place}", len(paths), "shards") as counter:
             for path in paths:
-                self._add(path, verified, every_byte, unfetched)
+                self._add(path, verified, every_byte)
                 counter.add(1)
         verified.save()
 
-    def _fetch_all(self, paths: Sequence[Path]) -> dict[str, str]:
-        """Have all shards here as a whole; return what is wrong with those that the store cannot give, by file."""
-        if self._mirror is None:
-            return {}
-        records = []
-        for path in paths:
-            with contextlib.suppress(IntegrityError):  # which is reported when it is added
-                records.append(ShardRecord.read(path))
-        return self._mirror.fetch(self.folder, records)
-
-    def _add(self, path: Path, verified: VerifiedShards, every_byte: bool, unfetched: dict[str, str]) -> None:
+    def _add(self, path: Path, verified: VerifiedShards, every_byte: bool) -> None:
         """Add the shard of a record to the whole ones or to the damaged ones."""
         self.listed.add(path.name)
         reason = None
         try:
             record = ShardRecord.read(path, _REMOVE)
-            if damage := unfetched.get(record.file) or verified.find_damage(record, every_byte):
+            if damage := verified.find_damage(record, every_byte):
                 reason = f"{self.place}/{record.file} {damage}"
         except MalformedError as error:
             self.malformed.add(path)

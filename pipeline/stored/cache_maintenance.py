@@ -6,13 +6,9 @@ then are the records of the small shards deleted, and after those their files. A
 others hold, and finishes the work. So that the outcome does not depend on interruptions, sizes are counted before
 compression and over the rows that are kept, so that they add up: a merged shard is never small again.
 
-A shard without a record may be one whose record a scorer is about to write. It is removed only if no process has
-claimed its chunk, and if it is old or an earlier gc had noted that it was removing it. If a scorer without claims were
-suspended for longer, its record would name a missing shard: that is noticed, and scored again.
+What else lies there, in a folder or in an object store: folder_upkeep.py and store_upkeep.py.
 """
 
-import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,29 +17,29 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from prefcache.pipeline.cache_place import is_url, local_folder, parse_url
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import CACHE
-from prefcache.pipeline.stored import artifact, claims, feature_writer, shards, signatures
+from prefcache.pipeline.stored import artifact, feature_writer, shards, signatures
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.contradictions import Contradictions
+from prefcache.pipeline.stored.folder_upkeep import FolderUpkeep, Upkeep
 from prefcache.pipeline.stored.image_features import TOWER_FILE, FeatureStore
 from prefcache.pipeline.stored.key_index import concat
+from prefcache.pipeline.stored.mirror import find_mirror, open_root, show_place
+from prefcache.pipeline.stored.object_store import open_store
 from prefcache.pipeline.stored.records import (
     REFERENCE_FILE,
-    SHARD_FILE,
     MalformedError,
     NewerError,
-    RemovalRecord,
     ShardRecord,
 )
+from prefcache.pipeline.stored.store_upkeep import StoreUpkeep
 
 TARGET_MIB = 128
 _TRIES = 5
-_REMOVING = ".removing"  # lists the shards that gc is about to remove
-# No scorer is this slow: between a shard and its record there are milliseconds.
-OLD_SECONDS = 3600.0
 # Keys that are compared at once; a cache with more is read once for each share of its keys.
 _ROWS_AT_ONCE = 1 << 23
 # Bytes of a row before compression: key, counts and sum, and the log-prob of each token.
@@ -56,13 +52,31 @@ _SUM_TOLERANCE = 1e-9
 def find_caches(paths: Sequence[str]) -> list[Path]:
     """The folders of references and of vision towers among `paths` and directly in them."""
     folders = []
-    for path in map(Path, paths):
+    for place in paths:
+        path = _open_place(place)
         inside = [file.parent for name in (REFERENCE_FILE, TOWER_FILE) for file in sorted(path.glob(f"*/{name}"))]
         here = [path] if (path / REFERENCE_FILE).exists() or (path / TOWER_FILE).exists() else inside
         if not here:
-            raise UsageError(f"{path} holds no cache: no {REFERENCE_FILE} in it or in its folders. Name one.")
+            raise UsageError(f"{place} holds no cache: no {REFERENCE_FILE} in it or in its folders. Name one.")
         folders += here
     return folders
+
+
+def _open_place(place: str) -> Path:
+    """The folder of a cache or of a reference; of a URL, that in its mirror."""
+    if not is_url(place):
+        return local_folder(place)
+    root, _, name = parse_url(place).rpartition("/")
+    if root.count("/") > 1:  # more than the bucket
+        store = open_store(root)
+        if store.head(f"{name}/{REFERENCE_FILE}") is not None:
+            return open_root(root) / name
+    return open_root(place)
+
+
+def _open_upkeep(folder: Path, old_seconds: float | None = None) -> Upkeep:
+    mirror = find_mirror(folder)
+    return FolderUpkeep(folder, old_seconds) if mirror is None else StoreUpkeep(mirror, folder, old_seconds)
 
 
 # -- verify ----------------------------------------------------------------------------------------------------------
@@ -73,6 +87,7 @@ class VerifiedCache:
     """What is in a cache, and what is wrong with it."""
 
     folder: Path
+    place: str  # as people know it: the folder, or its URL
     reference: str = ""
     shards: int = 0
     rows: int = 0
@@ -90,16 +105,20 @@ def verify(folder: Path) -> VerifiedCache:
     """Check every byte, page, row and sum of a cache."""
     if (folder / TOWER_FILE).exists():
         return _verify_features(folder)
-    result, on_disk = VerifiedCache(folder), _list_shards(folder)
+    upkeep, mirror = _open_upkeep(folder), find_mirror(folder)
+    result, stored = VerifiedCache(folder, place=show_place(folder)), upkeep.list_shards()
+    if mirror is not None:
+        mirror.forget_all(folder)  # what the store has is checked, not copies of it
     try:
         cache = Cache(folder, None, every_byte=True, remember="damage")
+        cache.fetch_shards()
     except IntegrityError as error:
         result.damaged[REFERENCE_FILE] = str(error)
         if isinstance(error, MalformedError):
             (result.newer if isinstance(error, NewerError) else result.malformed).append(REFERENCE_FILE)
         return result
     result.reference = cache.reference.name
-    result.orphans, result.leftovers = len(_find_orphans(cache, on_disk)), len(_list_leftovers(folder))
+    result.orphans, result.leftovers = len(_find_orphans(cache, stored)), upkeep.count_leftovers()
     _add_damage(result, cache)
     whole, wrong = _check_content(cache)
     for record in whole:
@@ -196,8 +215,10 @@ class CollectedCache:
     """What gc has done, or would do."""
 
     folder: Path
+    place: str  # as people know it: the folder, or its URL
     leftovers: int = 0
     orphans: int = 0
+    kept: int = 0  # shards in an object store that nothing names, but that a scorer or reader of the last day may want
     superseded: int = 0  # shards all of whose rows others hold
     merged: int = 0  # shards that became fewer
     into: int = 0
@@ -208,30 +229,31 @@ class CollectedCache:
     malformed: list[str] = field(default_factory=list)
 
 
-def gc(folder: Path, target_bytes: int, dry_run: bool = False, old_seconds: float = OLD_SECONDS) -> CollectedCache:
+def gc(folder: Path, target_bytes: int, dry_run: bool = False, old_seconds: float | None = None) -> CollectedCache:
     """Remove what nothing needs, and merge small shards that verify would pass; scorers and trainers may be running."""
     if (folder / TOWER_FILE).exists():
-        return _collect_features(folder, old_seconds, dry_run)
+        return _collect_features(folder, FolderUpkeep(folder, old_seconds), dry_run)
+    upkeep = _open_upkeep(folder, old_seconds)
     if dry_run:
-        return _collect(folder, target_bytes, True, old_seconds)
+        return _collect(folder, upkeep, target_bytes, True)
     for _ in range(_TRIES):
-        with claims.claim(claims.claim_path(folder, "gc"), wait=False) as is_mine:
+        with upkeep.claim() as is_mine:
             if is_mine:
-                os.utime(claims.claim_path(folder, "gc"))
-                return _collect(folder, target_bytes, False, old_seconds)
+                return _collect(folder, upkeep, target_bytes, False)
         # A starting scorer holds every claim for a moment, to see whether its process is gone.
         time.sleep(0.05)
-    raise UsageError(f"Another gc is at work on {folder}. Wait for it, or stop it.")
+    raise UsageError(f"Another gc is at work on {show_place(folder)}. Wait for it, or stop it.")
 
 
-def _collect(folder: Path, target_bytes: int, dry_run: bool, old_seconds: float) -> CollectedCache:
-    on_disk = _list_shards(folder)
+def _collect(folder: Path, upkeep: Upkeep, target_bytes: int, dry_run: bool) -> CollectedCache:
+    stored = upkeep.list_shards()
     # gc notes what it has hashed; its dry run changes nothing.
     cache = Cache(folder, None, every_byte=True, remember="nothing" if dry_run else "all")
-    result = CollectedCache(folder)
+    cache.fetch_shards()
+    result = CollectedCache(folder, cache.place)
     _add_damage(result, cache)
-    result.leftovers = _remove_leftovers(folder, old_seconds, dry_run)
-    result.orphans = _remove_orphans(cache, _find_orphans(cache, on_disk), old_seconds, dry_run)
+    result.leftovers = upkeep.remove_leftovers(dry_run=dry_run)
+    result.orphans = upkeep.remove_orphans(cache, _find_orphans(cache, stored), dry_run=dry_run)
     # Before anything is merged or superseded: a wrong row would replace a right one, under a new checksum.
     whole, wrong = _check_content(cache)
     kept, contradicting = _mark_duplicates(cache, whole)
@@ -243,12 +265,13 @@ def _collect(folder: Path, target_bytes: int, dry_run: bool, old_seconds: float)
     superseded = [shard.record for shard in free if not shard.keep.any()]
     result.superseded = len(superseded)
     if not dry_run:
-        _remove(cache, superseded)
+        upkeep.remove(cache, superseded)
     for group in _group(cache, [shard for shard in free if shard.keep.any()], target_bytes):
         result.merged += len(group)
         result.into += 1
         if not dry_run:
-            _merge(cache, group)
+            _merge(cache, upkeep, group)
+    result.kept = upkeep.n_kept
     result.shards = len(kept) - result.superseded - result.merged + result.into
     return result
 
@@ -339,7 +362,7 @@ def _group(cache: Cache, kept: Sequence[_Shard], target_bytes: int) -> Iterator[
             yield group
 
 
-def _merge(cache: Cache, group: Sequence[_Shard]) -> None:
+def _merge(cache: Cache, upkeep: Upkeep, group: Sequence[_Shard]) -> None:
     tables = [cache.read(shard.record).cast(CACHE).filter(pa.array(shard.keep)) for shard in group]
     rows = pa.concat_tables(tables).sort_by("key")
     replaced = [shard.record for shard in group]
@@ -350,20 +373,16 @@ def _merge(cache: Cache, group: Sequence[_Shard]) -> None:
             f"{cache.folder / merged.file} {reason}. Nothing is lost: the shards that it was merged from are still there. "
             f"Delete {cache.record_path(merged)} and run gc again."
         )
-    _remove(cache, replaced)
+    upkeep.remove(cache, replaced)
 
 
-def _remove(cache: Cache, records: Sequence[ShardRecord]) -> None:
-    """Delete the records first: a record without its shard would be damage, a shard without its record is nothing."""
-    if not records:
-        return
-    RemovalRecord.make(files=[record.file for record in records]).commit(cache.folder / _REMOVING)
-    for record in records:
-        artifact.member(cache.folder, record.name).unlink(missing_ok=True)
-    artifact.sync_folder(cache.folder)
-    for record in records:
-        artifact.member(cache.folder, record.file).unlink(missing_ok=True)
-    (cache.folder / _REMOVING).unlink(missing_ok=True)
+def _find_orphans(cache: Cache, stored: Sequence[str]) -> list[str]:
+    """The shards that no record names. A record that a newer prefcache wrote may name any of them, so then none counts."""
+    if cache.malformed:
+        return []
+    named = {record.file for record in cache.records}
+    damaged = {path.stem for path in cache.damaged}
+    return [name for name in stored if name not in named and name.rpartition("-")[0] not in damaged]
 
 
 # -- features of pictures --------------------------------------------------------------------------------------------
@@ -371,7 +390,7 @@ def _remove(cache: Cache, records: Sequence[ShardRecord]) -> None:
 
 def _verify_features(folder: Path) -> VerifiedCache:
     """Check every byte of a vision tower's store."""
-    result = VerifiedCache(folder)
+    result = VerifiedCache(folder, str(folder))
     try:
         store = FeatureStore(folder, every_byte=True, remember="damage")
     except IntegrityError as error:
@@ -383,18 +402,18 @@ def _verify_features(folder: Path) -> VerifiedCache:
     result.shards, result.rows = len(store.records), sum(record.rows for record in store.records)
     result.doubled = result.rows - len(store)
     result.n_bytes = sum(record.bytes for record in store.records)
-    result.orphans, result.leftovers = len(feature_writer.find_orphans(store)), len(_list_leftovers(folder))
+    result.orphans, result.leftovers = len(feature_writer.find_orphans(store)), FolderUpkeep(folder).count_leftovers()
     _add_feature_damage(result, store)
     return result
 
 
-def _collect_features(folder: Path, old_seconds: float, dry_run: bool) -> CollectedCache:
+def _collect_features(folder: Path, upkeep: FolderUpkeep, dry_run: bool) -> CollectedCache:
     """Remove temporaries and shards without a record. What is whole stays as it is: it is read where it lies."""
     store = FeatureStore(folder, every_byte=True, remember="nothing" if dry_run else "all")
-    result = CollectedCache(folder, shards=len(store.records))
-    result.leftovers = _remove_leftovers(folder, old_seconds, dry_run)
+    result = CollectedCache(folder, str(folder), shards=len(store.records))
+    result.leftovers = upkeep.remove_leftovers(dry_run=dry_run)
     for path in feature_writer.find_orphans(store):
-        if _age(folder, path) > old_seconds:
+        if upkeep.is_old(path):
             result.orphans += 1
             if not dry_run:
                 path.unlink(missing_ok=True)
@@ -406,85 +425,3 @@ def _add_feature_damage(result: VerifiedCache | CollectedCache, store: FeatureSt
     result.damaged |= {path.name: reason for path, reason in store.damaged.items()}
     result.newer += [path.name for path in store.newer]
     result.malformed += [path.name for path in store.malformed]
-
-
-# -- files without a record ------------------------------------------------------------------------------------------
-
-
-def _list_leftovers(folder: Path) -> list[Path]:
-    """Temporaries and claims, of processes that are gone or still running."""
-    mine = claims.claim_path(folder, "gc")
-    temporaries = (path for path in folder.glob(".*.tmp") if artifact.TEMPORARY.fullmatch(path.name))
-    return [path for path in (*temporaries, *folder.glob(f".*{claims.SUFFIX}")) if path != mine and path.is_file()]
-
-
-def _remove_leftovers(folder: Path, old_seconds: float, dry_run: bool) -> int:
-    before = _list_leftovers(folder)
-    if dry_run:
-        return len(before)
-    artifact.remove_leftovers(folder)
-    claims.remove_free(folder)
-    for path in _list_leftovers(folder):
-        # Another machine's, whose processes cannot be asked for.
-        if path.suffix == ".tmp" and _age(folder, path) > old_seconds:
-            path.unlink(missing_ok=True)
-    return len(before) - len(set(before) & set(_list_leftovers(folder)))
-
-
-def _list_shards(folder: Path) -> list[Path]:
-    """List the shard files, with a record or without. Call it before opening the cache: a record follows its shard."""
-    return sorted(path for path in folder.iterdir() if SHARD_FILE.fullmatch(path.name) and path.is_file())
-
-
-def _find_orphans(cache: Cache, on_disk: Sequence[Path]) -> list[Path]:
-    """The shards that no record names. A record that a newer prefcache wrote may name any of them, so then none counts."""
-    if cache.malformed:
-        return []
-    named = {record.file for record in cache.records}
-    damaged = {path.stem for path in cache.damaged}
-    return [path for path in on_disk if path.name not in named and path.name.rpartition("-")[0] not in damaged]
-
-
-def _remove_orphans(cache: Cache, orphans: Sequence[Path], old_seconds: float, dry_run: bool) -> int:
-    n_removed, begun = 0, set[str]()
-    with contextlib.suppress(IntegrityError):
-        begun = set(RemovalRecord.read(cache.folder / _REMOVING).files)  # by a gc that was killed
-    for path in orphans:
-        if path.name not in begun and _age(cache.folder, path) <= old_seconds:
-            continue
-        if dry_run:
-            n_removed += 1
-            continue
-        with claims.claim(claims.claim_path(cache.folder, path.name.rpartition("-")[0]), wait=False) as is_free:
-            if is_free and not _may_be_named(cache, path):
-                path.unlink(missing_ok=True)
-                n_removed += 1
-    if not dry_run and (cache.folder / _REMOVING).is_file():
-        (cache.folder / _REMOVING).unlink(missing_ok=True)
-    return n_removed
-
-
-def _may_be_named(cache: Cache, shard: Path) -> bool:
-    """Whether a record names the shard that came after the cache was opened, or cannot be read.
-
-    The record of the shard's own chunk is read in any case: it may have been discarded and committed anew.
-    """
-    chunk = shard.name.rpartition("-")[0]
-    for path in shards.list_records(cache.folder):
-        if path.name not in cache.listed or path.stem == chunk:
-            try:
-                if ShardRecord.read(path).file == shard.name:
-                    return True
-            except IntegrityError:
-                return True
-    return False
-
-
-def _age(folder: Path, path: Path) -> float:
-    """Seconds by the clock of the file system, which other machines also write by."""
-    clock = claims.claim_path(folder, "gc")
-    try:
-        now = clock.stat().st_mtime if clock.exists() else time.time()
-        return now - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

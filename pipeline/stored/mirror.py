@@ -252,6 +252,13 @@ class Mirror:
         artifact.member(folder, record.file).unlink(missing_ok=True)
         return had_part or had_whole
 
+    def forget_all(self, folder: Path) -> None:
+        """Drop the copies of all shards of a reference."""
+        for path in shards_in(folder):
+            path.unlink(missing_ok=True)
+        for path in (self.root / ".parts").glob("*.parquet"):
+            partial_file.remove(path)
+
     def _part_path(self, record: ShardRecord) -> Path:
         return self.root / ".parts" / f"{record.xxh3_128}.parquet"
 
@@ -365,6 +372,11 @@ def show_place(folder: Path) -> str:
     """The place of a reference's cache, as people know it: the URL of a mirror's."""
     mirror = find_mirror(folder)
     return str(folder) if mirror is None else mirror.url(folder)
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """List the shard files in a folder."""
+    return [path for path in folder.glob("*.parquet") if SHARD_FILE.fullmatch(path.name)]
 
 
 def column_ranges(

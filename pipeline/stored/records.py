@@ -95,6 +95,11 @@ class StoredRecord(Entry):
         return record
 
     @classmethod
+    def read_bytes(cls, data: bytes, path: Path, remedy: str = "") -> Self:
+        """Parse the content of a sealed file, whose path only says in errors where it came from."""
+        return cls.parse(artifact.unseal_bytes(data, path, remedy), path, remedy)
+
+    @classmethod
     def parse(cls, content: Any, path: Path, remedy: str = "") -> Self:
         """Turn parsed JSON into the record; `path` names its origin in errors."""
         cls.refuse_newer(content, path)

@@ -116,6 +116,7 @@ class Sources:
     images: pa.Table = field(default_factory=IMAGES.empty_table)
     quarantine: Sequence[str] = ()
     references: Sequence[Reference] = ()
+    shards: Sequence[str] = ()  # of all references, for the table of all their rows
     runs: pa.Table = field(default_factory=RUNS.empty_table)
     checkpoints: pa.Table = field(default_factory=CHECKPOINTS.empty_table)
     steps: Sequence[str] = ()  # Parquet parts in RUN/steps/
@@ -123,10 +124,6 @@ class Sources:
     events: Sequence[str] = ()
     throughput: Sequence[str] = ()
     tokens: Sequence[str] = ()
-
-    @property
-    def shards(self) -> list[str]:
-        return [shard for reference in self.references for shard in reference.cache.shards]
 
     @property
     def files(self) -> list[str]:

@@ -49,6 +49,9 @@ def run(
     sources = record_outcomes.reopen_sources(config, prepared)
     # Token lists are read by DuckDB, which checks no checksums.
     scored, cache = require_scored(config, prepared, every_byte=per_token)
+    if per_token:
+        cache.fetch_shards()
+        cache.refuse_damage()
     columns = _AddedColumns(prepared, per_token)
     values = _Values(columns, cache, scored.accepted_numerics)
     if columns.n_partial:

@@ -59,7 +59,7 @@ def print_parity(result: command_results.ParityResult) -> None:
 def print_verify(result: command_results.VerifyResult) -> None:
     for cache in result.caches:
         # On a line of its own, so that a long name can be copied whole.
-        say(str(cache.folder))
+        say(cache.place)
         counts = {
             "shards": cache.shards,
             "rows": cache.rows,
@@ -78,14 +78,18 @@ def print_gc(result: command_results.GcResult) -> None:
     would = "would be " if result.dry_run else ""
     for cache in result.caches:
         if not (cache.merged or cache.superseded or cache.orphans or cache.leftovers):
-            say(f"{cache.folder}: nothing to do, {count(cache.shards, 'shard')}")
+            say(f"{cache.place}: nothing to do, {count(cache.shards, 'shard')}")
             continue
         say(
-            f"{cache.folder}: {count(cache.merged, 'shard')} {would}merged into {cache.into:,}; {would}removed: "
+            f"{cache.place}: {count(cache.merged, 'shard')} {would}merged into {cache.into:,}; {would}removed: "
             f"{cache.superseded:,} that others replace, {cache.orphans:,} without a record, "
             f"{count(cache.leftovers, 'leftover')}, {count(cache.doubled, 'doubled row')}. "
             f"{count(cache.shards, 'shard')} in all"
         )
+        if cache.kept:
+            say(
+                f"  {count(cache.kept, 'shard')} without a record {would}kept for a day: a scorer or a reader may still want them"
+            )
     _print_damage(result)
 
 
@@ -100,5 +104,5 @@ def print_sign(result: command_results.SignResult) -> None:
 def _print_damage(result: command_results.VerifyResult | command_results.GcResult) -> None:
     for cache in result.caches:
         for file, reason in cache.damaged.items():
-            names_itself = reason.startswith(str(cache.folder))
-            say(f"damaged: {reason if names_itself else f'{cache.folder}/{file}: {reason}'}")
+            names_itself = reason.startswith(cache.place)
+            say(f"damaged: {reason if names_itself else f'{cache.place}/{file}: {reason}'}")

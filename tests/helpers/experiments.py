@@ -92,9 +92,11 @@ def sources(folder: Path, runs: dict[str, float]) -> views.Sources:
         for i, rows in enumerate(VISITS)
     ]
     rows = [run_of(folder, run, beta=beta) for run, beta in runs.items()]
+    reference = cache(folder, "org/tiny", SCORES)
     return views.Sources(
         prepared=pa.Table.from_pylist(PAIRS, schema=PREPARED["pairs"]),
-        references=[views.Reference(cache(folder, "org/tiny", SCORES), [N1])],
+        references=[views.Reference(reference, [N1])],
+        shards=reference.shards,
         steps=parts,
         runs=pa.Table.from_pylist(rows, schema=views.RUNS),
     )

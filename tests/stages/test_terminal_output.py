@@ -36,8 +36,8 @@ def test_lines_break_between_words_on_a_terminal_and_stay_whole_in_a_pipe(capsys
 
 
 def test_gc_with_nothing_to_do_says_so(capsys, tmp_path):
-    done = CollectedCache(tmp_path, merged=2, into=1, shards=1)
-    idle = CollectedCache(tmp_path / "idle", shards=3)
+    done = CollectedCache(tmp_path, str(tmp_path), merged=2, into=1, shards=1)
+    idle = CollectedCache(tmp_path / "idle", str(tmp_path / "idle"), shards=3)
     terminal_output.print_result(command_results.GcResult([done, idle], damaged=0, dry_run=False))
     first, second = capsys.readouterr().out.splitlines()
     assert "2 shards merged into 1" in first and second == f"{tmp_path}/idle: nothing to do, 3 shards"

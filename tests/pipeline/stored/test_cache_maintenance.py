@@ -18,8 +18,9 @@ import pytest
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import CACHE
-from prefcache.pipeline.stored import artifact, cache_maintenance
-from prefcache.pipeline.stored.cache_maintenance import OLD_SECONDS, gc, verify
+from prefcache.pipeline.stored import artifact, cache_maintenance, folder_upkeep
+from prefcache.pipeline.stored.cache_maintenance import gc, verify
+from prefcache.pipeline.stored.folder_upkeep import OLD_SECONDS
 from tests.helpers.caches import (
     BUDGET,
     MINE,
@@ -211,7 +212,7 @@ def test_a_shard_whose_record_comes_while_gc_takes_its_claim_is_kept(tmp_path, m
     shard, content = cache.folder / cache.records[0].file, record.read_bytes()
     record.unlink()
     make_old(shard)
-    claim = cache_maintenance.claims.claim
+    claim = folder_upkeep.claims.claim
 
     @contextlib.contextmanager
     def claimed_late(path, **how):
@@ -220,7 +221,7 @@ def test_a_shard_whose_record_comes_while_gc_takes_its_claim_is_kept(tmp_path, m
         with claim(path, **how) as is_mine:
             yield is_mine
 
-    monkeypatch.setattr(cache_maintenance.claims, "claim", claimed_late)
+    monkeypatch.setattr(folder_upkeep.claims, "claim", claimed_late)
     assert gc(cache.folder, 1).orphans == 0
     assert record.exists() and shard.exists() and served(cache) == RIGHT
 

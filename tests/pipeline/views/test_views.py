@@ -280,7 +280,7 @@ def test_of_a_failed_row_and_a_good_one_the_good_one_is_shown(tmp_path, first):
     chunks = [[failed, SCORES[1]], [SCORES[0]]]
     for rows in chunks if first == "failed" else chunks[::-1]:
         found = cache(tmp_path, "org/tiny", rows)
-    con = views.connect(views.Sources(references=[views.Reference(found, ["n1"])]))
+    con = views.connect(views.Sources(references=[views.Reference(found, ["n1"])], shards=found.shards))
     assert ask(con, "select logp_sum, status from reference order by key") == [(-5.0, "ok"), (-6.0, "ok")]
 
 
@@ -292,7 +292,9 @@ def two_references(tmp_path):
     """The first pair is scored by two references, the second, of which one answer failed, by the first alone."""
     made = sources(tmp_path, {})
     other = views.Reference(cache(tmp_path, "org/other", OTHER, "b" * 64, N2), [N2], used=False)
-    return views.connect(dataclasses.replace(made, references=[*made.references, other]))
+    return views.connect(
+        dataclasses.replace(made, references=[*made.references, other], shards=[*made.shards, *other.cache.shards])
+    )
 
 
 def test_pairs_have_what_each_reference_says_of_them_by_hand(two_references):
@@ -338,7 +340,7 @@ def test_pairs_have_the_values_of_the_numerics_that_count_first(tmp_path):
     both = cache(tmp_path, "org/tiny", [dict(SCORES[0], logp_sum=-4.0)], numerics_id=N0)
     query = "select ref_chosen_logp from pairs where example_id = 'e0'"
     for accepted, expected in (([N1, N0], -5.0), ([N0, N1], -4.0), ([N0], -4.0)):
-        con = views.connect(dataclasses.replace(made, references=[views.Reference(both, accepted)]))
+        con = views.connect(dataclasses.replace(made, references=[views.Reference(both, accepted)], shards=both.shards))
         assert ask(con, query) == [(expected,)]
     assert ask(
         con, "select numerics_id, engine, dtype, used from reference where key = repeat('00', 16) order by 1"
@@ -349,7 +351,7 @@ def test_pairs_have_the_values_of_the_numerics_that_count_first(tmp_path):
 
 
 def test_pairs_are_there_before_they_are_scored(tmp_path):
-    con = views.connect(dataclasses.replace(sources(tmp_path, {}), references=[]))
+    con = views.connect(dataclasses.replace(sources(tmp_path, {}), references=[], shards=[]))
     found = ask(con, "select reference, used, example_id, margin, length_difference from pairs order by line")
     assert found == [(None, True, "e0", None, 1), (None, True, "e1", None, 2)]
 
