@@ -86,7 +86,7 @@ FLOORS = {
         "baseline cached_features placeholders refusals vllm_worker",
         "engines",
         "scored_inputs scorer",
-        "actors",
+        "actors sample_check",
     ],
     "prefcache.pipeline.training": [
         "losses",
@@ -118,7 +118,7 @@ FLOORS = {
     "prefcache.pipeline.questions": ["verdict", "data_verdicts reference_verdicts run_verdicts", ""],
     "prefcache.pipeline.browsing": ["browse_table neighbours", "filters", "queries"],
     "prefcache": [
-        "interrupts row_layout view_sources command_results example_tokens guide",
+        "hub interrupts row_layout view_sources command_results example_tokens guide",
         "reference_cache terminal_output commands",
         "query_output sql_repl sql_result trl ui",
         "cli",

@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from prefcache.command_results import ImportResult
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
-from prefcache.pipeline.errors import DataError, IntegrityError, UsageError
+from prefcache.pipeline.errors import DataError, UsageError
 from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.preparing import record_outcomes
 from prefcache.pipeline.preparing.record_outcomes import Outcomes
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import CACHE, OK, TokenSequence
-from prefcache.pipeline.scoring.scorer import TOLERANCE
+from prefcache.pipeline.scoring.sample_check import MEAN_TOLERANCE, Sample, compare_with_plain_forward
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
@@ -32,9 +32,6 @@ from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Prepared, Sequences, sequence_table
 from prefcache.pipeline.stored.records import Parity
 
-# Largest deviation of an answer's mean per token from the plain float32 forward that still counts as rounding, as when
-# training starts. A single token may deviate as much as in the check of an engine.
-MEAN_TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 # TRL's names and its older ones; the first pair of them that the data has is read.
 _USUAL_NAMES: dict[str, list[tuple[str, ...]]] = {
     "pairs": [("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps")],
@@ -230,26 +227,23 @@ def _check_sample(
     n = min(config.score.parity_sample, len(values))
     if not n:
         return None
-    from prefcache.pipeline.scoring.baseline import score_plainly
-
     # Keys are hashes: the smallest are a random sample.
-    plain = score_plainly(reference, [values.sequence(i) for i in range(n)], images)
-
-    def refuse(deviations: np.ndarray, allowed: float, where: str) -> None:
-        i = int(deviations.argmax())
-        if not deviations[i] <= allowed:  # nor where the forward gives NaN
-            raise IntegrityError(
-                f"The data has {values.sums[i]:.4f} for an answer of {len(plain[i])} tokens; {config.model} computes "
-                f"{plain[i].sum(dtype=np.float64):.4f} in float32: {deviations[i]:.3g} nats off {where}; {allowed} is rounding "
-                f"in {dtype}. Do they come from another model, template or length? If they were computed in another dtype, "
-                "name it (--dtype bfloat16)."
-            )
-
-    means = np.array([abs(values.sums[i] - logps.sum(dtype=np.float64)) / len(logps) for i, logps in enumerate(plain)])
-    refuse(means, MEAN_TOLERANCE[dtype], "a token on average")
-    imported = [values.token_logps.get(int(slot), plain[i]) for i, slot in enumerate(values.slots[:n])]
-    worst = np.array([np.abs(logps - plain_T).max() for logps, plain_T in zip(imported, plain, strict=True)])
-    refuse(worst, TOLERANCE[dtype], "on a token")
+    slots = [int(slot) for slot in values.slots[:n]]
+    sample = Sample(
+        dtype=dtype,
+        sequences=[values.sequence(i) for i in range(n)],
+        sums=[float(total) for total in values.sums[:n]],
+        token_logps=[values.token_logps.get(slot) for slot in slots],
+    )
+    (means,) = compare_with_plain_forward(
+        [sample],
+        reference,
+        images,
+        origin="The data has",
+        model=config.model,
+        remedy="Do they come from another model, template or length? If they were computed in another dtype, name it "
+        "(--dtype bfloat16).",
+    )
     progress.say(f"import: within {means.max():.1e} nats per token of the plain float32 forward ({n} sequences)")
     p50, p99 = (float(np.quantile(means, q)) for q in (0.5, 0.99))
     return {"sequences": n, "of": "sums, per token", "p50": p50, "p99": p99, "max": float(means.max())}
