@@ -483,6 +483,49 @@ class SignResult:
     caches: Sequence[SignedCache]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishPlan:
+    """What `publish` sends."""
+
+    dry_run: bool
+    hub: str
+    rows: int
+    shards: int
+    rewritten: int  # shards that had rows of other data, too
+    bytes: int
+    files: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishResult:
+    plan: PublishPlan = field(metadata=_FLATTEN)
+    url: str
+    commit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchPlan:
+    """What `fetch` takes from a source."""
+
+    dry_run: bool
+    source: str
+    cache: str
+    needed: int  # sequences that the cache lacked
+    rows: int  # of those, what the source has
+    shards: int
+    bytes: int  # of these shards
+    numerics: dict[str, int]  # rows of each
+    signers: Sequence[str] | None = _optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchResult:
+    plan: FetchPlan = field(metadata=_FLATTEN)
+    compared: int  # sequences, with the plain float32 forward of the user's own model
+    deviation: float | None  # the largest, in nats per token
+    use: str | None  # the setting with which `score` uses rows of these numerics; None: it does anyway
+
+
 @dataclass(frozen=True)
 class ConvertResult:
     """A config made from another program's settings; each key of these is in one of the other three."""

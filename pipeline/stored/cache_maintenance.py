@@ -152,6 +152,14 @@ def refuse_contradictions(cache: Cache) -> None:
         )
 
 
+def refuse_impossible(cache: Cache) -> None:
+    """IntegrityError if a row is not one that a scorer can have written, or if two rows contradict each other."""
+    for wrong in (_check_content(cache)[1], find_contradictions(cache)):
+        for file, reason in wrong.items():
+            named = reason if file in reason else f"{file}: {reason}"
+            raise IntegrityError(named)
+
+
 def _check_content(cache: Cache) -> tuple[list[ShardRecord], dict[str, str]]:
     """Tell shards whose rows a scorer can have written from others; the latter by file, with what is wrong."""
     whole, wrong = [], {}

@@ -35,7 +35,7 @@ _SECTIONS = {
     "Pipeline": ("prepare", "score", "train", "merge", "push"),
     "Query": ("preview", "show", "sql", "ask", "ui", "report"),
     "Runs": ("runs", "clean"),
-    "Cache": ("export", "import", "parity", "verify", "gc", "sign"),
+    "Cache": ("export", "import", "parity", "verify", "gc", "sign", "publish", "fetch"),
     "Other machines": ("upload", "download"),
     "Setup": ("init", "config", "from-trl", "from-axolotl", "from-llamafactory", "completion"),
     "Info": ("guide", "losses", "formats", "architectures", "doctor"),

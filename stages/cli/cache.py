@@ -181,3 +181,77 @@ def sign(caches: tuple[str, ...], key: str, quiet: bool, as_json: bool) -> None:
     with Progress(quiet, command="sign") as progress:
         result = sign.run(caches or ["cache"], Path(key), progress)
     print_result(result, as_json)
+
+
+@main.command()
+@click.argument("config", metavar="CONFIG")
+@click.argument("name", metavar="REPO")
+@click.option("--public", is_flag=True, help="Make a new data set public.  [default: private]")
+@click.option("--sign", "key", metavar="FILE", help="Sign the rows with this SSH key, as `prefcache sign` does.")
+@click.option("--license", "license_id", metavar="ID", help="License to state in the card, such as cc-by-4.0.")
+@click.option("--dry-run", is_flag=True, help="Print what would be sent, and send nothing.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def publish(
+    config: str,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    name: str,
+    public: bool,
+    key: str | None,
+    license_id: str | None,
+    dry_run: bool,
+) -> None:
+    """Send cached log-probs to the hub as a data set.
+
+    \b
+        prefcache publish my.yaml me/log-probs --dry-run
+        prefcache publish my.yaml me/log-probs --license cc-by-4.0
+
+    Sends the cached rows of the prepared data and no others, their records, and a card that names the model, its identity, how the rows were computed and how exactly. There is no text in them, but whoever has the model and guesses a text can tell whether it is among them. The data set is created if it does not exist, and private unless you pass --public. The token is that of `hf auth login`, or HF_TOKEN. If it is interrupted, run it again. `prefcache fetch` takes the rows.
+    """
+    key_file = None if key is None else Path(key).expanduser().absolute()
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache.commands import publish
+
+        result = publish.run(
+            settings, name, progress, public=public, key_file=key_file, license_id=license_id, dry_run=dry_run
+        )
+        print_result(result, as_json)
+
+
+@main.command()
+@click.argument("config", metavar="CONFIG")
+@click.argument("source", metavar="SOURCE")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a data set on the hub.")
+@click.option("--allowed-signers", metavar="FILE", help="Take only rows that one of these people has signed.")
+@click.option("--dry-run", is_flag=True, help="Print what would be taken, and take nothing.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def fetch(
+    config: str,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    source: str,
+    revision: str | None,
+    allowed_signers: str | None,
+    dry_run: bool,
+) -> None:
+    """Take published log-probs into the cache.
+
+    \b
+        prefcache fetch my.yaml me/log-probs
+        prefcache fetch my.yaml me/log-probs --allowed-signers team.signers
+
+    SOURCE is a data set on the hub that `prefcache publish` made, the folder of a reference's cache, or its URL in an object store. Prepare the experiment first. The rows that its data need and the cache lacks are taken, if they are of the very model of the config: keys are read first, then only those shards that have a needed one. Before any row is stored, a sample drawn by lot is compared with the plain float32 forward of your own model (score.parity_sample=0 skips this). If anything is wrong, nothing is taken. Rows of another engine, version or dtype than yours have to be named in score.accept_numerics; the setting is printed.
+    """
+    signers = None if allowed_signers is None else Path(allowed_signers).expanduser().absolute()
+    with open_config(config, overrides, quiet) as (settings, progress):
+        from prefcache.commands import fetch
+
+        result = fetch.run(settings, source, progress, revision=revision, allowed_signers=signers, dry_run=dry_run)
+        print_result(result, as_json)

@@ -101,6 +101,50 @@ def print_sign(result: command_results.SignResult) -> None:
             say(f"  {cache.statement.name} and {cache.statement.name}.sig, by {result.key}")
 
 
+def print_publish_plan(plan: command_results.PublishPlan) -> None:
+    say(f"{plan.hub}: {count(plan.rows, 'row')} in {count(plan.shards, 'shard')}, {plan.bytes:,} bytes would be sent")
+    if plan.rewritten:
+        say(f"  {count(plan.rewritten, 'shard')} written anew, without the rows of other data")
+    print_table(open_console(), ["file", ">bytes"], [[name, f"{size:,}"] for name, size in plan.files.items()])
+
+
+def print_publish(result: command_results.PublishResult) -> None:
+    plan = result.plan
+    say(f"{count(plan.rows, 'row')} in {count(plan.shards, 'shard')}, {plan.bytes:,} bytes: {result.url}")
+    say(f"  commit {result.commit}")
+
+
+def print_fetch_plan(plan: command_results.FetchPlan) -> None:
+    has = f"{plan.source} has {plan.rows:,} of {count(plan.needed, 'sequence')} that {plan.cache} lacks"
+    say(f"{has}: {count(plan.shards, 'shard')}, {plan.bytes:,} bytes")
+    _print_origin(plan)
+
+
+def print_fetch(result: command_results.FetchResult) -> None:
+    plan = result.plan
+    if not plan.rows:
+        none = (
+            f"{plan.source} has none of {count(plan.needed, 'missing sequence')}"
+            if plan.needed
+            else "nothing is missing"
+        )
+        say(f"{plan.cache}: {none}")
+        return
+    say(f"{plan.cache}: {count(plan.rows, 'sequence')} of {plan.needed:,} missing ones taken from {plan.source}")
+    _print_origin(plan)
+    if result.deviation is not None:
+        say(f"  {count(result.compared, 'sequence')} compared: within {result.deviation:.1e} nats per token")
+    if result.use:
+        say(f"Score and train with them: {result.use}")
+
+
+def _print_origin(plan: command_results.FetchPlan) -> None:
+    for numerics_id, n in plan.numerics.items():
+        say(f"  {n:,} computed as {numerics_id}")
+    if plan.signers is not None:
+        say(f"  signed by {', '.join(plan.signers)}")
+
+
 def _print_damage(result: command_results.VerifyResult | command_results.GcResult) -> None:
     for cache in result.caches:
         for file, reason in cache.damaged.items():
