@@ -1,8 +1,9 @@
 """Scoring by Ray actors, where one machine is not enough: each actor is a Scorer, and all fill the same cache.
 
-Plain actors that are handed chunks, not ray.data: the sequences lie on a disk that all machines share and the rows go
-there too, so a data set would carry nothing. The cache is the checkpoint. The chunk of a dead actor goes to another one,
-and as between any scorers its first record wins.
+Plain actors that are handed chunks, not ray.data: a data set would carry nothing. Where the cache is a folder, all machines share
+a disk with model, prepared data and cache. Where it is in an object store, they share nothing else: an actor fetches the prepared
+data into its machine's mirror, finds the model there by the name in the config, and compares its identity. The cache is the
+checkpoint. The chunk of a dead actor goes to another one, and as between any scorers its first record wins.
 
 Nothing else imports ray.
 """
@@ -21,15 +22,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefcache.pipeline import identity
-from prefcache.pipeline.config import Ray, Score
+from prefcache.pipeline import cache_place, identity
+from prefcache.pipeline.config import Config, Ray
 from prefcache.pipeline.errors import IdentityError, ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.scoring.engines import find_engine
 from prefcache.pipeline.scoring.scorer import Scorer, order_chunks
-from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored import artifact, prepared_store
 from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.cache_writer import create_cache
+from prefcache.pipeline.stored.gguf_conversion import convert_models
+from prefcache.pipeline.stored.mirror import open_root
+from prefcache.pipeline.stored.model_ids import identify
+from prefcache.pipeline.stored.object_store import ObjectStore, open_store
 from prefcache.pipeline.stored.prepared import Prepared, Sequences
 from prefcache.pipeline.stored.scoring_plan import Plan
 
@@ -57,15 +63,22 @@ _RESERVED = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """Everything that an actor needs, wherever it runs."""
+class SharedDisk:
+    """What is under the same paths on every machine."""
 
-    score: Score
     reference: Reference
-    numerics: dict[str, str]
     cache: Path
-    model_id: str
     prepared: Path
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that an actor needs, wherever it runs. There are no credentials in it but the key of a completions server."""
+
+    config: Config  # without Ray, and with the device that was chosen
+    disk: SharedDisk | None  # None: the machines share an object store
+    model_id: str
+    numerics: dict[str, str]
     prepared_id: str
     sample: tuple[int, ...]
     folder: Path  # where the command runs; paths are relative to it
@@ -101,22 +114,20 @@ class ScoringActor:
 
     def begin(self) -> Answer:
         """Load the engine and compare it with the plain forward."""
-        work = self._work
+        work, score = self._work, self._work.config.score
         os.environ.update(work.variables)
-        _check_machine(work)
-        os.chdir(work.folder)
-        prepared, cache = Prepared(work.prepared), Cache(work.cache, work.model_id)
-        if prepared.id != work.prepared_id:
-            raise IdentityError(f"{work.prepared} was prepared again meanwhile. Run the same command again.")
-        numerics = find_engine(work.score.engine).numerics(work.reference, work.score)
+        _refuse_other_code(work)
+        open_inputs = _open_shared if work.disk else _open_own
+        reference, prepared, cache = open_inputs(work, self._progress)
+        numerics = find_engine(score.engine).numerics(reference, score)
         if numerics != work.numerics:
             raise IdentityError(
                 f"An actor of Ray on {platform.node()} would compute differently from the machine that started it "
                 f"({identity.differences(numerics, work.numerics)}). Install the same versions on every machine of the cluster."
             )
         sequences = Sequences(prepared.table())
-        images = prepared.prompt_images(work.reference.processor, cache.folder.parent)
-        self._scorer = Scorer(work.score, work.reference, work.numerics, cache, sequences, self._progress, images)
+        images = prepared.prompt_images(reference.processor, cache.folder.parent)
+        self._scorer = Scorer(score, reference, numerics, cache, sequences, self._progress, images)
         self._scorer.check(list(work.sample))
         return Answer(None, self._progress.take())
 
@@ -143,18 +154,67 @@ class _RecordedProgress(Progress):
         return messages
 
 
-def _check_machine(work: Work) -> None:
+def _refuse_other_code(work: Work) -> None:
     if _code_checksum() != work.code:
         raise UsageError(
             f"An actor of Ray on {platform.node()} has another prefcache than the machine that started it. Install the same "
             "one on every machine of the cluster."
         )
-    for path in (work.folder, *(work.folder / path for path in (work.reference.folder, work.prepared, work.cache))):
+
+
+Inputs = tuple[Reference, Prepared, Cache]
+
+
+def _open_shared(work: Work, progress: Progress) -> Inputs:
+    """Open what is under the same paths on every machine."""
+    disk = work.disk
+    assert disk is not None
+    for path in (work.folder, *(work.folder / path for path in (disk.reference.folder, disk.prepared, disk.cache))):
         if not path.exists():
             raise UsageError(
-                f"{platform.node()}, where an actor of Ray runs, has no {path}. Model, prepared data and cache must have "
-                "the same paths on every machine of the cluster."
+                f"{platform.node()}, where an actor of Ray runs, has no {path}. While the cache is a folder, model, prepared "
+                "data and cache must have the same paths on every machine of the cluster; with a cache in an object store (such as "
+                "cache: s3://bucket/refs), machines share nothing else."
             )
+    os.chdir(work.folder)
+    prepared = Prepared(disk.prepared)
+    if prepared.id != work.prepared_id:
+        raise IdentityError(f"{disk.prepared} was prepared again meanwhile. Run the same command again.")
+    return disk.reference, prepared, Cache(disk.cache, work.model_id)
+
+
+def _open_own(work: Work, progress: Progress) -> Inputs:
+    """Find this machine's copy of the model, and fetch prepared data and the records of the cache from the store."""
+    # A machine without this folder looks paths up where Ray was started on it.
+    with contextlib.suppress(OSError):
+        os.chdir(work.folder)
+    with _naming_machine(f"Every machine of the cluster needs the model {work.config.model}, under this name."):
+        convert_models(work.config, progress)
+        reference = identity.find_reference(work.config)
+    with _naming_machine("Each machine takes its credentials from the environment in which Ray was started there."):
+        root = open_root(work.config.cache)
+        described = identify(reference, root)
+        if described["model_id"] != work.model_id:
+            raise IdentityError(
+                f"{reference.folder} on {platform.node()}, where an actor of Ray runs, has other weights than on the machine "
+                f"that started it (@{described['model_id'][:8]}, expected @{work.model_id[:8]}). Copy the model, or set revision."
+            )
+        folder = root / prepared_store.FOLDER / work.prepared_id
+        prepared_store.fetch_prepared(_open_store(work.config), work.prepared_id, folder)
+        return reference, Prepared(folder), create_cache(root, work.config.model, described)
+
+
+@contextlib.contextmanager
+def _naming_machine(remedy: str) -> Iterator[None]:
+    """Say on which machine a mistake shows, and what that machine needs."""
+    try:
+        yield
+    except (UsageError, ResourceError) as error:
+        raise type(error)(f"{platform.node()}, where an actor of Ray runs in {Path.cwd()}: {error} {remedy}") from None
+
+
+def _open_store(config: Config) -> ObjectStore:
+    return open_store(cache_place.parse_url(config.cache))
 
 
 # -- in the command's process ----------------------------------------------------------------------------------------
@@ -165,7 +225,7 @@ class Pool:
 
     def __init__(
         self,
-        score: Score,
+        config: Config,
         reference: Reference,
         numerics: dict[str, str],
         cache: Cache,
@@ -173,19 +233,20 @@ class Pool:
         n_chunks: int,
         progress: Progress,
     ) -> None:
+        score = config.score
         assert score.ray is not None
         self._settings, self._progress = score.ray, progress
         self._n_actors = min(score.ray.actors, n_chunks)
         device = numerics.get("device", score.device)
         self._n_gpus = score.ray.gpus or (1 if device == "cuda" else 0)
         key = score.server.key_variable
+        self._prepared, self._is_remote = prepared, cache_place.is_url(config.cache)
+        here = score.model_copy(update={"ray": None, "device": device})
         self._work = Work(
-            score=score.model_copy(update={"ray": None, "device": device}),
-            reference=reference,
-            numerics=numerics,
-            cache=cache.folder,
+            config=config.model_copy(update={"score": here}),
+            disk=None if self._is_remote else SharedDisk(reference, cache.folder, prepared.folder),
             model_id=cache.reference.model_id,
-            prepared=prepared.folder,
+            numerics=numerics,
             prepared_id=prepared.id,
             sample=(),
             folder=Path.cwd(),
@@ -203,6 +264,8 @@ class Pool:
         """Start the actors, each of which compares its engine with the plain forward; return once the first one has."""
         if reserved := next((name for name in self._settings.options if name in _RESERVED), None):
             raise UsageError(f"score.ray.options has {reserved}, which {_RESERVED[reserved]}. Leave it out there.")
+        if self._is_remote:
+            prepared_store.send_prepared(self._prepared, _open_store(self._work.config))
         self._work = replace(self._work, sample=tuple(sample))
         self._ray = self._resources.enter_context(connect(self._settings, self._n_actors))
         self._warn_if_none_starts([self._start_actor() for _ in range(self._n_actors)])

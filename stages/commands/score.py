@@ -145,7 +145,7 @@ def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
         scorer = Scorer(score, task.reference, task.numerics, cache, sequences, progress, images)
     else:
         n_chunks = len(plan.chunks)
-        scorer = actors.Pool(score, task.reference, task.numerics, cache, task.prepared, n_chunks, progress)
+        scorer = actors.Pool(task.config, task.reference, task.numerics, cache, task.prepared, n_chunks, progress)
     rank, world = process_pool.rank_and_world()
     try:
         scorer.check(sample_slots(plan, sequences, score.parity_sample))

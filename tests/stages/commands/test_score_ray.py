@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pickle
+import platform
 import shutil
 import signal
 import socket
@@ -14,11 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from prefcache.pipeline import config_file
 from prefcache.pipeline.config import Ray, Score
 from prefcache.pipeline.errors import IdentityError, ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
@@ -26,9 +30,14 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.scoring import actors
 from prefcache.pipeline.scoring.engines.transformers import numerics
 from prefcache.pipeline.stored.cache_writer import create_cache
+from prefcache.pipeline.stored.model_ids import identify
+from prefcache.pipeline.stored.object_store import open_store
 from prefcache.pipeline.stored.prepared import Prepared
+from prefcache.pipeline.stored.prepared_store import send_prepared
 from tests.helpers.project import PREFCACHE, Done, start, write_pairs
 from tests.helpers.scored import fingerprint, rows_of
+from tests.helpers.store_proxy import Fault, Rule
+from tests.helpers.stores import KEY_ID, SECRET, use_environment
 
 N_PAIRS = 150
 SMALL_CHUNKS = ["--set", "score.tokens_per_shard=200"]
@@ -60,10 +69,10 @@ def prepared(prefcache: Callable[..., Done], config: Path, tmp_path: Path) -> Pa
 @pytest.fixture
 def pool(prepared: Path, model: Path, tmp_path: Path) -> actors.Pool:
     """Before it has begun an actor."""
-    score = Score(ray={"actors": 2}, parity_sample=2)
+    config = config_file.load(prepared, ["score.ray.actors=2", "score.parity_sample=2"])
     cache = create_cache(tmp_path / "cache", "tiny", {"model_id": "0" * 64})
-    here, folder = numerics(Reference(model), score), Prepared(tmp_path / "runs/tiny/prepared")
-    return actors.Pool(score, Reference(model), here, cache, folder, 2, Progress(quiet=True))
+    here, folder = numerics(Reference(model), config.score), Prepared(tmp_path / "runs/tiny/prepared")
+    return actors.Pool(config, Reference(model), here, cache, folder, 2, Progress(quiet=True))
 
 
 def begun(config: Path, *arguments: str) -> subprocess.Popen:
@@ -224,6 +233,68 @@ def test_a_machine_unlike_the_one_that_asks_is_refused(pool, what):
     # As Ray would call it, in its process.
     with pytest.raises(kind, match=said):
         actors.ScoringActor(replace(pool._work, **{what: other})).begin()
+
+
+# -- machines that share only an object store ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(prepared: Path, model: Path, s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> actors.Work:
+    """What a command somewhere else hands to an actor here, where the model is `models/tiny` in the folder where Ray was started."""
+    config = config_file.load(prepared, [f"cache={s3.url}", "model=models/tiny", "score.parity_sample=2"])
+    config = config.model_copy(update={"score": config.score.model_copy(update={"device": "cpu"})})
+    shutil.copytree(model, tmp_path / "there/models/tiny")
+    monkeypatch.chdir(tmp_path / "there")
+    reference, here = Reference(model), Prepared(tmp_path / "runs/tiny/prepared")
+    described = identify(reference, tmp_path / "elsewhere")
+    send_prepared(here, open_store(s3.url))
+    return actors.Work(
+        config=config,
+        disk=None,
+        model_id=described["model_id"],
+        numerics=numerics(reference, config.score),
+        prepared_id=here.id,
+        sample=(0, 1),
+        folder=Path("/nowhere"),
+        code=actors._code_checksum(),
+        variables={},
+    )
+
+
+def test_an_actor_scores_with_its_machines_model_into_the_store(work, s3, tmp_path):
+    shutil.rmtree(tmp_path / "runs")
+    actor = actors.ScoringActor(work)
+    said = [message.text for message in actor.begin().messages]
+    assert any("of the plain float32 forward (2 sequences)" in text for text in said)
+    assert actor.score(np.arange(6), wait=False).n_tokens > 0
+    names = [name for name in s3.objects() if not name.startswith("prepared/")]
+    assert sorted(name.rpartition(".")[2] for name in names) == ["json", "json", "parquet"]  # and no claim is left
+
+
+def test_a_machine_without_the_model_is_named_with_what_it_lacks(work, tmp_path):
+    shutil.rmtree(tmp_path / "there/models")
+    with pytest.raises(
+        UsageError, match=rf"{platform.node()}.*{tmp_path}/there: .*models/tiny.*Every machine of the cluster needs"
+    ):
+        actors.ScoringActor(work).begin()
+
+
+def test_a_machine_with_other_weights_under_the_same_name_is_refused(work, other_model, tmp_path):
+    shutil.rmtree(tmp_path / "there/models/tiny")
+    shutil.copytree(other_model, tmp_path / "there/models/tiny")
+    with pytest.raises(IdentityError, match=r"models/tiny on .* has other weights than on the machine that started it"):
+        actors.ScoringActor(work).begin()
+
+
+def test_a_machine_that_may_not_read_the_store_is_named(work, s3, monkeypatch):
+    with s3.through_proxy([Rule(Fault.FORBIDDEN)]) as proxy:
+        use_environment(s3.environment_of(proxy.url, s3.mirror), monkeypatch)
+        with pytest.raises(UsageError, match=rf"{platform.node()}.*access was refused.*in which Ray was started there"):
+            actors.ScoringActor(work).begin()
+
+
+def test_what_is_handed_to_other_machines_has_no_credentials(work):
+    assert KEY_ID.encode() not in pickle.dumps(work) and SECRET.encode() not in pickle.dumps(work)
 
 
 def test_ray_that_is_missing_is_named_with_how_to_install_it(prefcache, prepared, monkeypatch):
