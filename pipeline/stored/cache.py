@@ -166,7 +166,7 @@ class Cache:
         self.listed.add(path.name)
         reason = None
         try:
-            record = ShardRecord.read(path, _REMOVE)
+            record = self._read_record(path)
             if damage := verified.find_damage(record, every_byte):
                 reason = f"{self.place}/{record.file} {damage}"
         except MalformedError as error:
@@ -183,6 +183,15 @@ class Cache:
         else:
             # Merged since the listing, which may lack the shard that replaced it.
             raise _Changed
+
+    def _read_record(self, path: Path) -> ShardRecord:
+        try:
+            return ShardRecord.read(path, _REMOVE)
+        except IntegrityError:
+            # Only the mirror's copy may be damaged.
+            if self._mirror is None or not self._mirror.fetch_record(self.folder, path.name):
+                raise
+        return ShardRecord.read(path, _REMOVE)
 
     def _retry(self, read: Callable[[], T], *, rescan: bool = True) -> T:
         """Return what `read` returns; start over, with a new listing, where a shard was merged before it was read."""
@@ -203,10 +212,10 @@ class Cache:
         """Read columns of some rows, given by their places in ascending order."""
         return shards.take_rows(self.folder, record, rows, columns)
 
-    def prefetch_rows(self, rows: Sequence[tuple[ShardRecord, np.ndarray]], columns: Sequence[str]) -> None:
-        """Bring what `take` is about to read from an object store, many shards at once."""
+    def prefetch_rows(self, rows: Sequence[tuple[ShardRecord, np.ndarray]]) -> None:
+        """Bring the log-probs of tokens that `take` is about to read from an object store, many shards at once."""
         if self._mirror is not None:
-            self._mirror.prefetch_rows(self.folder, rows, columns)
+            self._mirror.prefetch_rows(self.folder, rows)
 
     def logps(self, columns: Sequence[pa.ChunkedArray], accepted: Sequence[str]) -> list[np.ma.MaskedArray]:
         """Return the summed log-prob behind each key of several columns, in their order; masked where there is none.
@@ -296,7 +305,7 @@ class Cache:
         parts: list[tuple[Keys, np.ndarray]] = []
         n_rows, records = 0, [record for record in self.records if record.numerics_id == numerics_id]
         if self._mirror is not None:
-            self._mirror.prefetch(self.folder, records, shards.VALUE_COLUMNS)
+            self._mirror.prefetch(self.folder, records)
         with counting(f"look up in {self.place}", sum(record.rows for record in records), "rows") as counter:
             for i, record in enumerate(records):
                 if (values := self._read_values(record)) is not None:

@@ -183,7 +183,9 @@ class CacheWriter:
         shard = artifact.member(folder, f"{name}-{artifact.checksum_bytes(data)[:8]}.parquet")
         entry = artifact.commit_file(shard, data, rows=len(rows))
         checksum = shards.checksum_values(read_keys([rows["key"]]), shards.usable_sums(rows))
-        record = ShardRecord.make(**{**facts, **entry, "values_xxh3_128": checksum})
+        record = ShardRecord.make(
+            **{**facts, **entry, "values_xxh3_128": checksum, "blocks": shards.describe_blocks(data)}
+        )
         path = artifact.member(folder, record.name)
         if self._store is not None:
             (self._store.send if in_background else self._store.send_now)(record)

@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored import artifact, partial_file
 from prefcache.pipeline.stored.memos import ListingMemo
 from prefcache.pipeline.stored.object_store import ObjectStore, StoredObject, open_store, refuse_escape
-from prefcache.pipeline.stored.partial_file import PartialFile
+from prefcache.pipeline.stored.partial_file import Block, PartialFile
 from prefcache.pipeline.stored.records import (
     REFERENCE_FILE,
     SHARD_FILE,
@@ -42,7 +42,6 @@ LIMIT_VARIABLE = "PREFCACHE_MIRROR_GIB"
 _DEFAULT_GIB = 100.0
 # Files that some process has used within this time are kept, whatever the limit.
 _KEPT_SECONDS = 3600.0
-_FOOTER_BYTES = 8 << 10  # of a Parquet file of ours, with its last column, in most cases
 _COPY_BYTES = 8 << 20  # of a shard in memory at once
 # Above this part of a shard, its whole is read, which its checksum then covers.
 _WORTH_ALL = 0.5
@@ -150,33 +149,58 @@ class Mirror:
             self._note_fetched(len(data))
             return data
 
-        return PartialFile(self._part_path(record), record.bytes, fetch)
+        return PartialFile(self._part_path(record), f"{self.store.url}/{name}", _find_blocks(record), fetch)
 
-    def read_metadata(self, part: PartialFile, record: ShardRecord) -> pq.FileMetaData:
-        """Read the footer of a shard, with one request for most shards; Arrow alone would ask for more bytes."""
-        start = max(0, record.bytes - _FOOTER_BYTES)
-        tail = part.read_at(start, record.bytes)
-        n_footer = int.from_bytes(tail[-8:-4], "little") + 8
-        if n_footer > len(tail):
-            tail = part.read_at(max(0, record.bytes - n_footer), record.bytes)
-        return pq.read_metadata(pa.BufferReader(tail))
+    def read_metadata(self, part: PartialFile) -> pq.FileMetaData:
+        """Read the footer of a shard from its last block; Arrow alone would read blocks before it."""
+        return pq.read_metadata(pa.BufferReader(part.read_last_block()))
 
-    def prefetch(self, folder: Path, records: Sequence[ShardRecord], columns: Sequence[str]) -> None:
-        """Fetch columns of several shards, many at once. What is damaged or gone shows when it is read."""
-        remote = [record for record in records if not self.has_whole(folder, record)]
+    def prefetch(self, folder: Path, records: Sequence[ShardRecord]) -> None:
+        """Fetch what several shards hold besides log-probs of tokens, many shards at once.
+
+        What is damaged or gone shows when it is read.
+        """
 
         def fetch(record: ShardRecord) -> None:
-            with (
-                contextlib.suppress(OSError, ValueError, pa.ArrowException),
-                self.open_part(folder, record) as part,
-            ):
-                for start, end in column_ranges(self.read_metadata(part, record), columns):
-                    part.require(start, min(end, record.bytes))
+            with contextlib.suppress(FileNotFoundError, IntegrityError):
+                self._fetch_blocks(folder, record, range(0, len(record.blocks or ()), 2))
 
+        self._fetch_many(folder, records, fetch)
+
+    def prefetch_rows(self, folder: Path, rows: Sequence[tuple[ShardRecord, np.ndarray]]) -> None:
+        """Fetch log-probs of tokens of some rows of several shards, given by their places in ascending order."""
+        places = {record.file: at for record, at in rows}
+
+        def fetch(record: ShardRecord) -> None:
+            with contextlib.suppress(FileNotFoundError, IntegrityError, pa.ArrowException):
+                groups = self._find_row_groups(folder, record, places[record.file])
+                self._fetch_blocks(folder, record, [2 * group + 1 for group in groups])
+
+        self._fetch_many(folder, [record for record, _ in rows], fetch)
+
+    def _fetch_many(self, folder: Path, records: Sequence[ShardRecord], fetch: Callable[[ShardRecord], None]) -> None:
+        remote = [record for record in records if not self.has_whole(folder, record)]
         with counting(f"read {self.url(folder)}", len(remote), "shards") as counter:
             for _ in self.store.parallel(fetch, remote):
                 counter.add(1)
         self.trim()
+
+    def _fetch_blocks(self, folder: Path, record: ShardRecord, numbers: Sequence[int]) -> None:
+        """Fetch some blocks of a shard, or all of it where that costs about the same."""
+        blocks = _find_blocks(record)
+        wanted = [blocks[i] for i in numbers if i < len(blocks)]
+        if record.blocks is None or sum(block.end - block.start for block in wanted) > _WORTH_ALL * record.bytes:
+            self._fetch_whole(folder, record)
+            return
+        with self.open_part(folder, record) as part:
+            for block in wanted:
+                part.require(block.start, block.end)
+
+    def _find_row_groups(self, folder: Path, record: ShardRecord, rows: np.ndarray) -> list[int]:
+        if record.blocks is None or len(record.blocks) == 3:
+            return [0]
+        with self.open_part(folder, record) as part:
+            return find_row_groups(self.read_metadata(part), rows)[0]
 
     def fetch(self, folder: Path, records: Sequence[ShardRecord]) -> dict[str, str]:
         """Fetch whole shards that are not here, many at once; return what is wrong with those that cannot be, by file.
@@ -213,37 +237,6 @@ class Mirror:
         partial_file.remove(self._part_path(record))
         self._note_fetched(record.bytes)
         return None
-
-    def prefetch_rows(
-        self, folder: Path, rows: Sequence[tuple[ShardRecord, np.ndarray]], columns: Sequence[str]
-    ) -> None:
-        """Fetch columns of some rows of several shards, many at once: the row groups that have them, or a whole shard."""
-        remote = [each for each in rows if not self.has_whole(folder, each[0])]
-
-        def fetch(each: tuple[ShardRecord, np.ndarray]) -> None:
-            with contextlib.suppress(OSError, ValueError, pa.ArrowException):
-                self.fetch_if_worth_it(folder, *each, columns, in_parts=True)
-
-        with counting(f"read {self.url(folder)}", len(remote), "shards") as counter:
-            for _ in self.store.parallel(fetch, remote):
-                counter.add(1)
-        self.trim()
-
-    def fetch_if_worth_it(
-        self, folder: Path, record: ShardRecord, rows: np.ndarray, columns: Sequence[str], *, in_parts: bool = False
-    ) -> None:
-        """Fetch a whole shard if its parts would save little; otherwise, with `in_parts`, the parts with these rows."""
-        if self.has_whole(folder, record):
-            return
-        with self.open_part(folder, record) as part:
-            metadata = self.read_metadata(part, record)
-            ranges = column_ranges(metadata, columns, find_row_groups(metadata, rows)[0])
-            is_worth_it = sum(end - start for start, end in ranges) > _WORTH_ALL * record.bytes
-            for start, end in ranges if in_parts and not is_worth_it else ():
-                part.require(start, min(end, record.bytes))
-        # Damaged bytes are noticed when the parts are read.
-        if is_worth_it:
-            self._fetch_whole(folder, record)
 
     def forget(self, folder: Path, record: ShardRecord) -> bool:
         """Drop the copy of a shard, whole or in parts; return whether there was one."""
@@ -379,21 +372,12 @@ def shards_in(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.parquet") if SHARD_FILE.fullmatch(path.name)]
 
 
-def column_ranges(
-    metadata: pq.FileMetaData, columns: Sequence[str], row_groups: Sequence[int] | None = None
-) -> list[tuple[int, int]]:
-    """The places of columns in a Parquet file, neighbours joined."""
-    ranges: list[tuple[int, int]] = []
-    for i in range(metadata.num_row_groups) if row_groups is None else row_groups:
-        group = metadata.row_group(i)
-        for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.partition(".")[0] in columns:
-                starts = [column.data_page_offset, column.dictionary_page_offset]
-                start = min(each for each in starts if each is not None)
-                if start < 0 or column.total_compressed_size < 0:
-                    raise pa.ArrowInvalid("a column has no place in the file")
-                ranges.append((start, start + column.total_compressed_size))
-    return ranges
+def _find_blocks(record: ShardRecord) -> list[Block]:
+    """The blocks of a shard. One whose record names none, as earlier versions wrote it, is a single one."""
+    if record.blocks is None:
+        return [Block(0, record.bytes, record.xxh3_128)]
+    ends = np.cumsum([block.bytes for block in record.blocks]).tolist()
+    return [Block(end - block.bytes, end, block.xxh3_128) for end, block in zip(ends, record.blocks, strict=True)]
 
 
 def find_row_groups(metadata: pq.FileMetaData, rows: np.ndarray) -> tuple[list[int], list[int]]:

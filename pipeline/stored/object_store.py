@@ -357,6 +357,8 @@ def _boto3_credentials() -> dict[str, Any]:
 
 def _explain_permanent(message: str) -> str | None:
     """Why a request can never succeed; None if trying again may help."""
+    if "object with invalid path" in message:
+        return "the store has an object whose name is not a path, which prefcache does not write. Remove it."
     if "NoSuchBucket" in message or "ContainerNotFound" in message:
         return "there is no such bucket. Create it, or correct the URL."
     if "InvalidAccessKeyId" in message or "SignatureDoesNotMatch" in message:

@@ -1,28 +1,40 @@
-"""A file of which this machine has some ranges of bytes. Reading others fetches them and keeps them.
+"""A file of which this machine has some blocks. Reading others fetches them and keeps them.
 
-The ranges lie in a sparse file, at their places. A log next to it says which they are: a line is appended after its
-bytes were written, so a killed process loses at most what it was about to add, and several processes may add at once.
-What the disk loses later is caught as in any other file, by the checksums of the format.
+Each block has a checksum, so that nothing is parsed that was not written: neither what a store returns nor what lies here
+from before. The blocks lie in a sparse file, at their places. A log next to it says which they are: a line is appended
+after its block was written, so a killed process loses at most what it was about to add, and several may add at once.
 """
 
+import bisect
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.stored import artifact
 
-_LOG = ".ranges"
+_LOG = ".blocks"
+
+
+class Block(NamedTuple):
+    """A range of a file's bytes and its checksum."""
+
+    start: int
+    end: int
+    xxh3_128: str
 
 
 class PartialFile(io.RawIOBase):
-    """A readable file of a known size; `fetch` returns the bytes from one place up to another."""
+    """A readable file, given by its blocks in order. `fetch` returns the bytes of `name` from one place up to another."""
 
-    def __init__(self, path: Path, size: int, fetch: Callable[[int, int], bytes]) -> None:
-        self._size, self._fetch, self._position = size, fetch, 0
+    def __init__(self, path: Path, name: str, blocks: Sequence[Block], fetch: Callable[[int, int], bytes]) -> None:
+        self._path, self._name, self._blocks, self._fetch, self._position = path, name, blocks, fetch, 0
+        self._ends = [block.end for block in blocks]
         self._lock = threading.RLock()
+        self._checked = set[int]()  # blocks that are here, as this process has seen
         with artifact.disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -31,7 +43,7 @@ class PartialFile(io.RawIOBase):
             except BaseException:
                 os.close(self._data)
                 raise
-        self._ranges = _parse_log(os.pread(self._log, os.fstat(self._log).st_size, 0), size)
+        self._logged = {int(line) for line in self._read_log().split(b"\n")[:-1] if line.isdigit()}
 
     def read_at(self, start: int, end: int) -> bytes:
         """Return the bytes from `start` up to `end`, which is at most the size."""
@@ -39,20 +51,33 @@ class PartialFile(io.RawIOBase):
             self.require(start, end)
             return os.pread(self._data, end - start, start)
 
-    def require(self, start: int, end: int) -> None:
-        """Fetch what is missing of a range."""
-        with self._lock:
-            for gap_start, gap_end in list(_gaps(self._ranges, start, end)):
-                data = self._fetch(gap_start, gap_end)
-                with artifact.disk_errors(Path(f"/proc/self/fd/{self._data}")):
-                    _write_all(self._data, data, gap_start)
-                    os.write(self._log, f"{gap_start} {gap_end}\n".encode())
-                self._ranges = _merge([*self._ranges, (gap_start, gap_end)])
+    def read_last_block(self) -> bytes:
+        return self.read_at(self._blocks[-1].start, self._blocks[-1].end)
 
-    @property
-    def n_present(self) -> int:
-        """The number of bytes that are here."""
-        return sum(end - start for start, end in self._ranges)
+    def require(self, start: int, end: int) -> None:
+        """Fetch the blocks of a range that are not here; IntegrityError if one is not as it was written."""
+        with self._lock:
+            for i in range(bisect.bisect_right(self._ends, start), len(self._blocks)):
+                if self._blocks[i].start >= end:
+                    break
+                if i not in self._checked:
+                    self._require_block(i)
+
+    def _require_block(self, i: int) -> None:
+        block = self._blocks[i]
+        n_bytes = block.end - block.start
+        is_here = i in self._logged and _is_whole(block, os.pread(self._data, n_bytes, block.start))
+        if not is_here:
+            data = self._fetch(block.start, block.end)
+            if not _is_whole(block, data):
+                raise IntegrityError(f"{self._name} has other bytes than were written (checksum)")
+            with artifact.disk_errors(self._path):
+                _write_all(self._data, data, block.start)
+                os.write(self._log, f"{i}\n".encode())
+        self._checked.add(i)
+
+    def _read_log(self) -> bytes:
+        return os.pread(self._log, os.fstat(self._log).st_size, 0)
 
     # -- as a file ---------------------------------------------------------------------------------------------------
 
@@ -66,13 +91,13 @@ class PartialFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ends[-1]}[whence]
         self._position = base + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size)
+        end = min(self._position + len(view), self._ends[-1])
         data = self.read_at(self._position, end) if end > self._position else b""
         view[: len(data)] = data
         self._position += len(data)
@@ -88,7 +113,6 @@ class PartialFile(io.RawIOBase):
 def remove(path: Path) -> bool:
     """Delete a partial file; return whether there was one. A process that reads it can go on."""
     existed = path.exists()
-    # The log first: ranges without bytes would be zeros, bytes without ranges are nothing.
     _log_path(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     return existed
@@ -98,40 +122,8 @@ def _log_path(path: Path) -> Path:
     return path.with_name(f"{path.name}{_LOG}")
 
 
-def _parse_log(log: bytes, size: int) -> list[tuple[int, int]]:
-    ranges = []
-    for line in log.split(b"\n")[:-1]:
-        numbers = line.split(b" ")
-        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
-            start, end = map(int, numbers)
-            if start < end <= size:
-                ranges.append((start, end))
-    return _merge(ranges)
-
-
-def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort ranges, and join those that touch."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _gaps(ranges: list[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a range that sorted ranges do not cover."""
-    for known_start, known_end in ranges:
-        if known_end <= start:
-            continue
-        if known_start >= end:
-            break
-        if known_start > start:
-            yield start, known_start
-        start = max(start, known_end)
-    if start < end:
-        yield start, end
+def _is_whole(block: Block, data: bytes) -> bool:
+    return len(data) == block.end - block.start and artifact.checksum_bytes(data) == block.xxh3_128
 
 
 def _write_all(descriptor: int, data: bytes, place: int) -> None:

@@ -179,6 +179,13 @@ class Parity(Entry):
     max: float
 
 
+class BlockEntry(Entry):
+    """A part of a shard's file that can be read and verified alone."""
+
+    bytes: Annotated[int, Field(ge=1, le=_MOST)]
+    xxh3_128: Checksum
+
+
 class ShardRecord(StoredRecord):
     """The commit record of a shard of the cache, without which the shard does not exist."""
 
@@ -193,6 +200,7 @@ class ShardRecord(StoredRecord):
     parity: Parity | None = None
     generation: Annotated[int, Field(ge=0, le=1 << 31)] = 0  # 0: by a scorer; one more at each merging
     values_xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}-[0-9a-f]{32}$")] | None = None
+    blocks: list[BlockEntry] | None = None  # of the file, in order; those with an odd number hold log-probs of tokens
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -200,6 +208,8 @@ class ShardRecord(StoredRecord):
             raise ValueError(f"numerics_id {self.numerics_id[:40]!r} is not the hash of its numerics")
         if self.rows * _KEY_BYTES > self.bytes:
             raise ValueError(f"{self.rows} rows do not fit into {self.bytes} bytes")
+        if self.blocks is not None and sum(block.bytes for block in self.blocks) != self.bytes:
+            raise ValueError("its blocks are not as long as its file")
         return self
 
     @property

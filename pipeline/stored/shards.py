@@ -9,6 +9,7 @@ copy that turns out to be damaged is dropped and read again from the store.
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
             else:
                 part = opened.enter_context(mirror.open_part(folder, record))
                 # Arrow's reading ahead would fetch more than is asked for.
-                file = pq.ParquetFile(part, metadata=mirror.read_metadata(part, record), pre_buffer=False, **how)
+                file = pq.ParquetFile(part, metadata=mirror.read_metadata(part), pre_buffer=False, **how)
             yield opened.enter_context(file)
     except FileNotFoundError:
         raise
@@ -92,9 +93,6 @@ def read_rows(folder: Path, record: ShardRecord, columns: Sequence[str] | None =
 @_read_again_if_copy_is_damaged
 def take_rows(folder: Path, record: ShardRecord, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
     """Read columns of some rows, given by their places in ascending order, and no row group that has none of them."""
-    mirror = find_mirror(folder)
-    if mirror is not None:
-        mirror.fetch_if_worth_it(folder, record, rows, columns)
     with _open(folder, record) as file:
         groups, begins = find_row_groups(file.metadata, rows)
         table = file.read_row_groups(groups, list(columns), use_threads=record.rows > _ROWS_FOR_THREADS)
@@ -132,8 +130,30 @@ def lacks_lists(folder: Path, record: ShardRecord) -> bool:
     with _open(folder, record) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    statistics = [column.statistics for column in columns if column.path_in_schema.startswith("logps.")]
+    statistics = [column.statistics for column in columns if is_of_lists(column)]
     return any(each is None or each.null_count for each in statistics)
+
+
+def describe_blocks(data: memoryview) -> list[dict[str, Any]]:
+    """Divide the bytes of a shard into blocks that can be read alone, each with its checksum.
+
+    In turn: what precedes the log-probs of tokens of a row group, these log-probs, and so on; the last has the footer.
+    """
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    borders = [0]
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        (lists,) = (column for column in map(group.column, range(group.num_columns)) if is_of_lists(column))
+        start = min(lists.data_page_offset, lists.dictionary_page_offset or lists.data_page_offset)
+        borders += [start, start + lists.total_compressed_size]
+    borders.append(len(data))
+    blocks = [data[start:end] for start, end in itertools.pairwise(borders)]
+    return [{"bytes": len(block), "xxh3_128": xxhash.xxh3_128_hexdigest(block)} for block in blocks]
+
+
+def is_of_lists(column: pq.ColumnChunkMetaData) -> bool:
+    """Whether a column of a shard holds log-probs of tokens."""
+    return str(column.path_in_schema).startswith("logps.")
 
 
 def is_usable(status: str | None) -> bool:

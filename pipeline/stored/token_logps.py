@@ -102,7 +102,7 @@ def served_lists(cache: Cache, index: KeyIndex, sum_K: np.ndarray, accepted: Seq
     # The numerics named first win, as they do for the sums.
     records = [record for id_ in accepted for record in cache.records if record.numerics_id == id_]
     served = [each for record in records if (each := _find_served(cache, record, index, sum_K)) is not None]
-    cache.prefetch_rows([(each.record, each.rows) for each in served], _LIST_COLUMNS)
+    cache.prefetch_rows([(each.record, each.rows) for each in served])
     with counting(f"read tokens of {cache.place}", sum(each.record.rows for each in served), "rows") as counter:
         for record, rows, ranks in served:
             counter.add(record.rows)

@@ -297,7 +297,7 @@ def planted(world, victim, tmp_path) -> tuple[Path, Path]:
 
 def vouch_for(victim: Path, record: Path, name: str, **more: Any) -> Path:
     """A record that names the victim, with its true size and checksum and a seal that is right."""
-    facts = {**artifact.unseal(record), **artifact.describe(victim), "file": name, **more}
+    facts = {**artifact.unseal(record), **artifact.describe(victim), "file": name, "blocks": None, **more}
     path = record.with_name(f"{'e' * 32}.json")
     path.write_bytes(artifact.seal(facts))
     return path
