@@ -144,7 +144,7 @@ class _FolderSource:
 
     def read_keys(self, records: Sequence[ShardRecord]) -> Iterator[Keys]:
         if (mirror := find_mirror(self.folder)) is not None:
-            mirror.prefetch(self.folder, records, ["key"])
+            mirror.prefetch(self.folder, records)
         for record in records:
             try:
                 rows = shards.read_rows(self.folder, record, ["key"])
