@@ -256,6 +256,8 @@ class Score(Section):
     """Number of sequences to compare with the plain one-by-one float32 forward. 0: none."""
     accept_numerics: Strings = ()
     """Numerics ids of other engines, versions or dtypes whose cached rows may be used too."""
+    sign_with: str | None = None
+    """SSH key with which each shard is signed when it is written, or its .pub file if the agent holds it. See `prefcache guide sharing`."""
     rescore: bool = False
     """Score sequences again that the cache has only from another engine, version or dtype."""
     vllm: Vllm = Vllm()
@@ -672,6 +674,8 @@ class Config(Section):
     """Folder of the experiment: prepared/, scored/ and its runs."""
     cache: str = "cache"
     """Folder of the cached log-probs, with one subfolder per reference. Share it between experiments; with others, as a URL (s3://bucket/refs, gs://, az://)."""
+    allowed_signers: str | None = None
+    """File of SSH keys, as `ssh-keygen -Y verify` takes it. If set, a cached row is used only if one of these people has signed it (score.sign_with, `prefcache sign`)."""
     prepare: Prepare
     """From data to token ids."""
     score: Score = Score()
@@ -683,6 +687,10 @@ class Config(Section):
     def cache_folder(self) -> Path:
         """The folder in which the cache is read and written: of a URL, the mirror on this machine."""
         return cache_place.local_folder(self.cache)
+
+    @property
+    def signers_file(self) -> Path | None:
+        return None if self.allowed_signers is None else Path(self.allowed_signers)
 
     @property
     def prepared(self) -> Path:

@@ -139,8 +139,8 @@ class ReferenceCache:
         root = self.config.cache_folder
         folder = find_folder(root, self.config.model, self.model_id)
         if (folder / REFERENCE_FILE).is_file():
-            return Cache(folder, self.model_id)
-        return Cache.preview(root, self.config.model, self._described)
+            return Cache(folder, self.model_id, allowed_signers=self.config.signers_file)
+        return Cache.preview(root, self.config.model, self._described, self.config.signers_file)
 
     def _accepted(self) -> list[str]:
         return [identity.numerics_id(self.numerics), *self.config.score.accept_numerics]
@@ -163,7 +163,9 @@ class ReferenceCache:
     def _score(self, sequences: pa.Table) -> ScoreResult:
         examples = _as_examples(sequences)
         table = sequence_table(examples)
-        self._cache = create_cache(self.config.cache_folder, self.config.model, self._described)
+        self._cache = create_cache(
+            self.config.cache_folder, self.config.model, self._described, self.config.signers_file
+        )
         refusals.warn_about_damage(self._cache, self.progress)
         CacheWriter(self._cache).discard_damaged()
         plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
@@ -171,6 +173,8 @@ class ReferenceCache:
         before = plan
         if plan.n_missing:
             CacheWriter(self._cache).refuse_read_only()
+            numerics_id = identity.numerics_id(self.numerics)
+            refusals.refuse_unsigned(self._cache, plan, Sequences(examples), numerics_id, self.config.score)
             refusals.refuse_unfit(self.reference.folder, table, examples)
             scorer = self._load(Sequences(examples), plan)
             try:

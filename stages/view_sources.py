@@ -115,7 +115,7 @@ def _open_references(scored: Path, *, others: bool) -> Iterator[views.Reference]
     yield views.Reference(own, manifest.accepted_numerics)
     for record in sorted(own.folder.parent.glob(f"*/{REFERENCE_FILE}")) if others else ():
         if record.parent != own.folder:
-            other = Cache(record.parent, None, every_byte=True, remember="nothing")
+            other = Cache(record.parent, None, every_byte=True, remember="nothing", allowed_signers=own.allowed_signers)
             other.refuse_damage()
             known = sorted(other.numerics(), key=lambda name: (name not in manifest.accepted_numerics, name))
             yield views.Reference(other, known, used=False)

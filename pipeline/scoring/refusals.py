@@ -10,8 +10,11 @@ from prefcache.pipeline.config import Score
 from prefcache.pipeline.errors import IdentityError, IntegrityError, UsageError
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.stored.cache import Cache
-from prefcache.pipeline.stored.prepared import answer_names
+from prefcache.pipeline.stored.cache_writer import CacheWriter
+from prefcache.pipeline.stored.prepared import Sequences, answer_names
 from prefcache.pipeline.stored.scoring_plan import Plan
+from prefcache.pipeline.stored.signatures import require_key
+from prefcache.pipeline.visible_text import count
 
 
 def warn_about_damage(cache: Cache, progress: Progress) -> None:
@@ -34,6 +37,25 @@ def refuse_mixed_numerics(cache: Cache, plan: Plan, numerics: dict[str, str], sc
         f"(--set score.accept_numerics=[{','.join(sorted(plan.other_numerics))}]), or compute them again "
         "(--set score.rescore=true)."
     )
+
+
+def warn_about_unsigned(cache: Cache, progress: Progress) -> None:
+    for reason in list(cache.unsigned.values())[:1]:
+        progress.warn(f"{count(len(cache.unsigned), 'shard')} of {cache.place} not used, because {reason}")
+
+
+def refuse_unsigned(cache: Cache, plan: Plan, sequences: Sequences, numerics_id: str, score: Score) -> None:
+    """Refuse to score what would not be used afterwards: unsigned, or in the place of an unsigned shard, whose record was first."""
+    require_key(score.sign_with, cache.allowed_signers)
+    if not cache.unsigned:
+        return
+    writer = CacheWriter(cache)
+    found = [writer.find_unsigned([sequences[slot].key() for slot in slots], numerics_id) for slots in plan.chunks]
+    if in_the_way := [reason for reason in found if reason]:
+        raise IntegrityError(
+            f"{count(len(in_the_way), 'shard')} of {cache.place} that cannot be used stand where this would write: {in_the_way[0]}. "
+            f"Have them signed by somebody whom you trust (prefcache sign {cache.place} --key KEY), or remove their .json files."
+        )
 
 
 def refuse_unfit(model: Path, sequences: pa.Table, examples: pa.Table) -> None:

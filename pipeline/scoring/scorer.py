@@ -24,6 +24,7 @@ from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.model_ids import is_same_model
 from prefcache.pipeline.stored.prepared import Sequences
 from prefcache.pipeline.stored.scoring_plan import Plan
+from prefcache.pipeline.stored.signatures import find_key
 
 # Largest deviation of one token's log-prob from the plain float32 forward that still counts as rounding.
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
@@ -46,7 +47,8 @@ class Scorer:
         self._score, self._reference, self._numerics = score, reference, numerics
         self._numerics_id = identity.numerics_id(numerics)
         self._cache, self._sequences, self._progress = cache, sequences, progress
-        self._writer = CacheWriter(cache)
+        self._key = find_key(score.sign_with)
+        self._writer = CacheWriter(cache, self._key)
         self._engine: Engine | None = None
         self._parity: dict[str, Any] | None = None
         self._stamps: list[str] | None = None  # of the model's files when they last matched the cache's model
@@ -54,7 +56,7 @@ class Scorer:
 
     def turn_to(self, cache: Cache, sequences: Sequences) -> None:
         """Score other sequences from now on, with the engine as it is."""
-        self._cache, self._sequences, self._writer = cache, sequences, CacheWriter(cache)
+        self._cache, self._sequences, self._writer = cache, sequences, CacheWriter(cache, self._key)
 
     def check(self, sample: list[int]) -> None:
         """Load the engine and compare it with the plain float32 forward on a sample of slots."""
@@ -93,6 +95,7 @@ class Scorer:
                 chunks = taken
         finally:
             self._writer.flush()
+        self._writer.merge_statements()
 
     def score(self, slots: np.ndarray, wait: bool) -> int | None:
         """Score a chunk and return its tokens. Return None if another scorer has claimed it, unless `wait` waits for it."""

@@ -38,6 +38,7 @@ from prefcache.pipeline.stored.records import (
     ReferenceRecord,
     ShardRecord,
 )
+from prefcache.pipeline.stored.signatures import Signatures
 from prefcache.pipeline.stored.verified_shards import Remember, VerifiedShards
 
 T = TypeVar("T")
@@ -61,12 +62,15 @@ class Cache:
         every_byte: bool = False,
         reference: ReferenceRecord | None = None,
         remember: Remember = "all",
+        allowed_signers: Path | None = None,
     ) -> None:
         """Open an existing cache; IdentityError if it is not this model's (None: any model's).
 
-        `reference` stands in for reference.json where the folder does not exist yet. `remember`: see VerifiedShards.
+        `reference` stands in for reference.json where the folder does not exist yet. `remember`: see VerifiedShards. With
+        `allowed_signers`, a shard that nobody in this file has signed serves nothing.
         """
         self.folder, self._remember, self._mirror = folder, remember, find_mirror(folder)
+        self.allowed_signers = allowed_signers
         if reference is None and not (folder / REFERENCE_FILE).exists():
             raise IntegrityError(f"The cache {self.place} is gone. Score again (prefcache score CONFIG).")
         if reference is None:
@@ -81,19 +85,22 @@ class Cache:
         self.damaged: dict[Path, str] = {}  # record -> what is wrong
         self.malformed: set[Path] = set()  # those of the damaged that are not cleared away
         self.newer: set[Path] = set()  # those of the malformed that a newer prefcache wrote
+        self.unsigned: dict[Path, str] = {}  # record -> why no allowed signer vouches for it
         self.listed: set[str] = set()  # file names of all records, damaged ones included
         self._retry(lambda: self._scan(every_byte), rescan=False)
 
     @classmethod
-    def preview(cls, root: Path, name: str, reference: dict[str, Any]) -> "Cache":
+    def preview(cls, root: Path, name: str, reference: dict[str, Any], allowed_signers: Path | None = None) -> "Cache":
         """The cache that `cache_writer.create_cache` would open or create, with nothing written; empty if it is new."""
         record, folder = ReferenceRecord.make(name=name, **reference), find_folder(root, name, reference["model_id"])
         has_whole_reference(folder)
-        return cls(folder, record.model_id, reference=record, remember="nothing")
+        return cls(folder, record.model_id, reference=record, remember="nothing", allowed_signers=allowed_signers)
 
     def reopen(self) -> "Cache":
         """The cache as it is on disk now."""
-        return Cache(self.folder, self.reference.model_id, remember=self._remember)
+        return Cache(
+            self.folder, self.reference.model_id, remember=self._remember, allowed_signers=self.allowed_signers
+        )
 
     @property
     def shards(self) -> list[str]:
@@ -160,6 +167,29 @@ class Cache:
                 self._add(path, verified, every_byte)
                 counter.add(1)
         verified.save()
+        self._set_unsigned_apart()
+
+    def _set_unsigned_apart(self) -> None:
+        """Keep the shards for which an allowed signer vouches. All of their bytes are here then, and were hashed."""
+        self.unsigned = {}
+        if self.allowed_signers is None:
+            return
+        signatures = Signatures.read(self.folder, self.reference, self.allowed_signers)
+        if self._mirror is not None:
+            self._mirror.fetch(self.folder, [record for record in self.records if record.name in signatures.signed])
+        signed = []
+        for record in self.records:
+            try:
+                reason = signatures.why_refused(record)
+            except FileNotFoundError:
+                if not self.record_path(record).exists():
+                    raise _Changed from None
+                reason = f"{self.place}/{record.file} is missing"
+            if reason is None:
+                signed.append(record)
+            else:
+                self.unsigned[self.record_path(record)] = reason
+        self.records = signed
 
     def _add(self, path: Path, verified: VerifiedShards, every_byte: bool) -> None:
         """Add the shard of a record to the whole ones or to the damaged ones."""

@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.stored import artifact, claims, shards
+from prefcache.pipeline.stored import artifact, claims, shards, signatures
 from prefcache.pipeline.stored.cache import Cache, find_folder, has_whole_reference
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
 from prefcache.pipeline.stored.mirror import find_mirror
-from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord, ShardRecord
+from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord, ShardRecord, SignedRecord
+from prefcache.pipeline.stored.signatures import SigningKey
 from prefcache.pipeline.stored.store_writer import StoreWriter
 
 _MERGED = "merged-"
@@ -30,7 +31,7 @@ _ROWS_PER_GROUP = 1 << 14
 _MERGED_SECONDS = 300.0
 
 
-def create_cache(root: Path, name: str, reference: dict[str, Any]) -> Cache:
+def create_cache(root: Path, name: str, reference: dict[str, Any], allowed_signers: Path | None = None) -> Cache:
     """Open the cache of these weights, whatever name they had when it was created, or create one."""
     folder = find_folder(root, name, reference["model_id"])
     if not has_whole_reference(folder):
@@ -44,14 +45,15 @@ def create_cache(root: Path, name: str, reference: dict[str, Any]) -> Cache:
     with contextlib.suppress(OSError):
         artifact.remove_leftovers(folder)
         claims.remove_free(folder)
-    return Cache(folder, reference["model_id"])
+    return Cache(folder, reference["model_id"], allowed_signers=allowed_signers)
 
 
 class CacheWriter:
-    """Adds shards to a cache while other scorers write and gc merges."""
+    """Adds shards to a cache while other scorers write and gc merges; with a key, it signs each of them."""
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+    def __init__(self, cache: Cache, key: SigningKey | None = None) -> None:
+        self.cache, self._key = cache, key
+        self._signed: dict[Path, list[SignedRecord]] = {}  # by this writer: statement -> what it lists
         self._listed = set(cache.listed)  # file names of the records that were looked at
         self._merged: list[
             tuple[str, KeyIndex]
@@ -121,6 +123,10 @@ class CacheWriter:
         """Whether another scorer has committed this chunk meanwhile, even if gc has merged it into a larger shard."""
         folder = self.cache.folder
         path = folder / f"{_chunk_name(keys, numerics_id)}.json"
+        if (reason := self.cache.unsigned.get(path)) is not None:
+            raise IntegrityError(
+                f"{reason}, and it stands where this would write. Have it signed, or remove {path.name}."
+            )
         if path in self.cache.damaged or path.is_file():
             return path not in self.cache.damaged
         if self._mirror is not None:
@@ -167,6 +173,34 @@ class CacheWriter:
         if self._store is not None:
             self._store.flush()
 
+    # -- signatures --------------------------------------------------------------------------------------------------
+
+    def sign(self, records: Sequence[SignedRecord], key: SigningKey) -> Path | None:
+        """Write a signed statement about these records; return its path, or None if there are none."""
+        path = signatures.sign_records(self.cache.folder, self.cache.reference, records, key)
+        if path is not None:
+            self._signed[path] = list(records)
+            if self._mirror is not None:
+                self._mirror.send_files(self.cache.folder, _statement_files(path))
+        return path
+
+    def merge_statements(self) -> None:
+        """Replace the statements of this writer, one for each shard, by one about all: each takes time to verify."""
+        if self._key is None or len(self._signed) < 2:
+            return
+        statements, self._signed = self._signed, {}
+        self.sign([record for records in statements.values() for record in records], self._key)
+        for path in statements:
+            names = _statement_files(path)
+            if self._mirror is not None:
+                self._mirror.delete_files(self.cache.folder, names)
+            for name in names:
+                artifact.member(self.cache.folder, name).unlink(missing_ok=True)
+
+    def find_unsigned(self, keys: Sequence[bytes], numerics_id: str) -> str | None:
+        """Why the record that a chunk would have is there and serves nothing: no allowed signer vouches for it."""
+        return self.cache.unsigned.get(self.cache.folder / f"{_chunk_name(keys, numerics_id)}.json")
+
     def commit_merged(self, rows: pa.Table, merged: Sequence[ShardRecord]) -> ShardRecord:
         """Write sorted rows of several shards as one. Its generation is above theirs, so that its rows replace them."""
         generation = 1 + max(record.generation for record in merged)
@@ -187,10 +221,17 @@ class CacheWriter:
             **{**facts, **entry, "values_xxh3_128": checksum, "blocks": shards.describe_blocks(data)}
         )
         path = artifact.member(folder, record.name)
+        if self._key is not None:
+            # Before the record: a scorer that is killed in between leaves nothing that would count, and is not signed.
+            self.sign([signatures.describe_bytes(record, data)], self._key)
         if self._store is not None:
             (self._store.send if in_background else self._store.send_now)(record)
         elif not record.commit(path, once=True) and not path.is_file():
             raise IntegrityError(f"{path} is not a file, and a shard's record belongs there. Remove it.")
+
+
+def _statement_files(statement: Path) -> list[str]:
+    return [signatures.signature_path(statement).name, statement.name]
 
 
 def _write_parquet(rows: pa.Table) -> memoryview:

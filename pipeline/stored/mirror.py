@@ -280,6 +280,17 @@ class Mirror:
             (folder / record.file).unlink(missing_ok=True)
         return is_first
 
+    def send_files(self, folder: Path, names: Sequence[str]) -> None:
+        """Put small files that were written into the folder, one after the other."""
+        for name in names:
+            self.store.put(f"{folder.name}/{refuse_escape(name)}", artifact.member(folder, name).read_bytes())
+
+    def delete_files(self, folder: Path, names: Sequence[str]) -> None:
+        """Delete small files in the store and here."""
+        for name in names:
+            self.store.delete(f"{folder.name}/{refuse_escape(name)}")
+            artifact.member(folder, name).unlink(missing_ok=True)
+
     def has_record(self, folder: Path, name: str) -> bool:
         return self.store.head(f"{folder.name}/{refuse_escape(name)}") is not None
 

@@ -424,6 +424,7 @@ class ScoredManifest(Manifest):
     cache: StoredPath  # as the command named it
     cache_relative: StoredPath | None = None  # to the manifest's own folder
     cache_absolute: StoredPath | None = None
+    allowed_signers: StoredPath | None = None  # the file of those whose rows alone are used, as an absolute path
     accepted_numerics: list[str]
     numerics: dict[str, Numerics] = {}
     parity: Parity | None = None

@@ -16,30 +16,60 @@ from prefcache.pipeline.stored.model_ids import identify, is_same_model
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import REFERENCE_FILE, MalformedError, ReferenceRecord, ScoredManifest
 from prefcache.pipeline.stored.verified_shards import Remember
+from prefcache.pipeline.visible_text import count
 
 
 class CacheMissing(IntegrityError):
     """The cache that a manifest names is nowhere."""
 
 
+class UnsignedError(IntegrityError):
+    """Shards that a finished scoring used are not signed by those who may."""
+
+
 def open_scored(
-    scored: Path, *, every_byte: bool = True, remember: Remember = "nothing"
+    scored: Path,
+    *,
+    every_byte: bool = True,
+    remember: Remember = "nothing",
+    allowed_signers: Path | None = None,
 ) -> tuple[ScoredManifest, Cache] | None:
     """Open the cache that a finished scoring vouches for, and change nothing; None where nothing has been scored.
 
-    `every_byte` is for readers that let something other than Cache read the shards.
+    `every_byte` is for readers that let something other than Cache read the shards. `allowed_signers` is what the config
+    demands now; if nothing, what it demanded when it was scored still holds.
     """
     if (manifest := ScoredManifest.find(scored)) is None:
         return None
     folder = find_scored_cache(scored, manifest)
-    cache = Cache(folder, manifest.reference.model_id, every_byte=every_byte, remember=remember)
+    if allowed_signers is None and manifest.allowed_signers is not None:
+        allowed_signers = Path(manifest.allowed_signers)
+    cache = Cache(
+        folder,
+        manifest.reference.model_id,
+        every_byte=every_byte,
+        remember=remember,
+        allowed_signers=allowed_signers,
+    )
     cache.refuse_damage()
+    _refuse_unsigned(manifest, cache)
     return manifest, cache
+
+
+def _refuse_unsigned(manifest: ScoredManifest, cache: Cache) -> None:
+    """IntegrityError if a shard that was used when this was scored is not signed as it has to be."""
+    used = {path.stem for path in cache.unsigned} & {name.rpartition("-")[0] for name in manifest.shards}
+    if used:
+        reason = next(reason for path, reason in cache.unsigned.items() if path.stem in used)
+        raise UnsignedError(
+            f"{count(len(used), 'shard')} of {cache.place} cannot be used, because allowed_signers demands a signature: {reason}. "
+            f"Have them signed (prefcache sign {cache.place} --key KEY), or score again (prefcache score CONFIG)."
+        )
 
 
 def require_scored(config: Config, prepared: Prepared, *, every_byte: bool) -> tuple[ScoredManifest, Cache]:
     """Open the scoring of these examples by the config's model; raise if there is none."""
-    scored = open_scored(config.scored, every_byte=every_byte)
+    scored = open_scored(config.scored, every_byte=every_byte, allowed_signers=config.signers_file)
     if scored is None:
         raise UsageError(
             f"{config.prepared} has not been scored: there is no {config.scored}. Score first (prefcache score CONFIG)."
@@ -60,7 +90,7 @@ def retract_if_damaged(scored: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (MalformedError, CacheMissing):
+    except (MalformedError, CacheMissing, UnsignedError):
         raise  # a newer version's, planted, or on a disk that is not mounted: not ours to remove
     except IntegrityError:
         artifact.retract_manifest(scored)

@@ -98,6 +98,12 @@ def describe(folder: Path, record: ShardRecord) -> SignedRecord:
     )
 
 
+def describe_bytes(record: ShardRecord, shard: bytes | memoryview) -> SignedRecord:
+    """Hash a record and its shard as they are about to be written."""
+    digests = [hashlib.sha256(data).hexdigest() for data in (record.seal(), shard)]
+    return SignedRecord(record=record.name, sha256=digests[0], shard_sha256=digests[1])
+
+
 def find_signed_by(folder: Path, reference: ReferenceRecord, key: SigningKey) -> set[SignedRecord]:
     """What valid statements of this key list."""
     signed: set[SignedRecord] = set()
@@ -120,6 +126,24 @@ def names_in_statements(folder: Path) -> set[str]:
         except IntegrityError:
             continue
     return names
+
+
+def find_key(path: str | None) -> SigningKey | None:
+    """The key of score.sign_with; None if that is not set."""
+    return None if path is None else SigningKey(Path(path))
+
+
+def require_key(path: str | None, allowed_signers: Path | None) -> SigningKey | None:
+    """The key of score.sign_with, tried out; UsageError, before long work, if what is written would be refused without one."""
+    if (key := find_key(path)) is not None:
+        refuse_unusable_key(key, allowed_signers)
+    elif allowed_signers is not None:
+        raise UsageError(
+            f"allowed_signers is {allowed_signers}, and what this writes would not be signed, so it would not be used. Set "
+            "score.sign_with to a key that this file lists; or have somebody in it sign the rows that others have scored "
+            "(prefcache sign)."
+        )
+    return key
 
 
 # -- verification ----------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _open_scores(
     config: Config, prepared: Prepared, objective: Objective, selection: Selection
 ) -> tuple[ScoredManifest, Cache]:
     with retract_if_damaged(config.scored):
-        opened = open_scored(config.scored, every_byte=False, remember="all")
+        opened = open_scored(config.scored, every_byte=False, remember="all", allowed_signers=config.signers_file)
     if opened is None:
         reader = ""
         if not objective.reference_answers:

@@ -235,7 +235,8 @@ def _check_scores(config: Config) -> Iterator[Finding]:
         what = f"{config.scored} belongs to data that has changed since"
         yield Finding("scores", "problem", what, "prefcache score CONFIG")
         return
-    cache = Cache(find_scored_cache(config.scored, manifest), manifest.reference.model_id, remember="nothing")
+    folder = find_scored_cache(config.scored, manifest)
+    cache = Cache(folder, manifest.reference.model_id, remember="nothing", allowed_signers=config.signers_file)
     remedy = "prefcache score CONFIG scores again what these shards held"
     if cache.damaged:
         reason = next(iter(cache.damaged.values())).rstrip(".")
@@ -343,4 +344,4 @@ def _preview_cache(config: Config) -> tuple[identity.Reference, Cache]:
     reference = identity.find_reference(config)
     root = open_root(config.cache)
     described = identify(reference, root, remember=False)
-    return reference, Cache.preview(root, config.model, described)
+    return reference, Cache.preview(root, config.model, described, config.signers_file)

@@ -37,7 +37,7 @@ from prefcache.pipeline.stored.records import (
     ReferenceRecord,
     ShardRecord,
 )
-from prefcache.pipeline.stored.signatures import Signatures
+from prefcache.pipeline.stored.signatures import Signatures, require_key
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -57,7 +57,9 @@ def run(
     prepared_inputs.warn_if_stale(config, progress)
     reference, root = identity.find_reference(config), open_root(config.cache)
     described = identify(reference, root, remember=not dry_run)
-    cache = Cache.preview(root, config.model, described)
+    cache = Cache.preview(root, config.model, described, config.signers_file)
+    key = None if dry_run else require_key(config.score.sign_with, config.signers_file)
+    allowed_signers = allowed_signers or config.signers_file
     wanted = _Wanted.find(prepared, cache)
     with artifact.scratch_folder(Path(config.out) / "fetched") as scratch:
         source = _open_source(place, revision, scratch)
@@ -80,7 +82,8 @@ def run(
             _refuse_bad_shards(source, published, needed, signed)
             samples = _draw_samples(source.folder, needed, wanted, config.score.parity_sample)
             means = _compare(config, reference, prepared, source, samples, progress)
-        _commit(source.folder, needed, create_cache(root, config.model, described), progress)
+        opened = create_cache(root, config.model, described, config.signers_file)
+        _commit(source.folder, needed, CacheWriter(opened, key), progress)
     return FetchResult(
         plan=plan,
         compared=sum(len(mean) for mean in means),
@@ -360,9 +363,8 @@ def _compare(
 # -- into the cache --------------------------------------------------------------------------------------------------
 
 
-def _commit(folder: Path, needed: list[_Needed], cache: Cache, progress: Progress) -> None:
+def _commit(folder: Path, needed: list[_Needed], writer: CacheWriter, progress: Progress) -> None:
     """Commit the rows of each shard as a shard, with the numerics and the deviation that were measured where they were computed."""
-    writer = CacheWriter(cache)
     with progress.count("fetch", sum(len(each.places) for each in needed), "rows") as counter:
         for each in needed:
             rows, _ = _read_needed(folder, each)
@@ -372,6 +374,7 @@ def _commit(folder: Path, needed: list[_Needed], cache: Cache, progress: Progres
                     rows, record.numerics, record.numerics_id, record.parity.facts() if record.parity else None
                 )
             counter.add(len(each.places))
+    writer.merge_statements()
 
 
 def _name_settings(config: Config, reference: Reference, numerics: list[str]) -> str | None:

@@ -31,6 +31,7 @@ from prefcache.pipeline.stored.mirror import open_root
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Prepared, Sequences, sequence_table
 from prefcache.pipeline.stored.records import Parity
+from prefcache.pipeline.stored.signatures import require_key
 
 # TRL's names and its older ones; the first pair of them that the data has is read.
 _USUAL_NAMES: dict[str, list[tuple[str, ...]]] = {
@@ -44,7 +45,7 @@ _MAX_LOGP = 1e-4  # a probability of 1 may be rounded to a logarithm just above 
 
 def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Progress) -> ImportResult:
     """Import log-probs; `columns` names each answer's column, or None for its usual one."""
-    prepared = Prepared(config.prepared)
+    prepared, key = Prepared(config.prepared), require_key(config.score.sign_with, config.signers_file)
     sources = record_outcomes.reopen_sources(config, prepared)
     reader = _Reader(prepared, columns)
     with progress.count("import", prepared.manifest.records, "records") as counter:
@@ -73,11 +74,12 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
     }
     numerics_id = identity.numerics_id(numerics)
     root = open_root(config.cache)
-    cache = create_cache(root, config.model, identify(reference, root))
-    writer = CacheWriter(cache)
+    cache = create_cache(root, config.model, identify(reference, root), config.signers_file)
+    writer = CacheWriter(cache, key)
     for rows in _split_into_shards(values, numerics_id, config.score.tokens_per_shard):
         if not writer.has_chunk(rows["key"].to_pylist(), numerics_id):
             writer.commit(rows, numerics, numerics_id, parity)
+    writer.merge_statements()
     return ImportResult(
         cache=cache.folder,
         imported=len(values),

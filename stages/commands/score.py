@@ -31,6 +31,7 @@ from prefcache.pipeline.stored.prepared import CountedTokens, Prepared, Sequence
 from prefcache.pipeline.stored.records import REFERENCE_FILE, ScoredManifest
 from prefcache.pipeline.stored.scored import describe_cache_place
 from prefcache.pipeline.stored.scoring_plan import Plan, count_sums_only, plan_scoring
+from prefcache.pipeline.stored.signatures import find_key
 
 
 def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResult | ScorePlan:
@@ -45,10 +46,10 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
     described = identify(reference, root, remember=not dry_run)
     inputs = find_inputs(config, prepared, reference, described["model_id"])
     if dry_run:
-        cache = Cache.preview(root, config.model, described)
+        cache = Cache.preview(root, config.model, described, config.signers_file)
         _explain(check_scoring(config.scored, inputs, cache), progress)
         return _estimate(_Task.load(config, prepared, reference), cache, progress)
-    cache = create_cache(root, config.model, described)
+    cache = create_cache(root, config.model, described, config.signers_file)
     # Scorers of the same inputs share the work and write the same manifest; scorers of other inputs would overwrite it.
     job = artifact.checksum_bytes(artifact.canonical_json(inputs))
     with claims.claim_stage(Path(config.out), "score", "name another place (out)", job):
@@ -97,6 +98,7 @@ def _estimate(task: _Task, cache: Cache, progress: Progress) -> ScorePlan:
     _refuse_other_tokenizer(task, remember=False)
     plan = task.plan(cache)
     refusals.warn_about_damage(cache, progress)
+    refusals.warn_about_unsigned(cache, progress)
     _warn_about_sums(task, cache, plan, progress)
     n_cut = sum(map(len, _cut_answers(task, cache, plan)))
     # Per row: the key, two counts, the sum, and four bytes per token's log-prob; before compression.
@@ -117,6 +119,7 @@ def _score(task: _Task, cache: Cache, inputs: dict[str, Any], progress: Progress
     """Score what is missing, read it back, and only then vouch for it."""
     _refuse_other_tokenizer(task, remember=True)
     refusals.warn_about_damage(cache, progress)
+    refusals.warn_about_unsigned(cache, progress)
     CacheWriter(cache).discard_damaged()
     plan = task.plan(cache)
     refusals.warn_about_damage(cache, progress)  # damage that only reading revealed
@@ -125,6 +128,7 @@ def _score(task: _Task, cache: Cache, inputs: dict[str, Any], progress: Progress
     n_cut = 0
     if plan.n_missing:
         CacheWriter(cache).refuse_read_only()
+        refusals.refuse_unsigned(cache, plan, Sequences(task.examples), task.accepted[0], task.config.score)
         if n_cut := _commit_cut_answers(task, cache):
             progress.say(f"score: {n_cut:,} cut answers are the beginning of scored ones and take their values")
             cache = cache.reopen()
@@ -200,7 +204,7 @@ def _commit_cut_answers(task: _Task, cache: Cache) -> int:
     if not cut_answers.has_cut_answers(task.examples):
         return 0
     with CacheWriter(cache).claim_work("cut-answers"):
-        writer = CacheWriter(cache := cache.reopen())
+        writer = CacheWriter(cache := cache.reopen(), find_key(task.config.score.sign_with))
         n_rows, known = 0, cache.numerics()
         for rows in _cut_answers(task, cache, task.plan(cache)):
             numerics_id = rows["numerics_id"][0].as_py()
@@ -221,6 +225,7 @@ def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> Score
         inputs=inputs,
         reference={"name": config.model, "model_id": cache.reference.model_id},
         **describe_cache_place(cache.folder, config.scored),
+        **({"allowed_signers": str(config.signers_file.absolute())} if config.signers_file else {}),
         accepted_numerics=task.accepted,
         numerics={name: record for name, record in cache.numerics().items() if name in task.accepted},
         parity=worst and worst.facts(),

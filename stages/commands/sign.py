@@ -8,6 +8,7 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Progress, counting
 from prefcache.pipeline.stored import cache_maintenance, signatures
 from prefcache.pipeline.stored.cache import Cache
+from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.records import REFERENCE_FILE
 from prefcache.pipeline.visible_text import count
 
@@ -39,5 +40,5 @@ def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> Signe
             described = signatures.describe(folder, record)
             new += [] if described in by_me else [described]
             counter.add(1)
-    statement = signatures.sign_records(folder, cache.reference, new, key)
+    statement = CacheWriter(cache).sign(new, key)
     return SignedCache(folder=folder, signed=len(new), already=len(cache.records) - len(new), statement=statement)

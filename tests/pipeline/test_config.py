@@ -73,7 +73,10 @@ def test_a_config_cannot_be_changed_after_it_is_loaded(tmp_path):
         ("max_length", "did you mean prepare.max_length?"),
         ("train.attention", "did you mean score.attention?"),
         # Nothing near: what there is.
-        ("zzz", "known here: model, revision, adapter, out, cache, prepare, score, train (see `prefcache config`)"),
+        (
+            "zzz",
+            "known here: model, revision, adapter, out, cache, allowed_signers, prepare, score, train (see `prefcache config`)",
+        ),
         # Names that other trainers use.
         ("train.lr", "use train.learning_rate"),
         ("base_model", "use model"),

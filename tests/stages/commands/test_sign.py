@@ -1,0 +1,143 @@
+"""With allowed_signers, only rows that one of them has signed are used: by score, train, sql and report."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prefcache.pipeline.stored import shards
+from prefcache.pipeline.stored.cache_writer import CacheWriter
+from prefcache.pipeline.stored.signatures import list_statements
+from tests.helpers.project import options, write_pairs
+from tests.helpers.published import rewrite
+from tests.helpers.scored import cache_folder
+from tests.helpers.ssh_keys import allow, make_key
+
+N = 120
+
+
+@pytest.fixture
+def ann(tmp_path) -> Path:
+    return make_key(tmp_path / "ann")
+
+
+@pytest.fixture
+def demand(tmp_path, ann) -> list[str]:
+    """Options that demand Ann's signature; the file's name is relative to the config's place, as others are."""
+    allow(tmp_path / "team.signers", ann)
+    return options("allowed_signers=team.signers")
+
+
+@pytest.fixture
+def signing(demand, ann) -> list[str]:
+    return [*demand, *options(f"score.sign_with={ann}")]
+
+
+def score(prefcache, config, *arguments) -> dict:
+    return json.loads(prefcache("score", "-q", config, "--json", *arguments).stdout)
+
+
+def shrink(rows):
+    """Other values, of which every checksum will be right."""
+    for row in rows:
+        row |= {"logps": [-0.5] * row["n_completion"], "logp_sum": -0.5 * row["n_completion"]}
+
+
+def test_what_is_scored_with_a_key_is_signed_and_used(prefcache, prepared, signing, demand, tmp_path):
+    assert score(prefcache, prepared, *signing)["scored"] == N
+    folder = cache_folder(tmp_path)
+    assert len(list_statements(folder)) == 1 < len(shards.list_records(folder))
+    assert len(list(folder.glob("*.sig"))) == 1
+    assert score(prefcache, prepared, *signing)["tokens"] == 0
+    prefcache("train", "-q", prepared, *demand, "--set", "train.max_steps=2")
+    rows = json.loads(prefcache("sql", "select count(*) n from sequences", "runs/tiny", "--json").stdout)
+    assert rows == [{"n": N}]
+
+
+def test_rows_that_nobody_signed_are_not_used_and_the_error_says_what_to_do(prefcache, scored, demand, ann, tmp_path):
+    message = prefcache("score", "-q", scored, *demand, code=2).stderr
+    assert "what this writes would not be signed" in message and "score.sign_with" in message
+    assert "is not signed by anybody in team.signers" in prefcache("train", "-q", scored, *demand, code=4).stderr
+    in_the_way = prefcache("score", "-q", scored, *demand, *options(f"score.sign_with={ann}"), code=4).stderr
+    assert "stand where this would write" in in_the_way and "prefcache sign" in in_the_way
+    prefcache("sign", "--key", ann)
+    assert score(prefcache, scored, *demand)["tokens"] == 0
+    prefcache("train", "-q", scored, *demand, "--set", "train.max_steps=2")
+
+
+def test_a_key_that_would_not_be_accepted_is_refused_before_anything_is_scored(prefcache, prepared, demand, tmp_path):
+    eve = make_key(tmp_path / "eve")
+    message = prefcache("score", "-q", prepared, *demand, *options(f"score.sign_with={eve}"), code=2).stderr
+    assert "is not among the keys of team.signers" in message
+    assert not list(tmp_path.glob("cache/*/*.parquet"))
+    missing = options("allowed_signers=nowhere", f"score.sign_with={eve}")
+    assert (
+        "There is no file of allowed signers at nowhere" in prefcache("score", "-q", prepared, *missing, code=2).stderr
+    )
+
+
+def test_rows_that_were_changed_after_signing_serve_nothing(prefcache, prepared, signing, demand, tmp_path):
+    score(prefcache, prepared, *signing)
+    folder = cache_folder(tmp_path)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    rewrite(folder, shrink)
+    for command in (
+        ["train", prepared, *demand],
+        ["sql", "select count(*) from reference", "runs/tiny"],
+        ["report", "runs/tiny"],
+    ):
+        message = prefcache(*command, code=4).stderr
+        assert "is not what was signed" in message and "allowed_signers demands a signature" in message
+    for path in folder.iterdir():
+        path.unlink()
+    for path, data in whole.items():
+        path.write_bytes(data)
+    prefcache("sql", "select count(*) from reference", "runs/tiny")
+    # Ann leaves the team.
+    (tmp_path / "team.signers").write_text("")
+    assert (
+        "is not signed by anybody in" in prefcache("sql", "select count(*) from reference", "runs/tiny", code=4).stderr
+    )
+    (tmp_path / "team.signers").unlink()
+    assert (
+        "no file of allowed signers" in prefcache("sql", "select count(*) from reference", "runs/tiny", code=2).stderr
+    )
+
+
+def test_unsigned_rows_of_other_data_in_the_same_cache_are_no_hindrance(prefcache, prepared, signing, demand, tmp_path):
+    write_pairs(tmp_path / "more.jsonl", 20, start=200)
+    more = options("prepare.data=more.jsonl", "out=runs/more")
+    for stage in ("prepare", "score"):
+        prefcache(stage, "-q", prepared, *more)
+    done = prefcache("score", prepared, *signing, "--json")
+    assert json.loads(done.stdout)["scored"] == N
+    assert "not used, because" in done.stderr
+    prefcache("train", "-q", prepared, *demand, "--set", "train.max_steps=2")
+
+
+def test_an_interrupted_scorer_leaves_no_shard_that_is_not_signed(prefcache, prepared, signing, tmp_path, monkeypatch):
+    commit, left = CacheWriter.commit, iter(range(4))
+
+    def interrupt(self, *arguments, **further):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return commit(self, *arguments, **further)
+
+    monkeypatch.setattr(CacheWriter, "commit", interrupt)
+    prefcache("score", "-q", prepared, *signing, code=130)
+    assert len(list_statements(cache_folder(tmp_path))) == 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    result = score(prefcache, prepared, *signing)
+    assert result["scored"] < N and result["sequences"] == N
+    assert len(list_statements(cache_folder(tmp_path))) == 5
+
+
+def test_what_is_fetched_is_signed_by_who_fetched_it(prefcache, scored, signing, ann, tmp_path):
+    cache_folder(tmp_path).rename(tmp_path / "theirs")
+    assert "is not signed by anybody" in prefcache("fetch", "-q", scored, "theirs", *signing, code=4).stderr
+    prefcache("sign", "theirs", "--key", ann)
+    assert "score.sign_with" in prefcache("fetch", "-q", scored, "theirs", *signing[:2], code=2).stderr
+    result = json.loads(prefcache("fetch", "-q", scored, "theirs", *signing, "--json").stdout)
+    assert (result["rows"], result["signers"]) == (N, ["ann@example.com"])
+    assert score(prefcache, scored, *signing)["tokens"] == 0
