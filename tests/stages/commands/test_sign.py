@@ -141,3 +141,43 @@ def test_what_is_fetched_is_signed_by_who_fetched_it(prefcache, scored, signing,
     result = json.loads(prefcache("fetch", "-q", scored, "theirs", *signing, "--json").stdout)
     assert (result["rows"], result["signers"]) == (N, ["ann@example.com"])
     assert score(prefcache, scored, *signing)["tokens"] == 0
+
+
+# -- in an object store ----------------------------------------------------------------------------------------------
+
+
+def test_signatures_travel_through_an_object_store(prefcache, prepared, signing, demand, s3, tmp_path, monkeypatch):
+    in_store = [*signing, *options(f"cache={s3.url}")]
+    assert score(prefcache, prepared, *in_store)["scored"] == N
+    names = [name.rpartition("/")[2] for name in s3.objects()]
+    assert sum(name.startswith("signed-") for name in names) == 2  # one statement and its signature
+    # Another machine, which has nothing but the store and the list of its people.
+    monkeypatch.setenv("PREFCACHE_MIRROR", str(tmp_path / "another"))
+    assert score(prefcache, prepared, *in_store)["tokens"] == 0
+    prefcache("train", "-q", prepared, *in_store, "--set", "train.max_steps=2")
+    # Somebody with the keys of the bucket puts other values there, with records that fit.
+    (folder,) = (path.parent for path in tmp_path.glob("another/*/*/reference.json"))
+    forged = tmp_path / "forged" / folder.name
+    forged.mkdir(parents=True)
+    for path in [*folder.glob("*.json"), *folder.glob("*.parquet")]:
+        (forged / path.name).write_bytes(path.read_bytes())
+    rewrite(forged, shrink)
+    for path in shards.list_records(forged):
+        for file in (path, *forged.glob(f"{path.stem}-*.parquet")):
+            s3.client.put_object(Bucket=s3.name, Key=f"refs/{folder.name}/{file.name}", Body=file.read_bytes())
+    message = prefcache("train", "-q", prepared, *in_store, "--set", "train.run=second", code=4).stderr
+    assert "is not what was signed" in message
+
+
+def test_what_is_in_an_object_store_is_signed_and_fetched_there(prefcache, prepared, demand, ann, s3, tmp_path):
+    for stage in ("prepare", "score"):
+        prefcache(stage, "-q", prepared, *options(f"cache={s3.url}", "out=runs/theirs"))
+    folder = next(name for name in s3.objects()).partition("/")[0]
+    source = f"{s3.url}/{folder}"
+    allowed = ("--allowed-signers", tmp_path / "team.signers")
+    assert "is not signed by anybody" in prefcache("fetch", "-q", prepared, source, *allowed, code=4).stderr
+    result = json.loads(prefcache("sign", "-q", source, "--key", ann, "--json").stdout)
+    assert result["caches"][0]["signed"] > 1
+    fetched = json.loads(prefcache("fetch", "-q", prepared, source, *allowed, "--json").stdout)
+    assert (fetched["rows"], fetched["source"], fetched["signers"]) == (N, source, ["ann@example.com"])
+    assert score(prefcache, prepared)["tokens"] == 0
