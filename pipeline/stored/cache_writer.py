@@ -98,10 +98,10 @@ class CacheWriter:
             yield "done"
             return
         with self._claim(_chunk_name(keys, numerics_id), wait=wait) as is_mine:
-            if not is_mine:
-                yield "taken"
-            elif self.has_chunk(keys, numerics_id):
+            if is_mine is None or (is_mine and self.has_chunk(keys, numerics_id)):
                 yield "done"
+            elif not is_mine:
+                yield "taken"
             else:
                 yield "mine"
 
@@ -115,6 +115,7 @@ class CacheWriter:
         return self._claim(name, wait=True)
 
     def _claim(self, name: str, *, wait: bool) -> contextlib.AbstractContextManager[bool | None]:
+        """Claim a chunk in the folder or in the store; None if the store has it."""
         if self._store is not None:
             return self._store.claim(name, wait=wait)
         return claims.claim(claims.claim_path(self.cache.folder, name), wait=wait)

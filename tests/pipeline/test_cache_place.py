@@ -1,0 +1,56 @@
+"""Where a cache is: a folder, or a URL with a mirror on this machine."""
+
+from pathlib import Path
+
+import pytest
+
+from prefcache.pipeline.cache_place import is_url, local_folder, parse_url
+from prefcache.pipeline.errors import UsageError
+
+
+@pytest.mark.parametrize("place", ["cache", "/mnt/cache", "a:b", "s3:/bucket", "file:///mnt/cache"])
+def test_a_folder_is_used_as_it_is(place):
+    assert not is_url(place)
+    assert local_folder(place) == Path(place.removeprefix("file://"))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/refs", "gs://bucket", "az://container/a/b"])
+def test_a_url_has_a_mirror_of_its_own(url, monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFCACHE_MIRROR", str(tmp_path))
+    assert is_url(url) and parse_url(f"{url}/") == url
+    assert local_folder(url).parent == tmp_path and local_folder(url) == local_folder(f"{url}//")
+    assert local_folder(url) != local_folder(f"{url}x")
+
+
+def test_one_bucket_name_at_two_endpoints_has_two_mirrors(monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    one = local_folder("s3://bucket/refs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://other")
+    assert local_folder("s3://bucket/refs") != one
+
+
+def test_mirrors_lie_in_the_users_folder_for_caches(monkeypatch):
+    monkeypatch.delenv("PREFCACHE_MIRROR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_folder("s3://b/x").parent == Path("/home/me/.cache/prefcache")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
+    assert local_folder("s3://b/x").parent == Path("/fast/prefcache")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s3://key:secret@bucket/x", "contains credentials"),
+        ("s3://", "does not name a place"),
+        ("ftp://host/x", r"Expected s3://bucket/path, gs://"),
+        ("https://bucket.s3.amazonaws.com/x", "does not name a place"),
+        ("s3://bucket/x?versionId=secret", "does not name a place"),
+        ("s3://bucket/a/../b", r"has \.\. in its path"),
+        ("s3://[bad/x", "is not a URL"),
+    ],
+)
+def test_what_is_not_the_url_of_a_place_is_refused_and_no_secret_is_repeated(url, says):
+    with pytest.raises(UsageError, match=says) as refused:
+        parse_url(url)
+    assert "secret" not in str(refused.value)
