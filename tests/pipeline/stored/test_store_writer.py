@@ -170,7 +170,9 @@ def test_a_store_that_may_only_be_read_is_refused_before_anything_is_computed(ma
         raise UsageError("access was refused")
 
     monkeypatch.setattr(ObjectStore, "create", refuse)
-    with pytest.raises(UsageError, match=r"s3://.* cannot be written, and some sequences are missing in it. access was"):
+    with pytest.raises(
+        UsageError, match=r"s3://.* cannot be written, and some sequences are missing in it. access was"
+    ):
         CacheWriter(cache).refuse_read_only()
 
 
