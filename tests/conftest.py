@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.caches import Cache
+from tests.helpers.machines import Machine, open_cache
 from tests.helpers.project import (
     CONSTRAINTS,
     PREFCACHE,
@@ -170,3 +172,14 @@ def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     bucket = Bucket(s3_server, tmp_path / "mirror")
     use_environment(bucket.environment, monkeypatch)
     return bucket
+
+
+@pytest.fixture
+def machine(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Open the store's cache on a machine of a name, which is a mirror of its own."""
+
+    def open_there(name: str) -> Cache:
+        monkeypatch.setenv("PREFCACHE_MIRROR", str(tmp_path / name))
+        return open_cache(s3.url)
+
+    return open_there

@@ -14,46 +14,11 @@ from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import mirror as mirror_module
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from prefcache.pipeline.stored.cache_writer import create_cache
-from prefcache.pipeline.stored.mirror import find_mirror, open_root
-from prefcache.pipeline.stored.token_logps import token_logps
+from prefcache.pipeline.stored.mirror import find_mirror
 from tests.helpers.caches import MINE, MODEL, NUMERICS, PAIRS, REFERENCE, Cache, expected, fill, reopen, scored
+from tests.helpers.machines import EXPECTED, LISTS, names, token_lists, values
 from tests.helpers.project import ROOT
-from tests.helpers.stores import KEY_ID, SECRET, Bucket
-
-SIDES = ("chosen", "rejected")
-
-
-@pytest.fixture
-def machine(s3: Bucket, tmp_path, monkeypatch):
-    """Open the store's cache on a machine of this name, which is a mirror of its own."""
-
-    def open_there(name: str) -> Cache:
-        monkeypatch.setenv("PREFCACHE_MIRROR", str(tmp_path / name))
-        root = open_root(s3.url)
-        return Cache(create_cache(root, "org/tiny model", REFERENCE).folder, MODEL)
-
-    return open_there
-
-
-def values(cache: Cache) -> dict[str, list[float]]:
-    joined = cache.join(PAIRS, [MINE])
-    return {side: joined[f"ref_{side}_logp"].tolist() for side in SIDES}
-
-
-EXPECTED = {side: expected(PAIRS, side) for side in SIDES}
-
-
-def token_lists(cache: Cache, table=PAIRS) -> list[list[float]]:
-    columns = [table["chosen_key"]]
-    sums = cache.logps(columns, [MINE])
-    return token_logps(cache, columns, sums, [MINE])[0].to_arrow(np.ma.getmaskarray(sums[0])).to_pylist()
-
-
-LISTS = [[-i / 8 for i in ids] for ids in PAIRS["chosen_ids"].to_pylist()]
-
-
-def names(s3: Bucket, suffix: str) -> list[str]:
-    return sorted(name for name in s3.objects() if name.endswith(suffix))
+from tests.helpers.stores import KEY_ID, SECRET
 
 
 def test_another_machine_reads_what_one_has_scored(machine, s3):
@@ -268,8 +233,8 @@ def test_processes_may_share_a_mirror(machine, s3, tmp_path):
     fill(machine("here"), PAIRS)
     machine("shared")
     script = (
-        "import sys; from tests.pipeline.stored.test_mirror import *\n"
-        "root = open_root(sys.argv[1]); cache = Cache(create_cache(root, 'org/tiny model', REFERENCE).folder, MODEL)\n"
+        "import sys; from tests.helpers.machines import *; from prefcache.pipeline.stored.cache_maintenance import verify\n"
+        "cache = open_cache(sys.argv[1])\n"
         "assert values(cache) == EXPECTED and token_lists(cache) == LISTS and not verify(cache.folder).damaged\n"
     )
     children = [

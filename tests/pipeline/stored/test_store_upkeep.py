@@ -4,17 +4,17 @@ import pytest
 
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from tests.helpers.caches import MINE, NUMERICS, PAIRS, fill, reopen, scored
-from tests.pipeline.stored.test_mirror import EXPECTED, LISTS, machine, names, token_lists, values  # noqa: F401
+from tests.helpers.machines import EXPECTED, LISTS, names, token_lists, values
 
 TARGET = 1 << 30
 
 
 @pytest.fixture
-def cache(machine):  # noqa: F811
+def cache(machine):
     return fill(machine("here"), PAIRS)
 
 
-def test_small_shards_become_one_and_every_machine_reads_the_same_values(cache, machine, s3):  # noqa: F811
+def test_small_shards_become_one_and_every_machine_reads_the_same_values(cache, machine, s3):
     result = gc(machine("there").folder, TARGET)
     assert (result.merged, result.into, result.shards, result.kept) == (6, 1, 1, 6)
     for name in ("here", "there", "third"):
@@ -78,7 +78,7 @@ def test_a_dry_run_changes_nothing_in_the_store(cache, s3):
     assert {name: s3.read(name) for name in s3.objects()} == before
 
 
-def test_doubled_rows_are_removed(cache, machine, s3):  # noqa: F811
+def test_doubled_rows_are_removed(cache, machine, s3):
     """Chunks of another size have the same rows once more."""
     for slots in cache.plan(PAIRS, ["another"], 90).chunks:
         cache.commit(scored(PAIRS, slots), NUMERICS[MINE], MINE, None)

@@ -14,9 +14,9 @@ from prefcache.pipeline.stored.mirror import Mirror
 from prefcache.pipeline.stored.object_store import ObjectStore
 from prefcache.pipeline.stored.store_writer import StoreClaims
 from tests.helpers.caches import MINE, NUMERICS, PAIRS, fill, reopen, scored
+from tests.helpers.machines import EXPECTED, values
 from tests.helpers.project import ROOT
 from tests.helpers.stores import Bucket
-from tests.pipeline.stored.test_mirror import EXPECTED, machine, values  # noqa: F401
 
 CHUNK = "a" * 32
 
@@ -94,7 +94,7 @@ def test_a_claim_that_nobody_can_read_is_free_after_a_while(claims, s3, monkeypa
     assert one.try_claim(CHUNK)
 
 
-def test_a_cache_in_a_store_hands_out_each_chunk_once(machine):  # noqa: F811
+def test_a_cache_in_a_store_hands_out_each_chunk_once(machine):
     one, other = machine("one"), machine("other")
     with one.claim([b"k" * 16], MINE) as mine, other.claim([b"k" * 16], MINE) as taken:
         assert (mine, taken) == ("mine", "taken")
@@ -105,7 +105,7 @@ def test_a_cache_in_a_store_hands_out_each_chunk_once(machine):  # noqa: F811
             assert claim == "done"
 
 
-def test_the_next_chunk_is_claimed_while_one_is_computed(machine, s3):  # noqa: F811
+def test_the_next_chunk_is_claimed_while_one_is_computed(machine, s3):
     cache = machine("one")
     writer, (first, second, *_) = CacheWriter(cache), cache.plan(PAIRS, [MINE], 30).chunks
     keys = [scored(PAIRS, slots)["key"].to_pylist() for slots in (first, second)]
@@ -125,7 +125,7 @@ def held(s3: Bucket) -> list[str]:
     return [name for name in s3.objects() if "/claims/" in name]
 
 
-def test_a_chunk_stays_claimed_until_its_shard_has_arrived(machine, s3, monkeypatch):  # noqa: F811
+def test_a_chunk_stays_claimed_until_its_shard_has_arrived(machine, s3, monkeypatch):
     cache = machine("one")
     writer, (slots, *_) = CacheWriter(cache), cache.plan(PAIRS, [MINE], 30).chunks
     send, arrived = Mirror.send, []
@@ -146,7 +146,7 @@ def test_a_chunk_stays_claimed_until_its_shard_has_arrived(machine, s3, monkeypa
     assert arrived == [1] and not held(s3) and len(reopen(cache).records) == 1
 
 
-def test_an_error_of_sending_is_raised_and_the_chunk_is_free_again(machine, s3, monkeypatch):  # noqa: F811
+def test_an_error_of_sending_is_raised_and_the_chunk_is_free_again(machine, s3, monkeypatch):
     cache = machine("one")
     writer, (slots, *_) = CacheWriter(cache), cache.plan(PAIRS, [MINE], 30).chunks
 
@@ -163,7 +163,7 @@ def test_an_error_of_sending_is_raised_and_the_chunk_is_free_again(machine, s3, 
     monkeypatch.undo()
 
 
-def test_a_store_that_may_only_be_read_is_refused_before_anything_is_computed(machine, monkeypatch):  # noqa: F811
+def test_a_store_that_may_only_be_read_is_refused_before_anything_is_computed(machine, monkeypatch):
     cache = machine("one")
 
     def refuse(self, name, data):
@@ -176,5 +176,5 @@ def test_a_store_that_may_only_be_read_is_refused_before_anything_is_computed(ma
         CacheWriter(cache).refuse_read_only()
 
 
-def test_values_are_right_after_all_of_it(machine):  # noqa: F811
+def test_values_are_right_after_all_of_it(machine):
     assert values(fill(machine("one"), PAIRS)) == EXPECTED
