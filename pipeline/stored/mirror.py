@@ -266,13 +266,11 @@ class Mirror:
     def send(self, folder: Path, record: ShardRecord) -> bool:
         """Put a shard that was written into the folder, then its record; return whether it was the first."""
         shard = f"{folder.name}/{record.file}"
-        with open(folder / record.file, "rb") as file:
-            data = file.read()
-        self.store.put(shard, data)
+        self.store.put_file(shard, folder / record.file)
         is_first = self.store.create(f"{folder.name}/{record.name}", record.seal())
         # gc may have taken an older object of this name for one that nobody needs, just before the record came.
         if is_first and self.store.head(shard) is None:
-            self.store.put(shard, data)
+            self.store.put_file(shard, folder / record.file)
         self._sizes.setdefault(folder.name, {})[record.file] = record.bytes
         if is_first:
             record.commit(folder / record.name, durable=False)

@@ -38,9 +38,9 @@ _FIRST_PAUSE = 0.5
 _SECONDS_WITHOUT_BYTES = 120.0
 _SECONDS_PER_REQUEST = 3600.0
 # A larger object is sent in parts, each by a request of its own.
-_LARGEST_PUT = 64 * 2**20
-_PART = 16 * 2**20
 _PART_BYTES = 16 << 20
+# Of an object that is read as a whole: only records are.
+_MOST_BYTES = 64 << 20
 
 
 class StoredObject(NamedTuple):
@@ -95,6 +95,10 @@ class ObjectStore:
 
         def read() -> tuple[bytes, str | None]:
             result = obstore.get(self._store, name)
+            if result.meta["size"] > _MOST_BYTES:
+                raise IntegrityError(
+                    f"{self._path(name)} has {result.meta['size']:,} bytes, and prefcache writes no record that is so large. Remove it."
+                )
             data = bytes(result.bytes())
             if len(data) != result.meta["size"]:
                 raise _Incomplete(f"{len(data)} of {result.meta['size']} bytes came")

@@ -22,8 +22,8 @@ from prefcache.pipeline.stored.object_store import ObjectStore
 from prefcache.pipeline.stored.records import ShardRecord
 
 CLAIMS = "claims"
-_BEAT_SECONDS = 10.0
-_STALE_SECONDS = 45.0  # without a beat
+_BEAT_SECONDS = 20.0
+_STALE_SECONDS = 90.0  # without a beat
 _POLL_SECONDS = 1.0
 _SENT_AT_ONCE = 2
 
@@ -33,7 +33,7 @@ class StoreClaims:
 
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self._store, self._prefix, self._id = store, prefix, uuid.uuid4().hex
-        self._held: dict[str, str | None] = {}  # name -> its ETag
+        self._held = set[str]()
         self._seen: dict[str, tuple[str | None, float]] = {}  # of others: ETag, and when it was first seen
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._heart: threading.Thread | None = None
@@ -42,7 +42,7 @@ class StoreClaims:
         """Claim a chunk; False if another scorer has it and is alive."""
         content = self._describe()
         if self._store.create(self._path(name), content):
-            self._hold(name, None)
+            self._hold(name)
             return True
         try:
             other, etag = self._store.get_with_etag(self._path(name))
@@ -53,21 +53,21 @@ class StoreClaims:
             and self._is_dead(name, other, etag)
             and self._store.replace(self._path(name), content, etag)
         ):
-            self._hold(name, None)
+            self._hold(name)
             return True
         return False
 
     def release(self, name: str) -> None:
         with self._lock:
-            self._held.pop(name, None)
+            self._held.discard(name)
         self._store.delete(self._path(name))
 
     def close(self) -> None:
         self._ended.set()
 
-    def _hold(self, name: str, etag: str | None) -> None:
+    def _hold(self, name: str) -> None:
         with self._lock:
-            self._held[name] = etag
+            self._held.add(name)
             if self._heart is None:
                 self._heart = threading.Thread(target=self._beat, daemon=True, name="prefcache-claims")
                 self._heart.start()
@@ -76,6 +76,9 @@ class StoreClaims:
         """Touch the claims, so that others see that this scorer is alive."""
         while not self._ended.wait(_BEAT_SECONDS):
             with self._lock:
+                if not self._held:
+                    self._heart = None
+                    return
                 names = list(self._held)
             for name in names:
                 # A missed beat, or a claim that another has taken over, costs at most double work.
