@@ -690,7 +690,7 @@ class Config(Section):
 
     @property
     def signers_file(self) -> Path | None:
-        return None if self.allowed_signers is None else Path(self.allowed_signers)
+        return None if self.allowed_signers is None else Path(self.allowed_signers).expanduser()
 
     @property
     def prepared(self) -> Path:

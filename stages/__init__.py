@@ -221,16 +221,17 @@ def open_cache(
     adapter: str | Path | None = None,
     revision: str | None = None,
     score: Mapping[str, Any] | None = None,
+    allowed_signers: str | Path | None = None,
     quiet: bool = False,
 ) -> "ReferenceCache":
     """Open the cached log-probs of a reference model, or create a cache for it.
 
     `model` is a folder or a hub id, as in a config; `score` has settings of a config's section of that name, such as
-    `{"engine": "vllm", "dtype": "bfloat16"}`.
+    `{"engine": "vllm", "dtype": "bfloat16"}`. `allowed_signers` is a file of those whose rows alone are used.
     """
     from prefcache.reference_cache import ReferenceCache
 
-    return ReferenceCache.open(cache, model, adapter, revision, score or {}, _progress("score", quiet))
+    return ReferenceCache.open(cache, model, adapter, revision, score or {}, allowed_signers, _progress("score", quiet))
 
 
 @contextmanager

@@ -59,9 +59,11 @@ class ReferenceCache:
         adapter: str | Path | None,
         revision: str | None,
         score: Mapping[str, Any],
+        allowed_signers: str | Path | None,
         progress: Progress,
     ) -> "ReferenceCache":
         tree = {"model": model, "adapter": adapter, "revision": revision, "score": score}
+        tree |= {"allowed_signers": allowed_signers}
         if not isinstance(cache, str | Path) or Path(cache).is_file():
             raise UsageError(f"open_cache: cache is {cache!r}; expected a folder.")
         # Neither data nor a place for an experiment is needed here.

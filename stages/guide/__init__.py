@@ -24,6 +24,7 @@ _ORDER = (
     "other-trainers",
     "gpu",
     "many-machines",
+    "sharing",
     "trust",
     "extend",
 )

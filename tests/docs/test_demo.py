@@ -34,6 +34,14 @@ NOT_RUN = {
     "prefcache score data/demo/config.yaml --set score.engine=vllm": "it needs .venv-vllm; the tests of the vLLM engine do this",
     "prefcache score data/demo/config.yaml --set score.engine=server --set score.server.url=http://localhost:8000/v1": "it needs "
     "a server; the tests of the server engine start one",
+    "prefcache publish data/demo/config.yaml me/log-probs --license cc-by-4.0": "it needs a hub account; "
+    "tests/stages/commands/test_publish.py publishes to a hub of its own",
+    "prefcache publish data/demo/config.yaml me/log-probs --sign ~/.ssh/id_ed25519": "it needs a hub account and a key; "
+    "tests/stages/commands/test_fetch.py does both",
+    "prefcache fetch data/demo/config.yaml me/log-probs": "it needs a hub; tests/stages/commands/test_fetch.py has one",
+    "prefcache fetch data/demo/config.yaml me/log-probs --allowed-signers team.signers": "it needs a hub and a key; "
+    "tests/stages/commands/test_fetch.py has both",
+    "prefcache sign cache --key ~/.ssh/id_ed25519": "it needs a key; tests/stages/commands/test_sign.py makes some",
     "prefcache push runs/demo/trained me/kind": "it needs a hub account; tests/stages/commands/test_push.py pushes to a hub of its own",
 }
 # What the README and the chapter on other trainers name on the hub, and what takes its place here.

@@ -20,7 +20,9 @@ def write_shard(record: Path, rows: pa.Table, **facts: object) -> None:
     (record.parent / before.file).unlink()
     entry = artifact.commit_file(shard, data, rows=len(rows))
     checksum = shards.checksum_values(read_keys([rows["key"]]), shards.usable_sums(rows))
-    ShardRecord.make(**{**before.facts(), **entry, "values_xxh3_128": checksum, **facts}).commit(record)
+    ShardRecord.make(
+        **{**before.facts(), **entry, "values_xxh3_128": checksum, "blocks": shards.describe_blocks(data), **facts}
+    ).commit(record)
 
 
 def rewrite(folder: Path, change: Callable[[list[dict]], None]) -> None:

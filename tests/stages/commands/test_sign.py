@@ -181,3 +181,15 @@ def test_what_is_in_an_object_store_is_signed_and_fetched_there(prefcache, prepa
     fetched = json.loads(prefcache("fetch", "-q", prepared, source, *allowed, "--json").stdout)
     assert (fetched["rows"], fetched["source"], fetched["signers"]) == (N, source, ["ann@example.com"])
     assert score(prefcache, prepared)["tokens"] == 0
+
+
+def test_lookups_from_python_serve_what_is_signed(prefcache, scored, demand, ann, model, tmp_path):
+    import prefcache as api
+    from prefcache.pipeline.stored.prepared import Prepared
+
+    keys = Prepared(tmp_path / "runs/tiny/prepared").table()["chosen_key"]
+    signers = tmp_path / "team.signers"
+    demanding = api.open_cache(tmp_path / "cache", model=model, allowed_signers=signers, quiet=True)
+    assert demanding.logps_of_keys(keys).missing.all()
+    prefcache("sign", "--key", ann)
+    assert not demanding.logps_of_keys(keys).missing.any()
