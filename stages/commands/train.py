@@ -101,11 +101,13 @@ def run(
     `continue_stopped` takes the remaining steps of a run that a callback stopped.
     """
     refuse_others(callbacks)
-    is_main = rank_and_world()[0] == 0
+    rank, world = rank_and_world()
+    is_main = rank == 0
     if is_main:
         prepared_inputs.warn_if_stale(config, progress)
     convert_models(config, progress)
-    finished = _find_finished(config)
+    # Of several processes, each might see another folder: only together they know whether the run is finished.
+    finished = _find_finished(config) if world == 1 else None
     if finished is not None and not (continue_stopped and finished.stopped):
         return _report_finished(config, finished, progress, is_main=is_main)
     # Imported only now: a finished run is recognized without accelerate and transformers, which take seconds.
@@ -139,9 +141,9 @@ def _find_finished(config: Config) -> RunManifest | None:
 
 def _report_finished(config: Config, finished: RunManifest, progress: Progress, *, is_main: bool) -> TrainResult | None:
     alerts.stop_if_strict(config, RunLog(config.run).rows("events"))
-    artifact.touch_manifest(config.run)
     if not is_main:
         return None
+    artifact.touch_manifest(config.run)
     progress.say(f"train: nothing to do, {config.run} is what this data, cache and config give")
     if finished.stopped:
         remedy = "Take the remaining steps with prefcache.train(..., continue_stopped=True)."
@@ -162,6 +164,7 @@ def _train(
             cache_join,
             finalize_run,
             moving_reference,
+            process_agreement,
             run_images,
             start_check,
             trackers,
@@ -173,17 +176,20 @@ def _train(
     check(config)
     setup = run_inputs.collect(config)
     objective = setup.objective
-    if devices.is_main_process:
+
+    def open_folder() -> None:
         existing_run.make_room(config.run, setup.inputs, progress)
         if continue_stopped:
             existing_run.reopen_stopped(config.run)
-    devices.wait_for_everyone()
+
+    process_agreement.call_on_main(devices, open_folder)
     existing_run.retract_damaged(config.run, progress)
     # Another process may have finished the run before this one had the claim.
-    if (finished := RunManifest.find(config.run)) is not None:
+    if (finished := process_agreement.share(devices, RunManifest.find(config.run))) is not None:
         if devices.is_main_process:
             existing_run.remove_checkpoints(config.run, finished, progress)
         return _report_finished(config, finished, progress, is_main=devices.is_main_process)
+    process_agreement.refuse_disagreement(config, setup.inputs, devices, progress)
     own_prompts = _read_own_prompts(config, setup)
     examples = cache_join.load_examples(setup, progress)
     moving_reference.refuse_never(config.train, len(examples[TRAIN]))
