@@ -247,7 +247,7 @@ def fetch(
         prefcache fetch my.yaml me/log-probs
         prefcache fetch my.yaml me/log-probs --allowed-signers team.signers
 
-    SOURCE is a data set on the hub that `prefcache publish` made, the folder of a reference's cache, or its URL in an object store. Prepare the experiment first. The rows that its data need and the cache lacks are taken, if they are of the very model of the config: keys are read first, then only those shards that have a needed one. Before any row is stored, a sample drawn by lot is compared with the plain float32 forward of your own model (score.parity_sample=0 skips this). If anything is wrong, nothing is taken. Rows of another engine, version or dtype than yours have to be named in score.accept_numerics; the setting is printed.
+    SOURCE is a data set on the hub that `prefcache publish` made, a cache folder, or its URL in an object store. Prepare the experiment first. The rows that its data need and the cache lacks are taken, if they are of the very model of the config: keys are read first, then only those shards that have a needed one. Before any row is stored, a sample drawn by lot is compared with the plain float32 forward of your own model (score.parity_sample=0 skips this). If anything is wrong, nothing is taken. Rows of another engine, version or dtype than yours have to be named in score.accept_numerics; the setting is printed.
     """
     signers = None if allowed_signers is None else Path(allowed_signers).expanduser().absolute()
     with open_config(config, overrides, quiet) as (settings, progress):

@@ -62,7 +62,7 @@ def run(
     allowed_signers = allowed_signers or config.signers_file
     wanted = _Wanted.find(prepared, cache)
     with artifact.scratch_folder(Path(config.out) / "fetched") as scratch:
-        source = _open_source(place, revision, scratch)
+        source = _open_source(place, revision, scratch, described["model_id"])
         with _naming(source):
             published = ReferenceRecord.read(source.folder / REFERENCE_FILE)
             if not is_same_model(published.model_id, reference, root, remember=not dry_run):
@@ -120,11 +120,11 @@ class _Source(Protocol):
         ...
 
 
-def _open_source(place: str, revision: str | None, scratch: Path) -> _Source:
+def _open_source(place: str, revision: str | None, scratch: Path, model_id: str) -> _Source:
     if is_url(place) or Path(place).is_dir():
         if revision is not None:
             raise UsageError(f"--revision is for a data set on the hub, and {place} is none. Leave it out.")
-        return _FolderSource(place)
+        return _FolderSource(_find_reference_folder(place, model_id))
     if not _HUB_NAME.fullmatch(place):
         raise UsageError(
             f"{place} is neither a folder, nor the name of a data set on the hub (org/name), nor a URL (s3://bucket/refs/...)."
@@ -132,16 +132,23 @@ def _open_source(place: str, revision: str | None, scratch: Path) -> _Source:
     return _HubSource(place, revision, scratch)
 
 
+def _find_reference_folder(place: str, model_id: str) -> Path:
+    """The folder of a reference's cache: the place itself, or the one in it that is of this model, or the only one."""
+    folders = [each for each in cache_maintenance.find_caches([place]) if (each / REFERENCE_FILE).is_file()]
+    for folder in folders:
+        with contextlib.suppress(IntegrityError):
+            if ReferenceRecord.read(folder / REFERENCE_FILE).model_id == model_id:
+                return folder
+    if len(folders) != 1:
+        raise IdentityError(f"{place} has no cache of this model (@{model_id[:8]}), but {len(folders)} of others.")
+    return folders[0]
+
+
 class _FolderSource:
     """The folder of a reference's cache, here or in an object store."""
 
-    def __init__(self, place: str) -> None:
-        # The root of a store's mirror is the folder of all its caches.
-        parent, _, name = place.rstrip("/").rpartition("/")
-        self.folder = open_root(parent) / name if is_url(place) else Path(place)
-        self.place = show_place(self.folder)
-        if not (self.folder / REFERENCE_FILE).is_file():
-            raise UsageError(f"{self.place} is not the cache of a reference: there is no {REFERENCE_FILE} in it.")
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.place = folder, show_place(folder)
         if (mirror := find_mirror(self.folder)) is not None:
             mirror.refresh(self.folder)
 

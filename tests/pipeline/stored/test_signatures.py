@@ -15,8 +15,6 @@ from prefcache.pipeline.stored.signatures import Signatures, SigningKey, sign_re
 from tests.helpers.caches import MINE, OTHER, PAIRS, Cache, create, fill
 from tests.helpers.ssh_keys import agent, allow, make_key
 
-pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs OpenSSH")
-
 
 @pytest.fixture
 def ann(tmp_path) -> Path:

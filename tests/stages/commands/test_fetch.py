@@ -12,7 +12,9 @@ import pytest
 
 from prefcache.pipeline.stored import artifact, shards
 from prefcache.pipeline.stored.records import ShardRecord
+from tests.helpers import vision_models
 from tests.helpers.hub import client_settings, run_hub
+from tests.helpers.project import options, pair, write_config
 from tests.helpers.published import rewrite
 from tests.helpers.scored import cache_folder
 from tests.helpers.sessions import open_session
@@ -63,6 +65,34 @@ def test_what_was_fetched_is_what_was_published_and_score_computes_nothing(prefc
     assert tree(theirs) == before
 
 
+def test_of_a_cache_with_several_references_the_one_of_the_model_is_the_source(
+    prefcache, prepared, theirs, other_model, tmp_path
+):
+    other = options(f"model={other_model}", "cache=shared", "out=runs/other")
+    for stage in ("prepare", "score"):
+        prefcache(stage, "-q", prepared, *other)
+    assert "shared/other-" in refuse(prefcache, prepared, "shared", code=5)
+    shutil.move(theirs, tmp_path / "shared" / theirs.name)
+    quantized = options("score.quantization=4bit")  # the same weights, and yet another reference
+    assert "has no cache of this model" in refuse(prefcache, prepared, "shared", *quantized, code=5)
+    assert fetch(prefcache, prepared, "shared")["source"] == "shared/theirs"
+
+
+@pytest.mark.slow  # a model that sees
+def test_rows_about_pictures_are_compared_with_the_pictures(prefcache, tmp_path):
+    rows = []
+    for n in range(3):
+        vision_models.picture(20 + 4 * n, 30, seed=n).save(tmp_path / f"{n}.png")
+        rows.append(pair(n) | {"prompt": f"<image>{pair(n)['prompt']}", "images": [f"{n}.png"]})
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = write_config(tmp_path, vision_models.save("qwen2.5-vl"))
+    for stage in ("prepare", "score"):
+        prefcache(stage, "-q", config)
+    result = fetch(prefcache, config, "cache", "--set", "cache=mine")
+    assert (result["rows"], result["compared"]) == (6, 6) and result["deviation"] < 1e-4
+    assert json.loads(prefcache("score", "-q", config, "--set", "cache=mine", "--json").stdout)["tokens"] == 0
+
+
 def test_only_what_is_needed_and_missing_is_taken(prefcache, prepared, theirs, tmp_path):
     """The cache has the first 20 pairs already, the experiment the first 40, and the source all 60."""
     for n, out in ((20, "runs/some"), (40, "runs/more")):
@@ -111,7 +141,7 @@ def test_rows_of_other_weights_are_refused_by_the_names_of_both(prefcache, prepa
 
 def test_a_place_that_is_no_published_cache_is_refused(prefcache, prepared, theirs, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "there is no reference.json in it" in refuse(prefcache, prepared, "empty", code=2)
+    assert "holds no cache: no reference.json" in refuse(prefcache, prepared, "empty", code=2)
     assert "neither a folder, nor the name of a data set" in refuse(prefcache, prepared, "a/b/c", code=2)
     assert "--revision is for a data set on the hub" in refuse(prefcache, prepared, "theirs", "--revision", "x", code=2)
     (theirs / "reference.json").write_text("{}")
