@@ -89,8 +89,12 @@ class Mirror:
         memo = ListingMemo.recall(self._memo_path(folder))
         known = dict(memo.etags) if memo else {}
         here = {path.name for path in folder.iterdir() if _is_mirrored(path.name)} if folder.is_dir() else set()
-        new = [name for name, found in listed.items() if name not in here or found.etag != known.get(name)]
-        etags = {name: found.etag for name, found in listed.items() if name not in new}
+        listed_etags = {name: _bare_etag(found.etag) for name, found in listed.items()}
+        new = [
+            name for name, etag in listed_etags.items() if name not in here or etag is None or etag != known.get(name)
+        ]
+        is_new = set(new)
+        etags = {name: etag for name, etag in listed_etags.items() if name not in is_new}
         etags |= self._fetch_records(folder, new)
         for name in here - etags.keys():
             self.drop_record(folder, name)
@@ -117,7 +121,7 @@ class Mirror:
             for name, found in zip(names, self.store.parallel(read, names), strict=True):
                 if found is not None:
                     artifact.commit_bytes(artifact.member(folder, name), found[0], durable=False)
-                    etags[name] = found[1]
+                    etags[name] = _bare_etag(found[1])
                 counter.add(1)
         return etags
 
@@ -379,6 +383,11 @@ def show_place(folder: Path) -> str:
 def shards_in(folder: Path) -> list[Path]:
     """List the shard files in a folder."""
     return [path for path in folder.glob("*.parquet") if SHARD_FILE.fullmatch(path.name)]
+
+
+def _bare_etag(etag: str | None) -> str | None:
+    """An ETag without quotes: Azure puts them around it in an answer, and not in a listing."""
+    return None if etag is None else etag.removeprefix("W/").strip('"')
 
 
 def _find_blocks(record: ShardRecord) -> list[Block]:
