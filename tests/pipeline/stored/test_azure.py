@@ -36,7 +36,14 @@ def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--blobPort", f"{port}", "--inMemoryPersistence", "--skipApiVersionCheck", "--silent", "--disableTelemetry"]
+    options = [
+        "--blobPort",
+        f"{port}",
+        "--inMemoryPersistence",
+        "--skipApiVersionCheck",
+        "--silent",
+        "--disableTelemetry",
+    ]
     server = subprocess.Popen(["azurite-blob", *options], cwd=tmp_path)
     try:
         url = f"http://127.0.0.1:{port}"
