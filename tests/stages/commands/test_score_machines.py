@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.machines import Machine, claimants, finish, make_machine, ray_cluster, tree_of, wait_until
 from tests.helpers.project import PREFCACHE, Done, invoke, write_pairs
+from tests.helpers.separate_machines import Machine, claimants, finish, make_machine, ray_cluster, tree_of, wait_until
 from tests.helpers.store_proxy import Request, StoreProxy
 
 N_PAIRS = 300

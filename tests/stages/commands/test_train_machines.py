@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.machines import Machine, finish, make_machine
 from tests.helpers.project import PREFCACHE, Done, invoke, options
+from tests.helpers.separate_machines import Machine, finish, make_machine
 from tests.helpers.stores import use_environment
 
 TRAIN = {"learning_rate": 1e-3, "batch_size": 8, "epochs": 1, "samples": 0, "checkpoints_at_end": "keep"}
