@@ -38,6 +38,7 @@ from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.object_store import ObjectStore, open_store
 from prefcache.pipeline.stored.prepared import Prepared, Sequences
 from prefcache.pipeline.stored.scoring_plan import Plan
+from prefcache.pipeline.stored.signatures import require_key
 
 # After so many deaths at one chunk, or per actor before any has started, scoring fails.
 _MAX_DEATHS = 3
@@ -119,6 +120,8 @@ class ScoringActor:
         _refuse_other_code(work)
         open_inputs = _open_shared if work.disk else _open_own
         reference, prepared, cache = open_inputs(work, self._progress)
+        with _naming_machine("An actor signs what it scores, with the key of score.sign_with on its own machine."):
+            require_key(score.sign_with, None)
         numerics = find_engine(score.engine).numerics(reference, score)
         if numerics != work.numerics:
             raise IdentityError(

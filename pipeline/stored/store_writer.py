@@ -91,7 +91,11 @@ class StoreClaims:
         """Whether a claim's scorer is gone: its process has ended, or it has not touched the claim for a while."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             holder = json.loads(content)
-            if holder["host"] == socket.gethostname() and holder["boot"] == _boot_id() and Path("/proc/self").exists():
+            if (
+                holder["host"] == socket.gethostname()
+                and holder["boot"] == _find_boot()
+                and Path("/proc/self").exists()
+            ):
                 return not Path(f"/proc/{int(holder['pid'])}").exists()
         known, since = self._seen.get(name, (None, 0.0))
         if known != etag:
@@ -104,7 +108,7 @@ class StoreClaims:
             "id": self._id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "boot": _boot_id(),
+            "boot": _find_boot(),
             "time": time.time(),
         }
         return json.dumps(facts).encode()
@@ -199,7 +203,9 @@ class StoreWriter:
         return True
 
 
-def _boot_id() -> str:
+def _find_boot() -> str:
+    """What processes share that can look for one another: the boot of their machine, and in it their container's table of processes."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot, table = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), Path("/proc/self/ns/pid").readlink()
+        return f"{boot} {table}"
     return ""

@@ -1,6 +1,7 @@
 """Claims in an object store, and shards that are sent while the next one is computed."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -57,6 +58,17 @@ def test_the_chunk_of_a_killed_process_of_this_machine_is_free_at_once(claims, s
     done = subprocess.run([sys.executable, "-c", script, s3.url], cwd=ROOT)
     assert done.returncode == -9 and s3.objects()
     assert claims().try_claim(CHUNK)
+
+
+def test_a_process_of_another_container_with_the_same_hostname_is_not_taken_for_dead(claims, s3):
+    one, other = claims(), claims()
+    assert one.try_claim(CHUNK)
+    holder = json.loads(s3.read(f"ref/claims/{CHUNK}"))
+    # Its number means nothing here, where no process has it.
+    elsewhere = {**holder, "pid": 2**22 + 1, "boot": re.sub(r"pid:\[\d+\]", "pid:[1]", holder["boot"])}
+    assert elsewhere["boot"] != holder["boot"]
+    s3.write(f"ref/claims/{CHUNK}", json.dumps(elsewhere).encode())
+    assert not other.try_claim(CHUNK)
 
 
 def test_the_chunk_of_a_machine_that_is_gone_is_free_after_a_while(claims, s3, monkeypatch):

@@ -293,6 +293,12 @@ def test_a_machine_that_may_not_read_the_store_is_named(work, s3, monkeypatch):
             actors.ScoringActor(work).begin()
 
 
+def test_a_machine_without_the_key_to_sign_with_is_named(work):
+    signing = work.config.score.model_copy(update={"sign_with": "keys/mine"})
+    with pytest.raises(UsageError, match=rf"{platform.node()}.*keys/mine.*score.sign_with on its own machine"):
+        actors.ScoringActor(replace(work, config=work.config.model_copy(update={"score": signing}))).begin()
+
+
 def test_what_is_handed_to_other_machines_has_no_credentials(work):
     assert KEY_ID.encode() not in pickle.dumps(work) and SECRET.encode() not in pickle.dumps(work)
 
