@@ -44,6 +44,8 @@ NOT_RUN = {
     "prefcache sign cache --key ~/.ssh/id_ed25519": "it needs a key; tests/stages/commands/test_sign.py makes some",
     "prefcache push runs/demo/trained me/kind": "it needs a hub account; tests/stages/commands/test_push.py pushes to a hub of its own",
 }
+# The object store of the guide, for which a bucket of the test stands.
+STORE = "s3://team/refs"
 # What the README and the chapter on other trainers name on the hub, and what takes its place here.
 HERE = {
     "Qwen/Qwen2.5-0.5B-Instruct": "data/demo/reference",
@@ -183,7 +185,7 @@ def test_the_reference_is_the_same_bytes_wherever_it_is_built(demo, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == built.read_bytes()
 
 
-def test_every_command_of_readme_and_guide_runs(demo):
+def test_every_command_of_readme_and_guide_runs(demo, s3):
     (demo.folder / "runs").mkdir(exist_ok=True)
     pairs = write_pairs(demo.folder / "runs/pairs.jsonl", 32).read_text()
     (demo.folder / "runs/orca.jsonl").write_text(pairs.replace('"prompt"', '"question"'))
@@ -198,7 +200,7 @@ def test_every_command_of_readme_and_guide_runs(demo):
     assert len(ran) - len(NOT_RUN) >= 40
     for command in ran:
         if command not in NOT_RUN:
-            run_as_written(demo, command)
+            run_as_written(demo, command.replace(STORE, s3.url))
     assert not NOT_RUN.keys() - ran.keys()
 
 
