@@ -42,6 +42,15 @@ NOT_RUN = {
     "prefcache fetch data/demo/config.yaml me/log-probs --allowed-signers team.signers": "it needs a hub and a key; "
     "tests/stages/commands/test_fetch.py has both",
     "prefcache sign cache --key ~/.ssh/id_ed25519": "it needs a key; tests/stages/commands/test_sign.py makes some",
+    **dict.fromkeys(
+        (
+            command
+            for block in blocks("sh", CHAPTERS["many-machines"])
+            if "team.yaml" in block
+            for command in commands(block)
+        ),
+        "they need an object store and a second machine; tests/docs/test_many_machines.py has both",
+    ),
     "prefcache push runs/demo/trained me/kind": "it needs a hub account; tests/stages/commands/test_push.py pushes to a hub of its own",
 }
 # The object store of the guide, for which a bucket of the test stands.
