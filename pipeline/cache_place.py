@@ -50,7 +50,7 @@ def local_folder(place: str) -> Path:
 def mirror_folder(url: str) -> Path:
     """The mirror of an object store: PREFCACHE_MIRROR, or prefcache/ in the user's folder for caches, and a name."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    base = Path(os.environ.get(MIRROR_VARIABLE) or Path(home) / "prefcache")
+    base = Path(os.environ.get(MIRROR_VARIABLE) or Path(home) / "prefcache").expanduser().absolute()
     readable = re.sub(r"[^\w.-]+", "-", url.partition("://")[2])[-60:].strip("-.")
     # The same bucket name may be another bucket at another endpoint.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")

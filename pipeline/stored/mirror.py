@@ -73,7 +73,11 @@ class Mirror:
             except FileNotFoundError:
                 return None
 
-        for name, content in zip(names, self.store.parallel(read, names), strict=True):
+        contents = dict(zip(names, self.store.parallel(read, names), strict=True))
+        for path in self.root.glob(f"*/{REFERENCE_FILE}"):
+            if contents.get(path.parent.name) is None:
+                path.unlink(missing_ok=True)
+        for name, content in contents.items():
             path = self.root / name / REFERENCE_FILE
             if content is not None and not (path.is_file() and path.read_bytes() == content):
                 artifact.commit_bytes(path, content, durable=False)
@@ -83,12 +87,13 @@ class Mirror:
         if time.monotonic() - self._refreshed.get(folder.name, -1e9) < older_than:
             return
         begun = time.monotonic()
+        # What another process sends during the listing, which may lack it, is no reason to drop its copy.
+        here = {path.name for path in folder.iterdir() if _is_mirrored(path.name)} if folder.is_dir() else set()
         objects = {found.name.rpartition("/")[2]: found for found in self._list_files(folder)}
         self._sizes[folder.name] = {name: found.size for name, found in objects.items() if SHARD_FILE.fullmatch(name)}
         listed = {name: found for name, found in objects.items() if _is_mirrored(name)}
         memo = ListingMemo.recall(self._memo_path(folder))
         known = dict(memo.etags) if memo else {}
-        here = {path.name for path in folder.iterdir() if _is_mirrored(path.name)} if folder.is_dir() else set()
         listed_etags = {name: _bare_etag(found.etag) for name, found in listed.items()}
         new = [
             name for name, etag in listed_etags.items() if name not in here or etag is None or etag != known.get(name)

@@ -203,6 +203,15 @@ def test_objects_of_other_names_are_left_alone(machine, s3, tmp_path, name):
     assert not list(tmp_path.rglob("evil.json"))
 
 
+def test_a_store_that_was_emptied_is_a_new_cache(machine, s3):
+    here = fill(machine("here"), PAIRS)
+    for name in s3.objects():
+        s3.remove(name)
+    again = machine("here")
+    assert not again.records and list(s3.objects()) == [f"{here.folder.name}/reference.json"]
+    assert values(fill(again, PAIRS)) == EXPECTED == values(machine("there"))
+
+
 # -- several at once -------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +236,23 @@ def test_rows_that_gc_merges_while_they_are_read_are_found(machine, s3):
     gc(machine("third").folder, 1 << 30, old_seconds=-1)  # the shards of the former records go as well
     assert len(names(s3, ".parquet")) == 1
     assert values(there) == EXPECTED and token_lists(reopen(there)) == LISTS
+
+
+def test_what_is_sent_during_a_listing_keeps_its_copy(machine, s3, monkeypatch):
+    cache = fill(machine("here"), PAIRS)
+    mirror = find_mirror(cache.folder)
+    (slots, *_) = cache.plan(PAIRS, ["another"], 90).chunks
+    listing = type(mirror.store).list_objects
+
+    def list_then_send(store, prefix=""):
+        found = listing(store, prefix)
+        monkeypatch.undo()
+        cache.commit(scored(PAIRS, slots), NUMERICS[MINE], MINE, None)
+        return found
+
+    monkeypatch.setattr(type(mirror.store), "list_objects", list_then_send)
+    mirror.refresh(cache.folder)
+    assert len(list(cache.folder.glob("*.parquet"))) == 7 == len(reopen(cache).records)
 
 
 def test_processes_may_share_a_mirror(machine, s3, tmp_path):
