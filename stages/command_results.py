@@ -474,7 +474,6 @@ class SignedCache:
     folder: Path
     signed: int
     already: int
-    statement: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)

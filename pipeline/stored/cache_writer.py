@@ -53,7 +53,6 @@ class CacheWriter:
 
     def __init__(self, cache: Cache, key: SigningKey | None = None) -> None:
         self.cache, self._key = cache, key
-        self._signed: dict[Path, list[SignedRecord]] = {}  # by this writer: statement -> what it lists
         self._listed = set(cache.listed)  # file names of the records that were looked at
         self._merged: list[
             tuple[str, KeyIndex]
@@ -179,19 +178,22 @@ class CacheWriter:
     def sign(self, records: Sequence[SignedRecord], key: SigningKey) -> Path | None:
         """Write a signed statement about these records; return its path, or None if there are none."""
         path = signatures.sign_records(self.cache.folder, self.cache.reference, records, key)
-        if path is not None:
-            self._signed[path] = list(records)
-            if self._mirror is not None:
-                self._mirror.send_files(self.cache.folder, _statement_files(path))
+        if path is not None and self._mirror is not None:
+            self._mirror.send_files(self.cache.folder, _statement_files(path))
         return path
 
     def merge_statements(self) -> None:
-        """Replace the statements of this writer, one for each shard, by one about all: each takes time to verify."""
-        if self._key is None or len(self._signed) < 2:
+        """Replace the statements of the key, by whomever it was used, by one about all: each takes time to verify.
+
+        Others may do the same at the same time: what is deleted is always in a statement that was written before.
+        """
+        if self._key is None:
             return
-        statements, self._signed = self._signed, {}
-        self.sign([record for records in statements.values() for record in records], self._key)
-        for path in statements:
+        statements = signatures.find_signed_by(self.cache.folder, self.cache.reference, self._key)
+        if len(statements) < 2:
+            return
+        merged = self.sign(sorted(set().union(*statements.values()), key=lambda each: each.record), self._key)
+        for path in statements.keys() - {merged}:
             names = _statement_files(path)
             if self._mirror is not None:
                 self._mirror.delete_files(self.cache.folder, names)

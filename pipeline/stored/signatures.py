@@ -7,6 +7,7 @@ is the file of the same name with .sig. Keys, agents, hardware keys and the file
 A checksum shows that a file is as it was written; only a signature shows who wrote it.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -16,7 +17,6 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from prefcache.pipeline.stored.records import STATEMENT_FILE, ReferenceRecord, S
 
 NAMESPACE = "prefcache-cache"
 _MAX_SIGNATURE_BYTES = 1 << 16
+_TRIES = 5
 _TIMEOUT_SECONDS = 120.0  # a hardware key waits for a touch
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 # A passphrase is asked for nowhere: in the middle of a run nobody would answer.
@@ -104,16 +105,14 @@ def describe_bytes(record: ShardRecord, shard: bytes | memoryview) -> SignedReco
     return SignedRecord(record=record.name, sha256=digests[0], shard_sha256=digests[1])
 
 
-def find_signed_by(folder: Path, reference: ReferenceRecord, key: SigningKey) -> set[SignedRecord]:
-    """What valid statements of this key list."""
-    signed: set[SignedRecord] = set()
+def find_signed_by(folder: Path, reference: ReferenceRecord, key: SigningKey) -> dict[Path, set[SignedRecord]]:
+    """The valid statements of this key, and what they list."""
+    signed: dict[Path, set[SignedRecord]] = {}
     for path in list_statements(folder):
-        try:
+        with contextlib.suppress(IntegrityError):
             statement, data = _read(path, reference)
-        except IntegrityError:
-            continue
-        if statement.key == key.fingerprint and _signing_fingerprint(path, data) == key.fingerprint:
-            signed.update(statement.records)
+            if statement.key == key.fingerprint and _signing_fingerprint(path, data) == key.fingerprint:
+                signed[path] = set(statement.records)
     return signed
 
 
@@ -168,17 +167,25 @@ class Signatures:
                 f"There is no file of allowed signers at {allowed_signers}. It has lines such as `ann@example.com ssh-ed25519 AAAA...` "
                 "(man ssh-keygen, ALLOWED SIGNERS)."
             )
-        found = cls(folder, allowed)
-        for path in list_statements(folder):
-            try:
-                statement, data = _read(path, reference)
-                found.signers[path] = _verify(path, data, allowed)
-            except IntegrityError as error:
-                found.refused[path] = str(error)
-                continue
-            for each in statement.records:
-                found.signed.setdefault(each.record, set()).add((each.sha256, each.shard_sha256))
+        for _ in range(_TRIES):
+            found = cls(folder, allowed)
+            statements = list_statements(folder)
+            for path in statements:
+                found._add(path, reference)
+            # A signer may have merged some of them meanwhile: then another one lists what they did.
+            if all(path.exists() for path in statements):
+                break
         return found
+
+    def _add(self, path: Path, reference: ReferenceRecord) -> None:
+        try:
+            statement, data = _read(path, reference)
+            self.signers[path] = _verify(path, data, self.allowed_signers)
+        except IntegrityError as error:
+            self.refused[path] = str(error)
+            return
+        for each in statement.records:
+            self.signed.setdefault(each.record, set()).add((each.sha256, each.shard_sha256))
 
     def why_refused(self, record: ShardRecord) -> str | None:
         """Why nobody vouches for this record and its shard as they are on disk; None if somebody does."""
@@ -217,7 +224,11 @@ def _read(path: Path, reference: ReferenceRecord) -> tuple[Statement, bytes]:
         raise IntegrityError(f"{path} is a link that leads out of its folder")
     statement = Statement.read(path)
     data = statement.seal()
-    if data != path.read_bytes() or path.name != f"signed-{hashlib.sha256(data).hexdigest()[:32]}.json":
+    try:
+        is_as_read = data == path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror})") from None
+    if not is_as_read or path.name != f"signed-{hashlib.sha256(data).hexdigest()[:32]}.json":
         raise IntegrityError(f"{path} is not a statement as it is written: it was changed")
     if statement.model_id != reference.model_id:
         raise IntegrityError(
@@ -291,7 +302,7 @@ def _complaint(done: "subprocess.CompletedProcess[bytes]") -> str:
     return "; ".join(dict.fromkeys(filter(None, lines)))[:300] or f"ssh-keygen ended with {done.returncode}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _temporary_file(data: bytes) -> Iterator[str]:
     """The data as a file of ours, which does not change between two calls."""
     with tempfile.NamedTemporaryFile(prefix="prefcache-", suffix=".sig") as file:

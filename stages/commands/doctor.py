@@ -249,6 +249,9 @@ def _check_scores(config: Config) -> Iterator[Finding]:
         what = f"{next(iter(contradictions.values()))}. Neither is served"
         yield Finding("scores", "problem", what, remedy)
         return
+    for reason in list(cache.unsigned.values())[:1]:
+        what = f"{count(len(cache.unsigned), 'shard')} of {cache.place} not used, because {reason}"
+        yield Finding("scores", "absent", what, f"prefcache sign {cache.place} --key KEY, by somebody whom you trust")
     rows, n_shards = sum(record.rows for record in cache.records), len(cache.records)
     what = f"{cache.place}: {rows:,} sequences in {count(n_shards, 'shard')} (prefcache verify reads every byte)"
     yield Finding("scores", "ok", what)

@@ -158,6 +158,8 @@ def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
                 counter.add(n_tokens)
     finally:
         scorer.close()
+    # Scorers merge their own; actors of Ray do not know when the last one is done.
+    CacheWriter(cache, find_key(score.sign_with)).merge_statements()
 
 
 # -- before a model is loaded ----------------------------------------------------------------------------------------

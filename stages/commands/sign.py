@@ -9,7 +9,7 @@ from prefcache.pipeline.progress import Progress, counting
 from prefcache.pipeline.stored import cache_maintenance, signatures
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
-from prefcache.pipeline.stored.records import REFERENCE_FILE
+from prefcache.pipeline.stored.records import REFERENCE_FILE, SignedRecord
 from prefcache.pipeline.visible_text import count
 
 
@@ -33,12 +33,14 @@ def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> Signe
             f"`prefcache verify {folder}` lists them and says what to do."
         )
     cache = Cache(folder, None, remember="nothing")
-    by_me = signatures.find_signed_by(folder, cache.reference, key)
+    by_me = set[SignedRecord]().union(*signatures.find_signed_by(folder, cache.reference, key).values())
     with counting(f"hash {folder}", len(cache.records), "shards") as counter:
         new = []
         for record in cache.records:
             described = signatures.describe(folder, record)
             new += [] if described in by_me else [described]
             counter.add(1)
-    statement = CacheWriter(cache).sign(new, key)
-    return SignedCache(folder=folder, signed=len(new), already=len(cache.records) - len(new), statement=statement)
+    writer = CacheWriter(cache, key)
+    writer.sign(new, key)
+    writer.merge_statements()
+    return SignedCache(folder=folder, signed=len(new), already=len(cache.records) - len(new))

@@ -96,9 +96,7 @@ def print_gc(result: command_results.GcResult) -> None:
 def print_sign(result: command_results.SignResult) -> None:
     for cache in result.caches:
         already = f", {cache.already:,} were already" if cache.already else ""
-        say(f"{cache.folder}: {count(cache.signed, 'shard')} signed{already}")
-        if cache.statement is not None:
-            say(f"  {cache.statement.name} and {cache.statement.name}.sig, by {result.key}")
+        say(f"{cache.folder}: {count(cache.signed, 'shard')} signed by {result.key}{already}")
 
 
 def print_publish_plan(plan: command_results.PublishPlan) -> None:

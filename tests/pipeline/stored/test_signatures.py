@@ -10,6 +10,7 @@ import pytest
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored import artifact, signatures
+from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.records import Statement
 from prefcache.pipeline.stored.signatures import Signatures, SigningKey, sign_records
 from tests.helpers.caches import MINE, OTHER, PAIRS, Cache, create, fill
@@ -197,6 +198,24 @@ def test_a_record_or_shard_that_was_swapped_after_signing_does_not_count(cache, 
     assert not any(reasons[2:])
 
 
+def test_statements_that_are_merged_while_they_are_read_still_count(cache, ann, allowed, monkeypatch):
+    key, verify, n = SigningKey(ann), signatures._verify, len(cache.records)
+    writer = CacheWriter(cache, key)
+    for record in cache.records:
+        writer.sign([signatures.describe(cache.folder, record)], key)
+    before = signatures.list_statements(cache.folder)
+    assert len(before) == n
+
+    def merge_and_verify(path, data, allowed):
+        if path == before[n // 2]:
+            writer.merge_statements()
+        return verify(path, data, allowed)
+
+    monkeypatch.setattr(signatures, "_verify", merge_and_verify)
+    assert refused(cache, allowed) == [None] * n
+    assert len(signatures.list_statements(cache.folder)) == 1
+
+
 def test_two_people_may_sign_the_same_records(cache, ann, allowed, tmp_path):
     eve = make_key(tmp_path / "eve")
     assert sign(cache, ann) != sign(cache, eve)
@@ -228,14 +247,17 @@ def test_sign_covers_each_shard_once_for_each_key(prefcache, cache, ann, allowed
     first = json.loads(prefcache("sign", "cache", "--key", ann, "--json").stdout)
     assert [(each["signed"], each["already"]) for each in first["caches"]] == [(n, 0)]
     assert not any(refused(cache, allowed))
-    assert f"0 shards signed, {n} were already" in prefcache("sign", "cache", "--key", ann).stdout
+    said = prefcache("sign", "cache", "--key", ann).stdout
+    assert "0 shards signed by SHA256:" in said and f", {n} were already" in said
     more = fill(cache, PAIRS, OTHER)
     (second,) = json.loads(prefcache("sign", more.folder, "--key", ann, "--json").stdout)["caches"]
     assert (second["signed"], second["already"]) == (len(more.records) - n, n)
     eve = make_key(tmp_path / "eve")
     (by_eve,) = json.loads(prefcache("sign", "--key", eve, "--json").stdout)["caches"]
     assert (by_eve["signed"], by_eve["already"]) == (len(more.records), 0)
-    assert len(signatures.list_statements(cache.folder)) == 3
+    # One statement for each key: what Ann had signed before is in her second one, too.
+    assert len(signatures.list_statements(cache.folder)) == 2
+    assert not any(refused(more, allowed)) and not any(refused(more, allow(tmp_path / "only-eve", eve)))
 
 
 def test_a_planted_statement_in_my_name_does_not_keep_me_from_signing(prefcache, cache, ann, tmp_path):

@@ -1,6 +1,7 @@
 """With allowed_signers, only rows that one of them has signed are used: by score, train, sql and report."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.signatures import list_statements
-from tests.helpers.project import options, write_pairs
+from tests.helpers.project import PREFCACHE, options, start, write_pairs
 from tests.helpers.published import rewrite
 from tests.helpers.scored import cache_folder
 from tests.helpers.ssh_keys import allow, make_key
@@ -130,7 +131,18 @@ def test_an_interrupted_scorer_leaves_no_shard_that_is_not_signed(prefcache, pre
     monkeypatch.chdir(tmp_path)
     result = score(prefcache, prepared, *signing)
     assert result["scored"] < N and result["sequences"] == N
-    assert len(list_statements(cache_folder(tmp_path))) == 5
+    assert len(list_statements(cache_folder(tmp_path))) == 1
+    assert score(prefcache, prepared, *signing)["tokens"] == 0
+
+
+@pytest.mark.slow  # three processes, each of which loads PyTorch
+def test_scorers_that_share_the_work_and_a_key_leave_everything_signed(prefcache, prepared, signing, tmp_path):
+    commands = [[PREFCACHE, "score", "-q", "config.yaml", *signing] for _ in range(3)]
+    scorers = [start(*command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert [(each.wait(200), each.communicate()[1]) for each in scorers] == [(0, "")] * 3
+    assert score(prefcache, prepared, *signing)["tokens"] == 0
+    rows = json.loads(prefcache("sql", "select count(*) n from sequences", "runs/tiny", "--json").stdout)
+    assert rows == [{"n": N}]
 
 
 def test_what_is_fetched_is_signed_by_who_fetched_it(prefcache, scored, signing, ann, tmp_path):
