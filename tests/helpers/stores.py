@@ -1,6 +1,7 @@
 """Real S3 servers on this machine, and a bucket of its own for a test."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -91,7 +92,7 @@ class Bucket:
         with StoreProxy(self.server.port, rules, **how) as proxy:
             yield proxy
 
-    @property
+    @functools.cached_property
     def client(self) -> Any:
         """boto3's client, which shares no code with what is tested."""
         import boto3
