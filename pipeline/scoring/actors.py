@@ -44,6 +44,10 @@ from prefcache.pipeline.stored.signatures import require_key
 _MAX_DEATHS = 3
 _START_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
+# An actor that sends to a store is given several chunks, so that it computes the next one meanwhile. What it has sent it says
+# at the latest after the first chunk that ends after this time.
+_CHUNKS_AT_ONCE = 8
+_ANSWER_SECONDS = 10.0
 # Only slots and counts go through Ray's object store: the smallest size that Ray accepts.
 _STORE_BYTES = 80 << 20
 # Read when ray is imported. By default it sends usage statistics and prints to stdout what prefcache reports itself.
@@ -93,7 +97,7 @@ class Message(NamedTuple):
 
 
 class Answer(NamedTuple):
-    n_tokens: int | None  # of the chunk; None if another scorer has claimed it
+    n_tokens: list[int | None]  # of the chunks that the actor came to; None for one that another scorer has claimed
     messages: list[Message]
 
 
@@ -132,11 +136,15 @@ class ScoringActor:
         images = prepared.prompt_images(reference.processor, cache.folder.parent)
         self._scorer = Scorer(score, reference, numerics, cache, sequences, self._progress, images)
         self._scorer.check(list(work.sample))
-        return Answer(None, self._progress.take())
+        return Answer([], self._progress.take())
 
-    def score(self, slots: np.ndarray, wait: bool) -> Answer:
+    def score(self, chunks: list[np.ndarray], wait: bool) -> Answer:
         assert self._scorer is not None
-        return Answer(self._scorer.score(slots, wait), self._progress.take())
+        return Answer(self._scorer.score(chunks, wait, _ANSWER_SECONDS), self._progress.take())
+
+    def merge_statements(self) -> None:
+        assert self._scorer is not None
+        self._scorer.merge_statements()
 
 
 class _RecordedProgress(Progress):
@@ -258,7 +266,7 @@ class Pool:
         )
         self._ray: Any = None
         self._resources = contextlib.ExitStack()
-        self._pending: dict[Any, tuple[Any, int | None]] = {}  # future -> its actor, and the chunk's number
+        self._pending: dict[Any, tuple[Any, list[int]]] = {}  # future -> its actor, and the numbers of its chunks
         self._idle: list[Any] = []
         self._deaths: Counter[int | None] = Counter()
         self._said: set[str] = set()
@@ -284,17 +292,24 @@ class Pool:
         while n_left:
             while self._idle and (todo or taken):
                 wait = not todo
-                number = (taken if wait else todo).popleft()
+                numbers = [taken.popleft()] if wait else [todo.popleft() for _ in range(self._share(len(todo)))]
                 actor = self._idle.pop()
-                self._pending[actor.score.remote(chunks[number], wait)] = actor, number
-            for number, answer in self._answers():
-                if answer is None:
-                    todo.appendleft(number)
-                elif answer.n_tokens is None:
-                    taken.append(number)
-                else:
-                    n_left -= 1
-                    yield answer.n_tokens
+                self._pending[actor.score.remote([chunks[number] for number in numbers], wait)] = actor, numbers
+            for numbers, answer in self._answers():
+                done = answer.n_tokens if answer else []
+                todo.extendleft(reversed(numbers[len(done) :]))
+                for number, n_tokens in zip(numbers, done, strict=False):
+                    if n_tokens is None:
+                        taken.append(number)
+                    else:
+                        n_left -= 1
+                        yield n_tokens
+        if self._work.config.score.sign_with:
+            self._ray.get([actor.merge_statements.remote() for actor in self._idle])
+
+    def _share(self, n_todo: int) -> int:
+        """How many chunks to give to an actor at once: fewer towards the end, where others would wait for it."""
+        return min(_CHUNKS_AT_ONCE, max(1, n_todo // (2 * self._n_actors))) if self._is_remote else 1
 
     def close(self) -> None:
         try:
@@ -313,7 +328,7 @@ class Pool:
             raise UsageError(
                 f"score.ray: Ray refuses these options of an actor ({_shorten(error)}). See score.ray.options."
             ) from None
-        self._pending[actor.begin.remote()] = actor, None
+        self._pending[actor.begin.remote()] = actor, []
         return actor
 
     def _warn_if_none_starts(self, actors: list[Any]) -> None:
@@ -327,14 +342,14 @@ class Pool:
                 f"{', '.join(f'{name} {has.get(name, 0):g}' for name in ('CPU', 'GPU'))}. Still waiting."
             )
 
-    def _answers(self) -> Iterator[tuple[int, Answer | None]]:
-        """Wait for answers; yield each chunk's number with its answer, or with None if its actor died.
+    def _answers(self) -> Iterator[tuple[list[int], Answer | None]]:
+        """Wait for answers; yield the numbers of the chunks with the answer, or with None if the actor died.
 
         An actor that has answered is idle; a dead one is replaced.
         """
         done, _ = self._ray.wait(list(self._pending))
         for future in done:
-            actor, number = self._pending.pop(future)
+            actor, numbers = self._pending.pop(future)
             answer: Answer | None = None
             try:
                 answer = self._ray.get(future)
@@ -342,11 +357,11 @@ class Pool:
                 # The actor's own error, as if it had been raised here.
                 raise error.cause from error
             except self._ray.exceptions.RayError as error:
-                self._count_death(number, error)
+                self._count_death(numbers[0] if numbers else None, error)
                 self._start_actor()
             if answer is not None:
                 self._idle.append(actor)
-                if number is None:
+                if not numbers:
                     self._deaths[None] = 0
                 for text, is_warning in answer.messages:
                     if is_warning:
@@ -354,8 +369,8 @@ class Pool:
                     elif text not in self._said:  # once for all actors
                         self._said.add(text)
                         self._progress.say(text)
-            if number is not None:
-                yield number, answer
+            if numbers:
+                yield numbers, answer
 
     def _count_death(self, number: int | None, error: Exception) -> None:
         if getattr(error, "actor_init_failed", False):

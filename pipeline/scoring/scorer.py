@@ -5,7 +5,9 @@ so none waits for one that died. A chunk is claimed before it is computed, and i
 """
 
 import itertools
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,14 +97,26 @@ class Scorer:
                 chunks = taken
         finally:
             self._writer.flush()
-        self._writer.merge_statements()
+        self.merge_statements()
 
-    def score(self, slots: np.ndarray, wait: bool) -> int | None:
-        """Score a chunk and return its tokens. Return None if another scorer has claimed it, unless `wait` waits for it."""
+    def score(self, chunks: Sequence[np.ndarray], wait: bool, seconds: float = math.inf) -> list[int | None]:
+        """Score chunks one after another, until the time is over; return the tokens of those that it came to.
+
+        None stands for a chunk that another scorer has claimed, unless `wait` waits for it.
+        """
+        n_tokens, until = list[int | None](), time.monotonic() + seconds
         try:
-            return self._score_chunk(slots, wait)
+            for slots, following in itertools.zip_longest(chunks, chunks[1:]):
+                n_tokens.append(self._score_chunk(slots, wait, following))
+                if time.monotonic() > until:
+                    break
         finally:
             self._writer.flush()
+        return n_tokens
+
+    def merge_statements(self) -> None:
+        """Replace the signed statements about single shards by one about all that this scorer has written."""
+        self._writer.merge_statements()
 
     def _score_chunk(self, slots: np.ndarray, wait: bool, following: np.ndarray | None = None) -> int | None:
         """Score a chunk, which an object store may not have yet when this returns; claim the following one meanwhile."""

@@ -266,9 +266,11 @@ def test_an_actor_scores_with_its_machines_model_into_the_store(work, s3, tmp_pa
     actor = actors.ScoringActor(work)
     said = [message.text for message in actor.begin().messages]
     assert any("of the plain float32 forward (2 sequences)" in text for text in said)
-    assert actor.score(np.arange(6), wait=False).n_tokens > 0
+    n_tokens = actor.score([np.arange(6), np.arange(6, 12)], wait=False).n_tokens
+    assert len(n_tokens) == 2 and all(n_tokens)
     names = [name for name in s3.objects() if not name.startswith("prepared/")]
-    assert sorted(name.rpartition(".")[2] for name in names) == ["json", "json", "parquet"]  # and no claim is left
+    # Both have arrived, and no claim is left.
+    assert sorted(name.rpartition(".")[2] for name in names) == ["json"] * 3 + ["parquet"] * 2
 
 
 def test_a_machine_without_the_model_is_named_with_what_it_lacks(work, tmp_path):
