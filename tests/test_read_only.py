@@ -101,6 +101,8 @@ HEAVY = [
     "from-llamafactory|{o}/llamafactory.yaml",
     "losses",
     "formats",
+    "publish|{c}|me/rows|--dry-run",
+    "fetch|{c}|{p}/cache|--dry-run",
 ]
 
 

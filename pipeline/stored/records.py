@@ -61,6 +61,14 @@ _SHARD_NAME = r"(merged-)?[0-9a-f]{32}"
 SHARD_FILE = re.compile(rf"{_SHARD_NAME}-[0-9a-f]{{8}}\.parquet")
 SHARD_RECORD_FILE = re.compile(rf"{_SHARD_NAME}\.json")
 STATEMENT_FILE = re.compile(r"signed-[0-9a-f]{32}\.json")
+
+
+def is_cache_file(name: str) -> bool:
+    """Whether this is the name of a shard, of its record, or of a signed statement."""
+    names = (SHARD_FILE, SHARD_RECORD_FILE, STATEMENT_FILE)
+    return any(pattern.fullmatch(name.removesuffix(".sig")) for pattern in names)
+
+
 Tree = dict[str, Any]  # settings and the like: compared key by key and shown
 
 

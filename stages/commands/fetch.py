@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -61,8 +62,10 @@ def run(
     key = None if dry_run else require_key(config.score.sign_with, config.signers_file)
     allowed_signers = allowed_signers or config.signers_file
     wanted = _Wanted.find(prepared, cache)
-    with artifact.scratch_folder(Path(config.out) / "fetched") as scratch:
-        source = _open_source(place, revision, scratch, described["model_id"])
+    # A dry run changes nothing, not even for a moment.
+    folder = tempfile.TemporaryDirectory() if dry_run else artifact.scratch_folder(Path(config.out) / "fetched")
+    with folder as scratch:
+        source = _open_source(place, revision, Path(scratch), described["model_id"])
         with _naming(source):
             published = ReferenceRecord.read(source.folder / REFERENCE_FILE)
             if not is_same_model(published.model_id, reference, root, remember=not dry_run):

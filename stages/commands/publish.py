@@ -1,17 +1,17 @@
 """publish: send the reference's log-probs of a config's data to the hub as a data set, and only when asked."""
 
+import copy
 import hashlib
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import disable_progress_bars
 
 from prefcache.command_results import PublishPlan, PublishResult
@@ -24,18 +24,12 @@ from prefcache.pipeline.stored import artifact, cache_maintenance, shards, signa
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
-from prefcache.pipeline.stored.mirror import find_mirror
 from prefcache.pipeline.stored.prepared import Prepared, sequence_table
-from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord, ScoredManifest, ShardRecord
+from prefcache.pipeline.stored.records import REFERENCE_FILE, Parity, ReferenceRecord, ShardRecord, is_cache_file
 from prefcache.pipeline.stored.scored import require_scored
 from prefcache.pipeline.visible_text import count, visible
 
 CARD = "README.md"
-_HEX = "[0-9a-f]"
-# What an earlier publication may have left in the repository, as fnmatch has it: other shards, with rows that do not belong now.
-_OURS = [f"{merged}{_HEX * 32}{end}" for merged in ("", "merged-") for end in (".json", f"-{_HEX * 8}.parquet")] + [
-    f"signed-{_HEX * 32}.json{end}" for end in ("", ".sig")
-]
 
 
 def run(
@@ -54,68 +48,100 @@ def run(
     key = None if key_file is None else signatures.SigningKey(key_file)
     if key is not None:
         signatures.refuse_unusable_key(key, None)
-    with artifact.scratch_folder(Path(config.out) / "published") as folder:
+    # A dry run changes nothing, not even for a moment.
+    scratch = tempfile.TemporaryDirectory() if dry_run else artifact.scratch_folder(Path(config.out) / "published")
+    with scratch as name_of_folder:
+        folder = Path(name_of_folder)
         collected = _collect(folder, cache, prepared, manifest.accepted_numerics, _public_name(config))
         if key is not None:
-            described = [signatures.describe(folder, record) for record in collected.records]
+            described = [signatures.describe(part.folder, record) for part, record in collected.shards]
             signatures.sign_records(folder, collected.reference, described, key)
-        card = _render_card(config, name, prepared, manifest, collected, license_id, is_signed=key is not None)
+        card = _render_card(config, name, prepared, collected, license_id, is_signed=key is not None)
         (folder / CARD).write_text(card, encoding="utf-8")
-        plan = _describe(folder, name, cache, collected, dry_run)
-        progress.say(f"publish: {len(plan.files)} files, {plan.bytes:,} bytes, {count(plan.rows, 'row')}, to {name}")
+        files = collected.list_files()
+        plan = _describe(name, collected, files, dry_run)
+        progress.say(f"publish: {len(files)} files, {plan.bytes:,} bytes, {count(plan.rows, 'row')}, to {name}")
         _warn_about_paths(collected, progress)
-        return plan if dry_run else _send(folder, name, public, plan, collected.reference)
+        return plan if dry_run else _send(name, public, plan, files, collected.reference)
 
 
 # -- what is published -----------------------------------------------------------------------------------------------
 
 
-def _collect(folder: Path, cache: Cache, prepared: Prepared, accepted: list[str], name: str) -> Cache:
-    """Fill the folder with a cache of the prepared sequences' rows alone, and return it, verified."""
+@dataclass(frozen=True)
+class _Collected:
+    """The prepared sequences' rows: shards of the cache as they are, and in a temporary folder those written anew."""
+
+    reference: ReferenceRecord
+    kept: Cache
+    rewritten: Cache
+
+    @property
+    def shards(self) -> list[tuple[Cache, ShardRecord]]:
+        return [(part, record) for part in (self.kept, self.rewritten) for record in part.records]
+
+    @property
+    def numerics(self) -> dict[str, dict[str, str]]:
+        return self.kept.numerics() | self.rewritten.numerics()
+
+    @property
+    def n_rows(self) -> int:
+        return sum(record.rows for _, record in self.shards)
+
+    def worst_parity(self, numerics_id: str) -> Parity | None:
+        found = [part.worst_parity([numerics_id]) for part in (self.kept, self.rewritten)]
+        return max((each for each in found if each), key=lambda parity: parity.max, default=None)
+
+    def count_tokens(self) -> int:
+        columns = (part.read(record, ["n_completion"])["n_completion"] for part, record in self.shards)
+        return sum(int(column.to_numpy().sum(dtype=np.int64)) for column in columns)
+
+    def list_files(self) -> dict[str, Path]:
+        """What is sent: its names there, and where it is here."""
+        written = {path.name: path for path in sorted(self.rewritten.folder.iterdir()) if path.is_file()}
+        kept = [name for record in self.kept.records for name in (record.file, record.name)]
+        return written | {name: self.kept.folder / name for name in kept}
+
+
+def _collect(folder: Path, cache: Cache, prepared: Prepared, accepted: list[str], name: str) -> _Collected:
+    """Find the shards with rows of the prepared sequences, write those anew that have others too, and verify all."""
     reference = ReferenceRecord.make(**{**cache.reference.facts(), "name": name})
     reference.commit(folder / REFERENCE_FILE, durable=False)
     index = KeyIndex(read_keys([sequence_table(prepared.table())["key"]]))
     writer = CacheWriter(Cache(folder, reference.model_id, remember="nothing"))
-    records = [record for record in cache.records if record.numerics_id in accepted]
+    records, whole = [record for record in cache.records if record.numerics_id in accepted], []
     with counting(f"read {cache.place}", sum(record.rows for record in records), "rows") as counter:
         for record in records:
-            _add_rows(writer, cache, record, index)
+            places, _ = index.find(shards.read_values(cache.folder, record)[0])
+            if len(places) == record.rows:
+                whole.append(record)
+            elif len(places):
+                rows = cache.read(record).cast(CACHE).take(pa.array(np.sort(places)))
+                parity = record.parity.facts() if record.parity else None
+                writer.commit(rows, record.numerics, record.numerics_id, parity)
             counter.add(record.rows)
-    collected = Cache(folder, reference.model_id, every_byte=True, remember="nothing")
-    collected.refuse_damage()
-    cache_maintenance.refuse_impossible(collected)
-    missing = len(index) - _count_keys(collected, index)
-    if missing:
-        raise IntegrityError(
-            f"{cache.place} has lost {count(missing, 'row')} since it was scored. Score again (prefcache score CONFIG)."
-        )
+    kept = copy.copy(cache)
+    kept.records = whole
+    kept.fetch_shards()
+    collected = _Collected(reference, kept, Cache(folder, reference.model_id, every_byte=True, remember="nothing"))
+    _refuse_bad_rows(collected, index)
     return collected
 
 
-def _add_rows(writer: CacheWriter, cache: Cache, record: ShardRecord, index: KeyIndex) -> None:
-    """Copy a shard all of whose rows belong to the data, bytes and name alike; of another, commit those rows."""
-    keys, _ = shards.read_values(cache.folder, record)
-    places, _ = index.find(keys)
-    if len(places) == record.rows:
-        if (mirror := find_mirror(cache.folder)) is not None:
-            mirror.fetch(cache.folder, [record])
-        for file in (record.file, record.name):
-            _link_or_copy(cache.folder / file, artifact.member(writer.cache.folder, file))
-    elif len(places):
-        rows = cache.read(record).cast(CACHE).take(pa.array(np.sort(places)))
-        writer.commit(rows, record.numerics, record.numerics_id, record.parity.facts() if record.parity else None)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
-
-
-def _count_keys(cache: Cache, index: KeyIndex) -> int:
-    has_row, _, _ = cache.find_rows(index, list(cache.numerics()))
-    return int(has_row.sum())
+def _refuse_bad_rows(collected: _Collected, index: KeyIndex) -> None:
+    """IntegrityError unless every sequence has a row, and every row is one that a scorer can have written."""
+    has_row = np.zeros(len(index), bool)
+    for part in (collected.kept, collected.rewritten):
+        for record in part.records:
+            if reason := artifact.damage(part.folder, record):
+                raise IntegrityError(f"{part.place}/{record.file} {reason}. Score again (prefcache score CONFIG).")
+        part.refuse_damage()
+        cache_maintenance.refuse_impossible(part)
+        has_row |= part.find_rows(index, list(part.numerics()))[0]
+    if missing := int((~has_row).sum()):
+        raise IntegrityError(
+            f"{collected.kept.place} has lost {count(missing, 'row')} since it was scored. Score again (prefcache score CONFIG)."
+        )
 
 
 def _public_name(config: Config) -> str:
@@ -131,9 +157,9 @@ def _without_folders(name: str) -> str:
     return name
 
 
-def _warn_about_paths(collected: Cache, progress: Progress) -> None:
+def _warn_about_paths(collected: _Collected, progress: Progress) -> None:
     """Name paths in what identifies the numerics, which cannot be left out: a server's model is often named by its folder."""
-    for numerics in collected.numerics().values():
+    for numerics in collected.numerics.values():
         for key, value in numerics.items():
             if value.startswith(("/", "~")) or "\\" in value:
                 progress.warn(f"the numerics of these rows name {key} {value}, and this is published with them")
@@ -146,8 +172,7 @@ def _render_card(
     config: Config,
     name: str,
     prepared: Prepared,
-    manifest: ScoredManifest,
-    collected: Cache,
+    collected: _Collected,
     license_id: str | None,
     *,
     is_signed: bool,
@@ -161,13 +186,12 @@ def _render_card(
         **({} if is_local else {"base_model": config.model}),
         "tags": ["prefcache", "log-probs", "preference-tuning"],
     }
-    n_rows = sum(record.rows for record in collected.records)
     facts = [
         ("reference", reference.name),
         *([] if is_local or config.revision is None else [("revision", config.revision)]),
         ("identity (model_id)", reference.model_id),
-        ("sequences", f"{n_rows:,}"),
-        ("tokens of their answers", f"{_count_tokens(collected):,}"),
+        ("sequences", f"{collected.n_rows:,}"),
+        ("tokens of their answers", f"{collected.count_tokens():,}"),
         ("prepared data", prepared.id),
         ("tokenizer", prepared.manifest.inputs.tokenizer_id),
         ("chat template", _hash_template(prepared.manifest.template)),
@@ -191,28 +215,19 @@ def _render_card(
     return "\n\n".join(lines) + "\n"
 
 
-def _numerics_facts(collected: Cache) -> Iterator[tuple[str, str]]:
-    for numerics_id, numerics in sorted(collected.numerics().items()):
-        rows = sum(record.rows for record in collected.records if record.numerics_id == numerics_id)
+def _numerics_facts(collected: _Collected) -> Iterator[tuple[str, str]]:
+    for numerics_id, numerics in sorted(collected.numerics.items()):
+        rows = sum(record.rows for _, record in collected.shards if record.numerics_id == numerics_id)
         described = ", ".join(f"{key} {value}" for key, value in numerics.items())
         yield f"computed by ({numerics_id})", f"{described}; {rows:,} rows"
-        if parity := collected.worst_parity([numerics_id]):
-            of = f" of {parity.of}" if parity.of else ""
-            yield (
-                "deviation from the plain float32 forward",
-                (f"at most {parity.max:.2g} nats{of or ' of a token'}, on {parity.sequences:,} sequences"),
-            )
+        if parity := collected.worst_parity(numerics_id):
+            of = f" of {parity.of}" if parity.of else " of a token"
+            measured = f"at most {parity.max:.2g} nats{of}, on {parity.sequences:,} sequences"
+            yield "deviation from the plain float32 forward", measured
 
 
 def _hash_template(template: str | None) -> str:
     return "none: plain text" if template is None else f"sha256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
-
-
-def _count_tokens(collected: Cache) -> int:
-    return sum(
-        int(collected.read(record, ["n_completion"])["n_completion"].to_numpy().sum(dtype=np.int64))
-        for record in collected.records
-    )
 
 
 def _cell(text: str) -> str:
@@ -222,44 +237,46 @@ def _cell(text: str) -> str:
 # -- sending ---------------------------------------------------------------------------------------------------------
 
 
-def _describe(folder: Path, name: str, cache: Cache, collected: Cache, dry_run: bool) -> PublishPlan:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    kept = {record.file for record in cache.records}
+def _describe(name: str, collected: _Collected, files: dict[str, Path], dry_run: bool) -> PublishPlan:
+    sizes = {each: path.stat().st_size for each, path in sorted(files.items())}
     return PublishPlan(
         dry_run=dry_run,
         hub=name,
-        rows=sum(record.rows for record in collected.records),
-        shards=len(collected.records),
-        rewritten=sum(record.file not in kept for record in collected.records),
-        bytes=sum(files.values()),
-        files=files,
+        rows=collected.n_rows,
+        shards=len(collected.shards),
+        rewritten=len(collected.rewritten.records),
+        bytes=sum(sizes.values()),
+        files=sizes,
     )
 
 
-def _send(folder: Path, name: str, public: bool, plan: PublishPlan, reference: ReferenceRecord) -> PublishResult:
+def _send(
+    name: str, public: bool, plan: PublishPlan, files: dict[str, Path], reference: ReferenceRecord
+) -> PublishResult:
     disable_progress_bars()  # one for each file
     with hub_errors(f"{name} was not published", "write"):
-        _refuse_other_reference(name, reference)
+        there = _refuse_other_reference(name, reference)
+        # Of an earlier publication: other shards, with rows that do not belong now.
+        stale = [each for each in there if each not in files and is_cache_file(each)]
         api = HfApi()
         repository = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
+        added = [CommitOperationAdd(each, path) for each, path in files.items()]
         with working("upload"):
-            commit = api.upload_folder(
+            commit = api.create_commit(
                 repo_id=repository.repo_id,
                 repo_type="dataset",
-                folder_path=folder,
-                allow_patterns=list(plan.files),
-                delete_patterns=_OURS,
+                operations=[*added, *(CommitOperationDelete(each) for each in stale)],
                 commit_message=f"{count(plan.rows, 'row')} of {reference.name}@{reference.model_id[:8]}, by prefcache",
             )
     return PublishResult(plan=plan, url=str(repository), commit=commit.oid)
 
 
-def _refuse_other_reference(name: str, reference: ReferenceRecord) -> None:
-    """Refuse to replace what was published of another reference, or a data set that is something else."""
+def _refuse_other_reference(name: str, reference: ReferenceRecord) -> list[str]:
+    """Return the files that are there; refuse to replace another reference's, or a data set that is something else."""
     with tempfile.TemporaryDirectory() as folder:
         files = list_files(name)
         if not set(files) - {CARD, ".gitattributes"}:
-            return
+            return files
         if REFERENCE_FILE not in files:
             raise UsageError(f"{name} exists and is not a published cache. Name another data set.")
         published = ReferenceRecord.read(download_file(name, REFERENCE_FILE, Path(folder)), "Name another data set.")
@@ -268,3 +285,4 @@ def _refuse_other_reference(name: str, reference: ReferenceRecord) -> None:
             f"{name} holds log-probs of {published.name}@{published.model_id[:8]}, and these are of "
             f"{reference.name}@{reference.model_id[:8]}. Name another data set for them."
         )
+    return files

@@ -343,7 +343,8 @@ def test_only_shards_with_a_needed_row_are_fetched_from_the_hub(publish_and_fetc
     run("publish", "-q", scored, "me/rows")
     names = {file.name for file in tmp_path.glob("cache/*/*.parquet")}
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().splitlines(keepends=True)[0])
-    settings = ["--set", "out=runs/one", "--set", "cache=mine", "--set", "prepare.held_out=0"]
+    # Other tests compare a sample; without one, PyTorch is not loaded.
+    settings = options("out=runs/one", "cache=mine", "prepare.held_out=0", "score.parity_sample=0")
     prefcache("prepare", "-q", scored, *settings)
     hub.served.clear()
     result = json.loads(run("fetch", "-q", scored, "me/rows", *settings, "--json").stdout)
