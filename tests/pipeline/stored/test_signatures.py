@@ -1,5 +1,6 @@
 """Only what an allowed signer has signed counts as signed, whatever else lies in a cache's folder."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from prefcache.pipeline.stored import artifact, signatures
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.records import Statement
 from prefcache.pipeline.stored.signatures import Signatures, SigningKey, sign_records
-from tests.helpers.caches import MINE, OTHER, PAIRS, Cache, create, fill
+from tests.helpers.caches import BUDGET, MINE, MODEL, NUMERICS, OTHER, PAIRS, Cache, create, fill, scored
+from tests.helpers.kills import killed_at
 from tests.helpers.ssh_keys import agent, allow, make_key
 
 
@@ -214,6 +216,29 @@ def test_statements_that_are_merged_while_they_are_read_still_count(cache, ann, 
     monkeypatch.setattr(signatures, "_verify", merge_and_verify)
     assert refused(cache, allowed) == [None] * n
     assert len(signatures.list_statements(cache.folder)) == 1
+
+
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_wherever_a_signing_scorer_is_killed_no_record_stands_unsigned(tmp_path, ann, allowed, stride):
+    key, n_killed = SigningKey(ann), 0
+    for step in itertools.count(0, stride):
+        empty = create(tmp_path / str(step))
+        rows = scored(PAIRS, empty.plan(PAIRS, [MINE], BUDGET).chunks[0])
+
+        def commit(cache, rows=rows):
+            writer = CacheWriter(cache, key)
+            if not writer.has_chunk(rows["key"].to_pylist(), MINE):
+                writer.commit(rows, NUMERICS[MINE], MINE, None)
+
+        was_killed = killed_at(step, lambda cache=empty, commit=commit: commit(cache))
+        n_killed += was_killed
+        reopened = Cache(empty.folder, MODEL, allowed_signers=allowed)
+        assert not reopened.unsigned and not reopened.damaged
+        commit(reopened)
+        assert [each.rows for each in Cache(empty.folder, MODEL, allowed_signers=allowed).records] == [len(rows)]
+        if not was_killed:
+            break
+    assert n_killed > 20 // stride
 
 
 def test_two_people_may_sign_the_same_records(cache, ann, allowed, tmp_path):

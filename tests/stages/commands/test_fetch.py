@@ -14,6 +14,7 @@ from prefcache.pipeline.stored import artifact, shards
 from prefcache.pipeline.stored.records import ShardRecord
 from tests.helpers import vision_models
 from tests.helpers.hub import client_settings, run_hub
+from tests.helpers.kills import killed_at
 from tests.helpers.project import options, pair, write_config
 from tests.helpers.published import rewrite
 from tests.helpers.scored import cache_folder
@@ -129,6 +130,20 @@ def test_rows_of_other_numerics_are_used_where_they_are_accepted(prefcache, prep
     assert numerics_id in prefcache("score", "-q", prepared, code=5).stderr
     scored = json.loads(prefcache("score", "-q", prepared, "--json", *result["use"].split()).stdout)
     assert (scored["scored"], scored["tokens"]) == (0, 0)
+
+
+@pytest.mark.slow  # a fetch for each of 40 steps on the disk
+def test_a_fetch_that_is_killed_is_continued_and_takes_no_row_twice(prefcache, prepared, theirs, tmp_path):
+    command = ["fetch", prepared, "theirs", "--set", "score.parity_sample=0"]
+    n_killed = 0
+    for step in range(0, 400, 10):
+        n_killed += killed_at(step, lambda: prefcache(*command))
+        prefcache(*command)
+        folder = cache_folder(tmp_path)
+        assert sum(len(pq.read_table(file)) for file in folder.glob("*.parquet")) == len(values(folder)) == N
+        assert json.loads(prefcache("verify", "--json").stdout)["damaged"] == 0
+        shutil.rmtree(tmp_path / "cache")
+    assert n_killed > 10
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
