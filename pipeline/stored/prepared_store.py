@@ -133,7 +133,10 @@ def _fetch_files(store: ObjectStore, prepared_id: str, folder: Path, missing: li
     for entry in missing:
         if (size := sizes.get(entry.file)) != entry.bytes:
             found = "is missing" if size is None else f"has {size} bytes, {entry.bytes} were written"
-            raise IntegrityError(f"{url}/{entry.file} {found}. {_remedy(url)}")
+            raise IntegrityError(
+                f"{url}/{entry.file} {found}. Send it again from where it was prepared (prefcache upload CONFIG): only that is "
+                "transferred."
+            )
 
     def fetch(entry: FileEntry) -> int:
         name, path = _name(prepared_id, entry.file), artifact.member(folder, entry.file)

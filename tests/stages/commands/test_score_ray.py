@@ -36,6 +36,7 @@ from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.prepared_store import send_prepared
 from tests.helpers.project import PREFCACHE, Done, start, write_pairs
 from tests.helpers.scored import fingerprint, rows_of
+from tests.helpers.ssh_keys import make_key
 from tests.helpers.store_proxy import Fault, Rule
 from tests.helpers.stores import KEY_ID, SECRET, use_environment
 
@@ -271,6 +272,17 @@ def test_an_actor_scores_with_its_machines_model_into_the_store(work, s3, tmp_pa
     names = [name for name in s3.objects() if not name.startswith("prepared/")]
     # Both have arrived, and no claim is left.
     assert sorted(name.rpartition(".")[2] for name in names) == ["json"] * 3 + ["parquet"] * 2
+
+
+def test_an_actor_signs_with_its_machines_key_and_at_the_end_once_for_all(work, s3, tmp_path):
+    make_key(tmp_path / "there/mine")
+    signing = work.config.score.model_copy(update={"sign_with": "mine"})
+    actor = actors.ScoringActor(replace(work, config=work.config.model_copy(update={"score": signing})))
+    actor.begin()
+    actor.score([np.arange(6), np.arange(6, 12)], wait=False)
+    assert len([name for name in s3.objects() if name.endswith(".sig")]) == 2
+    actor.merge_statements()
+    assert len([name for name in s3.objects() if name.endswith(".sig")]) == 1
 
 
 def test_a_machine_without_the_model_is_named_with_what_it_lacks(work, tmp_path):
