@@ -169,3 +169,13 @@ def test_scorers_on_machines_of_their_own_share_the_chunks(undisturbed, url, mod
         if launch == "three by hand":
             again = machines[0][0].run("score", "config.yaml", "--json")
             assert json.loads(again.stdout)["scored"] == 0 and "nothing to do" in again.stderr
+
+
+@pytest.mark.slow  # Ray takes ten seconds to start
+def test_actors_on_the_machine_of_the_command_share_its_mirror(undisturbed, url, model, s3, tmp_path):
+    machine = add_machine(tmp_path / "only", model, s3.environment, s3, url)
+    with ray_folder() as temporary:
+        done = machine.run("score", "config.yaml", "--set", "score.ray.actors=2", "--json", RAY_TMPDIR=str(temporary))
+    assert json.loads(done.stdout)["scored"] == 2 * N_PAIRS
+    assert shards_and_records(s3, s3.url) == undisturbed
+    assert not [name for name in s3.objects() if "/claims/" in name]
