@@ -63,7 +63,7 @@ DATA_STAMP := $(out)/.settings
 RUN_STAMP := $(out)/.settings-$(run)
 
 .DEFAULT_GOAL := help
-phony := prepare score train report test test-slow mutants lint architectures vllm localstack bench-prepare bench-startup bench-cache bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-images bench-gpu gpu-ledger compare-tokenizers real help always
+phony := prepare score train report test test-slow mutants lint architectures vllm localstack bench-prepare bench-startup bench-cache bench-store bench-score bench-train bench-sharing bench-bf16 bench-turns bench-trl bench-sql bench-ui bench-images bench-gpu gpu-ledger compare-tokenizers real help always
 .PHONY: $(phony)
 
 prepare: $(PREPARED)
@@ -180,6 +180,8 @@ bench-startup: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.startup
 bench-cache: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.cache
+bench-store: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.bench.store
 bench-score: $(TEST_INSTALLED)
 	$(BIN)/python -m tests.bench.score
 bench-train: $(TEST_INSTALLED)

@@ -75,6 +75,28 @@ def test_bench_prepare_measures_memory(name):
     )
 
 
+@pytest.mark.slow
+def test_bench_store_counts_and_prices_what_it_reads(tmp_path: Path):
+    options = "--only reading --rows 20000 --shard-rows 4000 --folder"
+    printed = bench("tests.bench.store", *options.split(), str(tmp_path))
+    # A listing of the folders and one of the only folder's objects; reference.json and the records of 5 shards.
+    assert re.search(r"open, cold .* \(6 get, 2 list\)", printed) and re.search(
+        r"open, warm .* \(1 get, 2 list\)", printed
+    )
+    # 2 lists at 0.005 USD and 6 gets at 0.0004 USD for a thousand.
+    assert "0.00001 USD  (6 get, 2 list)" in printed
+    megabytes = dict(re.findall(r"1% (.*?) +[\d.]+ s +([\d.]+) MB received", printed))
+    assert float(megabytes["of few shards: lists"]) < float(megabytes["spread evenly: lists"]) / 2
+    assert megabytes["spread evenly: lists, warm"] == "0.0"
+
+
+@pytest.mark.slow
+def test_bench_store_times_what_scoring_takes_longer(tmp_path: Path):
+    options = "--only scoring --chunks 4 --pass-tokens 512 --folder"
+    printed = bench("tests.bench.store", *options.split(), str(tmp_path))
+    assert re.search(r"the store adds [\d.]+ s to 4 chunks of 2.5 s: [\d.]+%; -?[\d.]+ s for each further one", printed)
+
+
 def test_bench_ui_clicks_everything(tmp_path: Path):
     printed = bench("tests.bench.ui", "--examples", "3000", "--folder", str(tmp_path))
     rows = dict(re.findall(r"^  (.+?) +[\d.]+ s +[\d,]+ MiB +([\d,]+) rows$", printed, re.MULTILINE))

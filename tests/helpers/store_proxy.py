@@ -101,6 +101,7 @@ class StoreProxy:
         self.latency = latency
         self.bytes_per_second = bytes_per_second
         self.on_request: Callable[[Request], None] | None = None  # called before a request is forwarded
+        self.answer: Callable[[Request, bytes], Answer] | None = None  # instead of the server
         self.requests: Counter[str] = Counter()
         self.injected: Counter[Fault] = Counter()
         self.bytes: Counter[str] = Counter()  # of bodies: received by the client, sent by it
@@ -208,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._drop()
         if proxy.on_request:
             proxy.on_request(request)
-        answer = self._forward(body)
+        answer = self._forward(body) if proxy.answer is None else proxy.answer(request, body)
         match rule and rule.fault:
             case Fault.LOST_ANSWER:
                 return self._answer(_error(500, "InternalError", "We encountered an internal error."))
