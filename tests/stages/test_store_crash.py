@@ -96,12 +96,16 @@ class Machines:
 
 
 @pytest.mark.parametrize(
-    ("n_kills", "n_pairs"), [(20, 640), pytest.param(200, 8000, marks=pytest.mark.slow)], ids=["20", "200"]
+    ("n_kills", "n_pairs", "chunk_seconds"),
+    [(20, 640, 0.1), pytest.param(200, 3200, 0.25, marks=pytest.mark.slow)],
+    ids=["20", "200"],
 )
-def test_scorers_killed_over_a_store_lose_and_double_nothing(s3, tmp_path, monkeypatch, n_kills, n_pairs):
+def test_scorers_killed_over_a_store_lose_and_double_nothing(
+    s3, tmp_path, monkeypatch, n_kills, n_pairs, chunk_seconds
+):
     table = pairs(n_pairs)
     with s3.through_proxy(faults_in(0.05), seed=1) as proxy:
-        machines = Machines(s3, proxy, tmp_path, n_pairs, 0.1)
+        machines = Machines(s3, proxy, tmp_path, n_pairs, chunk_seconds)
         while machines.n_killed < n_kills:
             machines.kill_all()
         n_before_the_end = len(content_of(s3, s3.url))
