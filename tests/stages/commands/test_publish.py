@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -106,6 +108,15 @@ def test_datasets_loads_what_is_published(hub, run, scored, tmp_path):
     rows = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "datasets"))
     assert len(rows) == 120 and rows.column_names == pq.read_schema(next(folder.glob("*.parquet"))).names
     assert sorted(rows["key"]) == sorted(keys_of(folder))
+
+
+@pytest.mark.slow  # a process that imports datasets
+def test_datasets_loads_it_from_the_hub(hub, run, scored, tmp_path):
+    run("publish", "-q", scored, NAME)
+    code = f"import datasets; print(len(datasets.load_dataset({NAME!r}, split='train')))"
+    environment = {**os.environ, **client_settings(hub, tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["120"], done.stderr
 
 
 def test_a_dry_run_says_what_would_be_sent_asks_no_hub_and_leaves_nothing(prefcache, scored, tmp_path, monkeypatch):
