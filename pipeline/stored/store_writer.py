@@ -95,8 +95,10 @@ class StoreClaims:
                 holder["host"] == socket.gethostname()
                 and holder["boot"] == _find_boot()
                 and Path("/proc/self").exists()
+                and not Path(f"/proc/{int(holder['pid'])}").exists()
             ):
-                return not Path(f"/proc/{int(holder['pid'])}").exists()
+                return True
+        # Its number may be another process's by now, or its claim may be left from an interrupted call.
         known, since = self._seen.get(name, (None, 0.0))
         if known != etag:
             self._seen[name] = etag, time.monotonic()
