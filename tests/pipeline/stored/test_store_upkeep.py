@@ -1,7 +1,13 @@
 """gc on an object store: nothing is lost, and nothing goes that a scorer of the last day may still want."""
 
+import json
+import os
+import time
+
 import pytest
 
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored import store_writer
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from tests.helpers.caches import MINE, NUMERICS, PAIRS, fill, reopen, scored
 from tests.helpers.machines import EXPECTED, LISTS, names, token_lists, values
@@ -66,6 +72,17 @@ def test_claims_of_the_dead_go_when_they_are_old(cache, s3):
     s3.write(f"{cache.folder.name}/claims/{'a' * 32}", b"{}")
     assert gc(cache.folder, 1).leftovers == 0 and verify(cache.folder).leftovers == 1
     assert gc(cache.folder, 1, old_seconds=-1).leftovers == 1
+    assert not [name for name in s3.objects() if "/claims/" in name]
+
+
+def test_gc_goes_on_where_one_on_another_machine_was_killed(cache, s3, monkeypatch):
+    monkeypatch.setattr(store_writer, "_STALE_SECONDS", 1.5)
+    elsewhere = {"id": "x", "host": "elsewhere", "pid": os.getpid(), "boot": "another", "time": 0.0}
+    s3.write(f"{cache.folder.name}/claims/gc", json.dumps(elsewhere).encode())
+    with pytest.raises(UsageError, match="Another gc is at work"):
+        gc(cache.folder, TARGET)
+    time.sleep(3)
+    assert gc(cache.folder, TARGET).merged == 6
     assert not [name for name in s3.objects() if "/claims/" in name]
 
 
