@@ -23,16 +23,18 @@ def is_url(place: str | os.PathLike[str]) -> bool:
 
 def parse_url(place: str) -> str:
     """Return the URL of a place in an object store without a slash at its end; UsageError if it is not one."""
-    try:
-        parts = urlsplit(place)
-    except ValueError as error:
-        raise UsageError(f"{place} is not a URL ({error}). Expected {_expected()}.") from None
-    if parts.username or parts.password or "@" in parts.netloc:
+    # A secret key may have a slash in it, after which urlsplit sees the path begin.
+    authority = place.partition("://")[2].partition("/")[0]
+    if "@" in authority or (":" in authority and ("@" in place or not re.search(r":\d+$", authority))):
         raise UsageError(
             "The URL of a cache contains credentials. Leave them out: they are taken from the environment, as other "
             "programs take them (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, ...)."
         )
-    if parts.scheme not in SCHEMES or not parts.netloc or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(place)
+    except ValueError as error:
+        raise UsageError(f"{place} is not a URL ({error}). Expected {_expected()}.") from None
+    if parts.scheme not in SCHEMES or not parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(f"{_without_query(place)} does not name a place in an object store. Expected {_expected()}.")
     steps = [step for step in parts.path.split("/") if step]
     if any(step in (".", "..") for step in steps):

@@ -42,7 +42,10 @@ def test_mirrors_lie_in_the_users_folder_for_caches(monkeypatch):
     ("url", "says"),
     [
         ("s3://key:secret@bucket/x", "contains credentials"),
+        ("s3://key:half/other-secret@bucket/x", "contains credentials"),  # a slash is one of base64's characters
+        ("s3://key:[secret@bucket/x", "contains credentials"),
         ("s3://", "does not name a place"),
+        ("s3://localhost:9000/bucket", "does not name a place"),
         ("ftp://host/x", r"Expected s3://bucket/path, gs://"),
         ("https://bucket.s3.amazonaws.com/x", "does not name a place"),
         ("s3://bucket/x?versionId=secret", "does not name a place"),
