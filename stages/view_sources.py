@@ -161,7 +161,7 @@ def _verify_parts(run: Path, table: str) -> list[str]:
         if part.name in entries:
             continue
         try:
-            with pq.ParquetFile(part, page_checksum_verification=True) as file:
+            with pq.ParquetFile(part.absolute(), page_checksum_verification=True) as file:
                 for _ in file.iter_batches():
                     pass
         except FileNotFoundError:

@@ -186,7 +186,9 @@ class Outcomes:
     def __init__(self, prepared: Prepared, examples: pa.Table, *, copies: bool = False) -> None:
         """`copies`: name an example as often as the weight of its source repeats it, instead of once."""
         self._copies = copies
-        self._quarantine = pq.read_table(prepared.quarantine(), columns=["source", "line", "reason", "detail"])
+        self._quarantine = pq.read_table(
+            prepared.quarantine().absolute(), columns=["source", "line", "reason", "detail"]
+        )
         self._ids = examples["example_id"]
         self._find_examples, self._find_quarantined = _line_index(examples), _line_index(self._quarantine)
 

@@ -73,7 +73,7 @@ def read_texts(path: Path, column: str, reader: str) -> pa.ChunkedArray:
     try:
         kind = file_kind(path)
         if kind == ".parquet":
-            table = pq.read_table(path, columns=[column], page_checksum_verification=True)
+            table = pq.read_table(path.absolute(), columns=[column], page_checksum_verification=True)
         elif kind == ".arrow":
             table = artifact.open_arrow_stream(path)
         elif kind == ".jsonl":

@@ -50,7 +50,8 @@ def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
     try:
         with contextlib.ExitStack() as opened:
             if mirror is None or mirror.has_whole(folder, record):
-                file = pq.ParquetFile(path, **how)
+                # Arrow takes a relative path with a colon, such as a:b/c, for a URI.
+                file = pq.ParquetFile(path.absolute(), **how)
             else:
                 part = opened.enter_context(mirror.open_part(folder, record))
                 # Arrow's reading ahead would fetch more than is asked for.

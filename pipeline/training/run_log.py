@@ -101,7 +101,7 @@ class RunLog:
 
     def _read(self, part: Path, **options: Any) -> pa.Table:
         try:
-            return pq.read_table(part, **options)
+            return pq.read_table(part.absolute(), **options)
         except (OSError, pa.ArrowException) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
             raise IntegrityError(f"{part} cannot be read ({reason}). {self._remedy}") from error

@@ -137,7 +137,7 @@ def _read_record(folder: Path) -> runs_section.Record:
 def _read_rows(file: Path, schema: pa.Schema, remedy: str) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(
-            file, columns=schema.names, page_checksum_verification=True
+            file.absolute(), columns=schema.names, page_checksum_verification=True
         ).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise IntegrityError(f"{file} cannot be read ({str(error).splitlines()[0]}). {remedy}") from error

@@ -43,7 +43,7 @@ def _find(folder: Path) -> Iterator[tuple[int, Selection]]:
     """Yield the selections and when each was saved, without files that are none."""
     for file in folder.glob("*.parquet"):
         with contextlib.suppress(OSError, pa.ArrowException):
-            yield file.stat().st_mtime_ns, Selection(file, pa.parquet.read_metadata(file).num_rows)
+            yield file.stat().st_mtime_ns, Selection(file, pa.parquet.read_metadata(file.absolute()).num_rows)
 
 
 def save(reader: Reader, request: Request) -> Response:

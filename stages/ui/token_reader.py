@@ -108,7 +108,9 @@ def _read_stored(run: Path, example_id: str) -> Logps:
 @lru_cache(64)
 def _read_moved(file: Path, checksum: str) -> list[dict[str, Any]]:
     columns = ["example_id", "answer", "logps"]
-    rows: list[dict[str, Any]] = pq.read_table(file, columns=columns, page_checksum_verification=True).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(
+        file.absolute(), columns=columns, page_checksum_verification=True
+    ).to_pylist()
     return rows
 
 

@@ -38,7 +38,10 @@ def _explain_damage(file: Path, kind: str) -> Iterator[None]:
 def parquet_chunks(file: Path, source: str, limits: Limits) -> Iterator[Chunk]:
     import pyarrow.parquet as pq
 
-    with _explain_damage(file, "Parquet"), pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+    with (
+        _explain_damage(file, "Parquet"),
+        pq.ParquetFile(file.absolute(), pre_buffer=False, buffer_size=1 << 20) as table,
+    ):
         row_bytes = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups))
         at_once = _rows_at_once(row_bytes, table.metadata.num_rows, limits)
         yield from _chunks(table.iter_batches(batch_size=at_once), source, limits)
@@ -68,7 +71,7 @@ def check_opens(file: Path, kind: str) -> None:
     import pyarrow.parquet as pq
 
     if kind == "parquet":
-        with _explain_damage(file, "Parquet"), pq.ParquetFile(file):
+        with _explain_damage(file, "Parquet"), pq.ParquetFile(file.absolute()):
             return
     with _explain_damage(file, "Arrow"), pa.memory_map(str(file)) as mapped:
         next(_arrow_batches(mapped), None)

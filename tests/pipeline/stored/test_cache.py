@@ -494,3 +494,12 @@ def test_a_scan_keeps_the_memo_that_a_newer_version_wrote(tmp_path, monkeypatch)
     memo.write_bytes(artifact.seal({"schema_version": 2}))
     before = memo.read_bytes()
     assert not create(tmp_path).damaged and memo.read_bytes() == before
+
+
+def test_a_relative_folder_with_a_colon_is_a_folder(tmp_path, monkeypatch):
+    # Arrow would take a:b/... for a URI of the scheme a, and every shard for a damaged one.
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cache = fill(create(Path("a:b")), PAIRS.slice(0, 2))
+    assert cache.records and not cache.damaged
+    assert {row["status"] for record in cache.records for row in cache.read(record).to_pylist()} == {"ok"}
