@@ -14,6 +14,7 @@ from prefcache.pipeline.errors import UsageError
 SCHEMES = ("s3", "gs", "az")
 MIRROR_VARIABLE = "PREFCACHE_MIRROR"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MISTYPED_URL = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -34,8 +35,13 @@ def parse_url(place: str) -> str:
         parts = urlsplit(place)
     except ValueError as error:
         raise UsageError(f"{place} is not a URL ({error}). Expected {_expected()}.") from None
-    if parts.scheme not in SCHEMES or not parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
+    if parts.scheme not in SCHEMES or not parts.netloc or ":" in parts.netloc:
         raise UsageError(f"{_without_query(place)} does not name a place in an object store. Expected {_expected()}.")
+    if parts.query or parts.fragment:
+        raise UsageError(
+            f"The URL {_without_query(place)} of a cache has something after its path (? or #). Leave it out: region, endpoint "
+            "and credentials are taken from the environment (AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ...)."
+        )
     steps = [step for step in parts.path.split("/") if step]
     if any(step in (".", "..") for step in steps):
         raise UsageError(f"{place} has {'.' if '.' in steps else '..'} in its path. Write the path without it.")
@@ -46,7 +52,14 @@ def local_folder(place: str) -> Path:
     """The folder in which a cache is read and written: the place itself, or the mirror of a URL."""
     if place.startswith("file://"):
         return Path(urlsplit(place).path)
-    return mirror_folder(parse_url(place)) if is_url(place) else Path(place)
+    if is_url(place):
+        return mirror_folder(parse_url(place))
+    if _MISTYPED_URL.match(place):
+        raise UsageError(
+            f"{_without_query(place)} looks like a URL that lacks a slash. Expected {_expected()}. A folder of that name is written as "
+            "./ and the name."
+        )
+    return Path(place)
 
 
 def mirror_folder(url: str) -> Path:
@@ -61,7 +74,7 @@ def mirror_folder(url: str) -> Path:
 
 
 def _without_query(place: str) -> str:
-    return place.partition("?")[0]
+    return re.split("[?#]", place, maxsplit=1)[0]
 
 
 def _expected() -> str:

@@ -8,7 +8,7 @@ from prefcache.pipeline.cache_place import is_url, local_folder, parse_url
 from prefcache.pipeline.errors import UsageError
 
 
-@pytest.mark.parametrize("place", ["cache", "/mnt/cache", "a:b", "s3:/bucket", "file:///mnt/cache"])
+@pytest.mark.parametrize("place", ["cache", "/mnt/cache", "a:b", "./s3:/bucket", "s3", "file:///mnt/cache"])
 def test_a_folder_is_used_as_it_is(place):
     assert not is_url(place)
     assert local_folder(place) == Path(place.removeprefix("file://"))
@@ -38,6 +38,12 @@ def test_mirrors_lie_in_the_users_folder_for_caches(monkeypatch):
     assert local_folder("s3://b/x").parent == Path("/fast/prefcache")
 
 
+@pytest.mark.parametrize("place", ["s3:/bucket/refs", "s3:bucket/refs", "GS:/bucket"])
+def test_a_url_with_a_slash_too_few_makes_no_folder(place):
+    with pytest.raises(UsageError, match=r"lacks a slash. Expected s3://bucket/path"):
+        local_folder(place)
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [
@@ -48,7 +54,8 @@ def test_mirrors_lie_in_the_users_folder_for_caches(monkeypatch):
         ("s3://localhost:9000/bucket", "does not name a place"),
         ("ftp://host/x", r"Expected s3://bucket/path, gs://"),
         ("https://bucket.s3.amazonaws.com/x", "does not name a place"),
-        ("s3://bucket/x?versionId=secret", "does not name a place"),
+        ("s3://bucket/x?versionId=secret", "has something after its path.*Leave it out"),
+        ("s3://bucket/x#secret", "has something after its path"),
         ("s3://bucket/a/../b", r"has \.\. in its path"),
         ("s3://[bad/x", "is not a URL"),
     ],
