@@ -334,6 +334,7 @@ def _connect(url: str) -> Any:
     if url.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
+            _check_endpoint(endpoint)
             options["endpoint"] = endpoint
             options["client_options"]["allow_http"] = endpoint.startswith("http://")
         options |= _boto3_credentials()
@@ -341,6 +342,15 @@ def _connect(url: str) -> Any:
         return obstore.store.from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
         raise UsageError(f"{url} cannot be used ({_shorten(error)}).") from None
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """UsageError for what is no address: obstore would panic at its first request."""
+    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", endpoint):
+        raise UsageError(
+            "AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) is not an address. Expected one with http:// or https://, such as "
+            "https://minio.example.com:9000."
+        )
 
 
 def _boto3_credentials() -> dict[str, Any]:
@@ -365,6 +375,11 @@ def _explain_permanent(message: str) -> str | None:
         return "the store has an object whose name is not a path, which prefcache does not write. Remove it."
     if "NoSuchBucket" in message or "ContainerNotFound" in message:
         return "there is no such bucket. Create it, or correct the URL."
+    if "//169.254.169.254/" in message or "//169.254.170.2/" in message:  # where instances and containers have a role's
+        return (
+            "no credentials were found, and this machine has no role that gives it some. Set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or install boto3 and set AWS_PROFILE."
+        )
     if "InvalidAccessKeyId" in message or "SignatureDoesNotMatch" in message:
         return "the store does not accept these credentials. They come from the environment (AWS_ACCESS_KEY_ID, ...)."
     if "ExpiredToken" in message or "TokenRefreshRequired" in message:

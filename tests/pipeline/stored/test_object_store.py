@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
-from prefcache.pipeline.stored.object_store import ObjectStore, open_store, refuse_escape
+from prefcache.pipeline.stored.object_store import ObjectStore, _explain_permanent, open_store, refuse_escape
 from tests.helpers.project import ROOT
 from tests.helpers.stores import KEY_ID, SECRET, Bucket
 
@@ -205,6 +205,25 @@ def test_no_credentials_in_what_is_shown(store):
 def test_names_that_could_lead_elsewhere_are_refused(name):
     with pytest.raises(IntegrityError, match="Remove it"):
         refuse_escape(name)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "minio", "http://", "https://a b", "s3://bucket"])
+def test_an_endpoint_that_is_no_address_is_refused(endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UsageError, match="Expected one with http:// or https://"):
+        ObjectStore("s3://bucket/refs")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 3ms - HTTP error: error sending request",
+        "Error performing PUT http://169.254.169.254/latest/api/token - Server returned non-2xx status code: 403 Forbidden",
+    ],
+)
+def test_a_machine_without_credentials_is_told_that_it_has_none(message):
+    # What obstore says if nothing answers where an instance's role would be.
+    assert "no credentials were found" in str(_explain_permanent(message))
 
 
 def test_without_obstore_the_error_says_what_to_install(s3):
