@@ -108,6 +108,7 @@ def verify(folder: Path) -> VerifiedCache:
     upkeep, mirror = _open_upkeep(folder), find_mirror(folder)
     result, stored = VerifiedCache(folder, place=show_place(folder)), upkeep.list_shards()
     if mirror is not None:
+        mirror.refresh(folder)
         mirror.forget_all(folder)  # what the store has is checked, not copies of it
     try:
         cache = Cache(folder, None, every_byte=True, remember="damage")

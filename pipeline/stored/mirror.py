@@ -255,9 +255,10 @@ class Mirror:
         return had_part or had_whole
 
     def forget_all(self, folder: Path) -> None:
-        """Drop the copies of all shards of a reference."""
+        """Drop the copies of all shards of a reference. Those without a record stay: a scorer may be about to send them."""
         for path in shards_in(folder):
-            path.unlink(missing_ok=True)
+            if path.with_name(f"{path.name.rpartition('-')[0]}.json").exists():
+                path.unlink(missing_ok=True)
         for path in (self.root / ".parts").glob("*.parquet"):
             partial_file.remove(path)
 

@@ -255,6 +255,21 @@ def test_what_is_sent_during_a_listing_keeps_its_copy(machine, s3, monkeypatch):
     assert len(list(cache.folder.glob("*.parquet"))) == 7 == len(reopen(cache).records)
 
 
+def test_verify_leaves_a_shard_that_a_scorer_is_about_to_send(machine, s3, monkeypatch):
+    cache = fill(machine("here"), PAIRS)
+    (slots, *_) = cache.plan(PAIRS, ["another"], 90).chunks
+    send = mirror_module.Mirror.send
+
+    def verify_then_send(mirror, folder, record):
+        monkeypatch.undo()
+        assert not verify(cache.folder).damaged
+        return send(mirror, folder, record)
+
+    monkeypatch.setattr(mirror_module.Mirror, "send", verify_then_send)
+    cache.commit(scored(PAIRS, slots), NUMERICS[MINE], MINE, None)
+    assert len(reopen(cache).records) == 7
+
+
 def test_processes_may_share_a_mirror(machine, s3, tmp_path):
     fill(machine("here"), PAIRS)
     machine("shared")
