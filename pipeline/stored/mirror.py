@@ -54,7 +54,9 @@ class Mirror:
         self.root, self.store = root, store
         self._sizes: dict[str, dict[str, int]] = {}  # of a reference's shards in the last listing
         self._refreshed: dict[str, float] = {}
+        self._asked_for: dict[Path, float] = {}  # when somebody in this process last wanted a whole shard
         self._fetched_bytes = 0
+        self._is_trimmed = False
         self._lock = threading.Lock()
 
     def url(self, folder: Path) -> str:
@@ -216,6 +218,7 @@ class Mirror:
 
         A shard that is gone is not among these: it may have been merged.
         """
+        self._asked_for |= dict.fromkeys((folder / record.file for record in records), time.time())
         remote = [record for record in records if not self.has_whole(folder, record)]
         wrong = {}
         with counting(f"fetch {self.url(folder)}", sum(record.bytes for record in remote), "bytes") as counter:
@@ -324,9 +327,9 @@ class Mirror:
     def trim(self) -> None:
         """Delete the copies that were not used for the longest time, while the mirrors need more than their limit."""
         limit = _limit_bytes()
-        if self._fetched_bytes < limit / 50:  # since the last time
+        if self._fetched_bytes < (limit / 50 if self._is_trimmed else 1):  # since the last time
             return
-        self._fetched_bytes = 0
+        self._fetched_bytes, self._is_trimmed = 0, True
         copies = sorted(self._list_copies(), key=lambda copy: copy[0])
         total, now = sum(size for _, size, _ in copies), time.time()
         for used, size, path in copies:
@@ -342,7 +345,9 @@ class Mirror:
                 for entry in entries:
                     if entry.name.endswith(".parquet"):
                         stat = entry.stat()
-                        yield max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, Path(entry.path)
+                        # Many disks note the time of reading once a day, or never.
+                        used = max(stat.st_atime, stat.st_mtime, self._asked_for.get(Path(entry.path), 0.0))
+                        yield used, stat.st_blocks * 512, Path(entry.path)
 
     def _note_fetched(self, n_bytes: int) -> None:
         with self._lock:

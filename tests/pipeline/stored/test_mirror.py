@@ -302,11 +302,44 @@ def test_copies_that_nobody_used_for_long_go_when_the_mirror_is_full(machine, s3
     size = sum(path.stat().st_blocks * 512 for path in copies)
     # There is room for two of them.
     monkeypatch.setenv("PREFCACHE_MIRROR_GIB", str(size * 2.5 / len(copies) / 2**30))
-    mirror = find_mirror(there.folder)
-    mirror.trim()
+    process = mirror_module.Mirror(there.folder.parent, find_mirror(there.folder).store)  # another one
+    process._note_fetched(1)
+    process.trim()
     left = set(there.folder.glob("*.parquet"))
     assert left == {copies[0], copies[-1]}  # the youngest, and the one that was just used
     assert len(token_lists(there, LARGE)) == 300
+
+
+def test_what_a_reader_has_asked_for_stays_though_it_was_here_for_long(machine, monkeypatch):
+    """DuckDB reads the files after all of them were fetched; the time of the last use is not noted on every disk."""
+    create_large(machine("here"))
+    there = machine("there")
+    there.fetch_shards()
+    copies = list(there.folder.glob("*.parquet"))
+    copies[0].unlink()
+    long_ago = time.time() - 2 * mirror_module._KEPT_SECONDS
+    for path in copies[1:]:
+        os.utime(path, (long_ago, long_ago))
+    monkeypatch.setenv("PREFCACHE_MIRROR_GIB", "0.000001")
+    there.fetch_shards()
+    assert len(list(there.folder.glob("*.parquet"))) == len(there.records)
+
+
+def test_short_processes_keep_the_mirror_within_its_limit_too(machine, s3, monkeypatch):
+    create_large(machine("here"))
+    there = machine("there")
+    there.fetch_shards()
+    copies = list(there.folder.glob("*.parquet"))
+    long_ago = time.time() - 2 * mirror_module._KEPT_SECONDS
+    for path in copies:
+        os.utime(path, (long_ago, long_ago))
+    size = sum(path.stat().st_blocks * 512 for path in copies)
+    monkeypatch.setenv("PREFCACHE_MIRROR_GIB", str(size / 2 / 2**30))
+    # A process that fetches less than a fiftieth of the limit.
+    process = mirror_module.Mirror(there.folder.parent, find_mirror(there.folder).store)
+    process._note_fetched(1)
+    process.trim()
+    assert sum(path.stat().st_blocks * 512 for path in there.folder.glob("*.parquet")) <= size / 2
 
 
 def test_what_is_in_use_stays_though_the_mirror_is_full(machine, monkeypatch):
