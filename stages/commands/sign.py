@@ -1,5 +1,6 @@
 """sign: vouch for the rows of a cache with an SSH key."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def run(paths: Sequence[str], key_file: Path, progress: Progress) -> SignResult:
 
 def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> SignedCache:
     progress.say(f"sign: reading all of {folder}")
+    # Opened before it is verified: what comes meanwhile is not signed.
+    cache = Cache(folder, None, remember="nothing")
     verified = cache_maintenance.verify(folder)
     if verified.damaged:
         first = next(iter(verified.damaged.values()))
@@ -32,15 +35,16 @@ def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> Signe
             f"{count(len(verified.damaged), 'file')} of {folder} are damaged, so nothing of it was signed: {first}. "
             f"`prefcache verify {folder}` lists them and says what to do."
         )
-    cache = Cache(folder, None, remember="nothing")
     by_me = set[SignedRecord]().union(*signatures.find_signed_by(folder, cache.reference, key).values())
     with counting(f"hash {folder}", len(cache.records), "shards") as counter:
-        new = []
+        found = []
         for record in cache.records:
-            described = signatures.describe(folder, record)
-            new += [] if described in by_me else [described]
+            # gc may have merged it.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(signatures.describe(folder, record))
             counter.add(1)
+    new = [each for each in found if each not in by_me]
     writer = CacheWriter(cache, key)
     writer.sign(new, key)
     writer.merge_statements()
-    return SignedCache(folder=folder, signed=len(new), already=len(cache.records) - len(new))
+    return SignedCache(folder=folder, signed=len(new), already=len(found) - len(new))

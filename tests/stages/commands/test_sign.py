@@ -4,8 +4,10 @@ import json
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from prefcache.pipeline.schema import CACHE
 from prefcache.pipeline.stored import shards
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.signatures import list_statements
@@ -156,6 +158,37 @@ def test_what_is_fetched_is_signed_by_who_fetched_it(prefcache, scored, signing,
 
 
 # -- in an object store ----------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_comes_after_the_check_is_not_signed(scored, ann, tmp_path, monkeypatch):
+    """The newcomer has a log-prob above zero, which the check would have refused."""
+    from prefcache.commands import sign
+    from prefcache.pipeline.progress import Progress
+    from prefcache.pipeline.stored import cache_maintenance
+    from prefcache.pipeline.stored.cache import Cache
+
+    folder = cache_folder(tmp_path)
+    verify = cache_maintenance.verify
+
+    def verify_then_commit(folder):
+        result = verify(folder)
+        cache = Cache(folder, None)
+        (record, *_) = cache.records
+        rows = cache.read(record).to_pylist()[:1]
+        rows[0] |= {
+            "key": b"x" * 16,
+            "logps": [1.0] * rows[0]["n_completion"],
+            "logp_sum": 1.0 * rows[0]["n_completion"],
+        }
+        CacheWriter(cache).commit(pa.Table.from_pylist(rows, CACHE), record.numerics, record.numerics_id, None)
+        return result
+
+    monkeypatch.setattr(cache_maintenance, "verify", verify_then_commit)
+    n = len(shards.list_records(folder))
+    with Progress(quiet=True) as progress:
+        (signed,) = sign.run([str(folder)], ann, progress).caches
+    assert len(shards.list_records(folder)) == n + 1
+    assert (signed.signed, signed.already) == (n, 0)
 
 
 def test_signatures_travel_through_an_object_store(prefcache, prepared, signing, demand, s3, tmp_path, monkeypatch):
