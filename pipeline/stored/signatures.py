@@ -91,10 +91,10 @@ def sign_records(
 
 
 def describe(folder: Path, record: ShardRecord) -> SignedRecord:
-    """Hash a record and its shard as they are on disk."""
+    """Hash a record as it was read, whatever is in its place by now, and its shard as it is on disk."""
     return SignedRecord(
         record=record.name,
-        sha256=hashlib.sha256((folder / record.name).read_bytes()).hexdigest(),
+        sha256=hashlib.sha256(record.seal()).hexdigest(),
         shard_sha256=_hash_file(folder / record.file),
     )
 

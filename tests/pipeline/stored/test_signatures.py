@@ -12,7 +12,7 @@ import pytest
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored import artifact, signatures
 from prefcache.pipeline.stored.cache_writer import CacheWriter
-from prefcache.pipeline.stored.records import Statement
+from prefcache.pipeline.stored.records import ShardRecord, Statement
 from prefcache.pipeline.stored.signatures import Signatures, SigningKey, sign_records
 from tests.helpers.caches import BUDGET, MINE, MODEL, NUMERICS, OTHER, PAIRS, Cache, create, fill, scored
 from tests.helpers.kills import killed_at
@@ -62,6 +62,17 @@ def test_what_came_after_the_statement_is_not(cache, ann, allowed):
         record.numerics_id: reason for record, reason in zip(more.records, refused(more, allowed), strict=True)
     }
     assert by_numerics[MINE] is None and "is not signed by anybody in" in by_numerics[OTHER]
+
+
+def test_a_record_that_was_another_when_it_was_read_is_refused(cache, ann, allowed):
+    """Whoever may write there puts the signed one back before it is compared."""
+    sign(cache, ann)
+    found = Signatures.read(cache.folder, cache.reference, allowed)
+    (record, *_) = cache.records
+    other = ShardRecord.make(**{**record.facts(), "parity": {"max": 0.0}})
+    reason = found.why_refused(other)
+    assert reason is not None and "has been replaced" in reason
+    assert found.why_refused(record) is None
 
 
 def changed_statement(cache, statement, tmp_path):
@@ -194,7 +205,8 @@ def test_a_record_or_shard_that_was_swapped_after_signing_does_not_count(cache, 
     shard.write_bytes(data)
     record = cache.folder / second.name
     record.write_bytes(artifact.seal({**artifact.unseal(record), "generation": 1}))
-    reasons = refused(cache, allowed)
+    found = Signatures.read(cache.folder, cache.reference, allowed)
+    reasons = [found.why_refused(ShardRecord.read(cache.record_path(record))) for record in cache.records]
     assert f"{first.file} is not what was signed" in reasons[0]
     assert f"{second.name} is not what was signed" in reasons[1]
     assert not any(reasons[2:])
