@@ -177,10 +177,12 @@ class CacheWriter:
 
     def sign(self, records: Sequence[SignedRecord], key: SigningKey) -> Path | None:
         """Write a signed statement about these records; return its path, or None if there are none."""
-        path = signatures.sign_records(self.cache.folder, self.cache.reference, records, key)
-        if path is not None and self._mirror is not None:
-            self._mirror.send_files(self.cache.folder, _statement_files(path))
-        return path
+        folder, reference = self.cache.folder, self.cache.reference
+        if self._mirror is None or not records:
+            return signatures.sign_records(folder, reference, records, key)
+        files = signatures.compose_statement(reference, records, key)
+        self._mirror.send_files(folder, files)
+        return folder / files[-1][0]
 
     def merge_statements(self) -> None:
         """Replace the statements of the key, by whomever it was used, by one about all: each takes time to verify.

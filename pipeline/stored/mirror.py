@@ -291,10 +291,11 @@ class Mirror:
             (folder / record.file).unlink(missing_ok=True)
         return is_first
 
-    def send_files(self, folder: Path, names: Sequence[str]) -> None:
-        """Put small files that were written into the folder, one after the other."""
-        for name in names:
-            self.store.put(f"{folder.name}/{refuse_escape(name)}", artifact.member(folder, name).read_bytes())
+    def send_files(self, folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
+        """Put small files, one after the other, and write them here: a listing meanwhile drops what the store has not."""
+        for name, data in files:
+            self.store.put(f"{folder.name}/{refuse_escape(name)}", data)
+            artifact.commit_bytes(artifact.member(folder, name), data, durable=False)
 
     def delete_files(self, folder: Path, names: Sequence[str]) -> None:
         """Delete small files in the store and here."""

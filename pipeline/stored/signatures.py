@@ -73,8 +73,16 @@ def sign_records(
     folder: Path, reference: ReferenceRecord, records: Sequence[SignedRecord], key: SigningKey
 ) -> Path | None:
     """Write a statement about these records and its signature; return its path, or None if there is nothing to sign."""
-    if not records:
-        return None
+    files = compose_statement(reference, records, key) if records else []
+    for name, data in files:
+        artifact.commit_bytes(artifact.member(folder, name), data)
+    return folder / files[-1][0] if files else None
+
+
+def compose_statement(
+    reference: ReferenceRecord, records: Sequence[SignedRecord], key: SigningKey
+) -> list[tuple[str, bytes]]:
+    """Sign a statement about these records; return the names and contents of its two files, in the order to write them."""
     statement = Statement.make(
         name=reference.name,
         model_id=reference.model_id,
@@ -82,12 +90,9 @@ def sign_records(
         records=[record.facts() for record in sorted(records, key=lambda record: record.record)],
     )
     data = statement.seal()
-    path = artifact.member(folder, f"signed-{hashlib.sha256(data).hexdigest()[:32]}.json")
-    signature = key.sign(data)
+    path = Path(f"signed-{hashlib.sha256(data).hexdigest()[:32]}.json")
     # The signature first: a statement without one would be read, and count for nothing.
-    artifact.commit_bytes(artifact.member(folder, signature_path(path).name), signature)
-    artifact.commit_bytes(path, data)
-    return path
+    return [(signature_path(path).name, key.sign(data)), (path.name, data)]
 
 
 def describe(folder: Path, record: ShardRecord) -> SignedRecord:

@@ -12,12 +12,15 @@ import pytest
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.stored import mirror as mirror_module
+from prefcache.pipeline.stored import signatures
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
-from prefcache.pipeline.stored.cache_writer import create_cache
+from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.mirror import find_mirror
+from prefcache.pipeline.stored.signatures import SigningKey
 from tests.helpers.caches import MINE, MODEL, NUMERICS, PAIRS, REFERENCE, Cache, expected, fill, reopen, scored
 from tests.helpers.machines import EXPECTED, LISTS, names, token_lists, values
 from tests.helpers.project import ROOT
+from tests.helpers.ssh_keys import make_key
 from tests.helpers.stores import KEY_ID, SECRET
 
 
@@ -253,6 +256,25 @@ def test_what_is_sent_during_a_listing_keeps_its_copy(machine, s3, monkeypatch):
     monkeypatch.setattr(type(mirror.store), "list_objects", list_then_send)
     mirror.refresh(cache.folder)
     assert len(list(cache.folder.glob("*.parquet"))) == 7 == len(reopen(cache).records)
+
+
+def test_a_statement_is_sent_though_another_process_lists_the_store_meanwhile(machine, s3, tmp_path, monkeypatch):
+    cache = fill(machine("here"), PAIRS)
+    mirror, key = find_mirror(cache.folder), SigningKey(make_key(tmp_path / "ann"))
+    put = type(mirror.store).put
+
+    def list_then_put(store, name, data):
+        mirror_module.Mirror(cache.folder.parent, store).refresh(cache.folder)  # as another process does
+        put(store, name, data)
+
+    monkeypatch.setattr(type(mirror.store), "put", list_then_put)
+    described = [signatures.describe(cache.folder, record) for record in cache.records]
+    CacheWriter(cache, key).sign(described, key)
+    (statement,) = signatures.list_statements(cache.folder)
+    assert {name.rpartition("/")[2] for name in s3.objects() if "signed-" in name} == {
+        statement.name,
+        f"{statement.name}.sig",
+    }
 
 
 def test_verify_leaves_a_shard_that_a_scorer_is_about_to_send(machine, s3, monkeypatch):
