@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +110,7 @@ def _naming(source: "_Source") -> Iterator[None]:
 
 
 class _Source(Protocol):
-    """A published cache: in its folder are reference.json, records and statements, and at first perhaps no shards."""
+    """A published cache: in a folder of ours are reference.json, records and statements, and shards once they are fetched."""
 
     place: str
     folder: Path
@@ -127,7 +128,7 @@ def _open_source(place: str, revision: str | None, scratch: Path, model_id: str)
     if is_url(place) or Path(place).is_dir():
         if revision is not None:
             raise UsageError(f"--revision is for a data set on the hub, and {place} is none. Leave it out.")
-        return _FolderSource(_find_reference_folder(place, model_id))
+        return _FolderSource(_find_reference_folder(place, model_id), scratch)
     if not _HUB_NAME.fullmatch(place):
         raise UsageError(
             f"{place} is neither a folder, nor the name of a data set on the hub (org/name), nor a URL (s3://bucket/refs/...)."
@@ -148,27 +149,40 @@ def _find_reference_folder(place: str, model_id: str) -> Path:
 
 
 class _FolderSource:
-    """The folder of a reference's cache, here or in an object store."""
+    """The folder of a reference's cache, here or in an object store. It may change, so what is checked is a copy."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.place = folder, show_place(folder)
-        if (mirror := find_mirror(self.folder)) is not None:
-            mirror.refresh(self.folder)
+    def __init__(self, origin: Path, scratch: Path) -> None:
+        self._origin, self.folder, self.place = origin, scratch, show_place(origin)
+        if (mirror := find_mirror(origin)) is not None:
+            mirror.refresh(origin)
+        for name in sorted(path.name for path in origin.iterdir() if path.is_file()):
+            if name == REFERENCE_FILE or _is_small(name):
+                self._copy(name)
 
     def read_keys(self, records: Sequence[ShardRecord]) -> Iterator[Keys]:
-        if (mirror := find_mirror(self.folder)) is not None:
-            mirror.prefetch(self.folder, records)
+        if (mirror := find_mirror(self._origin)) is not None:
+            mirror.prefetch(self._origin, records)
         for record in records:
             try:
-                rows = shards.read_rows(self.folder, record, ["key"])
+                rows = shards.read_rows(self._origin, record, ["key"])
             except FileNotFoundError:
                 raise IntegrityError(f"{record.file} of {self.place} is missing") from None
             yield _keys_of(rows, record, self.place)
 
     def fetch(self, records: Sequence[ShardRecord]) -> None:
-        if (mirror := find_mirror(self.folder)) is not None:
-            for reason in mirror.fetch(self.folder, records).values():
+        if (mirror := find_mirror(self._origin)) is not None:
+            for reason in mirror.fetch(self._origin, records).values():
                 raise IntegrityError(f"A shard of {self.place} {reason}.")
+        for record in records:
+            self._copy(record.file)
+
+    def _copy(self, name: str) -> None:
+        if not artifact.is_inside(self._origin, name):
+            raise IntegrityError(f"{name} of {self.place} is a link that leads out of it.")
+        try:
+            shutil.copyfile(self._origin / name, self.folder / name)
+        except FileNotFoundError:
+            raise IntegrityError(f"{name} of {self.place} is missing") from None
 
 
 class _HubSource:
@@ -295,7 +309,7 @@ def _refuse_bad_shards(
 ) -> None:
     """IntegrityError unless every shard is as it was written, as a scorer writes it and, if demanded, as it was signed."""
     names = {each.record.name for each in needed}
-    for path in shards.list_records(source.folder) if isinstance(source, _HubSource) else []:
+    for path in shards.list_records(source.folder):
         if path.name not in names:
             path.unlink()  # its shard was not fetched
     for each in needed:

@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prefcache.pipeline.schema import CACHE
 from prefcache.pipeline.stored import artifact, shards
 from prefcache.pipeline.stored.records import ShardRecord
 from tests.helpers import vision_models
@@ -305,6 +307,25 @@ def make_a_newer_record(folder):
 def test_a_damaged_or_malformed_source_is_refused_whole(prefcache, prepared, theirs, damage):
     damage(theirs)
     assert refuse(prefcache, prepared, "theirs").endswith("Nothing was taken from theirs.")
+
+
+def test_a_source_that_changes_after_it_was_checked_changes_nothing(prefcache, prepared, theirs, monkeypatch, tmp_path):
+    from prefcache.commands import fetch as command
+
+    before, compare = values(theirs), command.compare_with_plain_forward
+
+    def compare_then_change(*arguments, **options):
+        means = compare(*arguments, **options)
+        for record in map(ShardRecord.read, shards.list_records(theirs)):
+            rows = pq.read_table(theirs / record.file).to_pylist()
+            wrong_values(rows)
+            table = pa.Table.from_pylist(rows, schema=CACHE)
+            (theirs / record.file).write_bytes(artifact.parquet(table, float_lists=["logps"]))
+        return means
+
+    monkeypatch.setattr(command, "compare_with_plain_forward", compare_then_change)
+    fetch(prefcache, prepared, "theirs")
+    assert values(cache_folder(tmp_path)) == before
 
 
 # -- signatures ------------------------------------------------------------------------------------------------------
