@@ -365,8 +365,18 @@ def find_mirror(folder: Path) -> Mirror | None:
         if not (root / STORE_FILE).is_file():
             return None
         url = StoreRecord.read(root / STORE_FILE, f"Delete {root}: it is only a mirror.").url
+        _refuse_foreign_mirror(root, url)
         _MIRRORS[root] = Mirror(root, open_store(url))
     return _MIRRORS[root]
+
+
+def _refuse_foreign_mirror(root: Path, url: str) -> None:
+    """UsageError unless this is where this machine mirrors the URL: a folder from elsewhere must not say which store is used."""
+    if os.path.realpath(root) != os.path.realpath(own := local_folder(url)):
+        raise UsageError(
+            f"{root / STORE_FILE} says that the folder is a mirror of {url}, whose mirror on this machine is {own}. Name the URL "
+            f"instead; or delete {STORE_FILE}, to use the folder as an ordinary cache."
+        )
 
 
 def open_root(place: str) -> Path:

@@ -372,6 +372,18 @@ def test_what_is_in_use_stays_though_the_mirror_is_full(machine, monkeypatch):
     assert len(list(there.folder.glob("*.parquet"))) == len(there.records)
 
 
+def test_a_folder_from_elsewhere_does_not_say_which_store_is_used(machine, s3, tmp_path):
+    """Verified, collected or scored, it would be changed to what that store has, and send rows there."""
+    here = fill(machine("here"), PAIRS)
+    from_elsewhere = shutil.copytree(here.folder.parent, tmp_path / "from_elsewhere")
+    before = s3.server_requests
+    with pytest.raises(UsageError, match=r"store.json says that the folder is a mirror of s3://.*Name the URL instead"):
+        verify(from_elsewhere / here.folder.name)
+    assert s3.server_requests == before
+    (from_elsewhere / "store.json").unlink()
+    assert not verify(from_elsewhere / here.folder.name).damaged
+
+
 def test_the_limit_of_a_mirror_is_a_number(machine, monkeypatch):
     fill(machine("here"), PAIRS)
     monkeypatch.setenv("PREFCACHE_MIRROR_GIB", "much")
