@@ -21,6 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from prefcache.pipeline.errors import IntegrityError, UsageError, first_line
 from prefcache.pipeline.progress import counting
+from prefcache.pipeline.stored.shards import count_rows
 from prefcache.pipeline.stored_paths import is_bare
 
 THREADS = 8
@@ -73,17 +74,17 @@ class HubDataset:
         files = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
         self.sizes: dict[str, int] = {name: size for name, size in files.items() if is_bare(name)}
 
-    def read_column(self, name: str, column: str) -> pa.Table:
+    def read_column(self, name: str, column: str, n_rows: int) -> pa.Table:
         """Read a column of a Parquet file by ranges: its footer and what the footer says. IntegrityError if that fails."""
         with hub_errors(self._failed, "read"):
             try:
-                return self._read_column(name, column)
+                return self._read_column(name, column, n_rows)
             except HTTPError:
                 raise
             except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
                 raise IntegrityError(f"{name} of {self.name} cannot be read ({first_line(error)})") from error
 
-    def _read_column(self, name: str, column: str) -> pa.Table:
+    def _read_column(self, name: str, column: str, n_rows: int) -> pa.Table:
         with self._files.open(f"{self._path()}/{name}", "rb", cache_type="none") as opened:
             size = self.sizes[name]
             tail = _read_tail(opened, size, _FOOTER_BYTES)
@@ -91,6 +92,8 @@ class HubDataset:
             tail = tail if n_footer <= len(tail) else _read_tail(opened, size, n_footer)
             # Arrow alone would read 64 KiB for the footer, which is more than many a column has.
             metadata = pq.read_metadata(pa.BufferReader(tail))
+            if count_rows(metadata) != n_rows:
+                raise ValueError(f"it has {count_rows(metadata)} rows, {n_rows} were written")
             with pq.ParquetFile(opened, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as file:
                 return file.read([column])
 

@@ -56,7 +56,10 @@ def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
                 part = opened.enter_context(mirror.open_part(folder, record))
                 # Arrow's reading ahead would fetch more than is asked for.
                 file = pq.ParquetFile(part, metadata=mirror.read_metadata(part), pre_buffer=False, **how)
-            yield opened.enter_context(file)
+            opened.enter_context(file)
+            if (n_rows := count_rows(file.metadata)) != record.rows:
+                raise IntegrityError(f"{path} has {n_rows} rows, {record.rows} were written")
+            yield file
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
@@ -133,6 +136,11 @@ def lacks_lists(folder: Path, record: ShardRecord) -> bool:
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     statistics = [column.statistics for column in columns if is_of_lists(column)]
     return any(each is None or each.null_count for each in statistics)
+
+
+def count_rows(metadata: pq.FileMetaData) -> int:
+    """The rows that reading a file would give. Look before reading: a few bytes can stand for any number of rows."""
+    return sum(abs(metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups))
 
 
 def describe_blocks(data: memoryview) -> list[dict[str, Any]]:

@@ -203,7 +203,7 @@ class _HubSource:
     def _read_keys(self, record: ShardRecord) -> Keys:
         if self._files.sizes.get(record.file) != record.bytes:
             raise IntegrityError(f"{record.file} of {self.place} is missing, or has another length than was written")
-        return _keys_of(self._files.read_column(record.file, "key"), record, self.place)
+        return _keys_of(self._files.read_column(record.file, "key", record.rows), record, self.place)
 
     def fetch(self, records: Sequence[ShardRecord]) -> None:
         self._files.download([record.file for record in records], self.folder)

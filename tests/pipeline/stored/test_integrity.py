@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.stored import artifact, verified_shards
+from prefcache.pipeline.stored import artifact, shards, verified_shards
 from prefcache.pipeline.stored.cache_maintenance import verify
 from prefcache.pipeline.stored.memos import VerifiedMemo
+from prefcache.pipeline.stored.records import ShardRecord
 from tests.helpers.caches import BUDGET, MINE, MODEL, PAIRS, Cache, create, expected, fill, keys_of, reopen
 
 RIGHT = {f"ref_{side}_logp": expected(PAIRS, side) for side in ("chosen", "rejected")}
@@ -163,3 +166,18 @@ def test_a_cache_that_cannot_be_written_to_opens_all_the_same(tmp_path, monkeypa
 
     monkeypatch.setattr(artifact, "commit_bytes", refuses)
     assert reopen(cache).join(PAIRS, [MINE])["ref_chosen_logp"].tolist() == RIGHT["ref_chosen_logp"]
+
+
+def test_rows_that_a_record_does_not_name_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    """Any number of rows of one key are a few hundred bytes of Parquet."""
+    cache = fill(create(tmp_path), PAIRS)
+    (first, *_) = cache.records
+    many = artifact.parquet(pa.concat_tables([cache.read(first).slice(0, 1)] * 1000), float_lists=["logps"])
+    facts = {"bytes": len(many), "xxh3_128": artifact.checksum_bytes(many), "blocks": shards.describe_blocks(many)}
+    record = ShardRecord.make(**{**first.facts(), **facts, "rows": 2})
+    (cache.folder / record.file).write_bytes(many)
+    read = []
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, *arguments, **options: read.append(self))
+    with pytest.raises(IntegrityError, match="has 1000 rows, 2 were written"):
+        shards.read_rows(cache.folder, record)
+    assert not read
