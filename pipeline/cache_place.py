@@ -12,6 +12,12 @@ from urllib.parse import urlsplit
 from prefcache.pipeline.errors import UsageError
 
 SCHEMES = ("s3", "gs", "az")
+# What says, besides the URL, which store it is.
+_WHERE = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": (),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 MIRROR_VARIABLE = "PREFCACHE_MIRROR"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MISTYPED_URL = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
@@ -67,9 +73,9 @@ def mirror_folder(url: str) -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     base = Path(os.environ.get(MIRROR_VARIABLE) or Path(home) / "prefcache").expanduser().absolute()
     readable = re.sub(r"[^\w.-]+", "-", url.partition("://")[2])[-60:].strip("-.")
-    # The same bucket name may be another bucket at another endpoint.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-    digest = hashlib.blake2b(f"{url} {endpoint}".encode(), digest_size=6).hexdigest()
+    # The same bucket name may be another bucket at another endpoint, and every Azure account has containers of its own.
+    where = [url, *(os.environ.get(name, "") for name in _WHERE[url.partition("://")[0]])]
+    digest = hashlib.blake2b(" ".join(where).encode(), digest_size=6).hexdigest()
     return base / f"{readable}-{digest}"
 
 

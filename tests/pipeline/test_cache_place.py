@@ -22,11 +22,19 @@ def test_a_url_has_a_mirror_of_its_own(url, monkeypatch, tmp_path):
     assert local_folder(url) != local_folder(f"{url}x")
 
 
-def test_one_bucket_name_at_two_endpoints_has_two_mirrors(monkeypatch):
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    one = local_folder("s3://bucket/refs")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://other")
-    assert local_folder("s3://bucket/refs") != one
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [
+        ("s3://bucket/refs", "AWS_ENDPOINT_URL"),
+        ("s3://bucket/refs", "AWS_ENDPOINT_URL_S3"),
+        ("az://container/refs", "AZURE_STORAGE_ACCOUNT_NAME"),
+    ],
+)
+def test_one_name_at_two_endpoints_or_accounts_has_two_mirrors(monkeypatch, url, variable):
+    monkeypatch.delenv(variable, raising=False)
+    one = local_folder(url)
+    monkeypatch.setenv(variable, "another")
+    assert local_folder(url) != one
 
 
 def test_mirrors_lie_in_the_users_folder_for_caches(monkeypatch):
