@@ -472,6 +472,7 @@ class SignedCache:
     """How many shards of a reference's cache were signed, and how many this key had signed before."""
 
     folder: Path
+    place: str  # as people know it: the folder, or its URL
     signed: int
     already: int
 

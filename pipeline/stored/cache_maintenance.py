@@ -164,7 +164,7 @@ def refuse_impossible(cache: Cache) -> None:
 def _check_content(cache: Cache) -> tuple[list[ShardRecord], dict[str, str]]:
     """Tell shards whose rows a scorer can have written from others; the latter by file, with what is wrong."""
     whole, wrong = [], {}
-    with counting(f"check {cache.folder}", sum(record.rows for record in cache.records), "rows") as counter:
+    with counting(f"check {cache.place}", sum(record.rows for record in cache.records), "rows") as counter:
         for record in cache.records:
             if reason := _check_shard(cache, record, counter):
                 wrong[record.file] = reason

@@ -124,10 +124,10 @@ def check_scoring(scored: Path, inputs: Mapping[str, Any], cache: Cache) -> Fres
         reason = next(reason for path, reason in cache.unsigned.items() if path.stem in unsigned)
         damage = f"{count(len(unsigned), 'shard')} that it read cannot be used: {reason}"
     elif n_gone := len(set(manifest.shards) - files):
-        damage = f"{n_gone:,} of the {len(manifest.shards):,} shards that it read are no longer in {cache.folder} (gc merges shards and loses no row)"
+        damage = f"{n_gone:,} of the {len(manifest.shards):,} shards that it read are no longer in {cache.place} (gc merges shards and loses no row)"
     elif n_new := len(accepted - set(manifest.shards)):
         # A later shard may contradict an earlier one, so all are looked at again.
-        damage = f"{count(n_new, 'shard')} came to {cache.folder} since"
+        damage = f"{count(n_new, 'shard')} came to {cache.place} since"
     return Freshness("scoring", scored, differences=differences, damage=damage)
 
 

@@ -10,6 +10,7 @@ from prefcache.pipeline.progress import Progress, counting
 from prefcache.pipeline.stored import cache_maintenance, signatures
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
+from prefcache.pipeline.stored.mirror import show_place
 from prefcache.pipeline.stored.records import REFERENCE_FILE, SignedRecord
 from prefcache.pipeline.visible_text import count
 
@@ -25,18 +26,19 @@ def run(paths: Sequence[str], key_file: Path, progress: Progress) -> SignResult:
 
 
 def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> SignedCache:
-    progress.say(f"sign: reading all of {folder}")
+    place = show_place(folder)
+    progress.say(f"sign: reading all of {place}")
     # Opened before it is verified: what comes meanwhile is not signed.
     cache = Cache(folder, None, remember="nothing")
     verified = cache_maintenance.verify(folder)
     if verified.damaged:
         first = next(iter(verified.damaged.values()))
         raise IntegrityError(
-            f"{count(len(verified.damaged), 'file')} of {folder} are damaged, so nothing of it was signed: {first}. "
-            f"`prefcache verify {folder}` lists them and says what to do."
+            f"{count(len(verified.damaged), 'file')} of {place} are damaged, so nothing of it was signed: {first}. "
+            f"`prefcache verify {place}` lists them and says what to do."
         )
     by_me = set[SignedRecord]().union(*signatures.find_signed_by(folder, cache.reference, key).values())
-    with counting(f"hash {folder}", len(cache.records), "shards") as counter:
+    with counting(f"hash {place}", len(cache.records), "shards") as counter:
         found = []
         for record in cache.records:
             # gc may have merged it.
@@ -47,4 +49,4 @@ def _sign(folder: Path, key: signatures.SigningKey, progress: Progress) -> Signe
     writer = CacheWriter(cache, key)
     writer.sign(new, key)
     writer.merge_statements()
-    return SignedCache(folder=folder, signed=len(new), already=len(found) - len(new))
+    return SignedCache(folder=folder, place=place, signed=len(new), already=len(found) - len(new))

@@ -96,7 +96,7 @@ def print_gc(result: command_results.GcResult) -> None:
 def print_sign(result: command_results.SignResult) -> None:
     for cache in result.caches:
         already = f", {cache.already:,} were already" if cache.already else ""
-        say(f"{cache.folder}: {count(cache.signed, 'shard')} signed by {result.key}{already}")
+        say(f"{cache.place}: {count(cache.signed, 'shard')} signed by {result.key}{already}")
 
 
 def print_publish_plan(plan: command_results.PublishPlan) -> None:

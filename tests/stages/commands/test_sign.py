@@ -222,7 +222,7 @@ def test_what_is_in_an_object_store_is_signed_and_fetched_there(prefcache, prepa
     allowed = ("--allowed-signers", tmp_path / "team.signers")
     assert "is not signed by anybody" in prefcache("fetch", "-q", prepared, source, *allowed, code=4).stderr
     result = json.loads(prefcache("sign", "-q", source, "--key", ann, "--json").stdout)
-    assert result["caches"][0]["signed"] > 1
+    assert result["caches"][0]["signed"] > 1 and result["caches"][0]["place"] == source
     fetched = json.loads(prefcache("fetch", "-q", prepared, source, *allowed, "--json").stdout)
     assert (fetched["rows"], fetched["source"], fetched["signers"]) == (N, source, ["ann@example.com"])
     assert score(prefcache, prepared)["tokens"] == 0
