@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from prefcache.pipeline.errors import IntegrityError
+from prefcache.pipeline.errors import IntegrityError, ResourceError
 from prefcache.pipeline.schema import OK
 from prefcache.pipeline.stored.key_index import Keys, read_keys
-from prefcache.pipeline.stored.mirror import find_mirror, find_row_groups
+from prefcache.pipeline.stored.mirror import Mirror, find_mirror, find_row_groups
 from prefcache.pipeline.stored.records import SHARD_RECORD_FILE, ShardRecord
 
 # What read_values reads.
@@ -42,20 +42,21 @@ def list_records(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+# Dictionary codes cost next to nothing where every row has the same string.
+_HOW: dict[str, Any] = {"page_checksum_verification": True, "read_dictionary": ["status", "numerics_id"]}
+
+
 @contextlib.contextmanager
 def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
-    path, mirror = folder / record.file, find_mirror(folder)
-    # Dictionary codes cost next to nothing where every row has the same string.
-    how: dict[str, Any] = {"page_checksum_verification": True, "read_dictionary": ["status", "numerics_id"]}
+    path, mirror, is_part = folder / record.file, find_mirror(folder), False
     try:
         with contextlib.ExitStack() as opened:
-            if mirror is None or mirror.has_whole(folder, record):
-                # Arrow takes a relative path with a colon, such as a:b/c, for a URI.
-                file = pq.ParquetFile(path.absolute(), **how)
-            else:
+            if (file := _open_whole(folder, record, mirror)) is None:
+                assert mirror is not None
+                is_part = True
                 part = opened.enter_context(mirror.open_part(folder, record))
                 # Arrow's reading ahead would fetch more than is asked for.
-                file = pq.ParquetFile(part, metadata=mirror.read_metadata(part), pre_buffer=False, **how)
+                file = pq.ParquetFile(part, metadata=mirror.read_metadata(part), pre_buffer=False, **_HOW)
             opened.enter_context(file)
             if (n_rows := count_rows(file.metadata)) != record.rows:
                 raise IntegrityError(f"{path} has {n_rows} rows, {record.rows} were written")
@@ -63,7 +64,24 @@ def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
-        raise IntegrityError(f"{path} cannot be read ({str(error).partition(chr(10))[0]})") from error
+        reason = str(error).partition("\n")[0]
+        # The blocks of a part are as they were written, so this is about memory, open files or the disk of this machine.
+        if is_part and (isinstance(error, MemoryError) or getattr(error, "errno", None) is not None):
+            raise ResourceError(f"{path} cannot be read on this machine ({reason}).") from error
+        raise IntegrityError(f"{path} cannot be read ({reason})") from error
+
+
+def _open_whole(folder: Path, record: ShardRecord, mirror: Mirror | None) -> pq.ParquetFile | None:
+    """Open a shard that is here as a whole; None if a mirror has no whole copy of it, or another process has just dropped it."""
+    if mirror is not None and not mirror.has_whole(folder, record):
+        return None
+    try:
+        # Arrow takes a relative path with a colon, such as a:b/c, for a URI.
+        return pq.ParquetFile((folder / record.file).absolute(), **_HOW)
+    except FileNotFoundError:
+        if mirror is None:
+            raise
+        return None
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -1,5 +1,6 @@
 """A cache in an object store, read and written through its mirror on this machine, by a real S3 server."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefcache.pipeline.errors import IntegrityError, UsageError
+from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 from prefcache.pipeline.stored import mirror as mirror_module
 from prefcache.pipeline.stored import signatures
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
@@ -128,6 +129,36 @@ def test_damage_of_a_mirror_is_never_damage_of_the_store(machine, s3, what):
     assert token_lists(again, LARGE) == [[-i / 8 for i in ids] for ids in LARGE["chosen_ids"].to_pylist()]
     again.discard_damaged()
     assert {name: s3.read(name) for name in s3.objects()} == stored
+
+
+def test_a_copy_that_is_dropped_just_before_it_is_opened_is_no_damage_of_the_store(machine, s3, monkeypatch):
+    here, has_whole = fill(machine("here"), PAIRS), mirror_module.Mirror.has_whole
+
+    def look_then_lose(mirror, folder, record):
+        answer = has_whole(mirror, folder, record)
+        (folder / record.file).unlink(missing_ok=True)  # as trim or verify of another process may
+        return answer
+
+    monkeypatch.setattr(mirror_module.Mirror, "prefetch", lambda *arguments: None)
+    monkeypatch.setattr(mirror_module.Mirror, "has_whole", look_then_lose)
+    assert values(here) == EXPECTED and not here.damaged
+
+
+def test_what_this_machine_lacks_is_no_damage_of_the_store(machine, s3, monkeypatch):
+    """Scoring deletes the records of damaged shards, for everybody."""
+    fill(machine("here"), PAIRS)
+    there, opened = machine("there"), os.open
+
+    def refuse(path, *arguments, **options):
+        if ".parts" in str(path):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(mirror_module.Mirror, "prefetch", lambda *arguments: None)
+    with pytest.raises(ResourceError, match=r"cannot be read on this machine .*Too many open files"):
+        values(there)
+    assert not there.damaged
 
 
 def test_a_mirror_may_be_deleted_at_any_time(machine, s3):
