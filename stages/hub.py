@@ -48,7 +48,10 @@ def _explain(error: Exception, access: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision. Name a branch, a tag or a commit (--revision)."
-    if access == "read" and (isinstance(error, RepositoryNotFoundError | FileNotFoundError) or status == 401):
+    is_unseen = isinstance(error, RepositoryNotFoundError) and status == 404
+    if is_unseen or (
+        access == "read" and (isinstance(error, RepositoryNotFoundError | FileNotFoundError) or status == 401)
+    ):
         return f"the hub has no such data set, or the token may not {access} it. Check the name, or log in (hf auth login)."
     if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
         problem = "there is no token" if status is None else f"the hub refused the token ({status})"

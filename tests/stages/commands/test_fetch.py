@@ -360,6 +360,8 @@ def test_a_published_cache_is_fetched_from_the_hub_with_its_signature(publish_an
     hub, run = publish_and_fetch
     ann = make_key(tmp_path / "ann")
     run("publish", "-q", scored, "me/rows", "--sign", ann)
+    refused = run("publish", "-q", scored, "me/rows", code=2, HF_TOKEN="hf_another").stderr
+    assert "the token may not write it" in refused and "client" not in refused.lower()
     first = hub.repositories["datasets/me/rows"].commits[-1][0]
     hub.repositories["datasets/me/rows"].add({"README.md": b"all gone"})
     theirs = values(cache_folder(tmp_path))
