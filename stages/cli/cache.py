@@ -118,7 +118,7 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
         prefcache verify
         prefcache verify cache/reference-4f1c0a9b77e2 --json
 
-    CACHE is the `cache` folder of a config (default: cache), or the folder of one reference in it. Exit code 4 if anything is damaged.
+    CACHE is the `cache` of a config (default: cache), a folder or a URL such as s3://bucket/refs, or the folder of one reference in it. Exit code 4 if anything is damaged.
     """
     from prefcache.commands import verify
     from prefcache.pipeline.progress import Progress
@@ -173,7 +173,7 @@ def sign(caches: tuple[str, ...], key: str, quiet: bool, as_json: bool) -> None:
         prefcache sign --key ~/.ssh/id_ed25519
         prefcache sign cache/reference-4f1c0a9b77e2 --key ~/.ssh/id_ed25519.pub
 
-    CACHE is the `cache` folder of a config (default: cache), or the folder of one reference in it. All of it is verified first, and shards that this key has signed are not signed again. Whoever sets `allowed_signers` in a config reads only what somebody in that file has signed. Needs ssh-keygen of OpenSSH 8.9 or later; no passphrase is asked for (ssh-add puts a key into the agent).
+    CACHE is the `cache` of a config (default: cache), a folder or a URL such as s3://bucket/refs, or the folder of one reference in it. All of it is verified first, and shards that this key has signed are not signed again. Whoever sets `allowed_signers` in a config reads only what somebody in that file has signed. Needs ssh-keygen of OpenSSH 8.9 or later; no passphrase is asked for (ssh-add puts a key into the agent).
     """
     from prefcache.commands import sign
     from prefcache.pipeline.progress import Progress

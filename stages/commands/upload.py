@@ -17,8 +17,8 @@ from prefcache.pipeline.stored.prepared_store import list_files, send_prepared
 def run(config: Config, progress: Progress) -> UploadResult:
     if not cache_place.is_url(config.cache):
         raise UsageError(
-            f"cache is {config.cache}, a folder, and prepared data is sent to an object store. Name one (--set "
-            "cache=s3://bucket/refs); machines that share this folder's disk read the data there."
+            f"The cache is a folder ({config.cache}), and prepared data is sent to an object store. Name one (--set "
+            f"cache=s3://bucket/refs). Machines that share the disk of {config.out} need no upload."
         )
     prepared = Prepared(config.prepared)
     prepared_inputs.warn_if_stale(config, progress)
