@@ -364,7 +364,7 @@ class ReportResult:
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
     output: Path
-    cache: Path
+    cache: str
     rows: int
     scored: int
     without: dict[str, int]  # status -> rows that lack a log-prob
@@ -374,7 +374,7 @@ class ExportResult:
 @dataclass(frozen=True, kw_only=True)
 class TrlExportResult:
     output: Path
-    cache: Path
+    cache: str
     rows: int
     left_out: dict[str, int]  # reason -> examples of which TRL would make other ids
     first: dict[str, str]  # reason -> the first of them
@@ -396,7 +396,7 @@ class ScoreFilesResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportResult:
-    cache: Path
+    cache: str
     imported: int
     with_tokens: int
     left: int

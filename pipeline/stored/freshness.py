@@ -40,7 +40,7 @@ class Freshness:
     """Whether something stored is up to date, and if not, why."""
 
     what: str  # preparation, scoring, rows or run
-    path: Path
+    path: Path | str  # a cache in an object store has a URL
     is_stored: bool = True
     differences: tuple[Difference, ...] = ()
     damage: str | None = None  # why it must be made again although its inputs are the same
@@ -159,4 +159,4 @@ def check_rows(cache: Cache, plan: Plan, numerics: Mapping[str, str]) -> Freshne
     ]
     n_never = plan.n_missing - sum(plan.other_numerics.values())
     damage = f"{n_never:,} of {plan.n_sequences:,} sequences were never scored" if n_never > 0 else None
-    return Freshness("rows", cache.folder, bool(cache.records), tuple(differences), damage)
+    return Freshness("rows", cache.place, bool(cache.records), tuple(differences), damage)

@@ -88,7 +88,7 @@ def run(
                     counter.add(len(batch.lines))
     return ExportResult(
         output=output,
-        cache=cache.folder,
+        cache=cache.place,
         rows=expander.statuses.total(),
         scored=expander.statuses[OK],
         without={status: n for status, n in sorted(expander.statuses.items()) if status != OK},

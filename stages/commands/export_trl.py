@@ -86,7 +86,7 @@ def run(
         settings |= kl.settings
     return TrlExportResult(
         output=output,
-        cache=cache.folder,
+        cache=cache.place,
         rows=exporter.n_rows,
         left_out=dict(exporter.left_out.most_common()),
         first=exporter.first,

@@ -81,7 +81,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
             writer.commit(rows, numerics, numerics_id, parity)
     writer.merge_statements()
     return ImportResult(
-        cache=cache.folder,
+        cache=cache.place,
         imported=len(values),
         with_tokens=sum(int(slot) in values.token_logps for slot in values.slots),
         left=len(pc.unique(sequence_table(prepared.table())["key"])) - len(values),

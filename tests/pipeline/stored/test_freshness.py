@@ -57,3 +57,9 @@ def test_rows_say_what_they_were_scored_with_instead(tmp_path):
     assert check_rows(cache, plan_scoring(cache, sequence_table(PAIRS.slice(0, 2)), [MINE], BUDGET), {}).is_fresh
     plan = plan_scoring(cache, sequence_table(PAIRS.slice(0, 6)), [MINE, OTHER], BUDGET)
     assert check_rows(cache, plan, NUMERICS[MINE]).reasons == ["2 of 12 sequences were never scored"]
+
+
+def test_a_cache_in_a_store_is_named_by_its_url(machine, s3):
+    cache = fill(machine("here"), PAIRS.slice(0, 2))
+    rows = check_rows(cache, plan_scoring(cache, sequence_table(PAIRS.slice(0, 2)), [MINE], BUDGET), {})
+    assert rows.explain() == f"{s3.url}/{cache.folder.name} is up to date"

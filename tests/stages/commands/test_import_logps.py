@@ -199,6 +199,13 @@ def test_what_score_wrote_comes_back_exactly(prefcache, tmp_path, model, elsewhe
     assert tables[0].equals(tables[1])
 
 
+def test_rows_are_said_to_be_in_the_store_and_not_in_its_mirror(prefcache, tmp_path, model, elsewhere, s3):
+    config = write(tmp_path, model, elsewhere)
+    prefcache("prepare", "-q", config)
+    done = prefcache("import", "-q", config, "--set", f"cache={s3.url}")
+    assert done.stdout.startswith(f"{s3.url}/") and "/.cache/" not in done.stdout
+
+
 def test_labelled_answers_are_imported_and_mismatched_ones_left_to_score(prefcache, tmp_path, model):
     write_labels(tmp_path / "labels.jsonl", 8)
     prefcache("score", "-q", "--input", "labels.jsonl", "--model", model, "--output", "pairs.jsonl")
