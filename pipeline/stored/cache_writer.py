@@ -76,10 +76,15 @@ class CacheWriter:
             self._discard(record)
 
     def _discard(self, record: Path) -> None:
+        if self._mirror is None or not self._mirror.was_written_again(self.cache.folder, record.name):
+            self._delete(record)
+        # Otherwise another scorer has written it anew: what is there now was not looked at, and stays.
+        self.cache.damaged.pop(record, None)
+
+    def _delete(self, record: Path) -> None:
         if self._mirror is not None:
             self._mirror.delete_record(self.cache.folder, record.name)
         artifact.member(self.cache.folder, record.name).unlink(missing_ok=True)
-        self.cache.damaged.pop(record, None)
 
     # -- claims ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ class Mirror:
         self.root, self.store = root, store
         self._sizes: dict[str, dict[str, int]] = {}  # of a reference's shards in the last listing
         self._refreshed: dict[str, float] = {}
+        self._written: dict[str, dict[str, datetime]] = {}  # when its records were, by the same listing
         self._asked_for: dict[Path, float] = {}  # when somebody in this process last wanted a whole shard
         self._fetched_bytes = 0
         self._is_trimmed = False
@@ -94,6 +96,7 @@ class Mirror:
         objects = {found.name.rpartition("/")[2]: found for found in self._list_files(folder)}
         self._sizes[folder.name] = {name: found.size for name, found in objects.items() if SHARD_FILE.fullmatch(name)}
         listed = {name: found for name, found in objects.items() if _is_mirrored(name)}
+        self._written[folder.name] = {name: found.modified for name, found in listed.items()}
         memo = ListingMemo.recall(self._memo_path(folder))
         known = dict(memo.etags) if memo else {}
         listed_etags = {name: _bare_etag(found.etag) for name, found in listed.items()}
@@ -305,6 +308,17 @@ class Mirror:
 
     def has_record(self, folder: Path, name: str) -> bool:
         return self.store.head(f"{folder.name}/{refuse_escape(name)}") is not None
+
+    def was_written_again(self, folder: Path, name: str) -> bool:
+        """Whether a record was written anew since the last listing, perhaps with the same bytes; it is brought up to date."""
+        listed, found = (
+            self._written.get(folder.name, {}).get(name),
+            self.store.head(f"{folder.name}/{refuse_escape(name)}"),
+        )
+        # A listing may give fractions of a second where an answer to one request does not.
+        if listed is None or found is None or (found.modified - listed).total_seconds() <= 1.0:
+            return False
+        return self.fetch_record(folder, name)
 
     def fetch_record(self, folder: Path, name: str) -> bool:
         """Bring one record up to date; return whether the store has it."""

@@ -188,6 +188,24 @@ def fill_again(cache: Cache) -> Cache:
     return fill(cache, PAIRS)
 
 
+def test_a_damaged_shard_that_another_has_scored_again_stays(machine, s3):
+    """Both have found the damage; the one that is slower deletes nothing of the other's work."""
+    fill(machine("here"), PAIRS)
+    name = names(s3, ".parquet")[0]
+    s3.remove(name)
+    quick, slow = machine("quick"), machine("slow")
+    assert len(quick.damaged) == len(slow.damaged) == 1
+    time.sleep(2.1)  # the store's times are in seconds
+    quick.discard_damaged()
+    chunk = f"{name.rpartition('-')[0]}.json"
+    for slots in quick.plan(PAIRS, [MINE], 30).chunks:
+        quick.commit(scored(PAIRS, slots), NUMERICS[MINE], MINE, None)
+    assert chunk in s3.objects()
+    slow.discard_damaged()
+    assert chunk in s3.objects() and not slow.damaged
+    assert values(machine("third")) == EXPECTED == values(reopen(slow))
+
+
 @pytest.mark.parametrize("change", ["missing", "short", "long", "empty"])
 def test_a_shard_of_another_size_is_seen_without_reading_it(machine, s3, change):
     fill(machine("here"), PAIRS)
