@@ -33,6 +33,7 @@ from prefcache.pipeline.stored.records import (
     SHARD_FILE,
     SHARD_RECORD_FILE,
     STATEMENT_FILE,
+    MalformedError,
     ReferenceRecord,
     ShardRecord,
     StoreRecord,
@@ -274,10 +275,19 @@ class Mirror:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def create_reference(self, folder: Path, reference: ReferenceRecord) -> None:
-        """Say whose cache a folder of the store is, unless it says so already."""
-        self.store.create(f"{folder.name}/{REFERENCE_FILE}", reference.seal())
-        content = self.store.get(f"{folder.name}/{REFERENCE_FILE}")
-        artifact.commit_bytes(folder / REFERENCE_FILE, content, durable=False)
+        """Say whose cache a folder of the store is, unless it says so already; a damaged record is written anew."""
+        name, path = f"{folder.name}/{REFERENCE_FILE}", folder / REFERENCE_FILE
+        self.store.create(name, reference.seal())
+        content, etag = self.store.get_with_etag(name)
+        try:
+            ReferenceRecord.read_bytes(content, path)
+        except MalformedError:
+            raise
+        except IntegrityError:
+            if etag is not None:
+                self.store.replace(name, reference.seal(), etag)
+            content = self.store.get(name)
+        artifact.commit_bytes(path, content, durable=False)
 
     def send(self, folder: Path, record: ShardRecord) -> bool:
         """Put a shard that was written into the folder, then its record; return whether it was the first."""

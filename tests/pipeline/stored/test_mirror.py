@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
+from prefcache.pipeline.stored import artifact, signatures
 from prefcache.pipeline.stored import mirror as mirror_module
-from prefcache.pipeline.stored import signatures
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.mirror import find_mirror
@@ -219,6 +219,17 @@ def test_a_shard_of_another_size_is_seen_without_reading_it(machine, s3, change)
     (reason,) = there.damaged.values()
     assert "object store" in reason and name.rpartition("/")[2] in reason
     assert values(fill_again(there)) == EXPECTED
+
+
+def test_a_damaged_reference_is_written_anew_in_the_store(machine, s3):
+    fill(machine("here"), PAIRS)
+    (name,) = names(s3, "reference.json")
+    content = s3.read(name)
+    s3.write(name, content[:-20])
+    assert values(machine("there")) == EXPECTED and s3.read(name) == content
+    s3.write(name, artifact.seal(artifact.unseal_bytes(content, Path(name)) | {"schema_version": 99}))
+    with pytest.raises(IntegrityError, match="has schema version 99"):
+        machine("third")  # a newer version's, which is not ours to replace
 
 
 def test_a_record_that_changed_in_the_store_is_read_again(machine, s3):
