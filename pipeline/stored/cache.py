@@ -48,7 +48,6 @@ _ROWS_AT_ONCE = 1 << 20
 # How often a reader starts over because gc merged shards while it was reading.
 _TRIES = 5
 _REMOVE = "Remove it: what it vouched for is scored again."
-_REMOVE_REFERENCE = "Remove it and score again (prefcache score CONFIG): it is written anew."
 
 
 class Cache:
@@ -74,7 +73,7 @@ class Cache:
         if reference is None and not (folder / REFERENCE_FILE).exists():
             raise IntegrityError(f"The cache {self.place} is gone. Score again (prefcache score CONFIG).")
         if reference is None:
-            reference = ReferenceRecord.read(folder / REFERENCE_FILE, _REMOVE_REFERENCE)
+            reference = ReferenceRecord.read(folder / REFERENCE_FILE, _explain_repair(folder))
         if model_id not in (None, reference.model_id):
             raise IdentityError(
                 f"{self.place} holds log-probs of {reference.name}@{reference.model_id[:8]}; this run names a model "
@@ -368,6 +367,13 @@ class _Changed(Exception):
     """Shards were merged between their listing and their reading."""
 
 
+def _explain_repair(folder: Path) -> str:
+    """What to do about a reference.json that cannot be read."""
+    mirror = find_mirror(folder)
+    what = "Remove it" if mirror is None else f"Remove {mirror.url(folder)}/{REFERENCE_FILE}, of which it is a copy,"
+    return f"{what} and score again (prefcache score CONFIG): it is written anew."
+
+
 def find_folder(root: Path, name: str, model_id: str) -> Path:
     """The folder of a model's cache, which need not exist yet.
 
@@ -384,7 +390,7 @@ def find_folder(root: Path, name: str, model_id: str) -> Path:
 def has_whole_reference(folder: Path) -> bool:
     """Whether reference.json exists undamaged; MalformedError if it is not one that this prefcache wrote."""
     try:
-        ReferenceRecord.read(folder / REFERENCE_FILE, _REMOVE_REFERENCE)
+        ReferenceRecord.read(folder / REFERENCE_FILE, _explain_repair(folder))
     except MalformedError:
         raise
     except IntegrityError:

@@ -468,3 +468,11 @@ def test_verify_reads_the_store_and_not_copies_of_it(machine, s3):
     s3.write(name, bytes(data))
     assert (here.folder / name.rpartition("/")[2]).is_file()
     assert list(verify(here.folder).damaged) == [f"{name.rpartition('/')[2][:32]}.json"]
+
+
+def test_a_reference_that_is_damaged_in_the_store_is_named_there(machine, s3):
+    here = fill(machine("here"), PAIRS)
+    s3.write(f"{here.folder.name}/reference.json", b"{")
+    with pytest.raises(IntegrityError) as said:
+        machine("there")
+    assert f"Remove {here.place}/reference.json, of which it is a copy, and score again" in str(said.value)
