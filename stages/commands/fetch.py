@@ -41,6 +41,7 @@ from prefcache.pipeline.stored.records import (
 )
 from prefcache.pipeline.stored.signatures import Signatures, require_key
 
+_MOST_BYTES = 64 << 20  # of a file that is not a shard
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -194,6 +195,8 @@ class _HubSource:
         names = [file for file in self._files.sizes if file == REFERENCE_FILE or _is_small(file)]
         if REFERENCE_FILE not in names:
             raise UsageError(f"{name} is not a published cache: there is no {REFERENCE_FILE} in it.")
+        if large := [file for file in names if self._files.sizes[file] > _MOST_BYTES]:
+            raise IntegrityError(f"{large[0]} of {self.place} is larger than any record. Nothing was taken from it.")
         self._files.download(names, scratch)
 
     def read_keys(self, records: Sequence[ShardRecord]) -> Iterator[Keys]:

@@ -391,6 +391,22 @@ def test_only_shards_with_a_needed_row_are_fetched_from_the_hub(publish_and_fetc
     assert len([path for path, _, is_range in hub.served if not is_range and path.endswith(".parquet")]) == 1
 
 
+def test_a_record_on_the_hub_that_would_fill_disk_and_memory_is_not_fetched(prefcache, prepared, monkeypatch):
+    from prefcache.commands import fetch as command
+
+    class Dataset:
+        commit, sizes = "0" * 40, {"reference.json": 1 << 40}
+
+        def __init__(self, name, revision):
+            pass
+
+        def download(self, names, folder):
+            raise AssertionError("nothing may be fetched")
+
+    monkeypatch.setattr(command, "HubDataset", Dataset)
+    assert "reference.json of me/rows@00000000 is larger than any record" in refuse(prefcache, prepared, "me/rows")
+
+
 @pytest.mark.parametrize("lie", ["short", "other", "long"])
 def test_a_hub_that_serves_other_bytes_than_were_published_is_refused(publish_and_fetch, scored, tmp_path, lie):
     hub, run = publish_and_fetch
