@@ -85,6 +85,8 @@ def run(
                 return plan if dry_run else FetchResult(plan=plan, compared=0, deviation=None, use=None)
             source.fetch([each.record for each in needed])
             _refuse_bad_shards(source, published, needed, signed)
+            needed = list(_drop_failures(source.folder, needed))
+            plan = _describe(source, cache, wanted, needed, signed, dry_run)
             samples = _draw_samples(source.folder, needed, wanted, config.score.parity_sample)
             means = _compare(config, reference, prepared, source, samples, progress)
         opened = create_cache(root, config.model, described, config.signers_file)
@@ -325,12 +327,19 @@ def _refuse_bad_shards(
     cache_maintenance.refuse_impossible(opened)
 
 
+def _drop_failures(folder: Path, needed: list[_Needed]) -> Iterator[_Needed]:
+    """Leave out rows that say that a sequence could not be scored, so that they count as missing."""
+    for each in needed:
+        has_value = ~np.isnan(shards.read_values(folder, each.record)[1][each.places])
+        if has_value.any():
+            yield _Needed(each.record, each.places[has_value], each.ranks[has_value])
+
+
 def _read_needed(folder: Path, each: _Needed) -> tuple[pa.Table, np.ndarray]:
-    """The wanted rows of a shard that have a value, in order of their places, and their ranks."""
+    """The wanted rows of a shard, in order of their places, and their ranks."""
     order = np.argsort(each.places)
     rows = shards.read_rows(folder, each.record).cast(CACHE).take(pa.array(each.places[order]))
-    has_value = shards.usable_rows(rows)
-    return rows.filter(pa.array(has_value)), each.ranks[order][has_value]
+    return rows, each.ranks[order]
 
 
 def _draw_samples(folder: Path, needed: list[_Needed], wanted: _Wanted, n: int) -> list[Sample]:
@@ -396,7 +405,7 @@ def _commit(folder: Path, needed: list[_Needed], writer: CacheWriter, progress: 
         for each in needed:
             rows, _ = _read_needed(folder, each)
             record = each.record
-            if len(rows) and not writer.has_chunk(rows["key"].to_pylist(), record.numerics_id):
+            if not writer.has_chunk(rows["key"].to_pylist(), record.numerics_id):
                 writer.commit(
                     rows, record.numerics, record.numerics_id, record.parity.facts() if record.parity else None
                 )

@@ -309,6 +309,19 @@ def test_a_damaged_or_malformed_source_is_refused_whole(prefcache, prepared, the
     assert refuse(prefcache, prepared, "theirs").endswith("Nothing was taken from theirs.")
 
 
+def test_a_row_that_says_that_scoring_failed_is_neither_taken_nor_counted(prefcache, prepared, theirs, tmp_path):
+    first = iter([True])
+
+    def fail_one(rows):
+        if next(first, False):
+            rows[0] |= {"status": "too long", "logp_sum": None, "logps": None}
+
+    rewrite(theirs, fail_one)
+    result = fetch(prefcache, prepared, "theirs")
+    assert (result["needed"], result["rows"]) == (N, N - 1) and sum(result["numerics"].values()) == N - 1
+    assert len(values(cache_folder(tmp_path))) == N - 1
+
+
 def test_a_source_that_changes_after_it_was_checked_changes_nothing(prefcache, prepared, theirs, monkeypatch, tmp_path):
     from prefcache.commands import fetch as command
 
