@@ -470,9 +470,10 @@ def test_verify_reads_the_store_and_not_copies_of_it(machine, s3):
     assert list(verify(here.folder).damaged) == [f"{name.rpartition('/')[2][:32]}.json"]
 
 
-def test_a_reference_that_is_damaged_in_the_store_is_named_there(machine, s3):
+def test_a_reference_that_is_damaged_in_the_store_is_named_there_by_what_only_reads(machine, s3):
     here = fill(machine("here"), PAIRS)
     s3.write(f"{here.folder.name}/reference.json", b"{")
+    find_mirror(here.folder).refresh_references()
     with pytest.raises(IntegrityError) as said:
-        machine("there")
+        reopen(here)
     assert f"Remove {here.place}/reference.json, of which it is a copy, and score again" in str(said.value)
