@@ -147,8 +147,11 @@ class Cache:
         """Have all shards here as a whole, for readers of files; those of an object store that are damaged are noted."""
         if self._mirror is not None:
             wrong = self._mirror.fetch(self.folder, self.records)
+            verified = VerifiedShards(self.folder, self._remember)
             for record in [record for record in self.records if record.file in wrong]:
                 self.note_damage(record, f"{self.place}/{record.file} {wrong[record.file]}")
+                verified.forget(record)
+            verified.save()
 
     def note_damage(self, record: ShardRecord, reason: str) -> None:
         """Count a shard as damaged from now on: it serves nothing, and `CacheWriter.discard_damaged` deletes its record."""

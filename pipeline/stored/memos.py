@@ -54,6 +54,7 @@ class VerifiedMemo(_Memo):
     """Shards that were found whole, with their size, times, inode and checksum then."""
 
     known: dict[BareName, tuple[int, int, int, int, Checksum]]
+    suspects: list[BareName] = Field(default_factory=list)  # shards of an object store in which reading found damage
 
 
 class ListingMemo(_Memo):

@@ -16,7 +16,7 @@ from prefcache.pipeline.stored import artifact, signatures
 from prefcache.pipeline.stored import mirror as mirror_module
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
-from prefcache.pipeline.stored.mirror import find_mirror
+from prefcache.pipeline.stored.mirror import find_mirror, open_root
 from prefcache.pipeline.stored.signatures import SigningKey
 from tests.helpers.caches import MINE, MODEL, NUMERICS, PAIRS, REFERENCE, Cache, expected, fill, reopen, scored
 from tests.helpers.machines import EXPECTED, LISTS, names, token_lists, values
@@ -458,6 +458,25 @@ def test_no_file_holds_credentials(machine, s3, tmp_path):
     assert len(files) > 20
     for path in files:
         assert KEY_ID.encode() not in path.read_bytes() and SECRET.encode() not in path.read_bytes(), path
+
+
+def test_damage_among_token_values_that_verify_finds_is_scored_again(machine, s3):
+    """Scoring reads sums alone, which are in other blocks."""
+    create_large(machine("here"))
+    there = machine("there")
+    record = there.records[0]
+    name = f"{there.folder.name}/{record.file}"
+    data = bytearray(s3.read(name))
+    data[record.blocks[0].bytes + record.blocks[1].bytes // 2] ^= 1
+    s3.write(name, bytes(data))
+    assert not reopen(there).damaged
+    assert list(verify(there.folder).damaged) == [record.name]
+    again = machine("there")
+    assert [path.name for path in again.damaged] == [record.name]
+    again.discard_damaged()
+    again = create_large(reopen(again))
+    assert not verify(again.folder).damaged and not reopen(again).damaged
+    assert token_lists(machine("third"), LARGE) == [[-i / 8 for i in ids] for ids in LARGE["chosen_ids"].to_pylist()]
 
 
 def test_verify_reads_the_store_and_not_copies_of_it(machine, s3):
