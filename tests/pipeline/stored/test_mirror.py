@@ -16,7 +16,7 @@ from prefcache.pipeline.stored import artifact, signatures
 from prefcache.pipeline.stored import mirror as mirror_module
 from prefcache.pipeline.stored.cache_maintenance import gc, verify
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
-from prefcache.pipeline.stored.mirror import find_mirror, open_root
+from prefcache.pipeline.stored.mirror import find_mirror
 from prefcache.pipeline.stored.signatures import SigningKey
 from tests.helpers.caches import MINE, MODEL, NUMERICS, PAIRS, REFERENCE, Cache, expected, fill, reopen, scored
 from tests.helpers.machines import EXPECTED, LISTS, names, token_lists, values
