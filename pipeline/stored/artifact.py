@@ -72,7 +72,7 @@ def refuse_unwritable(path: Path) -> None:
 TEMPORARY = re.compile(r"\..+\.[^-]+-[0-9]+\.tmp", re.DOTALL)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
 
 
@@ -114,7 +114,7 @@ def commit_stream(path: Path, *, once: bool = False, durable: bool = True) -> It
     With `once` the first writer wins, and `is_first` of the stream says whether it was this one. If not `durable`, do not
     wait for the disk: for files that a checksum verifies and that can be made again.
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -148,7 +148,7 @@ def commit_bytes(path: Path, data: bytes | memoryview, *, once: bool = False, du
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """A folder next to `path`, deleted after the block; if the process dies in it, by `remove_leftovers`."""
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -196,7 +196,7 @@ def discard(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     os.replace(path, temporary)
     shutil.rmtree(temporary)

@@ -189,6 +189,8 @@ class Cache:
                 reason = f"{self.place}/{record.file} is missing"
             if reason is None:
                 signed.append(record)
+                if self._mirror is not None:
+                    self._mirror.demand(record, signatures.shard_hashes(record))
             else:
                 self.unsigned[self.record_path(record)] = reason
         self.records = signed

@@ -9,6 +9,7 @@ putting it twice changes nothing; of its record the first one wins.
 """
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -58,6 +59,7 @@ class Mirror:
         self._refreshed: dict[str, float] = {}
         self._written: dict[str, dict[str, datetime]] = {}  # when its records were, by the same listing
         self._asked_for: dict[Path, float] = {}  # when somebody in this process last wanted a whole shard
+        self._demanded: dict[str, set[str]] = {}  # by shard: the SHA-256 of which it has to have one
         self._fetched_bytes = 0
         self._is_trimmed = False
         self._lock = threading.Lock()
@@ -204,7 +206,11 @@ class Mirror:
         """Fetch some blocks of a shard, or all of it where that costs about the same."""
         blocks = _find_blocks(record)
         wanted = [blocks[i] for i in numbers if i < len(blocks)]
-        if record.blocks is None or sum(block.end - block.start for block in wanted) > _WORTH_ALL * record.bytes:
+        if (
+            record.blocks is None
+            or self.is_demanded(record)
+            or sum(block.end - block.start for block in wanted) > _WORTH_ALL * record.bytes
+        ):
             self._fetch_whole(folder, record)
             return
         with self.open_part(folder, record) as part:
@@ -234,15 +240,27 @@ class Mirror:
         self.trim()
         return wrong
 
+    def demand(self, record: ShardRecord, hashes: set[str]) -> None:
+        """Read a shard in this process as a whole only, and only if its SHA-256 is one of these."""
+        self._demanded[record.file] = hashes
+
+    def is_demanded(self, record: ShardRecord) -> bool:
+        return record.file in self._demanded
+
     def _fetch_whole(self, folder: Path, record: ShardRecord) -> str | None:
         name = f"{folder.name}/{refuse_escape(record.file)}"
         path = artifact.member(folder, record.file)
         # A name of this thread's own: two of them may fetch one shard.
-        temporary = path.with_name(f"{path.name}.{threading.get_ident()}")
+        temporary = artifact.temporary_path(path.with_name(f"{path.name}-{threading.get_ident()}"))
+        sha256 = hashlib.sha256()
         try:
             with artifact.commit_stream(temporary, durable=False) as stream:
                 for start in range(0, record.bytes, _COPY_BYTES):
-                    stream.write(self.store.get_range(name, start, min(start + _COPY_BYTES, record.bytes)))
+                    data = self.store.get_range(name, start, min(start + _COPY_BYTES, record.bytes))
+                    stream.write(data)
+                    sha256.update(data)
+            if sha256.hexdigest() not in self._demanded.get(record.file, {sha256.hexdigest()}):
+                return "has other bytes in the object store than were signed"
             if stream.entry(path)["xxh3_128"] != record.xxh3_128:
                 return "has other bytes in the object store than were written (checksum)"
             os.replace(temporary, path)

@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xxhash
+
 from prefcache.pipeline.errors import IntegrityError
 from prefcache.pipeline.stored import artifact
 
 _LOG = ".blocks"
+_PIECE_BYTES = 8 << 20  # of a block in memory at once
 
 
 class Block(NamedTuple):
@@ -68,13 +71,25 @@ class PartialFile(io.RawIOBase):
         n_bytes = block.end - block.start
         is_here = i in self._logged and _is_whole(block, os.pread(self._data, n_bytes, block.start))
         if not is_here:
-            data = self._fetch(block.start, block.end)
-            if not _is_whole(block, data):
+            with artifact.disk_errors(self._path):
+                is_whole = self._fetch_block(block)
+            if not is_whole:
                 raise IntegrityError(f"{self._name} has other bytes than were written (checksum)")
             with artifact.disk_errors(self._path):
-                _write_all(self._data, data, block.start)
                 os.write(self._log, f"{i}\n".encode())
         self._checked.add(i)
+
+    def _fetch_block(self, block: Block) -> bool:
+        """Write a block in its place, a piece at a time; return whether its bytes are those that were written."""
+        digest = xxhash.xxh3_128()
+        for start in range(block.start, block.end, _PIECE_BYTES):
+            end = min(start + _PIECE_BYTES, block.end)
+            data = self._fetch(start, end)
+            if len(data) != end - start:
+                return False
+            digest.update(data)
+            _write_all(self._data, data, start)
+        return digest.hexdigest() == block.xxh3_128
 
     def _read_log(self) -> bytes:
         return os.pread(self._log, os.fstat(self._log).st_size, 0)

@@ -51,7 +51,12 @@ def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
     path, mirror, is_part = folder / record.file, find_mirror(folder), False
     try:
         with contextlib.ExitStack() as opened:
-            if (file := _open_whole(folder, record, mirror)) is None:
+            file = _open_whole(folder, record, mirror)
+            if file is None and mirror is not None and mirror.is_demanded(record):
+                if reason := mirror.fetch(folder, [record]).get(record.file):
+                    raise IntegrityError(f"{path} {reason}")
+                file = pq.ParquetFile(path, **_HOW)
+            if file is None:
                 assert mirror is not None
                 is_part = True
                 part = opened.enter_context(mirror.open_part(folder, record))

@@ -192,6 +192,15 @@ class Signatures:
         for each in statement.records:
             self.signed.setdefault(each.record, set()).add((each.sha256, each.shard_sha256))
 
+    def covers(self, record: ShardRecord) -> bool:
+        """Whether somebody vouches for this record, as it was read; its shard is another question."""
+        sha256 = hashlib.sha256(record.seal()).hexdigest()
+        return any(sha256 == each for each, _ in self.signed.get(record.name, ()))
+
+    def shard_hashes(self, record: ShardRecord) -> set[str]:
+        """The SHA-256 that the record's shard may have."""
+        return {shard for _, shard in self.signed.get(record.name, ())}
+
     def why_refused(self, record: ShardRecord) -> str | None:
         """Why nobody vouches for this record and its shard as they are on disk; None if somebody does."""
         if not (signed := self.signed.get(record.name)):

@@ -118,7 +118,7 @@ def served_lists(cache: Cache, index: KeyIndex, sum_K: np.ndarray, accepted: Seq
             if (lengths != table["n_completion"].to_numpy()[has_tokens]).any():
                 raise IntegrityError(
                     f"{cache.place}/{record.file} has a row with another number of log-probs than its answer has tokens. "
-                    f"Remove {cache.record_path(record)} and score again (prefcache score CONFIG): only what it held is computed."
+                    f"Remove {cache.place}/{record.name} and score again (prefcache score CONFIG): only what it held is computed."
                 )
             is_read_K[ranks[has_tokens]] = True
             yield ServedLists(ranks[has_tokens], lengths, lists.flatten().to_numpy())

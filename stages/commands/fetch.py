@@ -265,15 +265,12 @@ def _find_needed(source: _Source, wanted: _Wanted, signed: Signatures | None) ->
     found: dict[str, list[_Needed]] = {}
     paths = shards.list_records(source.folder) if len(wanted.index) else []
     records = [ShardRecord.read(path) for path in paths]
+    if signed is not None:
+        records = _keep_signed(records, source, signed)
     with counting(f"read keys of {source.place}", len(records), "shards") as counter:
         for record, keys in zip(records, source.read_keys(records), strict=True):
             places, ranks = wanted.index.find(keys)
             if len(places):
-                if signed is not None and record.name not in signed.signed:
-                    reasons = "".join(f" {reason}." for reason in list(signed.refused.values())[:1])
-                    raise IntegrityError(
-                        f"{record.file} of {source.place} is not signed by anybody in {signed.allowed_signers}.{reasons}"
-                    )
                 found.setdefault(record.numerics_id, []).append(_Needed(record, places, ranks))
             counter.add(1)
     is_taken = np.zeros(len(wanted.index), bool)
@@ -285,6 +282,22 @@ def _find_needed(source: _Source, wanted: _Wanted, signed: Signatures | None) ->
             if is_new.any():
                 needed.append(_Needed(shard.record, shard.places[is_new], shard.ranks[is_new]))
     return needed
+
+
+def _keep_signed(records: list[ShardRecord], source: _Source, signed: Signatures) -> list[ShardRecord]:
+    """The records that an allowed signer vouches for; nothing of another shard is read.
+
+    IntegrityError if there is none, or if one was replaced after it was signed.
+    """
+    kept = [record for record in records if record.name in signed.signed]
+    if replaced := next((record for record in kept if not signed.covers(record)), None):
+        raise IntegrityError(f"{replaced.name} of {source.place} is not what was signed: it has been replaced")
+    if records and not kept:
+        reasons = "".join(f" {reason}." for reason in list(signed.refused.values())[:1])
+        raise IntegrityError(
+            f"{records[0].file} of {source.place} is not signed by anybody in {signed.allowed_signers}.{reasons}"
+        )
+    return kept
 
 
 def _describe(

@@ -180,7 +180,7 @@ def test_a_folder_takes_the_place_of_a_link_and_what_that_leads_to_stays(tmp_pat
 def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    mine = artifact._temporary(tmp_path / "a").name
+    mine = artifact.temporary_path(tmp_path / "a").name
     dead = mine.replace(f"-{os.getpid()}.", f"-{gone.pid}.")
     elsewhere = f".a.another_machine-{gone.pid}.tmp"
     for name in (mine, dead, elsewhere, "a", ".hidden.tmp"):
