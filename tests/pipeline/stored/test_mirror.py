@@ -1,6 +1,7 @@
 """A cache in an object store, read and written through its mirror on this machine, by a real S3 server."""
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -458,6 +459,20 @@ def test_no_file_holds_credentials(machine, s3, tmp_path):
     assert len(files) > 20
     for path in files:
         assert KEY_ID.encode() not in path.read_bytes() and SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_signed_shard_whose_copy_is_dropped_is_read_again_by_its_sha256(machine, s3):
+    create_large(machine("here"))
+    there = machine("there")
+    record, mirror = there.records[0], find_mirror(there.folder)
+    sha256 = hashlib.sha256(s3.read(f"{there.folder.name}/{record.file}")).hexdigest()
+    mirror.demand(record, {sha256})
+    assert len(there.read(record, ["key"])) == record.rows
+    assert mirror.has_whole(there.folder, record)  # never in parts
+    mirror.demand(record, {"0" * 64})
+    mirror.forget(there.folder, record)
+    with pytest.raises(IntegrityError, match="has other bytes in the object store than were signed"):
+        there.read(record, ["key"])
 
 
 def test_damage_among_token_values_that_verify_finds_is_scored_again(machine, s3):

@@ -88,6 +88,14 @@ def test_a_copy_that_has_changed_is_fetched_again(tmp_path):
     assert source.fetched[4:] == [(400, 1000)]
 
 
+def test_a_large_block_is_fetched_a_piece_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_file, "_PIECE_BYTES", 250)
+    source = Source()
+    with open_file(tmp_path, source) as file:
+        assert file.read_at(500, 510) == DATA[500:510]
+    assert source.fetched == [(400, 650), (650, 900), (900, 1000)]
+
+
 def test_a_failed_fetch_leaves_the_file_as_it_was(tmp_path):
     def fail(start: int, end: int) -> bytes:
         raise OSError("the network is down")
