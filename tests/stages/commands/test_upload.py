@@ -59,7 +59,7 @@ def test_other_data_is_not_replaced(prefcache, prepared, s3, tmp_path):
 
 def test_a_cache_that_is_a_folder_takes_no_data(prefcache, prepared):
     done = prefcache("upload", prepared, code=2)
-    assert "cache is cache, a folder" in done.stderr and "--set cache=s3://bucket/refs" in done.stderr
+    assert "The cache is a folder (cache)" in done.stderr and "--set cache=s3://bucket/refs" in done.stderr
 
 
 def test_what_names_no_prepared_data_is_refused(prefcache, s3):
