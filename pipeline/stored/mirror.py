@@ -45,7 +45,6 @@ LIMIT_VARIABLE = "PREFCACHE_MIRROR_GIB"
 _DEFAULT_GIB = 100.0
 # Files that some process has used within this time are kept, whatever the limit.
 _KEPT_SECONDS = 3600.0
-_COPY_BYTES = 8 << 20  # of a shard in memory at once
 # Above this part of a shard, its whole is read, which its checksum then covers.
 _WORTH_ALL = 0.5
 
@@ -94,7 +93,7 @@ class Mirror:
         if time.monotonic() - self._refreshed.get(folder.name, -1e9) < older_than:
             return
         begun = time.monotonic()
-        # What another process sends during the listing, which may lack it, is no reason to drop its copy.
+        # Before the listing, which may lack what another process sends meanwhile: its copy is kept.
         here = {path.name for path in folder.iterdir() if _is_mirrored(path.name)} if folder.is_dir() else set()
         objects = {found.name.rpartition("/")[2]: found for found in self._list_files(folder)}
         self._sizes[folder.name] = {name: found.size for name, found in objects.items() if SHARD_FILE.fullmatch(name)}
@@ -255,8 +254,7 @@ class Mirror:
         sha256 = hashlib.sha256()
         try:
             with artifact.commit_stream(temporary, durable=False) as stream:
-                for start in range(0, record.bytes, _COPY_BYTES):
-                    data = self.store.get_range(name, start, min(start + _COPY_BYTES, record.bytes))
+                for data in self.store.read_pieces(name, record.bytes):
                     stream.write(data)
                     sha256.update(data)
             if sha256.hexdigest() not in self._demanded.get(record.file, {sha256.hexdigest()}):
@@ -402,7 +400,10 @@ _MIRRORS: dict[Path, Mirror] = {}
 
 def find_mirror(folder: Path) -> Mirror | None:
     """The mirror to which a reference's folder belongs; None if it is an ordinary folder."""
-    root = folder.parent
+    return _find_mirror_at(folder.parent)
+
+
+def _find_mirror_at(root: Path) -> Mirror | None:
     if root not in _MIRRORS:
         if not (root / STORE_FILE).is_file():
             return None
@@ -428,7 +429,7 @@ def open_root(place: str) -> Path:
         url = parse_url(place)
         if not (root / STORE_FILE).is_file():
             StoreRecord.make(url=url).commit(root / STORE_FILE, durable=False)
-        mirror = find_mirror(root / "any")
+        mirror = _find_mirror_at(root)
         assert mirror is not None
         if mirror.store.url != url:
             raise IntegrityError(

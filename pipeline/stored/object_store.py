@@ -39,6 +39,8 @@ _SECONDS_WITHOUT_BYTES = 120.0
 _SECONDS_PER_REQUEST = 3600.0
 # A larger object is sent in parts, each by a request of its own.
 _PART_BYTES = 16 << 20
+# Of a large object, in memory at once while it is read.
+_PIECE_BYTES = 8 << 20
 # Of an object that is read as a whole: only records are.
 _MOST_BYTES = 64 << 20
 
@@ -121,6 +123,11 @@ class ObjectStore:
         data = self._retry("get", name, read)
         self._count("received", len(data))
         return data
+
+    def read_pieces(self, name: str, n_bytes: int) -> Iterator[bytes]:
+        """Yield an object of this size a piece at a time, so that it need not fit into memory."""
+        for start in range(0, n_bytes, _PIECE_BYTES):
+            yield self.get_range(name, start, min(start + _PIECE_BYTES, n_bytes))
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

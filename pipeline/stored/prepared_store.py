@@ -22,7 +22,6 @@ from prefcache.pipeline.stored.records import FileEntry, PreparedManifest
 
 FOLDER = "prepared"
 _ID = re.compile(r"[0-9a-f]{32}")
-_PIECE_BYTES = 8 << 20
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -141,8 +140,8 @@ def _fetch_files(store: ObjectStore, prepared_id: str, folder: Path, missing: li
     def fetch(entry: FileEntry) -> int:
         name, path = _name(prepared_id, entry.file), artifact.member(folder, entry.file)
         with artifact.commit_stream(path) as stream:
-            for start in range(0, entry.bytes, _PIECE_BYTES):
-                stream.write(store.get_range(name, start, min(start + _PIECE_BYTES, entry.bytes)))
+            for data in store.read_pieces(name, entry.bytes):
+                stream.write(data)
             if stream.entry(path)["xxh3_128"] != entry.xxh3_128:
                 raise IntegrityError(f"{url}/{entry.file} has other bytes than were written (checksum). {_remedy(url)}")
         return entry.bytes

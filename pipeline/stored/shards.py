@@ -55,7 +55,8 @@ def _open(folder: Path, record: ShardRecord) -> Iterator[pq.ParquetFile]:
             if file is None and mirror is not None and mirror.is_demanded(record):
                 if reason := mirror.fetch(folder, [record]).get(record.file):
                     raise IntegrityError(f"{path} {reason}")
-                file = pq.ParquetFile(path, **_HOW)
+                if (file := _open_whole(folder, record, mirror)) is None:
+                    raise FileNotFoundError(path)
             if file is None:
                 assert mirror is not None
                 is_part = True
