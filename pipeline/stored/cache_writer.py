@@ -190,9 +190,9 @@ class CacheWriter:
         return folder / files[-1][0]
 
     def merge_statements(self) -> None:
-        """Replace the statements of the key, by whomever it was used, by one about all: each takes time to verify.
+        """Replace all statements that the key has signed by a single one: each takes time to verify.
 
-        Others may do the same at the same time: what is deleted is always in a statement that was written before.
+        Others may do so at the same time: whatever is deleted is listed in a statement that was written before.
         """
         if self._key is None:
             return
@@ -208,7 +208,7 @@ class CacheWriter:
                 artifact.member(self.cache.folder, name).unlink(missing_ok=True)
 
     def find_unsigned(self, keys: Sequence[bytes], numerics_id: str) -> str | None:
-        """Why the record that a chunk would have is there and serves nothing: no allowed signer vouches for it."""
+        """Say why the chunk's record exists but serves nothing: no allowed signer vouches for it. None otherwise."""
         return self.cache.unsigned.get(self.cache.folder / f"{_chunk_name(keys, numerics_id)}.json")
 
     def commit_merged(self, rows: pa.Table, merged: Sequence[ShardRecord]) -> ShardRecord:

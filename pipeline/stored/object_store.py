@@ -34,7 +34,7 @@ N_PARALLEL = 32
 _TRIES = 4
 _TRIES_OF_OBSTORE = 6  # of each request, within one of ours
 _FIRST_PAUSE = 0.5
-# A request may take as long as bytes come, for a slow line is not a fault. While bytes are sent, none come.
+# A slow line is not a fault: a request may take as long as bytes arrive. While a request sends bytes, none arrive.
 _SECONDS_WITHOUT_BYTES = 120.0
 _SECONDS_PER_REQUEST = 3600.0
 # A larger object is sent in parts, each by a request of its own.
@@ -161,7 +161,7 @@ class ObjectStore:
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether there is one with these bytes now.
 
-        An answer may get lost after its request was carried out, so an object that is there already may be this writer's.
+        If the answer to a request got lost, the object that is there already may be this writer's.
         """
         import obstore
 
@@ -182,7 +182,7 @@ class ObjectStore:
     def replace(self, name: str, data: bytes, etag: str) -> bool:
         """Replace an object that still is as its ETag says; return whether its bytes are these now.
 
-        As with `create`, what was replaced since may have been replaced by this writer, whose answer got lost.
+        As with `create`, a lost answer may hide that this writer has replaced it.
         """
         import obstore
 
@@ -281,7 +281,7 @@ class ObjectStore:
 
 
 class _Incomplete(Exception):
-    """An answer is shorter than it says itself."""
+    """An answer is shorter than it claims to be."""
 
 
 # The process whose threads carry out obstore's requests. They start with the first request and do not survive a fork.
@@ -289,7 +289,7 @@ _requesting_pid: int | None = None
 
 
 def refuse_fork(url: str) -> None:
-    """Raise UsageError in a fork of a process that has made requests: obstore's next one would wait for ever."""
+    """Raise UsageError in a fork of a process that has made requests: obstore's next one would wait forever."""
     global _requesting_pid
     if _requesting_pid is None:
         _requesting_pid = os.getpid()
@@ -352,7 +352,7 @@ def _connect(url: str) -> Any:
 
 
 def _check_endpoint(endpoint: str) -> None:
-    """UsageError for what is no address: obstore would panic at its first request."""
+    """Raise UsageError if the endpoint is not an address: obstore would panic at its first request."""
     if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", endpoint):
         raise UsageError(
             "AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) is not an address. Expected one with http:// or https://, such as "

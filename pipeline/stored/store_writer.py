@@ -1,7 +1,7 @@
 """What a scorer does to an object store: it claims chunks there, and sends finished shards while it computes the next one.
 
 A claim is an object that one scorer creates and touches every few seconds. If it does not change for a while, its scorer is
-gone, and another one takes it over. Clocks are not compared: everybody measures the while by its own. As on a disk, claims
+gone, and another one takes it over. Clocks are not compared: each scorer measures that time by its own. As on a disk, claims
 only spare work; what keeps the cache right is that the first record of a chunk wins.
 """
 
