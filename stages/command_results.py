@@ -85,8 +85,9 @@ class ScoreResult:
     cache: str
     sequences: int
     cached_before: int
-    scored: int
-    tokens: int
+    scored: int  # by this command
+    tokens: int  # of these
+    scored_by_others: int  # meanwhile, by other scorers of the same cache
     failed: int
     parity: Parity | None
     cut_from_longer: int | None = _optional()

@@ -18,7 +18,7 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import IDS, IMAGE_IDS, KEY
 from prefcache.pipeline.scoring import refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
-from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
+from prefcache.pipeline.scoring.scorer import Scorer, Share, follow, sample_slots
 from prefcache.pipeline.stored.cache import Cache, find_folder
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.gguf_conversion import convert_models
@@ -172,7 +172,7 @@ class ReferenceCache:
         CacheWriter(self._cache).discard_damaged()
         plan = plan_scoring(self._cache, table, self._accepted(), self.config.score.tokens_per_shard)
         refusals.refuse_mixed_numerics(self._cache, plan, self.numerics, self.config.score)
-        before = plan
+        before, share = plan, Share(0, 0)
         if plan.n_missing:
             CacheWriter(self._cache).refuse_read_only()
             numerics_id = identity.numerics_id(self.numerics)
@@ -180,9 +180,7 @@ class ReferenceCache:
             refusals.refuse_unfit(self.reference.folder, table, examples)
             scorer = self._load(Sequences(examples), plan)
             try:
-                with self.progress.count("score", plan.n_tokens, "tokens") as counter:
-                    for n_tokens in scorer.run(plan, *process_pool.rank_and_world()):
-                        counter.add(n_tokens)
+                share = follow(scorer.run(plan, *process_pool.rank_and_world()), plan, self.progress)
             finally:
                 if not self._keeps_model:
                     self.close()
@@ -193,8 +191,9 @@ class ReferenceCache:
             cache=self._cache.place,
             sequences=plan.n_sequences,
             cached_before=before.n_hits,
-            scored=before.n_missing,
-            tokens=before.n_tokens,
+            scored=share.n_sequences,
+            tokens=share.n_tokens,
+            scored_by_others=before.n_missing - share.n_sequences,
             failed=plan.n_failed,
             parity=self._cache.worst_parity(self._accepted()),
             changed=bool(before.n_missing),

@@ -28,7 +28,7 @@ from prefcache.pipeline.errors import IdentityError, ResourceError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.scoring.engines import find_engine
-from prefcache.pipeline.scoring.scorer import Scorer, order_chunks
+from prefcache.pipeline.scoring.scorer import FinishedChunk, Scorer, order_chunks
 from prefcache.pipeline.stored import artifact, prepared_store
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import create_cache
@@ -97,7 +97,7 @@ class Message(NamedTuple):
 
 
 class Answer(NamedTuple):
-    n_tokens: list[int | None]  # of the chunks that the actor came to; None for one that another scorer has claimed
+    chunks: list[FinishedChunk | None]  # that the actor came to; None for one that another scorer has claimed
     messages: list[Message]
 
 
@@ -284,10 +284,11 @@ class Pool:
             for _ in self._answers():
                 pass
 
-    def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
-        """Score what is missing; yield the tokens of each finished chunk, by an actor or another scorer."""
+    def run(self, plan: Plan, rank: int, world: int) -> Iterator[FinishedChunk]:
+        """Score what is missing; yield each finished chunk, by an actor or another scorer."""
         chunks = order_chunks(plan, rank, world)
         todo, taken = deque(range(len(chunks))), deque[int]()
+        of_dead = set[int]()  # chunks that an actor may have finished before it died
         n_left = len(chunks)
         while n_left:
             while self._idle and (todo or taken):
@@ -296,14 +297,16 @@ class Pool:
                 actor = self._idle.pop()
                 self._pending[actor.score.remote([chunks[number] for number in numbers], wait)] = actor, numbers
             for numbers, answer in self._answers():
-                done = answer.n_tokens if answer else []
+                if answer is None:
+                    of_dead.update(numbers)
+                done = answer.chunks if answer else []
                 todo.extendleft(reversed(numbers[len(done) :]))
-                for number, n_tokens in zip(numbers, done, strict=False):
-                    if n_tokens is None:
+                for number, finished in zip(numbers, done, strict=False):
+                    if finished is None:
                         taken.append(number)
                     else:
                         n_left -= 1
-                        yield n_tokens
+                        yield finished._replace(is_mine=finished.is_mine or number in of_dead)
         if self._work.config.score.sign_with:
             self._ray.get([actor.merge_statements.remote() for actor in self._idle])
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,33 @@ from prefcache.pipeline.stored.signatures import find_key
 
 # Largest deviation of one token's log-prob from the plain float32 forward that still counts as rounding.
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.75}
+
+
+class FinishedChunk(NamedTuple):
+    """A chunk that is in the cache now."""
+
+    n_sequences: int
+    n_tokens: int
+    is_mine: bool  # False: another scorer has computed it
+
+
+class Share(NamedTuple):
+    """What this command has computed of a plan; other scorers have computed the rest."""
+
+    n_sequences: int
+    n_tokens: int
+
+
+def follow(chunks: Iterator[FinishedChunk], plan: Plan, progress: Progress) -> Share:
+    """Show how far a scoring is until it ends, and return the share of this command."""
+    n_sequences = n_tokens = 0
+    with progress.count("score", plan.n_tokens, "tokens") as counter:
+        for chunk in chunks:
+            counter.add(chunk.n_tokens)
+            if chunk.is_mine:
+                n_sequences += chunk.n_sequences
+                n_tokens += chunk.n_tokens
+    return Share(n_sequences, n_tokens)
 
 
 class Scorer:
@@ -83,42 +110,42 @@ class Scorer:
         if self._engine is not None:
             self._engine.close()
 
-    def run(self, plan: Plan, rank: int, world: int) -> Iterator[int]:
-        """Score what is missing; yield the tokens of each finished chunk, whoever finished it."""
+    def run(self, plan: Plan, rank: int, world: int) -> Iterator[FinishedChunk]:
+        """Score what is missing; yield each finished chunk, whoever finished it."""
         chunks = order_chunks(plan, rank, world)
         try:
             for wait in (False, True):
                 taken = []
                 for slots, following in itertools.zip_longest(chunks, chunks[1:]):
-                    if (n_tokens := self._score_chunk(slots, wait, following)) is None:
+                    if (finished := self._score_chunk(slots, wait, following)) is None:
                         taken.append(slots)
                     else:
-                        yield n_tokens
+                        yield finished
                 chunks = taken
         finally:
             self._writer.flush()
         self.merge_statements()
 
-    def score(self, chunks: Sequence[np.ndarray], wait: bool, seconds: float = math.inf) -> list[int | None]:
-        """Score chunks one after another, until the time is over; return the tokens of those that it came to.
+    def score(self, chunks: Sequence[np.ndarray], wait: bool, seconds: float = math.inf) -> list[FinishedChunk | None]:
+        """Score chunks one after another, until the time is over; return those that it came to.
 
         None stands for a chunk that another scorer has claimed, unless `wait` waits for it.
         """
-        n_tokens, until = list[int | None](), time.monotonic() + seconds
+        finished, until = list[FinishedChunk | None](), time.monotonic() + seconds
         try:
             for slots, following in itertools.zip_longest(chunks, chunks[1:]):
-                n_tokens.append(self._score_chunk(slots, wait, following))
+                finished.append(self._score_chunk(slots, wait, following))
                 if time.monotonic() > until:
                     break
         finally:
             self._writer.flush()
-        return n_tokens
+        return finished
 
     def merge_statements(self) -> None:
         """Replace the signed statements about single shards by one about all that this scorer has written."""
         self._writer.merge_statements()
 
-    def _score_chunk(self, slots: np.ndarray, wait: bool, following: np.ndarray | None = None) -> int | None:
+    def _score_chunk(self, slots: np.ndarray, wait: bool, following: np.ndarray | None) -> FinishedChunk | None:
         """Score a chunk, which an object store may not have yet when this returns; claim the following one meanwhile."""
         chunk = [self._sequences[slot] for slot in slots]
         keys = [sequence.key() for sequence in chunk]
@@ -131,7 +158,7 @@ class Scorer:
                 rows = self._compute_rows(keys, chunk)
                 self._refuse_changed_weights()
                 self._writer.commit(rows, self._numerics, self._numerics_id, self._parity, in_background=True)
-        return sum(sequence.n_tokens for sequence in chunk)
+        return FinishedChunk(len(chunk), sum(sequence.n_tokens for sequence in chunk), is_mine=claim == "mine")
 
     def _refuse_changed_weights(self) -> None:
         """Refuse rows of a model that is no longer the cache's: loaded weights may be the mapped file, which others can overwrite.

@@ -19,7 +19,7 @@ from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.scoring import actors, refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scored_inputs import find_inputs
-from prefcache.pipeline.scoring.scorer import Scorer, sample_slots
+from prefcache.pipeline.scoring.scorer import Scorer, Share, follow, sample_slots
 from prefcache.pipeline.stored import artifact, claims, cut_answers
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
@@ -58,7 +58,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
             progress.say(f"score: nothing to do, {cache.place} has every sequence of {config.prepared}")
             artifact.touch_manifest(config.scored)
             manifest = ScoredManifest.read(config.scored / artifact.MANIFEST)
-            return _summarize(manifest, n_scored=0, n_tokens=0, changed=False)
+            return _summarize(manifest, n_missing=0, share=Share(0, 0), changed=False)
         _explain(freshness, progress)
         with working(f"read {config.prepared}"):
             task = _Task.load(config, prepared, reference)
@@ -134,14 +134,15 @@ def _score(task: _Task, cache: Cache, inputs: dict[str, Any], progress: Progress
             cache = cache.reopen()
             plan = task.plan(cache)
     refusals.refuse_mixed_numerics(cache, plan, task.numerics, task.config.score)
+    share = Share(0, 0)
     if plan.n_missing:
         refusals.refuse_unfit(task.reference.folder, task.sequences, task.examples)
-        _compute(task, cache, plan, progress)
+        share = _compute(task, cache, plan, progress)
     manifest = _commit_manifest(task, cache.reopen(), inputs)
-    return _summarize(manifest, plan.n_missing, plan.n_tokens, changed=True, n_cut=n_cut)
+    return _summarize(manifest, plan.n_missing, share, changed=True, n_cut=n_cut)
 
 
-def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
+def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> Share:
     score, sequences = task.config.score, Sequences(task.examples)
     scorer: Scorer | actors.Pool
     if score.ray is None:
@@ -153,13 +154,12 @@ def _compute(task: _Task, cache: Cache, plan: Plan, progress: Progress) -> None:
     rank, world = process_pool.rank_and_world()
     try:
         scorer.check(sample_slots(plan, sequences, score.parity_sample))
-        with progress.count("score", plan.n_tokens, "tokens") as counter:
-            for n_tokens in scorer.run(plan, rank, world):
-                counter.add(n_tokens)
+        share = follow(scorer.run(plan, rank, world), plan, progress)
     finally:
         scorer.close()
     # Scorers merge their own; actors of Ray do not know when the last one is done.
     CacheWriter(cache, find_key(score.sign_with)).merge_statements()
+    return share
 
 
 # -- before a model is loaded ----------------------------------------------------------------------------------------
@@ -244,14 +244,15 @@ def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> Score
 
 
 def _summarize(
-    manifest: ScoredManifest, n_scored: int, n_tokens: int, *, changed: bool, n_cut: int | None = None
+    manifest: ScoredManifest, n_missing: int, share: Share, *, changed: bool, n_cut: int | None = None
 ) -> ScoreResult:
     return ScoreResult(
         cache=manifest.cache,
         sequences=manifest.sequences,
-        cached_before=manifest.sequences - n_scored,
-        scored=n_scored,
-        tokens=n_tokens,
+        cached_before=manifest.sequences - n_missing,
+        scored=share.n_sequences,
+        tokens=share.n_tokens,
+        scored_by_others=n_missing - share.n_sequences,
         failed=manifest.failed,
         parity=manifest.parity,
         cut_from_longer=n_cut,

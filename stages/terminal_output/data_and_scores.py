@@ -38,7 +38,8 @@ def _cache_line(result: command_results.ScoreResult | command_results.ScorePlan)
 
 
 def print_score(result: command_results.ScoreResult) -> None:
-    say(f"{_cache_line(result)}, {result.scored:,} scored now ({count(result.tokens, 'token')})")
+    others = f", {result.scored_by_others:,} by other scorers meanwhile" if result.scored_by_others else ""
+    say(f"{_cache_line(result)}, {result.scored:,} scored now ({count(result.tokens, 'token')}){others}")
     if result.failed:
         say(f"  {result.failed:,} have no finite log-prob; pairs with them are left out of training")
 

@@ -82,7 +82,7 @@ def score(job: Job) -> None:
     os.environ |= job.environment
     name = job.machine.name
     socket.gethostname = lambda: name
-    store_writer._boot_id = lambda: name
+    store_writer._find_boot = lambda: name
     # A test's chunks take milliseconds, and its machines seconds to be given up.
     store_writer._BEAT_SECONDS, store_writer._STALE_SECONDS, store_writer._POLL_SECONDS = 0.3, 2.0, 0.1
     object_store._FIRST_PAUSE = 0.02

@@ -9,7 +9,15 @@ import pytest
 from prefcache import command_results, terminal_output
 from prefcache.pipeline.stored.records import Parity
 
-SCORED = {"cache": "cache/a", "sequences": 3, "cached_before": 1, "scored": 2, "tokens": 9, "failed": 0}
+SCORED = {
+    "cache": "cache/a",
+    "sequences": 5,
+    "cached_before": 1,
+    "scored": 2,
+    "tokens": 9,
+    "scored_by_others": 2,
+    "failed": 0,
+}
 
 
 def test_json_has_the_fields_in_their_order_without_those_that_do_not_apply():

@@ -43,6 +43,23 @@ def test_gc_with_nothing_to_do_says_so(capsys, tmp_path):
     assert "2 shards merged into 1" in first and second == f"{tmp_path}/idle: nothing to do, 3 shards"
 
 
+@pytest.mark.parametrize(("n_others", "ending"), [(0, "\n"), (2904, ", 2,904 by other scorers meanwhile\n")])
+def test_score_says_what_it_did_itself_and_what_others_did(capsys, n_others, ending):
+    result = command_results.ScoreResult(
+        cache="s3://team/refs/tiny",
+        sequences=3000 + n_others,
+        cached_before=0,
+        scored=3000,
+        tokens=120_000,
+        scored_by_others=n_others,
+        failed=0,
+        parity=None,
+        changed=True,
+    )
+    terminal_output.print_result(result)
+    assert capsys.readouterr().out.endswith(f"3,000 scored now (120,000 tokens){ending}")
+
+
 @pytest.mark.parametrize("command", ["losses", pytest.param("doctor", marks=pytest.mark.slow)])
 def test_a_closed_pipe_ends_a_command_without_an_error(command):
     # losses prints plainly and doctor through rich, which would exit with code 1.

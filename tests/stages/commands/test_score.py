@@ -210,6 +210,9 @@ def test_several_processes_share_the_work_and_leave_what_one_leaves(prefcache, p
     assert [scorer.exitcode for scorer in scorers[::2]] == [0, 0]
     results = [json.loads(read_stdout(tmp_path, scorer)) for scorer in scorers[::2]]
     assert all(result["sequences"] == 120 and result["failed"] == 0 for result in results)
+    # Each says what it has scored itself; the rest is the killed one's.
+    assert all(sum(result[key] for key in ("cached_before", "scored", "scored_by_others")) == 120 for result in results)
+    assert 0 < sum(result["scored"] for result in results) <= 120
     assert fingerprint(tmp_path) == expected
 
 

@@ -153,15 +153,15 @@ def test_scorers_on_machines_of_their_own_share_the_chunks(undisturbed, url, mod
         for rank, (machine, _) in enumerate(machines):
             variables = {"RANK": str(rank), "WORLD_SIZE": str(n)} if launch == "two ranks" else {}
             scorers.append(machine.start(PREFCACHE, "score", "config.yaml", "--json", **variables))
-        for scorer in scorers:
-            done = json.loads(finish(scorer).stdout)
-            assert done["sequences"] == 2 * N_PAIRS and done["failed"] == 0
+        results = [json.loads(finish(scorer).stdout) for scorer in scorers]
+        assert all(result["sequences"] == 2 * N_PAIRS and result["failed"] == 0 for result in results)
         assert shards_and_records(s3, s3.url) == undisturbed
         sent = Counter(shard for _, shards in machines for shard in shards)
         n_twice = sum(sent.values()) - len(sent)
         print(f"{len(sent)} chunks: {[len(shards) for _, shards in machines]} by machine, {n_twice} twice")
         assert len(sent) == n_chunks(undisturbed) and n_twice <= n
         assert all(len(shards) > 0 for _, shards in machines)  # none was idle
+        assert n_twice or sum(result["scored"] for result in results) == 2 * N_PAIRS
         # Each knows that everything is scored.
         for machine, _ in machines:
             manifest = json.loads((machine.work / "runs/tiny/scored/manifest.json").read_text())

@@ -267,8 +267,9 @@ def test_an_actor_scores_with_its_machines_model_into_the_store(work, s3, tmp_pa
     actor = actors.ScoringActor(work)
     said = [message.text for message in actor.begin().messages]
     assert any("of the plain float32 forward (2 sequences)" in text for text in said)
-    n_tokens = actor.score([np.arange(6), np.arange(6, 12)], wait=False).n_tokens
-    assert len(n_tokens) == 2 and all(n_tokens)
+    chunks = actor.score([np.arange(6), np.arange(6, 12)], wait=False).chunks
+    assert [(chunk.n_sequences, chunk.is_mine) for chunk in chunks] == [(6, True)] * 2
+    assert [chunk.is_mine for chunk in actor.score([np.arange(6)], wait=False).chunks] == [False]
     names = [name for name in s3.objects() if not name.startswith("prepared/")]
     # Both have arrived, and no claim is left.
     assert sorted(name.rpartition(".")[2] for name in names) == ["json"] * 3 + ["parquet"] * 2
