@@ -69,7 +69,7 @@ def _as_sources(value: Any) -> Any:
 
 
 TrainOn = Literal["assistant", "last_turn", "all"]
-OWN_SET = "data"  # name of evaluation data that the config gives none
+OWN_SET = "data"  # name of evaluation data to which the config gives no name
 
 
 def _as_evaluation_sets(value: Any) -> Any:

@@ -269,7 +269,7 @@ def choose_display() -> Display:
 
 
 def _is_notebook() -> bool:
-    """Whether this process is a Jupyter kernel. A shell of IPython in a terminal is none."""
+    """Whether this process is a Jupyter kernel. IPython in a terminal is not one."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     return getattr(get_shell(), "kernel", None) is not None
 

@@ -59,7 +59,7 @@ class CachedReference:
     policy is loaded from. With `score_missing=False`, sequences that the cache lacks are refused instead of scored.
     """
 
-    # Of the trainer that this is mixed into.
+    # Attributes of the trainer that this is mixed into.
     args: Any
     data_collator: Any
     ld_alpha: Any

@@ -210,8 +210,8 @@ def _untested_vocabulary(exact: "Tokenizer", is_byte_level: bool) -> str | None:
     tokens = exact.get_vocab(with_added_tokens=False)
     if is_byte_level:
         return None if tokens.keys() >= set(ByteLevel.alphabet()) else "its vocabulary lacks bytes"
-    # fastokens finds a token such as <0x0A> in a text, although no merges lead there, if it has characters that are no
-    # tokens.
+    # fastokens finds a token such as <0x0A> in a text, although no merges lead there, if it has characters that are
+    # not tokens themselves.
     missing = set("".join(tokens)) - tokens.keys()
     if missing:
         return f"its vocabulary has {min(missing)!a} within tokens, but not as a token"

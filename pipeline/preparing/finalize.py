@@ -183,7 +183,7 @@ def _commit_images(folder: Path, parts: Parts, used: np.ndarray, generation: str
 
 
 def _find_used_images(parts: Parts, used: np.ndarray) -> np.ndarray:
-    """Return the ids of their pictures, each once, sorted."""
+    """Return the ids of the pictures of the used rows, each once, sorted."""
     ids = [np.empty(0, _KEY)]
     for number in range(len(parts.records)):
         with parts.open_table(number) as table:

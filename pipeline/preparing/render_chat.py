@@ -181,7 +181,7 @@ class ChatRenderer:
             if n < len(answer) - 1 and turn["role"] == "assistant":
                 # What follows a text that the template looks for, such as a closing tag.
                 kept = [texts[0].rpartition(tag)[2] for tag in self.template.literals if tag in texts[0]]
-                # Of a turn that says nothing else, the calls may be what is left.
+                # A turn that says nothing else may keep its calls alone.
                 texts += [text for text in kept if text.strip() or turn.get("tool_calls")]
             elif turn["role"] != "assistant":
                 texts.append(json.dumps(texts[0], ensure_ascii=False)[1:-1])

@@ -2,7 +2,7 @@
 
 What the template writes there is found by rendering a conversation of marks, and which of it are the tokenizer's own
 tokens. Only the borders of turns count: what ends one and begins the next, what begins the text, and what ends an answer.
-A token that somebody quotes in a sentence is none of these.
+A token that somebody quotes in a sentence does not count.
 """
 
 import re

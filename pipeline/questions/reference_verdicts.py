@@ -92,8 +92,8 @@ def label_noise(numbers: Numbers, values: Values) -> Verdict:
     if verdict := without_pairs(numbers) or without_scores(numbers, numbers["scored"]):
         return verdict
     share, n_references = Share(numbers["doubtful"], numbers["scored"]), numbers["n_references"]
-    who = {1: "the reference", 2: "both references"}.get(n_references, f"all {n_references} references")
-    prefer = f"{who} clearly {{}} the rejected answer, by {values['nats']:g} nats per token or more"
+    preferring = {1: "the reference", 2: "both references"}.get(n_references, f"all {n_references} references")
+    prefer = f"{preferring} clearly {{}} the rejected answer, by {values['nats']:g} nats per token or more"
     alone = f"One reference may have a taste of its own. {_SCORE_WITH_ANOTHER}" if n_references == 1 else ""
     if not numbers["doubtful"]:
         does = "does" if n_references == 1 else "do"

@@ -1,4 +1,4 @@
-"""The reference cache, as it is read: one row per scored sequence, in immutable Parquet shards.
+"""Reading the reference cache: one row per scored sequence, in immutable Parquet shards.
 
 A row's key is a hash of the exact tokens scored, so a row is either right or missing. reference.json names the model;
 opening the cache for another one fails. A shard counts only with a commit record that matches its bytes. Two rows of
@@ -12,7 +12,7 @@ of the bytes, and still serves no value that was not written. `every_byte` hashe
 check no pages (SQL).
 
 **Scale.** The wanted keys are sorted once, each shard's keys are looked up in them and values are put in their places.
-So memory grows with the number of wanted keys (about 60 bytes for each), not with the cache. See keys.py.
+So memory grows with the number of wanted keys (about 60 bytes for each), not with the cache. See key_index.py.
 """
 
 import itertools

@@ -417,7 +417,7 @@ def _verify_features(folder: Path) -> VerifiedCache:
 
 
 def _collect_features(folder: Path, upkeep: FolderUpkeep, dry_run: bool) -> CollectedCache:
-    """Remove temporaries and shards without a record. What is whole stays as it is: it is read where it lies."""
+    """Remove temporaries and shards without a record. Whole shards are not merged: they are memory-mapped where they are."""
     store = FeatureStore(folder, every_byte=True, remember="nothing" if dry_run else "all")
     result = CollectedCache(folder, str(folder), shards=len(store.records))
     result.leftovers = upkeep.remove_leftovers(dry_run=dry_run)

@@ -25,7 +25,7 @@ from prefcache.pipeline.stored.signatures import SigningKey
 from prefcache.pipeline.stored.store_writer import StoreWriter
 
 _MERGED = "merged-"
-# Of a merged shard, so that a reader of few rows reads few of its bytes.
+# Rows of a group in a merged shard. They are few, so that a reader of few rows reads few bytes.
 _ROWS_PER_GROUP = 1 << 14
 # How often a scorer looks whether gc has merged shards of an object store: each time it lists all of them.
 _MERGED_SECONDS = 300.0

@@ -30,7 +30,9 @@ def read_sequences(prompt_ids: Any, completion_ids: Any) -> pa.Table:
         if ids.null_count:
             raise UsageError(f"{name} has null in place of an id ({ids.null_count:,} times); expected token ids alone.")
         if (smallest := pc.min(ids).as_py() or 0) < 0:
-            raise UsageError(f"{name} has the id {smallest}, which is no token. Leave padding and ignored labels out.")
+            raise UsageError(
+                f"{name} has the id {smallest}, which is not a token. Leave padding and ignored labels out."
+            )
     return pa.table(columns)
 
 

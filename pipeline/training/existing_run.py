@@ -34,7 +34,7 @@ def _find_differences(run: Path, inputs: dict[str, Any]) -> tuple[Difference, ..
 
 
 def reopen_stopped(run: Path) -> None:
-    """Reopen a finished run that a callback stopped before its last step; refuse one without a checkpoint to go on from."""
+    """Reopen a finished run that a callback stopped before its last step; refuse one without a checkpoint to continue from."""
     if (manifest := RunManifest.find(run)) is None or not manifest.stopped:
         return
     if not has_checkpoint(run):
@@ -65,7 +65,7 @@ def remove_checkpoints(run: Path, manifest: RunManifest, progress: Progress) -> 
     try:
         n_bytes = checkpoints.remove_superfluous(run, _count_needed(manifest))
     except OSError as error:
-        progress.warn(f"{error.filename} cannot be removed ({error.strerror}); the run is finished all the same")
+        progress.warn(f"{error.filename} cannot be removed ({error.strerror}); the run is finished nevertheless")
         return
     if n_bytes:
         keeps = "all but the last checkpoint" if manifest.stopped else "the checkpoints"

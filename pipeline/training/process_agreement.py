@@ -112,7 +112,7 @@ def _explain(config: Config, inputs: dict[str, Any], view: _View, *, sees: bool)
     run, train = config.run, config.train
     if not sees and _read_state(run) != view.state:
         return (
-            f"has not the state of the run in {run} that the main process on {view.host} has. To continue a run, every process "
+            f"does not have the state of the run in {run} that the main process on {view.host} has. To continue a run, every process "
             f"reads its folder: copy it from {view.host} to the same place, or put it on a disk that all machines share."
         )
     if not sees and (train.best or (train.moving_reference and train.moving_reference.alpha < 1)):

@@ -28,7 +28,7 @@ _MAX_STEPS, _MAX_EXAMPLES = 64, 2048
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The steps of a run, on average over them unless said otherwise."""
+    """The steps of a run: means over them, except where a comment says otherwise."""
 
     tokens: float  # of all processes
     micro_batches: float  # of one process
@@ -128,7 +128,7 @@ def _mean_work(examples: Examples, answers: Sequence[str], layout: str) -> Work:
 
 
 def _mean_lengths(examples: Examples, answers: Sequence[str]) -> Lengths:
-    """Average an example's lengths. Of a single answer, the pair's other one has one token, which is never an input."""
+    """Average an example's lengths. A single answer is paired with one of one token, which is never an input."""
     sampled = list(filter(None, _sample_answers(examples, answers)))
     prompt = np.mean([len(sequences[0].prompt_ids) for sequences in sampled])
     first, *others = (np.mean([len(sequences[i].completion_ids) for sequences in sampled]) for i in range(len(answers)))

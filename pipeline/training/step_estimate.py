@@ -28,7 +28,7 @@ _SHAPING = (
 # Layers that are traced. With two, nothing lies between the first one, whose input may need no gradient, and the last one.
 _DEPTHS = (3, 4)
 _TRACED_TOKENS = (512, 4_096, 32_768)
-# Of a GPU's memory: the CUDA context, and gaps between the allocator's blocks.
+# The share of a GPU's memory that the CUDA context and gaps between the allocator's blocks take.
 LEFT_FREE = 0.06
 
 

@@ -66,7 +66,7 @@ CHECKPOINTS = pa.schema(
         ("folder", pa.string()),
     ]
 )
-# Of the tokens that count, and of whole answers.
+# Sums over the tokens that count, and over whole answers.
 _SUMS = tuple(f"ref_{answer}_logp{which}" for which in ("", "_all") for answer in ANSWERS["pairs"])
 # Columns of the steps of earlier versions.
 _FORMER_STEPS = [pa.field(name, pa.int32()) for name in ("n_chosen", "n_rejected", "n_completion")]

@@ -137,7 +137,7 @@ def _score_files(
             raise UsageError(f"Both {flag} and --set {key} say what {key} is. Leave one of them out.")
     if model is None and "model" not in set_as_well:
         raise UsageError("--input needs --model MODEL: the reference, a folder or a hub id.")
-    # Rows come out in the order of the data. Mismatched answers are made only if --set asks for them.
+    # No example is held out, and mismatched answers are made only if --set asks for them.
     settings = ["out=.", "prepare.held_out=0", "prepare.kl_pairs=false", *overrides]
     settings += [f"{key}={json.dumps(value)}" for key, value in named.values() if value is not None]
     with open_config(None, tuple(settings), quiet) as (asked, progress):
@@ -213,7 +213,7 @@ def train(
             with open_config(config, each, quiet=True) as (settings, _):
                 train.check(settings)
     results = []
-    # Of several processes only the main one prints.
+    # Only the main process of a launch prints.
     silent = process_pool.rank_and_world()[0] != 0
     for n, each in enumerate(runs, start=1):
         label = "" if sweep is None else f"run {n} of {len(runs)}"

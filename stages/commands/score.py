@@ -202,7 +202,10 @@ def _cut_answers(task: _Task, cache: Cache, plan: Plan) -> Iterator[pa.Table]:
 
 
 def _commit_cut_answers(task: _Task, cache: Cache) -> int:
-    """Commit them and return their number. One scorer at a time, over the cache as it is then: the next one finds them there."""
+    """Commit the rows of cut answers, and return their number.
+
+    One scorer at a time: it reopens the cache under the claim, and so finds what the one before has committed.
+    """
     if not cut_answers.has_cut_answers(task.examples):
         return 0
     with CacheWriter(cache).claim_work("cut-answers"):

@@ -106,7 +106,7 @@ def run(
     if is_main:
         prepared_inputs.warn_if_stale(config, progress)
     convert_models(config, progress)
-    # Of several processes, each might see another folder: only together they know whether the run is finished.
+    # Several processes may each see another folder: only together they know whether the run is finished.
     finished = _find_finished(config) if world == 1 else None
     if finished is not None and not (continue_stopped and finished.stopped):
         return _report_finished(config, finished, progress, is_main=is_main)

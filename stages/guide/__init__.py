@@ -1,6 +1,6 @@
 """The guide: one Markdown chapter per topic, next to this file, for `prefcache guide` and for people who read the repository.
 
-A chapter begins with its title and one line that says what it is for. Its commands run in a fresh checkout (tests/test_docs.py).
+A chapter begins with its title and one line that says what it is for. Its commands run in a fresh checkout (tests/docs/test_demo.py).
 """
 
 import io

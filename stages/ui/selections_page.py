@@ -40,7 +40,7 @@ def show(reader: Reader, request: Request) -> Response:
 
 
 def _find(folder: Path) -> Iterator[tuple[int, Selection]]:
-    """Yield the selections and when each was saved, without files that are none."""
+    """Yield the selections and when each was saved. Skip files that are not Parquet."""
     for file in folder.glob("*.parquet"):
         with contextlib.suppress(OSError, pa.ArrowException):
             yield file.stat().st_mtime_ns, Selection(file, pa.parquet.read_metadata(file.absolute()).num_rows)

@@ -123,7 +123,7 @@ def test_prepared_keys_are_looked_up(tmp_path, model):
         ([[1], 2], [[1], [2]], "prompt_ids must have a list of token ids"),
         (pa.array([[1.5]]), [[1]], "prompt_ids has the type list<item: double>"),
         ([[1, None]], [[1]], "prompt_ids has null in place of an id"),
-        ([[1]], [[-100, 2]], "completion_ids has the id -100, which is no token"),
+        ([[1]], [[-100, 2]], "completion_ids has the id -100, which is not a token"),
         ([[2**40]], [[1]], "prompt_ids must have a list of token ids for each row"),
     ],
 )

@@ -209,7 +209,7 @@ def _convert_schedule(converted: Converted, names: Mapping[str, str]) -> None:
         converted.note(["warmup_ratio"], "train.warmup_ratio")
     else:
         converted.put("warmup_ratio", "train.warmup_ratio", converted.number("warmup_ratio"))
-    if isinstance(n_steps := converted.given.get("max_steps"), int) and n_steps > 0:  # -1 is none
+    if isinstance(n_steps := converted.given.get("max_steps"), int) and n_steps > 0:  # -1 means that it is unset
         converted.put("max_steps", "train.max_steps", n_steps)
 
 

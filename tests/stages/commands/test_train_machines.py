@@ -86,7 +86,7 @@ def test_processes_with_nothing_in_common_but_the_store_train_as_one_does(prefca
     for done in train(machines, "train.epochs=2", code=2):
         assert "holds an unfinished run" in done.stderr
     for done in train(machines, code=2):
-        assert "Process 1 on" in done.stderr and "has not the state of the run" in done.stderr
+        assert "Process 1 on" in done.stderr and "does not have the state of the run" in done.stderr
     shutil.copytree(a, b)
     first, _ = train(machines)
     assert "resuming from step" in first.stderr
