@@ -94,20 +94,21 @@ def test_a_picture_that_no_longer_decodes_is_its_tag(site):
 def test_pages_with_pictures_fit_and_a_picture_opens_by_keyboard(browser, site, size, scheme):
     with visit(browser, site, size, color_scheme=scheme) as page:
         page.goto(f"http://{site.host}/pairs?n_images.min=5")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_selector("tbody th img")
         assert fits(page)
         check_accessibility(page)
         page.goto(f"http://{site.host}{example(site, TALL)}")
-        page.wait_for_load_state("networkidle")
+        # decode() also waits for pictures that are loaded lazily; the page's load event does not.
         sizes = page.evaluate(
-            "[...document.querySelectorAll('.prompt img')].map(i => [i.naturalWidth, i.naturalHeight])"
+            "Promise.all([...document.querySelectorAll('.prompt img')]"
+            ".map(i => i.decode().then(() => [i.naturalWidth, i.naturalHeight])))"
         )
         assert sizes == [[240, 180], [40, 200]]
         assert fits(page)
         check_accessibility(page)
         page.locator(".prompt a").first.focus()
         page.keyboard.press("Enter")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_url(f"**/images/{of(BIG)}")
         assert page.locator("h1").inner_text() == decode(BIG).tag
         assert page.evaluate("document.querySelector('img').naturalWidth") == 640
         assert fits(page)
