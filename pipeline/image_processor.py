@@ -27,6 +27,32 @@ _SETTINGS = (*PROCESSOR_CONFIGS, "video_preprocessor_config.json")
 _COUNTS = {"num_crops", "num_patches", "rows", "cols"}
 # Their processors cut a picture into tiles only if it is the only one of its prompt.
 _COUNTS_PICTURES = {"llava_onevision"}
+_MOST_SIZES = 8192  # whose replacements are kept
+
+
+class Sized(Protocol):
+    """A picture whose size is known before it is decoded: `images.Picture`."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def pixels(self) -> np.ndarray: ...  # [height, width, 3]
+
+
+class SizedPixels(NamedTuple):
+    width: int
+    height: int
+    pixels: np.ndarray
+
+
+class Replacement(NamedTuple):
+    """What takes the place of a picture's placeholder: the same for all pictures of a size."""
+
+    text: str
+    ids: np.ndarray  # of the text by itself, int32
+    n_tokens: int  # of them that stand for the picture; the others mark its borders, lines or tiles
 
 
 class ProcessedImage(NamedTuple):
@@ -41,6 +67,7 @@ class ImageProcessor:
         self._processor = processor
         # Whether a picture that is one of several in a prompt is processed in another way.
         self.counts_pictures = counts_pictures
+        self._replacements: dict[tuple[int, int, bool], Replacement] = {}
 
     @property
     def transformers(self) -> Any:
@@ -74,6 +101,22 @@ class ImageProcessor:
             return ProcessedImage(replacements[0], inputs)
         inputs, replacements = self._process([pixels, pixels])
         return ProcessedImage(replacements[0], {name: value[:1] for name, value in inputs.items()})
+
+    def replace(self, picture: Sized, *, one_of_several: bool = False) -> Replacement:
+        """Return what takes the place of a picture. One of each size is processed."""
+        key = picture.width, picture.height, one_of_several and self.counts_pictures
+        if (known := self._replacements.get(key)) is not None:
+            return known
+        text = self.process(picture.pixels, one_of_several=one_of_several).replacement
+        ids = np.array(self.encode_text(text), np.int32)
+        if len(self._replacements) == _MOST_SIZES:
+            self._replacements.clear()
+        self._replacements[key] = Replacement(text, ids, self.count_image_tokens(ids))
+        return self._replacements[key]
+
+    def count_image_tokens(self, ids: np.ndarray) -> int:
+        """Count the tokens that stand for pictures."""
+        return int(np.isin(ids, self.token_ids).sum())
 
     def process_together(self, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Process all pictures of a prompt at once, as the processor does by itself: keywords of the model's forward."""
@@ -167,6 +210,11 @@ class PromptImages:
         """Return the keywords of the model's get_image_features for one image."""
         one_of_several = self.pictures.is_one_of_several(image)
         return self.processor.process(self.pictures.pixels(image), one_of_several=one_of_several).inputs
+
+    def replacement(self, image: bytes) -> Replacement:
+        pixels, one_of_several = self.pictures.pixels(image), self.pictures.is_one_of_several(image)
+        height, width = pixels.shape[:2]
+        return self.processor.replace(SizedPixels(width, height, pixels), one_of_several=one_of_several)
 
     def prompt_inputs(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
         """Return the keywords of the model's forward for all images of a prompt, processed together."""

@@ -1,7 +1,6 @@
 """The text that stands for a picture: the model's processor puts it in the place of the chat template's placeholder.
 
-It is the same for all pictures of a size, so the processor is asked once per size. The ids are those of the processor itself:
-the first prompts of each part are compared with what it makes of the whole.
+The ids are those of the processor itself: the first prompts of each part are compared with what it makes of the whole.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from prefcache.pipeline.errors import IntegrityError
-from prefcache.pipeline.image_processor import ImageProcessor
+from prefcache.pipeline.image_processor import ImageProcessor, Replacement
 from prefcache.pipeline.images import Picture
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
 from prefcache.pipeline.preparing.encoder import ExampleText, ExampleTokens
@@ -17,7 +16,6 @@ from prefcache.pipeline.preparing.example import IMAGE_MARK, Example, Turns, Unu
 from prefcache.pipeline.preparing.token_ids import Ids
 
 COMPARED = 8  # prompts of a part
-_MOST_SIZES = 65_536
 _REFUSALS = (ArithmeticError, LookupError, ValueError)  # what processors raise, of very thin pictures for example
 
 
@@ -26,8 +24,6 @@ class ImageText:
 
     def __init__(self, processor: ImageProcessor, encode: Callable[[Sequence[str]], list[Ids]]) -> None:
         self.processor, self._encode = processor, encode
-        self._tokens = np.array(processor.token_ids, np.int32)
-        self._by_size: dict[tuple[int, int, bool], tuple[str, int]] = {}
         self._n_compared = 0
 
     def start_part(self) -> None:
@@ -49,8 +45,8 @@ class ImageText:
         if len(rest) != len(images):
             what = "placeholders that the chat template writes, against images of the prompt"
             raise Unusable("template prints other images", what, n_found=len(rest), n_limit=len(images))
-        replacements = [replacement for replacement, _ in self._replacements(images)]
-        prompt = before + "".join(new + piece for new, piece in zip(replacements, rest, strict=True))
+        replacements = self._replacements(images)
+        prompt = before + "".join(new.text + piece for new, piece in zip(replacements, rest, strict=True))
         if self._n_compared < COMPARED:
             self._n_compared += 1
             self._compare(text.prompt, prompt, images)
@@ -58,29 +54,18 @@ class ImageText:
 
     def check_ids(self, tokens: ExampleTokens, images: Sequence[Picture]) -> None:
         """Raise Unusable unless the tokens of pictures are those of the example's own, all in the prompt."""
-        expected = sum(n for _, n in self._replacements(images))
+        expected = sum(each.n_tokens for each in self._replacements(images))
         for n, ids in ((expected, tokens.prompt), *((0, ids) for ids in tokens.answers)):
-            if self._count(ids) != n:
+            if (found := self.processor.count_image_tokens(np.frombuffer(ids, np.int32))) != n:
                 what = "tokens that stand for images, against those of its images"
-                raise Unusable("image placeholder in the text", what, n_found=self._count(ids), n_limit=n)
+                raise Unusable("image placeholder in the text", what, n_found=found, n_limit=n)
 
-    def _replacements(self, images: Sequence[Picture]) -> Iterator[tuple[str, int]]:
-        """Yield each picture's text, and how many of its tokens stand for a picture."""
-        one_of_several = len(images) > 1 and self.processor.counts_pictures
+    def _replacements(self, images: Sequence[Picture]) -> Iterator[Replacement]:
         for image in images:
-            key = image.width, image.height, one_of_several
-            if key not in self._by_size:
-                if len(self._by_size) == _MOST_SIZES:
-                    self._by_size.clear()
-                try:
-                    text = self.processor.process(image.pixels, one_of_several=one_of_several).replacement
-                except _REFUSALS as error:
-                    raise Unusable("processor refuses the image", f"{type(error).__name__}: {error}") from None
-                self._by_size[key] = text, self._count(self._encode([text])[0])
-            yield self._by_size[key]
-
-    def _count(self, ids: Ids) -> int:
-        return int(np.isin(np.frombuffer(ids, np.int32), self._tokens).sum())
+            try:
+                yield self.processor.replace(image, one_of_several=len(images) > 1)
+            except _REFUSALS as error:
+                raise Unusable("processor refuses the image", f"{type(error).__name__}: {error}") from None
 
     def _compare(self, prompt: str, expanded: str, images: Sequence[Picture]) -> None:
         expected = self.processor.encode(prompt, [image.pixels for image in images])

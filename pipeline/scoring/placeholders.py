@@ -1,12 +1,9 @@
 """Prompts for an engine that expands images itself: one placeholder for the tokens of each image.
 
-`prepare` has expanded what the chat template writes (preparing/image_text.py); here the tokens of each image are found again, by
-processing one picture of each size.
+`prepare` has expanded what the chat template writes (preparing/image_text.py); here the tokens of each image are found again.
 """
 
 from typing import NamedTuple
-
-import numpy as np
 
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.image_processor import PromptImages
@@ -23,14 +20,13 @@ class Span(NamedTuple):
 class Placeholders:
     def __init__(self, images: PromptImages) -> None:
         self._images = images
-        self._by_size: dict[tuple[int, int, bool], np.ndarray] = {}
         self.ids = images.processor.encode_text(images.processor.placeholder)
 
     def find(self, sequence: TokenSequence) -> list[Span]:
         """Return where each picture's tokens are; UsageError if they merge with the text around them."""
         prompt, at, spans = sequence.prompt_ids.astype("<i4").tobytes(), 0, list[Span]()
         for image in sequence.images:
-            ids = self._expanded_ids(image)
+            ids = self._images.replacement(image).ids.astype("<i4")
             if (begin := find_ids(prompt, ids.tobytes(), at)) is None:
                 raise UsageError(
                     "The tokens of a picture merge with the text around them in some prompts, so that this engine cannot be asked for "
@@ -39,14 +35,6 @@ class Placeholders:
             at = begin + len(ids)
             spans.append(Span(begin, at))
         return spans
-
-    def _expanded_ids(self, image: bytes) -> np.ndarray:
-        pixels, several = self._images.pictures.pixels(image), self._images.pictures.is_one_of_several(image)
-        size = (*pixels.shape[:2], several)
-        if size not in self._by_size:
-            text = self._images.processor.process(pixels, one_of_several=several).replacement
-            self._by_size[size] = np.array(self._images.processor.encode_text(text), "<i4")
-        return self._by_size[size]
 
 
 def find_ids(ids: bytes, wanted: bytes, start: int) -> int | None:
