@@ -217,6 +217,7 @@ IMAGES = pa.schema(
         ("height", pa.int32()),
         ("format", pa.string()),
         ("one_of_several", pa.bool_()),  # its processor treats it as a picture that shares its prompt with others
+        ("n_tokens", pa.int32()),  # that stand for it in a prompt; NULL if an earlier version prepared it
         ("encoded", pa.large_binary()),  # the bytes as they came
     ]
 )

@@ -177,7 +177,9 @@ def _commit_images(folder: Path, parts: Parts, used: np.ndarray, generation: str
             at = np.searchsorted(wanted, ids).clip(max=max(len(wanted) - 1, 0))
             is_next = (wanted[at] == ids) & ~is_written[at] if len(wanted) else np.zeros(len(ids), bool)
             is_written[at[is_next]] = True
-            writer.write(pa.Table.from_batches([batch.filter(pa.array(is_next))], IMAGES))
+            table = pa.Table.from_batches([batch.filter(pa.array(is_next))])
+            # A part of an earlier version lacks a column.
+            writer.write(pa.concat_tables([IMAGES.empty_table(), table], promote_options="default"))
     assert is_written.all(), "a part names pictures that it has not stored"
     return writer.entries
 

@@ -60,6 +60,7 @@ class PartImages:
                         "height": picture.height,
                         "format": picture.format,
                         "one_of_several": one_of_several,
+                        "n_tokens": self._processor.replace(picture, one_of_several=one_of_several).n_tokens,
                         "encoded": picture.encoded,
                     }
                 )

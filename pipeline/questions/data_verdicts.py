@@ -190,11 +190,15 @@ def cost(numbers: Numbers, values: Values) -> Verdict:
     saved = 1 - numbers["tokens_to_read"] / numbers["tokens"]
     return conclude(
         numbers,
-        f"Scoring {count(numbers['sequences'], 'sequence')} reads {numbers['tokens_to_read']:,} tokens once, for every run, loss and seed: {saved:.0%} "
+        f"Scoring {count(numbers['sequences'], 'sequence')} reads {numbers['tokens_to_read']:,} tokens{_count_image_tokens(numbers)} once, for every run, loss and seed: {saved:.0%} "
         f"less than the {numbers['tokens']:,} of all prompts and answers, because shared prompts and repeated sequences count once. prefcache "
         "score CONFIG --dry-run says how many of them the cache has already.",
         saved=saved,
     )
+
+
+def _count_image_tokens(numbers: Numbers) -> str:
+    return f" ({numbers['image_tokens']:,} of them stand for images)" if numbers["image_tokens"] else ""
 
 
 @judge
@@ -215,8 +219,8 @@ def training_cost(numbers: Numbers, values: Values) -> Verdict:
     )
     return conclude(
         numbers,
-        f"Training for {n_epochs} on {count(numbers['examples'], 'example')} reads {numbers['tokens_shared']:,} tokens{sharing}. "
-        f"{numbers['tokens_counted']:,} of the answers' tokens count in the loss.{kl} Evaluation comes on top. prefcache train CONFIG --dry-run "
+        f"Training for {n_epochs} on {count(numbers['examples'], 'example')} reads {numbers['tokens_shared']:,} tokens"
+        f"{_count_image_tokens(numbers)}{sharing}. {numbers['tokens_counted']:,} of the answers' tokens count in the loss.{kl} Evaluation comes on top. prefcache train CONFIG --dry-run "
         "turns this into memory and time.",
         saved=saved,
     )

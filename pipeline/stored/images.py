@@ -88,7 +88,10 @@ class StoredImages:
         for entry in self._entries:
             path = self._folder / entry.file
             try:
-                tables.append(artifact.open_arrow_stream(path).cast(IMAGES))
+                table = artifact.open_arrow_stream(path)
+                # An earlier version did not store n_tokens.
+                table = pa.concat_tables([IMAGES.empty_table(), table], promote_options="default")
+                tables.append(table.cast(IMAGES))
             except (OSError, ValueError, pa.ArrowException) as error:
                 reason = str(error).partition("\n")[0]
                 raise IntegrityError(

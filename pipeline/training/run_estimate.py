@@ -162,8 +162,12 @@ class RunEstimate:
                 f"the frozen weights are counted in {self.train.lora.base_dtype if self.train.lora else 'float32'}; "
                 f"in {self.start.quantization} (score.quantization) they take less"
             )
-        if self.train.vision == "trained" and Prepared(self.config.prepared).manifest.images:
-            yield "the vision tower is trained (train.vision): its memory and arithmetic are not counted"
+        if Prepared(self.config.prepared).manifest.images:
+            yield (
+                "the vision tower is trained (train.vision): its memory and arithmetic are not counted"
+                if self.train.vision == "trained"
+                else "the vision tower computes each picture once, before the first run; then it is not loaded (train.vision=frozen)"
+            )
         if self.train.offload:
             yield "what waits in the host's memory (train.offload) is counted as if it stayed on the GPU"
         if self.processes > 1:

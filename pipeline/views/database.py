@@ -151,7 +151,7 @@ def connect(sources: Sources, extension: Extension | None = None) -> duckdb.Duck
     con.execute("create schema stored")
     con.execute("set schema = 'stored'")
     try:
-        _store_prepared(con, sources.prepared)
+        _store_prepared(con, sources.prepared, sources.images)
         _store_images(con, sources.images)
         _store_scored(con, sources)
         _store_caches(con, sources.references)
@@ -176,12 +176,23 @@ def connect(sources: Sources, extension: Extension | None = None) -> duckdb.Duck
     return con
 
 
-def _store_prepared(con: duckdb.DuckDBPyConnection, examples: pa.Table) -> None:
+def _store_prepared(con: duckdb.DuckDBPyConnection, examples: pa.Table, images: pa.Table) -> None:
     """Store the examples with the columns of both pairs and labels, so that one view serves both."""
-    duckdb_connection.register(con, "examples", _number_rows(examples))
+    counted = pa.field("n_image_tokens", pa.int64())
+    rows = _number_rows(examples).append_column(counted, _count_image_tokens(examples["images"], images))
+    duckdb_connection.register(con, "examples", rows)
     columns = pa.unify_schemas([_number_rows(schema.empty_table()).schema for schema in PREPARED.values()])
+    columns = columns.append(counted)
     duckdb_connection.register(con, "prepared_columns", columns.empty_table())
     con.execute("create view prepared as select * from prepared_columns union all by name select * from examples")
+
+
+def _count_image_tokens(prompts: pa.ChunkedArray, images: pa.Table) -> pa.Array:
+    """Count the tokens of each prompt that stand for images; NULL if an earlier version prepared them and did not say."""
+    shown = pc.take(images["n_tokens"], pc.index_in(pc.list_flatten(prompts), images["image"]))
+    counts = np.zeros(len(prompts))
+    np.add.at(counts, pc.list_parent_indices(prompts).to_numpy(), shown.cast(pa.float64()).to_numpy())
+    return pa.array(counts, from_pandas=True).cast(pa.int64())
 
 
 def _store_images(con: duckdb.DuckDBPyConnection, images: pa.Table) -> None:

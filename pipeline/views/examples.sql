@@ -1,4 +1,4 @@
--- Prepared pairs and labels: texts, source and line, ids of the prompt's images, lengths in tokens and how many of them and of the assistant's turns count (prepare.train_on), what truncation removed, and the keys of their sequences.
+-- Prepared pairs and labels: texts, source and line, ids of the prompt's images, lengths in tokens, how many of a prompt's stand for images, and how many of them and of the assistant's turns count (prepare.train_on), what truncation removed, and the keys of their sequences.
 select
     example_id,
     split,
@@ -16,6 +16,7 @@ select
     coalesce(list_transform(images, lambda image: lower(hex(image))), []) as images,
     coalesce(len(images), 0) as n_images,
     n_prompt,
+    n_image_tokens,
     n_chosen,
     n_rejected,
     n_completion,

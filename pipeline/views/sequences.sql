@@ -19,6 +19,7 @@ select
     line,
     answer,
     n_prompt,
+    n_image_tokens,
     n_answer as n_completion,
     n_prompt + n_answer as n_tokens,
     cut_prompt,

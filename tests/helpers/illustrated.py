@@ -34,6 +34,7 @@ def image_row(picture: Picture) -> dict[str, object]:
         "height": picture.height,
         "format": picture.format,
         "one_of_several": False,
+        "n_tokens": 9,
         "encoded": picture.encoded,
     }
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from prefcache.pipeline import identity, image_processor
+from prefcache.pipeline.image_processor import SizedPixels
 from prefcache.pipeline.images import hash_pixels
 from prefcache.pipeline.schema import IMAGES, sequence_key
 from prefcache.pipeline.stored import artifact
@@ -61,13 +62,15 @@ def _image_row(pictures: vision_models.Pictures, image: bytes) -> dict[str, Any]
     pixels, file = pictures.pixels(image), io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     height, width = pixels.shape[:2]
+    several, processor = pictures.is_one_of_several(image), pictures.processor
     return {
         "image": image,
         "pixels": hash_pixels(pixels),
         "width": width,
         "height": height,
         "format": "PNG",
-        "one_of_several": pictures.is_one_of_several(image),
+        "one_of_several": several,
+        "n_tokens": processor.replace(SizedPixels(width, height, pixels), one_of_several=several).n_tokens,
         "encoded": file.getvalue(),
     }
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from prefcache.pipeline.image_processor import Replacement
 from prefcache.pipeline.images import decode
 from prefcache.pipeline.preparing import part_images
 from prefcache.pipeline.preparing.part_images import PartImages
@@ -18,6 +19,9 @@ A, B, C = (decode(encode(picture(6, 4, seed))) for seed in range(3))
 class Processor:
     id: bytes = b"p" * 16
     counts_pictures: bool = False
+
+    def replace(self, picture, *, one_of_several):
+        return Replacement("", picture.pixels, n_tokens=picture.width * picture.height // (2 if one_of_several else 1))
 
 
 def name(shown, *, several: bool = False) -> bytes:
@@ -35,9 +39,8 @@ def test_each_picture_is_written_once_however_often_it_comes(tmp_path, monkeypat
     assert [(row["image"], row["pixels"], row["encoded"]) for row in rows] == [
         (name(each), each.hash, each.encoded) for each in (A, B, C)
     ]
-    assert {(row["width"], row["height"], row["format"], row["one_of_several"]) for row in rows} == {
-        (6, 4, "PNG", False)
-    }
+    facts = ("width", "height", "format", "one_of_several", "n_tokens")
+    assert {tuple(row[name] for name in facts) for row in rows} == {(6, 4, "PNG", False, 24)}
 
 
 def test_one_of_several_is_another_image_to_a_processor_that_counts(tmp_path):
@@ -45,7 +48,7 @@ def test_one_of_several_is_another_image_to_a_processor_that_counts(tmp_path):
         assert images.add([A]) == (name(A),)
         assert images.add([A, B]) == (name(A, several=True), name(B, several=True))
     rows = artifact.open_arrow_stream(tmp_path / "part.images").to_pylist()
-    assert [row["one_of_several"] for row in rows] == [False, True, True]
+    assert [(row["one_of_several"], row["n_tokens"]) for row in rows] == [(False, 24), (True, 12), (True, 12)]
 
 
 def test_without_pictures_there_is_no_file(tmp_path):

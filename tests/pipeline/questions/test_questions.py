@@ -17,10 +17,10 @@ import pytest
 from prefcache.pipeline import views
 from prefcache.pipeline.images import decode
 from prefcache.pipeline.questions import QUESTIONS, get_question
-from prefcache.pipeline.schema import PREPARED
+from prefcache.pipeline.schema import IMAGES, PREPARED
 from prefcache.pipeline.stored.prepared import Prepared
 from tests.helpers.conversations import assistant, user
-from tests.helpers.illustrated import encode
+from tests.helpers.illustrated import encode, id_of, image_row
 from tests.helpers.project import invoke, pair, write_config
 from tests.helpers.vision_models import picture
 
@@ -295,6 +295,35 @@ def test_training_cost(ask, folder, pairs):
     assert sum(row["tokens_counted"] for row in rows) == counted
     twice = ask("training-cost", "epochs=2.5")
     assert sum(row["tokens_counted"] for row in twice) == pytest.approx(2.5 * counted, abs=2)
+
+
+@pytest.mark.parametrize("name", ["cost", "training-cost"])
+def test_costs_count_the_tokens_of_images_once_per_pair(name):
+    shown = decode(encode(picture(8, 8)))
+    rows = [
+        pair(i)
+        | {"example_id": str(i), "split": "train", "source": "a", "line": i, "images": images}
+        | {
+            "n_prompt": 20,
+            "n_chosen": 4,
+            "n_rejected": 4,
+            "n_common": 0,
+            "n_chosen_counted": 4,
+            "n_rejected_counted": 4,
+        }
+        | {"chosen_key": bytes([i, 1] * 8), "rejected_key": bytes([i, 2] * 8)}
+        for i, images in enumerate(([], [id_of(shown)], [id_of(shown)] * 2))
+    ]
+    sources = views.Sources(
+        prepared=pa.Table.from_pylist(rows, schema=PREPARED["pairs"]),
+        images=pa.Table.from_pylist([image_row(shown) | {"n_tokens": 5}], schema=IMAGES),
+    )
+    question = get_question(name)
+    found = views.ask(views.connect(sources), question.sql, parameters=question.values({}))
+    (row,) = found.rows()
+    assert dict(zip(found.columns, row, strict=True))["image_tokens"] == 3 * 5
+    verdict = question.judge({"image_tokens": 15, **dict(zip(found.columns, row, strict=True))}, question.values({}))
+    assert "tokens (15 of them stand for images)" in verdict.sentence
 
 
 def test_truncation(ask, pairs):

@@ -42,6 +42,15 @@ def test_an_id_may_end_in_zeros(tmp_path):
     assert [stored.facts(image).pixels for image in ids] == [each.hash for each in PICTURES[:3]]
 
 
+def test_pictures_of_an_earlier_version_without_their_number_of_tokens_are_read(tmp_path):
+    rows = [image_row(each) for each in PICTURES[:2]]
+    earlier = IMAGES.remove(IMAGES.get_field_index("n_tokens"))
+    entries = [commit(tmp_path, "0.arrow", rows[:1], earlier), commit(tmp_path, "1.arrow", rows[1:], IMAGES)]
+    stored = StoredImages(tmp_path, entries)
+    assert stored.table["n_tokens"].to_pylist() == [None, rows[1]["n_tokens"]]
+    assert (stored.pixels(id_of(PICTURES[0])) == PICTURES[0].pixels).all()
+
+
 def test_an_unknown_id_says_what_to_do(tmp_path):
     stored = StoredImages(tmp_path, [commit(tmp_path, "0.arrow", [image_row(PICTURES[0])], IMAGES)])
     assert id_of(PICTURES[1]) not in stored and bytes(16) not in StoredImages(tmp_path, [])

@@ -197,7 +197,7 @@ def test_old_and_new_runs_stand_side_by_side(tmp_path):
         assert found == [("new", None, 0.5, True), ("old", 3.0, None, None)]
 
 
-NO_IMAGES = {"images": [], "n_images": 0}
+NO_IMAGES = {"images": [], "n_images": 0, "n_image_tokens": 0}
 
 
 def test_examples_are_the_prepared_pairs(con):
@@ -253,9 +253,24 @@ def test_images_are_the_pictures_of_the_prompts_and_join_the_examples(tmp_path):
     assert sorted(joined) == [("e0", 4), ("e1", 2), ("e1", 4), ("e1", 4)]
 
 
+def test_image_tokens_of_a_prompt_are_those_of_its_images_and_unknown_where_they_were_not_stored(tmp_path):
+    new, old = (decode(encode(picture(*size))) for size in ((4, 3), (2, 5)))
+    prompts = [[], [id_of(new)], [id_of(new), id_of(new)], [id_of(old), id_of(new)]]
+    pairs = [PAIRS[0] | {"example_id": f"e{i}", "images": images} for i, images in enumerate(prompts)]
+    made = views.Sources(
+        prepared=pa.Table.from_pylist(pairs, schema=PREPARED["pairs"]),
+        images=pa.Table.from_pylist(
+            [image_row(new) | {"n_tokens": 7}, image_row(old) | {"n_tokens": None}], schema=IMAGES
+        ),
+    )
+    for view in ("examples", "(select distinct example_id, n_image_tokens from sequences)"):
+        found = ask(views.connect(made), f"select n_image_tokens from {view} order by example_id")
+        assert found == [(0,), (7,), (14,), (None,)]
+
+
 def test_the_bytes_of_pictures_are_not_in_the_views(con):
     types = ask(con, "select column_type from (describe images)")
-    assert ("BLOB",) not in types and len(types) == 9
+    assert ("BLOB",) not in types and len(types) == 10
 
 
 def test_reference_is_the_cache_and_joins_the_examples(con):
