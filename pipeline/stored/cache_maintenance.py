@@ -233,15 +233,27 @@ class CollectedCache:
     into: int = 0
     doubled: int = 0  # rows that were there more than once
     shards: int = 0  # afterwards
+    features_bytes: int | None = None  # of a vision tower's store; None: not one
+    unused_days: float = 0.0  # since a command last opened it
+    removed: bool = False  # all of it
     damaged: dict[str, str] = field(default_factory=dict)
     newer: list[str] = field(default_factory=list)
     malformed: list[str] = field(default_factory=list)
 
 
-def gc(folder: Path, target_bytes: int, dry_run: bool = False, old_seconds: float | None = None) -> CollectedCache:
-    """Remove what nothing needs, and merge small shards that verify would pass; scorers and trainers may be running."""
+def gc(
+    folder: Path,
+    target_bytes: int,
+    dry_run: bool = False,
+    old_seconds: float | None = None,
+    features_unused_for: float | None = None,
+) -> CollectedCache:
+    """Remove what nothing needs, and merge small shards that verify would pass; scorers and trainers may be running.
+
+    The store of a vision tower is removed if no command has opened it for this number of days; None keeps it.
+    """
     if (folder / TOWER_FILE).exists():
-        return _collect_features(folder, FolderUpkeep(folder, old_seconds), dry_run)
+        return _collect_features(folder, FolderUpkeep(folder, old_seconds), dry_run, features_unused_for)
     upkeep = _open_upkeep(folder, old_seconds)
     if dry_run:
         return _collect(folder, upkeep, target_bytes, True)
@@ -416,10 +428,22 @@ def _verify_features(folder: Path) -> VerifiedCache:
     return result
 
 
-def _collect_features(folder: Path, upkeep: FolderUpkeep, dry_run: bool) -> CollectedCache:
-    """Remove temporaries and shards without a record. Whole shards are not merged: they are memory-mapped where they are."""
-    store = FeatureStore(folder, every_byte=True, remember="nothing" if dry_run else "all")
+def _collect_features(folder: Path, upkeep: FolderUpkeep, dry_run: bool, unused_for: float | None) -> CollectedCache:
+    """Remove temporaries and shards without a record, or the whole store if no command has opened it for so many days.
+
+    Whole shards are not merged: they are memory-mapped where they are. For that reason, a command that has opened a store can still
+    read it after it was removed.
+    """
+    store = FeatureStore(folder, remember="nothing")
     result = CollectedCache(folder, str(folder), shards=len(store.records))
+    result.features_bytes = sum(record.bytes for record in store.records)
+    result.unused_days = (time.time() - feature_writer.last_use(store)) / 86_400
+    if unused_for is not None and result.unused_days >= unused_for and not (store.newer or store.malformed):
+        result.removed, result.shards = True, 0
+        if not dry_run:
+            artifact.discard(folder)
+        return result
+    store = FeatureStore(folder, every_byte=True, remember="nothing" if dry_run else "all")
     result.leftovers = upkeep.remove_leftovers(dry_run=dry_run)
     for path in feature_writer.find_orphans(store):
         if upkeep.is_old(path):

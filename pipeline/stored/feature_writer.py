@@ -5,6 +5,7 @@ chunk is named from its pictures, a shard also from its content, and the first r
 another is doing.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -35,6 +36,8 @@ def open_store(root: Path, reference: Reference, numerics: dict[str, str]) -> Fe
     if not (folder / TOWER_FILE).is_file():
         record = TowerRecord.make(name=str(reference.folder), tower_id=tower_id, numerics=numerics)
         record.commit(folder / TOWER_FILE, once=True)
+    with contextlib.suppress(OSError):  # a store that may only be read is not removed either
+        os.utime(folder / TOWER_FILE)
     return FeatureStore(folder)
 
 
@@ -128,6 +131,12 @@ def _chunk_name(images: Sequence[bytes]) -> str:
 
 
 # -- upkeep ----------------------------------------------------------------------------------------------------------
+
+
+def last_use(store: FeatureStore) -> float:
+    """Return when a command last opened the store or added to it, in seconds since the epoch."""
+    paths = [store.folder / name for name in (TOWER_FILE, *(record.name for record in store.records))]
+    return max(path.stat().st_mtime for path in paths)
 
 
 def find_orphans(store: FeatureStore) -> list[Path]:

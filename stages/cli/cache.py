@@ -139,22 +139,38 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     show_default=True,
     help="Size of a merged shard, before compression.",
 )
+@click.option(
+    "--features-unused-for",
+    type=click.FloatRange(min=1),
+    metavar="DAYS",
+    help="Also remove the features of pictures that no command has opened for so long.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def gc(caches: tuple[str, ...], dry_run: bool, target_mib: float, quiet: bool, as_json: bool) -> None:
+def gc(
+    caches: tuple[str, ...],
+    dry_run: bool,
+    target_mib: float,
+    features_unused_for: float | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Remove leftovers from a cache and merge small shards.
 
     \b
         prefcache gc
         prefcache gc cache --dry-run
+        prefcache gc --features-unused-for 30
 
     Deletes files that no process can still need. No value is lost or changed. Safe to interrupt, and safe while others score or train.
+
+    The features of pictures (cache/vision-*), as a frozen vision tower computes them, may be large. They are kept, unless you give a number of days: those that no command has opened for so long are removed, and a later run computes them again.
     """
     from prefcache.commands import gc, verify
     from prefcache.pipeline.progress import Progress
 
     with Progress(quiet, command="gc") as progress:
-        result = gc.run(caches or ["cache"], progress, target_mib, dry_run)
+        result = gc.run(caches or ["cache"], progress, target_mib, dry_run, features_unused_for)
     print_result(result, as_json)
     verify.refuse_damage(result)
 

@@ -8,10 +8,20 @@ from prefcache.pipeline.stored import cache_maintenance
 from prefcache.pipeline.stored.mirror import show_place
 
 
-def run(paths: Sequence[str], progress: Progress, target_mib: float, dry_run: bool = False) -> GcResult:
-    """Clean up every cache among `paths`; merged shards have about `target_mib` before compression."""
+def run(
+    paths: Sequence[str],
+    progress: Progress,
+    target_mib: float,
+    dry_run: bool = False,
+    features_unused_for: float | None = None,
+) -> GcResult:
+    """Clean up every cache among `paths`; merged shards have about `target_mib` before compression.
+
+    Stores of vision towers that no command has opened for `features_unused_for` days are removed.
+    """
     caches = []
     for folder in cache_maintenance.find_caches(paths):
         progress.say(f"gc: reading all of {show_place(folder)}")
-        caches.append(cache_maintenance.gc(folder, int(target_mib * 2**20), dry_run))
+        size = int(target_mib * 2**20)
+        caches.append(cache_maintenance.gc(folder, size, dry_run, features_unused_for=features_unused_for))
     return GcResult(caches, sum(len(cache.damaged) for cache in caches), dry_run)

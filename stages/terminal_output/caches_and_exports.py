@@ -1,7 +1,8 @@
 """Caches and the files made from them or read into them."""
 
 from prefcache import command_results
-from prefcache.pipeline.visible_text import count
+from prefcache.pipeline.stored.cache_maintenance import CollectedCache
+from prefcache.pipeline.visible_text import count, format_bytes
 from prefcache.row_layout import print_table
 from prefcache.terminal_output.console import open_console, say
 
@@ -77,8 +78,11 @@ def print_verify(result: command_results.VerifyResult) -> None:
 def print_gc(result: command_results.GcResult) -> None:
     would = "would be " if result.dry_run else ""
     for cache in result.caches:
+        if cache.features_bytes is not None:
+            _print_features(cache, would)
         if not (cache.merged or cache.superseded or cache.orphans or cache.leftovers):
-            say(f"{cache.place}: nothing to do, {count(cache.shards, 'shard')}")
+            if cache.features_bytes is None:
+                say(f"{cache.place}: nothing to do, {count(cache.shards, 'shard')}")
             continue
         say(
             f"{cache.place}: {count(cache.merged, 'shard')} {would}merged into {cache.into:,}; {would}removed: "
@@ -91,6 +95,15 @@ def print_gc(result: command_results.GcResult) -> None:
                 f"  {count(cache.kept, 'shard')} without a record {would}kept for a day: a scorer or a reader may still want them"
             )
     _print_damage(result)
+
+
+def _print_features(cache: CollectedCache, would: str) -> None:
+    size, days = format_bytes(cache.features_bytes or 0), count(int(cache.unused_days), "day")
+    if cache.removed:
+        say(f"{cache.place}: {would}removed, {size} of features of pictures, which no command has opened for {days}")
+    else:
+        last = f"{days} ago" if cache.unused_days >= 1 else "less than a day ago"
+        say(f"{cache.place}: {size} of features of pictures, last opened {last}")
 
 
 def print_sign(result: command_results.SignResult) -> None:

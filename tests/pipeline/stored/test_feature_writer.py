@@ -218,6 +218,22 @@ def test_gc_removes_leftovers_and_old_orphans_only(tmp_path, model):
     assert {path.name for path in store.folder.iterdir()} == kept and holds(FeatureStore(store.folder), IMAGES[:40])
 
 
+def test_gc_removes_a_store_that_no_command_has_opened_for_so_long(tmp_path, model):
+    store = open_store(tmp_path, model)
+    fill(store, IMAGES[:40], features)
+    month_ago = time.time() - 30 * 86_400
+    for path in store.folder.iterdir():
+        os.utime(path, (month_ago, month_ago))
+    found = [cache_maintenance.gc(store.folder, 1, True, features_unused_for=days) for days in (None, 31, 29)]
+    assert [each.removed for each in found] == [False, False, True] and store.folder.is_dir()
+    assert found[0].unused_days == pytest.approx(30, abs=0.1)
+    assert found[0].features_bytes == sum(path.stat().st_size for path in store.folder.glob("*.arrow"))
+    assert not cache_maintenance.gc(open_store(tmp_path, model).folder, 1, features_unused_for=29).removed
+    os.utime(store.folder / TOWER_FILE, (month_ago, month_ago))
+    assert cache_maintenance.gc(store.folder, 1, features_unused_for=29).removed and not any(tmp_path.glob("vision-*"))
+    assert holds(store, IMAGES[:40])  # a command that has it open reads on
+
+
 def test_nothing_is_written_onto_a_store(tmp_path, model):
     store = open_store(tmp_path, model)
     with pytest.raises(UsageError, match="keeps what a vision tower made of pictures"):
