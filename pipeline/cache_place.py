@@ -20,6 +20,7 @@ _WHERE = {
 }
 MIRROR_VARIABLE = "PREFCACHE_MIRROR"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MIRROR = re.compile(r"-[0-9a-f]{12}$")  # the end of its name
 _MISTYPED_URL = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
 
 
@@ -70,13 +71,26 @@ def local_folder(place: str) -> Path:
 
 def mirror_folder(url: str) -> Path:
     """The mirror of an object store: PREFCACHE_MIRROR, or prefcache/ in the user's folder for caches, and a name."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    base = Path(os.environ.get(MIRROR_VARIABLE) or Path(home) / "prefcache").expanduser().absolute()
     readable = re.sub(r"[^\w.-]+", "-", url.partition("://")[2])[-60:].strip("-.")
     # The same bucket name may be another bucket at another endpoint, and every Azure account has containers of its own.
     where = [url, *(os.environ.get(name, "") for name in _WHERE[url.partition("://")[0]])]
     digest = hashlib.blake2b(" ".join(where).encode(), digest_size=6).hexdigest()
-    return base / f"{readable}-{digest}"
+    return _mirror_base() / f"{readable}-{digest}"
+
+
+def explain_mirror(path: Path) -> str:
+    """A sentence for errors about a file in a mirror, which the user has not named; nothing for other files."""
+    base, path = _mirror_base(), path.absolute()
+    if path == base or (path.is_relative_to(base) and _MIRROR.search(path.relative_to(base).parts[0])):
+        return (
+            f" It belongs to the mirror of an object store in {base}; {MIRROR_VARIABLE} can name another place for it."
+        )
+    return ""
+
+
+def _mirror_base() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(MIRROR_VARIABLE) or Path(home) / "prefcache").expanduser().absolute()
 
 
 def _without_query(place: str) -> str:

@@ -23,6 +23,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from prefcache.pipeline import stored_paths
+from prefcache.pipeline.cache_place import explain_mirror
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 from prefcache.pipeline.progress import counting
 
@@ -45,11 +46,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         if code in _FULL_DISK:
             raise ResourceError(
                 f"{path}: the disk is full ({os.strerror(code)}). Finished work is kept: free some space, then run the same "
-                "command again."
+                f"command again.{explain_mirror(path)}"
             ) from error
         if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UsageError(
-                f"{path}: cannot be written ({os.strerror(code)}). Name a folder that you may write to."
+                f"{path}: cannot be written ({os.strerror(code)}). Name a folder that you may write to.{explain_mirror(path)}"
             ) from error
         raise
 

@@ -103,12 +103,15 @@ class Commands(click.Group):
             sys.stderr.close()
             sys.exit(0)
         except OSError as error:
+            from prefcache.pipeline.cache_place import explain_mirror
+
+            mirror = explain_mirror(Path(str(error.filename)))
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                message = f"{error.filename or 'a file'}: cannot be written ({error.strerror})."
+                message = f"{error.filename or 'a file'}: cannot be written ({error.strerror}).{mirror}"
                 raise _failure(ResourceError(message)) from None
             if error.filename is None:
                 raise
-            message = f"{error.filename}: {error.strerror}. Name a path that exists and that you may use."
+            message = f"{error.filename}: {error.strerror}. Name a path that exists and that you may use.{mirror}"
             raise _failure(UsageError(message)) from None
         except Exception as error:
             if not is_out_of_memory(error):

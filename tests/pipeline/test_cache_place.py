@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from prefcache.pipeline.cache_place import is_url, local_folder, parse_url
+from prefcache.pipeline.cache_place import explain_mirror, is_url, local_folder, parse_url
 from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored import artifact
 
 
 @pytest.mark.parametrize("place", ["cache", "/mnt/cache", "a:b", "./s3:/bucket", "s3", "file:///mnt/cache"])
@@ -44,6 +45,16 @@ def test_mirrors_lie_in_the_users_folder_for_caches(monkeypatch):
     assert local_folder("s3://b/x").parent == Path("/home/me/.cache/prefcache")
     monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
     assert local_folder("s3://b/x").parent == Path("/fast/prefcache")
+
+
+def test_errors_about_the_disk_of_a_mirror_name_its_place_and_the_variable_that_moves_it(monkeypatch, tmp_path):
+    (tmp_path / "mirror").write_text("a file where the folder should be")
+    monkeypatch.setenv("PREFCACHE_MIRROR", str(tmp_path / "mirror"))
+    with pytest.raises(UsageError) as raised:
+        artifact.commit_bytes(local_folder("s3://bucket/refs") / "store.json", b"")
+    assert str(raised.value).endswith(f" in {tmp_path}/mirror; PREFCACHE_MIRROR can name another place for it.")
+    # What else lies there, such as an experiment, does not belong to it.
+    assert not explain_mirror(tmp_path / "mirror/runs/x") and not explain_mirror(tmp_path / "cache/refs-0123456789ab/x")
 
 
 @pytest.mark.parametrize("place", ["s3:/bucket/refs", "s3:bucket/refs", "GS:/bucket"])
