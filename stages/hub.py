@@ -1,7 +1,6 @@
 """The hub: the files of a data set at one commit, and what it refuses, in words."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
+from prefcache.pipeline.daemon_threads import map_parallel
 from prefcache.pipeline.errors import IntegrityError, UsageError, first_line
 from prefcache.pipeline.progress import counting
 from prefcache.pipeline.stored.shards import count_rows
@@ -112,9 +112,8 @@ class HubDataset:
         with (
             hub_errors(self._failed, "read"),
             counting(f"fetch {self.name}", total, "bytes") as counter,
-            ThreadPoolExecutor(THREADS) as pool,
         ):
-            for name, _ in zip(names, pool.map(fetch, names), strict=True):
+            for name, _ in zip(names, map_parallel(fetch, names, THREADS), strict=True):
                 counter.add(self.sizes[name])
 
     def _path(self) -> str:

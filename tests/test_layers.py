@@ -34,7 +34,7 @@ ROOMS = {
 # Within a room, from the ground up: a module imports what stands before it. Packages are one module here.
 FLOORS = {
     "prefcache.pipeline": [
-        "errors images intervals stored_paths token_colours token_text schema spans visible_text",
+        "daemon_threads errors images intervals stored_paths token_colours token_text schema spans visible_text",
         "cache_place progress_display",
         "progress",
         "foreign_programs html_templates model_config process_pool safetensors_files thumbnails tokenizer",

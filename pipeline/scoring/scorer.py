@@ -113,7 +113,7 @@ class Scorer:
     def run(self, plan: Plan, rank: int, world: int) -> Iterator[FinishedChunk]:
         """Score what is missing; yield each finished chunk, whoever finished it."""
         chunks = order_chunks(plan, rank, world)
-        try:
+        with self._writer.flushing():
             for wait in (False, True):
                 taken = []
                 for slots, following in itertools.zip_longest(chunks, chunks[1:]):
@@ -122,8 +122,6 @@ class Scorer:
                     else:
                         yield finished
                 chunks = taken
-        finally:
-            self._writer.flush()
         self.merge_statements()
 
     def score(self, chunks: Sequence[np.ndarray], wait: bool, seconds: float = math.inf) -> list[FinishedChunk | None]:
@@ -132,13 +130,11 @@ class Scorer:
         None stands for a chunk that another scorer has claimed, unless `wait` waits for it.
         """
         finished, until = list[FinishedChunk | None](), time.monotonic() + seconds
-        try:
+        with self._writer.flushing():
             for slots, following in itertools.zip_longest(chunks, chunks[1:]):
                 finished.append(self._score_chunk(slots, wait, following))
                 if time.monotonic() > until:
                     break
-        finally:
-            self._writer.flush()
         return finished
 
     def merge_statements(self) -> None:

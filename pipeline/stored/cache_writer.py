@@ -164,7 +164,7 @@ class CacheWriter:
     ) -> None:
         """Commit the rows of a chunk. If another scorer was first, what it wrote stays.
 
-        `in_background`: return before an object store has them; `flush` waits for that.
+        `in_background`: return before an object store has them; `flushing` waits for that.
         """
         name = _chunk_name(rows["key"].to_pylist(), numerics_id)
         path = self.cache.folder / f"{name}.json"
@@ -173,10 +173,9 @@ class CacheWriter:
         facts = {"numerics_id": numerics_id, "numerics": numerics, "parity": parity}
         self._commit(name, rows.sort_by("key"), facts, in_background)
 
-    def flush(self) -> None:
-        """Wait until everything that was committed is in the object store, and raise what went wrong."""
-        if self._store is not None:
-            self._store.flush()
+    def flushing(self) -> contextlib.AbstractContextManager[None]:
+        """Have what the block commits in the object store at its end, and raise what went wrong."""
+        return contextlib.nullcontext() if self._store is None else self._store.flushing()
 
     # -- signatures --------------------------------------------------------------------------------------------------
 

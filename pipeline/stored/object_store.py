@@ -18,12 +18,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from prefcache.pipeline.cache_place import parse_url
+from prefcache.pipeline.daemon_threads import call_in_thread, map_parallel
 from prefcache.pipeline.errors import IntegrityError, ResourceError, UsageError
 
 T = TypeVar("T")
@@ -214,12 +214,8 @@ class ObjectStore:
         """Yield the function's results in the order of the items, many of which are under way at once."""
         if len(items) < 2:
             yield from map(function, items)
-            return
-        with ThreadPoolExecutor(min(N_PARALLEL, len(items)), thread_name_prefix="prefcache-store") as pool:
-            try:
-                yield from pool.map(function, items)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        else:
+            yield from map_parallel(function, items, N_PARALLEL)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -242,7 +238,7 @@ class ObjectStore:
         for attempt in range(_TRIES):
             self._count(kind, 1, self.requests)
             try:
-                return request()
+                return _wait_interruptibly(request)
             except FileNotFoundError as error:
                 if reason := _explain_permanent(str(error)):
                     raise UsageError(f"{self._path(name)}: {reason}") from None
@@ -282,6 +278,11 @@ class ObjectStore:
 
 class _Incomplete(Exception):
     """An answer is shorter than it claims to be."""
+
+
+def _wait_interruptibly(request: Callable[[], T]) -> T:
+    """Carry out a request where Ctrl-C need not wait for its answer: not in the main thread, which handles signals."""
+    return call_in_thread(request).result() if threading.current_thread() is threading.main_thread() else request()
 
 
 # The process whose threads carry out obstore's requests. They start with the first request and do not survive a fork.

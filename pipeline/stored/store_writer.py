@@ -13,9 +13,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 
+from prefcache.pipeline.daemon_threads import call_in_thread
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored.mirror import Mirror
 from prefcache.pipeline.stored.object_store import ObjectStore
@@ -26,6 +27,8 @@ _BEAT_SECONDS = 20.0
 _STALE_SECONDS = 90.0  # without a beat
 _POLL_SECONDS = 1.0
 _SENT_AT_ONCE = 2
+# How long a command that may be about to end waits for a store that does not answer.
+_PATIENCE_SECONDS = 0.8
 
 
 class StoreClaims:
@@ -68,9 +71,12 @@ class StoreClaims:
         return is_mine
 
     def release(self, name: str) -> None:
+        """Give a claim up. If the store does not answer, it is deleted later, or becomes free by itself."""
         with self._lock:
             self._held.discard(name)
-        self._store.delete(self._path(name))
+        deletion = call_in_thread(self._store.delete, self._path(name))
+        for done in wait([deletion], _PATIENCE_SECONDS).done:
+            done.result()
 
     def close(self) -> None:
         self._ended.set()
@@ -135,7 +141,6 @@ class StoreWriter:
     def __init__(self, mirror: Mirror, folder: Path) -> None:
         self._mirror, self._folder = mirror, folder
         self._claims = StoreClaims(mirror.store, folder.name)
-        self._pool = ThreadPoolExecutor(_SENT_AT_ONCE + 1, thread_name_prefix="prefcache-send")
         self._sending: dict[str, Future[bool]] = {}  # by chunk
         self._ahead: dict[str, Future[bool | None]] = {}
 
@@ -170,32 +175,42 @@ class StoreWriter:
     def claim_ahead(self, name: str) -> None:
         """Claim the chunk that will be next while another one is computed."""
         if name not in self._ahead and name not in self._sending:
-            self._ahead[name] = self._pool.submit(self._try, name)
+            self._ahead[name] = call_in_thread(self._try, name)
 
     def send(self, record: ShardRecord) -> None:
         """Send a shard that lies in the folder, and its record, while this process goes on."""
-        self._await(_SENT_AT_ONCE - 1)
+        while len(self._sending) >= _SENT_AT_ONCE:
+            self._sending.pop(next(iter(self._sending))).result()
         name = record.name.removesuffix(".json")
-        self._sending[name] = self._pool.submit(self._send, name, record)
+        self._sending[name] = call_in_thread(self._send, name, record)
 
     def send_now(self, record: ShardRecord) -> bool:
         """Send a shard and its record; return whether it was the first."""
         return self._mirror.send(self._folder, record)
 
-    def flush(self) -> None:
-        """Wait until everything has arrived, and give up what was claimed ahead; raise what went wrong."""
+    @contextlib.contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Wait at the block's end until everything has arrived, and raise what went wrong; after an interrupt, for a moment only."""
+        seconds = None
         try:
-            self._await(0)
+            yield
+        except (KeyboardInterrupt, GeneratorExit):
+            seconds = _PATIENCE_SECONDS  # the store may not answer
+            raise
         finally:
-            for name, future in list(self._ahead.items()):
+            self._flush(seconds)
+
+    def _flush(self, seconds: float | None) -> None:
+        try:
+            for sent in wait(self._sending.values(), seconds).done:
+                sent.result()
+        finally:
+            self._sending.clear()
+            for name, claimed in self._ahead.items():
                 with contextlib.suppress(Exception):
-                    if future.result():
+                    if claimed.result(seconds):
                         self._claims.release(name)
             self._ahead.clear()
-
-    def _await(self, n_left: int) -> None:
-        for name in list(self._sending)[: len(self._sending) - n_left]:
-            self._sending.pop(name).result()
 
     def _send(self, name: str, record: ShardRecord) -> bool:
         try:

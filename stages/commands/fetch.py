@@ -5,7 +5,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ from prefcache.hub import THREADS, HubDataset
 from prefcache.pipeline import identity
 from prefcache.pipeline.cache_place import is_url
 from prefcache.pipeline.config import Config
+from prefcache.pipeline.daemon_threads import map_parallel
 from prefcache.pipeline.errors import IdentityError, IntegrityError, PrefcacheError, UsageError
 from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.preparing import prepared_inputs
@@ -202,8 +202,7 @@ class _HubSource:
         self._files.download(names, scratch)
 
     def read_keys(self, records: Sequence[ShardRecord]) -> Iterator[Keys]:
-        with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(self._read_keys, records)
+        return map_parallel(self._read_keys, records, THREADS)
 
     def _read_keys(self, record: ShardRecord) -> Keys:
         if self._files.sizes.get(record.file) != record.bytes:

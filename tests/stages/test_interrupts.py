@@ -2,16 +2,21 @@
 
 import os
 import random
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from prefcache.interrupts import SENTENCE
-from tests.helpers.project import PREFCACHE, start, write_config, write_pairs
+from tests.helpers.project import PREFCACHE, invoke, start, write_config, write_pairs
+from tests.helpers.store_proxy import Fault, Request, Rule
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -52,6 +57,51 @@ def test_at_any_moment_of_a_command_it_ends_with_130_or_had_ended(tmp_path, mode
         codes.append(interrupted(sent, moment, PREFCACHE, *arguments, cwd=tmp_path))
         check(*codes[-1])
     assert codes[0][0] == 130
+
+
+HANGS = {
+    "sql": lambda request: request.kind == "list",
+    "score": lambda request: request.method == "PUT" and ".parquet" in request.path,
+    "train": lambda request: request.kind == "get" and re.search(r"[0-9a-f]{32}\.json", request.path),
+    "verify": lambda request: request.kind == "get" and ".parquet" in request.path,
+}
+
+
+@pytest.mark.slow  # five commands that load PyTorch; one request, and several at once, are asked below
+@pytest.mark.parametrize(
+    ("command", "sent"),
+    [
+        ("sql", signal.SIGINT),
+        ("score", signal.SIGINT),
+        ("score", signal.SIGTERM),
+        ("train", signal.SIGTERM),
+        ("verify", signal.SIGINT),
+    ],
+)
+def test_a_store_that_does_not_answer_delays_no_command(prepared, s3, tmp_path, command, sent):
+    config = ["config.yaml", "--set", f"cache={s3.url}"]
+    if command != "score":
+        invoke(tmp_path, "score", *config)
+        shutil.rmtree(s3.mirror)
+    arguments = {"sql": ["select * from reference", "runs/tiny"], "verify": [s3.url]}.get(command, config)
+    is_asked = threading.Event()
+
+    def hangs(request: Request) -> bool:
+        if HANGS[command](request):
+            is_asked.set()
+        return is_asked.is_set()  # also whatever the command asks afterwards
+
+    with s3.through_proxy([Rule(Fault.HANGING, when=hangs, seconds=60)]) as proxy:
+        store = s3.environment_of(proxy.url, s3.mirror)
+        child = start(PREFCACHE, command, *arguments, cwd=tmp_path, env={**os.environ, **store}, **PIPES)
+        assert is_asked.wait(60), child.communicate()
+        time.sleep(0.2)
+        begun = time.monotonic()
+        child.send_signal(sent)
+        _, said = child.communicate(timeout=60)
+    assert time.monotonic() - begun < 10, said  # of which PyTorch takes some to be unloaded where the machine is busy
+    assert child.returncode == 130
+    check(child.returncode, said)
 
 
 READY = """
@@ -107,6 +157,24 @@ def test_nothing_swallows_it(tmp_path, sent, code):
     child.send_signal(sent)
     _, said = child.communicate(timeout=30)
     assert child.returncode == 130
+    check(child.returncode, said)
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_store_that_does_not_answer_delays_it_little(tmp_path, names):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # its connections are made, and nobody reads them
+        store = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "AWS_ACCESS_KEY_ID": "a"}
+        code = "store = ObjectStore('s3://bucket/refs'); print(flush=True); list(store.parallel(store.get, NAMES))"
+        script = f"{READY}    {code.replace('NAMES', repr(names))}\n{COMMAND}"
+        script = f"from prefcache.pipeline.stored.object_store import ObjectStore\n{script}"
+        secret = {"AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        child = start(sys.executable, "-c", script, env=environment(tmp_path) | store | secret, **PIPES)
+        child.stdout.readline()
+        server.accept()[0].recv(1)  # the request is under way
+        begun = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=30)
+    assert child.returncode == 130 and time.monotonic() - begun < 3
     check(child.returncode, said)
 
 

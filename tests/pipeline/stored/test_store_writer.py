@@ -129,16 +129,16 @@ def test_the_next_chunk_is_claimed_while_one_is_computed(machine, s3):
     cache = machine("one")
     writer, (first, second, *_) = CacheWriter(cache), cache.plan(PAIRS, [MINE], 30).chunks
     keys = [scored(PAIRS, slots)["key"].to_pylist() for slots in (first, second)]
-    with writer.claim(keys[0], MINE) as claim:
-        assert claim == "mine"
-        writer.claim_ahead(keys[1], MINE)
-        with machine("other").claim(keys[1], MINE, wait=False) as claim:
-            deadline = time.monotonic() + 5
-            while len(held(s3)) < 2 and time.monotonic() < deadline:
-                time.sleep(0.02)
-    assert len(held(s3)) == 1
-    writer.flush()  # gives up what was claimed ahead
-    assert not held(s3)
+    with writer.flushing():
+        with writer.claim(keys[0], MINE) as claim:
+            assert claim == "mine"
+            writer.claim_ahead(keys[1], MINE)
+            with machine("other").claim(keys[1], MINE, wait=False) as claim:
+                deadline = time.monotonic() + 5
+                while len(held(s3)) < 2 and time.monotonic() < deadline:
+                    time.sleep(0.02)
+        assert len(held(s3)) == 1
+    assert not held(s3)  # also what was claimed ahead was given up
 
 
 def held(s3: Bucket) -> list[str]:
@@ -150,19 +150,19 @@ def test_a_chunk_stays_claimed_until_its_shard_has_arrived(machine, s3, monkeypa
     writer, (slots, *_) = CacheWriter(cache), cache.plan(PAIRS, [MINE], 30).chunks
     send, arrived = Mirror.send, []
 
-    def send_slowly(self, folder, record):
+    def send_slowly(self, *arguments):
         time.sleep(0.5)
         arrived.append(len(held(s3)))
-        return send(self, folder, record)
+        return send(self, *arguments)
 
     monkeypatch.setattr(Mirror, "send", send_slowly)
     rows = scored(PAIRS, slots)
     begun = time.monotonic()
-    with writer.claim(rows["key"].to_pylist(), MINE) as claim:
-        assert claim == "mine"
-        writer.commit(rows, NUMERICS[MINE], MINE, None, in_background=True)
-    assert time.monotonic() - begun < 0.4 and not arrived
-    writer.flush()
+    with writer.flushing():
+        with writer.claim(rows["key"].to_pylist(), MINE) as claim:
+            assert claim == "mine"
+            writer.commit(rows, NUMERICS[MINE], MINE, None, in_background=True)
+        assert time.monotonic() - begun < 0.4 and not arrived
     assert arrived == [1] and not held(s3) and len(reopen(cache).records) == 1
 
 
@@ -170,15 +170,17 @@ def test_an_error_of_sending_is_raised_and_the_chunk_is_free_again(machine, s3, 
     cache = machine("one")
     writer, (slots, *_) = CacheWriter(cache), cache.plan(PAIRS, [MINE], 30).chunks
 
-    def fail(self, folder, record):
+    def fail(self, *arguments):
         raise ResourceError("the network is down")
 
     monkeypatch.setattr(Mirror, "send", fail)
     rows = scored(PAIRS, slots)
-    with writer.claim(rows["key"].to_pylist(), MINE):
+    with (
+        pytest.raises(ResourceError, match="down"),
+        writer.flushing(),
+        writer.claim(rows["key"].to_pylist(), MINE),
+    ):
         writer.commit(rows, NUMERICS[MINE], MINE, None, in_background=True)
-    with pytest.raises(ResourceError, match="down"):
-        writer.flush()
     assert not held(s3)
     monkeypatch.undo()
 
