@@ -70,6 +70,8 @@ class Cache:
         """
         self.folder, self._remember, self._mirror = folder, remember, find_mirror(folder)
         self.allowed_signers = allowed_signers
+        if reference is None and self._mirror is not None:
+            self._mirror.restore_reference(folder)
         if reference is None and not (folder / REFERENCE_FILE).exists():
             raise IntegrityError(f"The cache {self.place} is gone. Score again (prefcache score CONFIG).")
         if reference is None:

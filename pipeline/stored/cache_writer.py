@@ -234,7 +234,7 @@ class CacheWriter:
             # Before the record: a scorer that is killed in between leaves nothing that would count, and is not signed.
             self.sign([signatures.describe_bytes(record, data)], self._key)
         if self._store is not None:
-            (self._store.send if in_background else self._store.send_now)(record)
+            (self._store.send if in_background else self._store.send_now)(record, data)
         elif not record.commit(path, once=True) and not path.is_file():
             raise IntegrityError(f"{path} is not a file, and a shard's record belongs there. Remove it.")
 

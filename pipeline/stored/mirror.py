@@ -88,6 +88,13 @@ class Mirror:
             if content is not None and not (path.is_file() and path.read_bytes() == content):
                 artifact.commit_bytes(path, content, durable=False)
 
+    def restore_reference(self, folder: Path) -> None:
+        """Bring reference.json back if somebody has deleted the mirror while this process uses it."""
+        if not (folder / REFERENCE_FILE).exists():
+            with contextlib.suppress(FileNotFoundError):
+                content = self.store.get(f"{folder.name}/{REFERENCE_FILE}")
+                artifact.commit_bytes(folder / REFERENCE_FILE, content, durable=False)
+
     def refresh(self, folder: Path, *, older_than: float = 0.0) -> None:
         """Make the records in a reference's folder those of the store, unless they were less than `older_than` seconds ago."""
         if time.monotonic() - self._refreshed.get(folder.name, -1e9) < older_than:
@@ -305,17 +312,18 @@ class Mirror:
             content = self.store.get(name)
         artifact.commit_bytes(path, content, durable=False)
 
-    def send(self, folder: Path, record: ShardRecord) -> bool:
-        """Put a shard that was written into the folder, then its record; return whether it was the first."""
+    def send(self, folder: Path, record: ShardRecord, data: memoryview) -> bool:
+        """Put the bytes of a shard that was written into the folder, then its record; return whether it was the first."""
         shard = f"{folder.name}/{record.file}"
-        self.store.put_file(shard, folder / record.file)
+        self.store.put(shard, data)
         is_first = self.store.create(f"{folder.name}/{record.name}", record.seal())
         # gc may have taken an older object of this name for one that nobody needs, just before the record came.
         if is_first and self.store.head(shard) is None:
-            self.store.put_file(shard, folder / record.file)
+            self.store.put(shard, data)
         self._sizes.setdefault(folder.name, {})[record.file] = record.bytes
         if is_first:
-            record.commit(folder / record.name, durable=False)
+            with contextlib.suppress(FileNotFoundError):  # somebody is just deleting the mirror
+                record.commit(folder / record.name, durable=False)
         elif self._fetch_records(folder, [record.name]) and not _names(folder / record.name, record.file):
             (folder / record.file).unlink(missing_ok=True)
         return is_first

@@ -133,7 +133,7 @@ class ObjectStore:
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write an object whose name says what it contains, so that writing it twice changes nothing."""
-        self._send(name, data, len(data))
+        self._send(name, memoryview(data).cast("B"), len(data))  # obstore takes other formats for iterators
 
     def put_file(self, name: str, path: Path) -> None:
         """Write such an object from a file: a large one in parts, of which few are in memory at once."""

@@ -177,16 +177,16 @@ class StoreWriter:
         if name not in self._ahead and name not in self._sending:
             self._ahead[name] = call_in_thread(self._try, name)
 
-    def send(self, record: ShardRecord) -> None:
-        """Send a shard that lies in the folder, and its record, while this process goes on."""
+    def send(self, record: ShardRecord, data: memoryview) -> None:
+        """Send the bytes of a shard and its record, while this process goes on."""
         while len(self._sending) >= _SENT_AT_ONCE:
             self._sending.pop(next(iter(self._sending))).result()
         name = record.name.removesuffix(".json")
-        self._sending[name] = call_in_thread(self._send, name, record)
+        self._sending[name] = call_in_thread(self._send, name, record, data)
 
-    def send_now(self, record: ShardRecord) -> bool:
+    def send_now(self, record: ShardRecord, data: memoryview) -> bool:
         """Send a shard and its record; return whether it was the first."""
-        return self._mirror.send(self._folder, record)
+        return self._mirror.send(self._folder, record, data)
 
     @contextlib.contextmanager
     def flushing(self) -> Iterator[None]:
@@ -212,9 +212,9 @@ class StoreWriter:
                         self._claims.release(name)
             self._ahead.clear()
 
-    def _send(self, name: str, record: ShardRecord) -> bool:
+    def _send(self, name: str, record: ShardRecord, data: memoryview) -> bool:
         try:
-            return self._mirror.send(self._folder, record)
+            return self._mirror.send(self._folder, record, data)
         finally:
             self._claims.release(name)
 

@@ -168,6 +168,20 @@ def test_a_mirror_may_be_deleted_at_any_time(machine, s3):
     assert values(machine("here")) == EXPECTED
 
 
+def test_a_mirror_that_is_deleted_while_a_scorer_fills_the_store_costs_nothing(machine, s3):
+    cache = machine("here")
+    writer = CacheWriter(cache)
+    with writer.flushing():
+        for slots in cache.plan(PAIRS, [MINE], 30).chunks:
+            rows = scored(PAIRS, slots)
+            with writer.claim(rows["key"].to_pylist(), MINE) as claim:
+                assert claim == "mine"
+                writer.commit(rows, NUMERICS[MINE], MINE, None, in_background=True)
+            shutil.rmtree(cache.folder.parent, ignore_errors=True)  # a record may just be coming back
+    shutil.rmtree(cache.folder.parent, ignore_errors=True)
+    assert values(reopen(cache)) == EXPECTED and len(names(s3, ".parquet")) == 6
+
+
 def test_a_shard_that_the_store_has_changed_counts_for_nothing_and_is_scored_again(machine, s3):
     fill(machine("here"), PAIRS)
     name = names(s3, ".parquet")[0]
