@@ -25,6 +25,7 @@ from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.model_ids import is_same_model
 from prefcache.pipeline.stored.prepared import Sequences
+from prefcache.pipeline.stored.records import Parity
 from prefcache.pipeline.stored.scoring_plan import Plan
 from prefcache.pipeline.stored.signatures import find_key
 
@@ -79,7 +80,7 @@ class Scorer:
         self._key = find_key(score.sign_with)
         self._writer = CacheWriter(cache, self._key)
         self._engine: Engine | None = None
-        self._parity: dict[str, Any] | None = None
+        self._parity: Parity | None = None
         self._stamps: list[str] | None = None  # of the model's files when they last matched the cache's model
         self._retries_in_float32 = True  # until a retry rescued nothing: then rounding is not the cause
 
@@ -221,7 +222,7 @@ def measure_parity(
     scores: list[np.ndarray],
     plain: list[np.ndarray],
     progress: Progress,
-) -> dict[str, Any]:
+) -> Parity:
     """Return how far an engine's log-probs are from the plain ones; fail where that is more than rounding."""
     n, tolerance = len(scores), TOLERANCE.get(identity.coarsest_dtype(numerics), max(TOLERANCE.values()))
     dtypes = [numerics["dtype"], numerics.get("head_dtype", "float32")]
@@ -260,7 +261,7 @@ def measure_parity(
         f"score: {name} within {worst:.1e} nats per token of the plain float32 forward ({n} sequences); {description}"
     )
     p50, p99 = (float(np.quantile(deviation, q)) for q in (0.5, 0.99))
-    return {"sequences": n, "p50": p50, "p99": p99, "max": worst}
+    return Parity(sequences=n, p50=p50, p99=p99, max=worst)
 
 
 def order_chunks(plan: Plan, rank: int, world: int) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from prefcache.pipeline.stored import artifact, claims, shards, signatures
 from prefcache.pipeline.stored.cache import Cache, find_folder, has_whole_reference
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
 from prefcache.pipeline.stored.mirror import find_mirror
-from prefcache.pipeline.stored.records import REFERENCE_FILE, ReferenceRecord, ShardRecord, SignedRecord
+from prefcache.pipeline.stored.records import REFERENCE_FILE, Parity, ReferenceRecord, ShardRecord, SignedRecord
 from prefcache.pipeline.stored.signatures import SigningKey
 from prefcache.pipeline.stored.store_writer import StoreWriter
 
@@ -158,7 +158,7 @@ class CacheWriter:
         rows: pa.Table,
         numerics: dict[str, str],
         numerics_id: str,
-        parity: dict[str, Any] | None,
+        parity: Parity | None,
         *,
         in_background: bool = False,
     ) -> None:

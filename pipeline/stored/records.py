@@ -91,7 +91,7 @@ class StoredRecord(Entry):
 
     @classmethod
     def make(cls, **content: Any) -> Self:
-        """Build a record to be written, validated as it will be when it is read."""
+        """Build a record to be written, validated as it will be when it is read. Its parts are entries or plain data."""
         return cls.model_validate_json(_json({"schema_version": cls.newest_version, **content}))
 
     @classmethod
@@ -146,7 +146,12 @@ class StoredRecord(Entry):
 
 def _json(content: Any) -> bytes:
     # Keep the order of keys: that of a mixture's losses, for example, is shown to people.
-    return json.dumps(content, ensure_ascii=False).encode()
+    return json.dumps(content, ensure_ascii=False, default=_to_facts).encode()
+
+
+def _to_facts(entry: Any) -> Tree:
+    assert isinstance(entry, Entry), f"a record has no place for {type(entry).__name__}"
+    return entry.facts()
 
 
 class Manifest(StoredRecord):

@@ -6,13 +6,12 @@ The best entry is plain numbers, carried by every checkpoint, so a resumed run c
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from prefcache.pipeline.config import Best, Train
 from prefcache.pipeline.errors import UsageError, look_up
 from prefcache.pipeline.schema import EVALUATION as PREFIX
 from prefcache.pipeline.schema import HELD_OUT, metric_prefix
-from prefcache.pipeline.stored.records import BestEntry
+from prefcache.pipeline.stored.records import BestEntry, ChosenStep
 from prefcache.pipeline.training.metrics import PREFERENCE
 
 Evaluation = Mapping[str, float]
@@ -66,12 +65,10 @@ def is_patience_exhausted(best: Best | None, entry: BestEntry | None) -> bool:
     return bool(best and best.patience and entry and entry.waited >= best.patience)
 
 
-def summarize(entry: BestEntry | None) -> dict[str, Any]:
-    """The best step for a run's manifest; empty without train.best."""
-    if entry is None:
-        return {}
+def choose_step(entry: BestEntry) -> ChosenStep:
+    """Return the step whose weights the run keeps, for its manifest."""
     value = entry.evaluation.get(entry.metric.removeprefix(PREFIX))
-    return {"best": {"step": entry.step, "metric": entry.metric, "value": value}}
+    return ChosenStep(step=entry.step, metric=entry.metric, value=value)
 
 
 def _rank(best: Best, evaluation: Evaluation) -> float:

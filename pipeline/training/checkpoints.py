@@ -48,10 +48,13 @@ class CheckpointState:
         return cls(manifest.step, manifest.num_tokens, manifest.memory, manifest.best, manifest.stopped)
 
     def manifest(self, files: list[dict[str, object]]) -> CheckpointManifest:
-        best = self.best.facts() if self.best else None
-        stopped = {"stopped": self.stopped.facts()} if self.stopped else {}
         return CheckpointManifest.make(
-            step=self.step, num_tokens=self.num_tokens, memory=self.running_stats, best=best, files=files, **stopped
+            step=self.step,
+            num_tokens=self.num_tokens,
+            memory=self.running_stats,
+            best=self.best,
+            files=files,
+            **({"stopped": self.stopped} if self.stopped else {}),
         )
 
 

@@ -4,14 +4,13 @@ With a sharded model every process has to take part in each of these.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from prefcache.pipeline.errors import IntegrityError, PrefcacheError
 from prefcache.pipeline.schema import EVALUATION, HELD_OUT, metric_prefix
-from prefcache.pipeline.stored.records import Before
+from prefcache.pipeline.stored.records import Before, SampleEntry
 from prefcache.pipeline.training import metrics, sample_answers, token_gains
 from prefcache.pipeline.training.objective import RunningStats
 from prefcache.pipeline.training.run_context import Session, Trained
@@ -44,8 +43,8 @@ def generate_samples(s: Session) -> list[str]:
     return s.policy.generate([prompt.sequence for prompt in prompts])
 
 
-def sample_rows(s: Session, before: list[str], after: list[str]) -> list[dict[str, Any]]:
-    return sample_answers.rows(_sample_prompts(s), before, after, s.config.train.kinds)
+def make_samples(s: Session, before: list[str], after: list[str]) -> list[SampleEntry]:
+    return sample_answers.make_samples(_sample_prompts(s), before, after, s.config.train.kinds)
 
 
 def _sample_prompts(s: Session) -> list[sample_answers.Prompt]:

@@ -51,45 +51,51 @@ def _commit(
 ) -> RunManifest:
     run, kinds = s.config.run, s.config.train.kinds
     n_evaluated = {split: len(each) for split, each in s.evaluated.items()}
-    counts = {"examples": len(s.examples[TRAIN]), "steps": trained.steps}
     provenance = Provenance.read(run / PROVENANCE, f"Delete {run} and train again.")
     card = model_card.render(
-        *(provenance, s.objective.kind, trained.best, counts, before.evaluation, trained.evaluation, n_evaluated),
+        provenance,
+        kind=s.objective.kind,
+        n_examples=len(s.examples[TRAIN]),
+        n_steps=trained.steps,
+        before=before.evaluation,
+        after=trained.evaluation,
+        n_evaluated=n_evaluated,
+        best=trained.best,
         stopped=trained.stopped,
     )
     with artifact.commit_folder(run / "model") as folder:
         s.policy.save_model(folder, state)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    samples = evaluate.sample_rows(s, before.answers, answers)
-    artifact.commit_bytes(run / sample_answers.FILE, artifact.parquet(pa.Table.from_pylist(samples, schema=SAMPLES)))
+    samples = evaluate.make_samples(s, before.answers, answers)
+    table = pa.Table.from_pylist([sample.facts() for sample in samples], schema=SAMPLES)
+    artifact.commit_bytes(run / sample_answers.FILE, artifact.parquet(table))
     n_by_kind = Counter(event["kind"] for event in s.log.rows("events"))
-    summary = {
-        "steps": trained.steps,
-        "checkpoints": s.config.train.checkpoints_at_end,
-        **({"stopped": trained.stopped.facts()} if trained.stopped else {}),
-        **best_checkpoint.summarize(trained.best),
-        "kind": s.objective.kind,
-        "examples": len(s.examples[TRAIN]),
-        "held_out": n_evaluated.pop(HELD_OUT, 0),
-        "evaluated": n_evaluated,
-        "loss": s.objective.name,
-        "seconds": round(trained.seconds, 3),
-        "start": before.start,
-        "changed_answers": sum(sample["before"] != sample["after"] for sample in samples),
-        "before": {"evaluation": before.evaluation, "kinds": sample_answers.count_kinds(before.answers, kinds)},
-        "after": {"evaluation": trained.evaluation, "kinds": sample_answers.count_kinds(answers, kinds)},
-        "samples": sorted(samples, key=sample_answers.how_unchanged)[:5],
-        "model": [artifact.describe(file) for file in sorted((run / "model").iterdir())],
-        "tokens": None if tokens is None else artifact.commit_file(run / token_gains.FILE, artifact.parquet(tokens)),
-        "alerts": dict(sorted(n_by_kind.items())),
+    manifest = RunManifest.make(
+        steps=trained.steps,
+        checkpoints=s.config.train.checkpoints_at_end,
+        **({"stopped": trained.stopped} if trained.stopped else {}),
+        **({"best": best_checkpoint.choose_step(trained.best)} if trained.best else {}),
+        kind=s.objective.kind,
+        examples=len(s.examples[TRAIN]),
+        held_out=n_evaluated.pop(HELD_OUT, 0),
+        evaluated=n_evaluated,
+        loss=s.objective.name,
+        seconds=round(trained.seconds, 3),
+        start=before.start,
+        changed_answers=sum(sample.before != sample.after for sample in samples),
+        before={"evaluation": before.evaluation, "kinds": sample_answers.count_kinds(before.answers, kinds)},
+        after={"evaluation": trained.evaluation, "kinds": sample_answers.count_kinds(answers, kinds)},
+        samples=sorted(samples, key=sample_answers.how_unchanged)[:5],
+        model=[artifact.describe(file) for file in sorted((run / "model").iterdir())],
+        tokens=None if tokens is None else artifact.commit_file(run / token_gains.FILE, artifact.parquet(tokens)),
+        alerts=dict(sorted(n_by_kind.items())),
         **{
             key: [artifact.describe(part) for part in sorted((run / table).glob("to-*.parquet"))]
             for table, key in PARTS.items()
         },
-    }
+    )
     alert_handler.report_totals(s, n_by_kind)
     weights = s.start.weight_files if s.config.train.model else []
     artifact.commit_make_inputs(run, weights)
-    manifest = RunManifest.make(**summary)
     manifest.commit(run / artifact.MANIFEST)
     return manifest

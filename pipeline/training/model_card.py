@@ -22,29 +22,31 @@ _MEASURED = (
 
 
 def render(
-    facts: Provenance,
+    provenance: Provenance,
+    *,
     kind: str,
-    best: BestEntry | None,
-    counts: Mapping[str, int],
+    n_examples: int,
+    n_steps: int,
     before: Mapping[str, float],
     after: Mapping[str, float],
     n_evaluated: Mapping[str, int],
+    best: BestEntry | None = None,
     stopped: StoppedEntry | None = None,
 ) -> str:
     """`before` and `after` are the run's evaluations, `n_evaluated` the examples of each split that they are over."""
-    model = facts.model or "a model"
+    model = provenance.model or "a model"
     folder = Path(model) if Path(model).is_dir() else None
     head = {
         # The hub refuses a card whose base model is not one of its ids.
         **({} if folder else {"base_model": model}),
         "library_name": "transformers",
-        "tags": ["prefcache", *facts.loss_arguments],
+        "tags": ["prefcache", *provenance.loss_arguments],
     }
-    inputs, reference = facts.inputs, facts.inputs.reference
+    inputs, reference = provenance.inputs, provenance.inputs.reference
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=False)}---",
         f"# {_cell(folder.name if folder else model)}, trained on preferences",
-        f"Trained by prefcache with the loss {_cell(facts.loss)}, on {counts['examples']:,} {kind}, {counts['steps']:,} steps. "
+        f"Trained by prefcache with the loss {_cell(provenance.loss)}, on {n_examples:,} {kind}, {n_steps:,} steps. "
         + (f"It was {_cell(stopped.describe())}. " if stopped else "")
         + "The whole configuration is config.yaml in the folder above this one; `prefcache train` with it makes the run again."
         + (
@@ -60,14 +62,14 @@ def render(
                 ("policy's start", inputs.policy),
                 ("reference", reference or "none was read"),
                 *([("numerics of its log-probs", ", ".join(inputs.numerics or []))] if reference else []),
-                *([("along the run", moves)] if (moves := facts.moving_reference) else []),
+                *([("along the run", moves)] if (moves := provenance.moving_reference) else []),
                 *(
                     (f"{name}'s {key}", value)
-                    for name, own in facts.loss_arguments.items()
+                    for name, own in provenance.loss_arguments.items()
                     for key, value in own.items()
                 ),
-                *(facts.versions.items()),
-                ("precision", facts.precision),
+                *(provenance.versions.items()),
+                ("precision", provenance.precision),
             ],
         ),
     ]

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from prefcache.pipeline.config import Kinds
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import OWN_PROMPT, TokenSequence
 from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.records import SampleEntry
 
 FILE = "samples.parquet"
 
@@ -45,27 +45,27 @@ def file_id(path: str) -> str:
     return artifact.checksum(Path(path))
 
 
-def rows(
+def make_samples(
     prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str], kinds: Kinds | None
-) -> list[dict[str, Any]]:
-    """Rows of the table schema.SAMPLES."""
+) -> list[SampleEntry]:
+    """Put the answers to each prompt before and after training side by side: the rows of schema.SAMPLES."""
     return [
-        {
-            "example_id": prompt.id,
-            "prompt": prompt.text,
-            "before": old,
-            "after": new,
-            "before_kind": _kind(old, kinds),
-            "after_kind": _kind(new, kinds),
-        }
+        SampleEntry(
+            example_id=prompt.id,
+            prompt=prompt.text,
+            before=old,
+            after=new,
+            before_kind=_kind(old, kinds),
+            after_kind=_kind(new, kinds),
+        )
         for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
 
 
-def how_unchanged(sample: dict[str, Any]) -> tuple[bool, bool, bool]:
+def how_unchanged(sample: SampleEntry) -> tuple[bool, bool, bool]:
     """A sort key: first answers to prompts of the user's own, then those that changed their kind, then those that changed at all."""
-    is_own = sample["example_id"].startswith(OWN_PROMPT)
-    return not is_own, sample["before_kind"] == sample["after_kind"], sample["before"] == sample["after"]
+    is_own = sample.example_id.startswith(OWN_PROMPT)
+    return not is_own, sample.before_kind == sample.after_kind, sample.before == sample.after
 
 
 def _kind(answer: str, kinds: Kinds | None) -> str | None:

@@ -418,9 +418,7 @@ def _commit(folder: Path, needed: list[_Needed], writer: CacheWriter, progress: 
             rows, _ = _read_needed(folder, each)
             record = each.record
             if not writer.has_chunk(rows["key"].to_pylist(), record.numerics_id):
-                writer.commit(
-                    rows, record.numerics, record.numerics_id, record.parity.facts() if record.parity else None
-                )
+                writer.commit(rows, record.numerics, record.numerics_id, record.parity)
             counter.add(len(each.places))
     writer.merge_statements()
 

@@ -87,7 +87,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
         left=len(pc.unique(sequence_table(prepared.table())["key"])) - len(values),
         numerics_id=numerics_id,
         numerics=numerics,
-        parity=Parity(**parity) if parity else None,
+        parity=parity,
         use=f"--set score.accept_numerics=[{','.join([*config.score.accept_numerics, numerics_id])}]",
         refused=dict(reader.refused),
     )
@@ -224,7 +224,7 @@ def _check_sample(
     dtype: str,
     images: PromptImages | None,
     progress: Progress,
-) -> dict[str, Any] | None:
+) -> Parity | None:
     """Return how far a sample is from the plain float32 forward; fail where that is more than rounding."""
     n = min(config.score.parity_sample, len(values))
     if not n:
@@ -248,7 +248,7 @@ def _check_sample(
     )
     progress.say(f"import: within {means.max():.1e} nats per token of the plain float32 forward ({n} sequences)")
     p50, p99 = (float(np.quantile(means, q)) for q in (0.5, 0.99))
-    return {"sequences": n, "of": "sums, per token", "p50": p50, "p99": p99, "max": float(means.max())}
+    return Parity(sequences=n, of="sums, per token", p50=p50, p99=p99, max=float(means.max()))
 
 
 # -- into the cache --------------------------------------------------------------------------------------------------

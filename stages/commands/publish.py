@@ -117,8 +117,7 @@ def _collect(folder: Path, cache: Cache, prepared: Prepared, accepted: list[str]
                 whole.append(record)
             elif len(places):
                 rows = cache.read(record).cast(CACHE).take(pa.array(np.sort(places)))
-                parity = record.parity.facts() if record.parity else None
-                writer.commit(rows, record.numerics, record.numerics_id, parity)
+                writer.commit(rows, record.numerics, record.numerics_id, record.parity)
             counter.add(record.rows)
     kept = copy.copy(cache)
     kept.records = whole

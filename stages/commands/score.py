@@ -225,7 +225,6 @@ def _commit_cut_answers(task: _Task, cache: Cache) -> int:
 def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> ScoredManifest:
     config, plan = task.config, task.plan(cache)
     refusals.refuse_unscored(cache, plan)
-    worst = cache.worst_parity(task.accepted)
     manifest = ScoredManifest.make(
         inputs=inputs,
         reference={"name": config.model, "model_id": cache.reference.model_id},
@@ -233,7 +232,7 @@ def _commit_manifest(task: _Task, cache: Cache, inputs: dict[str, Any]) -> Score
         **({"allowed_signers": str(config.signers_file.absolute())} if config.signers_file else {}),
         accepted_numerics=task.accepted,
         numerics={name: record for name, record in cache.numerics().items() if name in task.accepted},
-        parity=worst and worst.facts(),
+        parity=cache.worst_parity(task.accepted),
         shards=[record.file for record in cache.records],
         sequences=plan.n_sequences,
         failed=plan.n_failed,

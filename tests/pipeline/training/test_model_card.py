@@ -16,13 +16,15 @@ FACTS = {
     "versions": {"torch": "2.13.0"},
     "precision": "float32",
 }
-COUNTS = {"examples": 2656, "steps": 83}
+RUN = {"kind": "pairs", "n_examples": 2656, "n_steps": 83, "before": {}, "after": {}, "n_evaluated": {}}
 
 
 def test_a_card_says_what_the_run_was_made_from():
     before, after = {"loss": 0.6931, "test_loss": 0.7}, {"loss": 0.5, "rewards/accuracies": 1.0, "test_loss": 0.6}
     n_evaluated = {"held_out": 296, "test": 40}
-    card = model_card.render(Provenance.make(**FACTS), "pairs", None, COUNTS, before, after, n_evaluated)
+    card = model_card.render(
+        Provenance.make(**FACTS), **RUN | {"before": before, "after": after, "n_evaluated": n_evaluated}
+    )
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {
         "base_model": "org/tiny | <b>",
@@ -50,7 +52,7 @@ def test_names_are_text_and_nothing_in_them_acts():
     facts = FACTS | {"model": acting, "loss": acting, "loss_arguments": {acting: {acting: acting}}}
     best = BestEntry(step=1, metric=acting, evaluation={}, waited=0)
     stopped = StoppedEntry(step=1, of=2, callback=acting, reason=acting)
-    card = model_card.render(Provenance.make(**facts), "pairs", best, COUNTS, {}, {}, {}, stopped)
+    card = model_card.render(Provenance.make(**facts), **RUN, best=best, stopped=stopped)
     shown = "a\u241b[31m&lt;U+202E>\\|&lt;b> # b"
     assert card.count(shown) == 8 and visible(card) == card
     head = yaml.safe_load(card.split("---\n")[1])
@@ -59,7 +61,7 @@ def test_names_are_text_and_nothing_in_them_acts():
 
 def test_without_a_reference_and_held_out_examples_it_says_so():
     facts = FACTS | {"inputs": FACTS["inputs"] | {"reference": None, "numerics": None}}
-    card = model_card.render(Provenance.make(**facts), "pairs", None, COUNTS, {}, {}, {})
+    card = model_card.render(Provenance.make(**facts), **RUN)
     assert "| reference | none was read |" in card and "held-out" not in card
 
 
