@@ -81,9 +81,9 @@ def token_table(s: Session, trained: Trained) -> pa.Table | None:
     sequences = {name: [sequence for sequence in answers[name] if sequence is not None] for name in answers}
     logps = s.policy.score(examples, indices, names, tokens=True).tokens
     reference = {}
-    if s.cache is not None and s.objective.reference_answers:
+    if s.cache is not None and s.inputs.numerics and s.objective.reference_answers:
         try:
-            reference = token_gains.read_reference(s.cache, sequences, s.inputs["numerics"])
+            reference = token_gains.read_reference(s.cache, sequences, s.inputs.numerics)
         except PrefcacheError:  # the cache holds sums only, or is no longer there, and the run does not need it
             s.progress.say(
                 f"train: {s.cache.folder} has no log-probs of single tokens: {token_gains.FILE} has the policy's alone"

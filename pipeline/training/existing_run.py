@@ -4,19 +4,18 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import Difference, Freshness, find_differences
-from prefcache.pipeline.stored.records import Provenance, RunManifest
+from prefcache.pipeline.stored.records import Provenance, RunInputs, RunManifest
 from prefcache.pipeline.training import checkpoints
 from prefcache.pipeline.training.run_log import PARTS, PROVENANCE
 from prefcache.pipeline.visible_text import format_bytes
 
 
-def check(run: Path, inputs: dict[str, Any]) -> Freshness:
+def check(run: Path, inputs: RunInputs) -> Freshness:
     """Compare a run with what its inputs are now; hash its files if those are the same. Changes nothing."""
     if not (run / PROVENANCE).exists():
         return Freshness("run", run, is_stored=False)
@@ -28,9 +27,9 @@ def check(run: Path, inputs: dict[str, Any]) -> Freshness:
     return Freshness("run", run, damage=damage)
 
 
-def _find_differences(run: Path, inputs: dict[str, Any]) -> tuple[Difference, ...]:
+def _find_differences(run: Path, inputs: RunInputs) -> tuple[Difference, ...]:
     provenance = Provenance.read(run / PROVENANCE, f"Move {run} away, or name another run.")
-    return find_differences(provenance.inputs.facts(), inputs)
+    return find_differences(provenance.inputs.facts(), inputs.facts())
 
 
 def reopen_stopped(run: Path) -> None:
@@ -115,7 +114,7 @@ def resume_command(run: Path) -> str:
     return shlex.join(["prefcache", "train", str(run / "config.yaml"), "--set", f"train.run={run.name}"])
 
 
-def make_room(folder: Path, inputs: dict[str, Any], progress: Progress) -> None:
+def make_room(folder: Path, inputs: RunInputs, progress: Progress) -> None:
     """Leave a run of these inputs in place, rename a finished run of others, and refuse anything else."""
     if not (folder / PROVENANCE).exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):

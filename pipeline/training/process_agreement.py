@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import PrefcacheError, UsageError
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import find_differences
+from prefcache.pipeline.stored.records import RunInputs
 from prefcache.pipeline.training import checkpoints
 from prefcache.pipeline.training.run_log import BEFORE, PROVENANCE
 
@@ -36,7 +37,7 @@ class _View:
     """What the main process trains on, and what is in its folder of the run."""
 
     host: str
-    inputs: dict[str, Any]
+    inputs: RunInputs
     state: dict[str, str]  # checksums of the files that say how far the run is
     mark: str  # name of a file that it has just put there
 
@@ -60,7 +61,7 @@ def call_on_main(devices: "Accelerator", function: Callable[[], None]) -> None:
         raise error
 
 
-def refuse_disagreement(config: Config, inputs: dict[str, Any], devices: "Accelerator", progress: Progress) -> None:
+def refuse_disagreement(config: Config, inputs: RunInputs, devices: "Accelerator", progress: Progress) -> None:
     """UsageError on every process if one of them would train on something else, or cannot read what it will need of the run."""
     if devices.num_processes == 1:
         return
@@ -108,7 +109,7 @@ def _read_state(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): artifact.checksum(file) for file in files}
 
 
-def _explain(config: Config, inputs: dict[str, Any], view: _View, *, sees: bool) -> str | None:
+def _explain(config: Config, inputs: RunInputs, view: _View, *, sees: bool) -> str | None:
     run, train = config.run, config.train
     if not sees and _read_state(run) != view.state:
         return (
@@ -121,7 +122,7 @@ def _explain(config: Config, inputs: dict[str, Any], view: _View, *, sees: bool)
             f"does not see the folder {run} of the main process on {view.host}, and with {key} every process reads checkpoints "
             f"from it. Put it on a disk that all machines share, or leave {key} out."
         )
-    if differences := find_differences(view.inputs, inputs):
+    if differences := find_differences(view.inputs.facts(), inputs.facts()):
         return (
             f"would train on something else than the main process on {view.host}: {'; '.join(map(str, differences))}. Give "
             "every machine the same prepared data, scores, model and settings."

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored.cache import Cache
-from prefcache.pipeline.stored.records import BestEntry, StoppedEntry
+from prefcache.pipeline.stored.records import BestEntry, RunInputs, StoppedEntry
 from prefcache.pipeline.training import dataset
 from prefcache.pipeline.training.callbacks import Callbacks
 from prefcache.pipeline.training.dataset import Examples
@@ -26,7 +25,7 @@ class Session:
 
     config: Config
     start: identity.Reference
-    inputs: dict[str, Any]
+    inputs: RunInputs
     examples: dict[str, Examples]
     cache: Cache | None
     objective: Objective

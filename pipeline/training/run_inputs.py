@@ -14,7 +14,7 @@ from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.freshness import Freshness
 from prefcache.pipeline.stored.model_ids import identify, identify_tower, is_same_model
 from prefcache.pipeline.stored.prepared import Prepared
-from prefcache.pipeline.stored.records import Provenance, ScoredManifest
+from prefcache.pipeline.stored.records import Provenance, RunInputs, ScoredManifest, TrainSettings
 from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference, retract_if_damaged
 from prefcache.pipeline.training import existing_run, loss_columns, sample_answers
 from prefcache.pipeline.training.objective import Objective
@@ -52,7 +52,7 @@ class RunSetup:
     scored: ScoredManifest | None  # None, as is the cache, if neither loss nor selection reads the reference
     cache: Cache | None
     start: identity.Reference  # where the policy starts
-    inputs: dict[str, Any]
+    inputs: RunInputs
 
 
 def collect(config: Config) -> RunSetup:
@@ -88,26 +88,30 @@ def _identify_run(
     start: identity.Reference,
     *,
     remember: bool,
-) -> dict[str, Any]:
+) -> RunInputs:
     own_prompts = config.train.samples_from
     excluded = _excluded_keys(config.train, has_images=bool(prepared.manifest.images))
     settings = config.train.model_dump(mode="json", exclude=excluded) | selection.identity
-    inputs = {
-        "prepared": prepared.id,
-        "reference": scored.reference.model_id if scored else None,
-        "numerics": scored.accepted_numerics if scored else None,
-        "policy": identify(start, config.cache_folder, remember=remember)["model_id"],
+    if own_prompts:
+        settings["samples_from"] = sample_answers.file_id(own_prompts)  # its content, not its path
+    more: dict[str, Any] = {
         # As computed: naming a default does not make another run.
         "loss": objective.loss_arguments,
         "rewards": {"beta": objective.beta, "per_token": objective.per_token},
-        # A file is identified by its content, not by its path.
-        "train": settings | ({"samples_from": sample_answers.file_id(own_prompts)} if own_prompts else {}),
     }
     if prepared.manifest.images:
         tower = identify_tower(start, config.cache_folder, remember=remember)["tower_id"]
-        inputs["vision"] = {"tower": tower, "processor": prepared.manifest.inputs.processor_id}
-    _refuse_unmixable_start(config.train, inputs["policy"], inputs["reference"])
-    return inputs | _recorded_older_ids(config, inputs, start, remember=remember)
+        more["vision"] = {"tower": tower, "processor": prepared.manifest.inputs.processor_id}
+    inputs = RunInputs(
+        prepared=prepared.id,
+        reference=scored.reference.model_id if scored else None,
+        numerics=scored.accepted_numerics if scored else None,
+        policy=identify(start, config.cache_folder, remember=remember)["model_id"],
+        train=TrainSettings(**settings),
+        **more,
+    )
+    _refuse_unmixable_start(config.train, inputs.policy, inputs.reference)
+    return _keep_older_ids(config, inputs, start, remember=remember)
 
 
 def _open_scores(
@@ -173,20 +177,20 @@ def _refuse_unmixable_start(train: Train, policy: str, reference: str | None) ->
         )
 
 
-def _recorded_older_ids(
-    config: Config, inputs: dict[str, Any], start: identity.Reference, *, remember: bool
-) -> dict[str, str]:
-    """Return the ids that a run of an earlier version, which identified whole files, recorded for these same models."""
+def _keep_older_ids(config: Config, inputs: RunInputs, start: identity.Reference, *, remember: bool) -> RunInputs:
+    """Name models as a run of an earlier version, which identified whole files, has recorded these same models."""
     record = config.run / PROVENANCE
     if not record.exists():
-        return {}
-    recorded = Provenance.read(record, f"Move {config.run} away, or name another run.").inputs.facts()
+        return inputs
+    recorded = Provenance.read(record, f"Move {config.run} away, or name another run.").inputs
     models = {"policy": start}
-    if inputs["reference"] and (config.train.model is None or Path(config.model).exists()):
+    if inputs.reference and (config.train.model is None or Path(config.model).exists()):
         models["reference"] = identity.find_reference(config)
-    return {
-        name: recorded[name]
+    older = {
+        name: older_id
         for name, model in models.items()
-        if recorded.get(name) not in (None, inputs[name])
-        and is_same_model(recorded[name], model, config.cache_folder, remember=remember)
+        if (older_id := getattr(recorded, name))
+        and older_id != getattr(inputs, name)
+        and is_same_model(older_id, model, config.cache_folder, remember=remember)
     }
+    return inputs.model_copy(update=older)

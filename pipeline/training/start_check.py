@@ -103,7 +103,7 @@ def _check_start(s: Session, scored: ScoredManifest | None) -> dict[str, float]:
     if scored is None:
         s.progress.say("train: no reference is read, so there is nothing to check the start against")
         return start
-    if s.inputs["policy"] != s.inputs["reference"]:
+    if s.inputs.policy != s.inputs.reference:
         s.progress.say("train: policy and reference are different weights, so the margin need not start at 0")
         return start
     gaps = [
