@@ -18,7 +18,7 @@ from prefcache.pipeline.stored import artifact
 from prefcache.pipeline.stored.freshness import Difference, Freshness, check_preparation, find_differences
 from prefcache.pipeline.stored.images import explain_changed_files
 from prefcache.pipeline.stored.memos import TokenizersMemo
-from prefcache.pipeline.stored.records import PreparedManifest
+from prefcache.pipeline.stored.records import PreparedInputs, PreparedManifest
 from prefcache.pipeline.tokenizer import PROCESSOR_CONFIGS
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ _TOKENIZER = ("tokenizer_id", "fingerprint")
 _PROCESSOR = "processor_id"
 
 
-def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> dict[str, Any]:
-    """Return all that the output depends on, except for the tokenizer's fingerprint, which takes seconds to compute, and for
-    pictures: that there are any shows only when the data is read.
+def find_inputs(prepare: Prepare, model: Path, sources: list[DataSource]) -> PreparedInputs:
+    """Return what the output depends on, except for two things: the tokenizer's fingerprint, which takes seconds to compute, and
+    the id of the image processor, since only reading the data shows whether there are images.
     """
-    return {
-        "version": PREPARED_VERSION,
-        "data": [source.identity() for source in sources],
-        "tokenizer_id": identity.tokenizer_id(model),
-    } | _find_settings(prepare)
+    return PreparedInputs(
+        data=[source.identity() for source in sources],
+        tokenizer_id=identity.tokenizer_id(model),
+        **{"version": PREPARED_VERSION, **_find_settings(prepare)},
+    )
 
 
 def _find_settings(prepare: Prepare) -> dict[str, Any]:
@@ -57,17 +57,17 @@ def _dump_sources(entries: Sequence[Source]) -> list[dict[str, Any]]:
     return [entry.model_dump(mode="json", exclude={"path"}) for entry in entries]
 
 
-def check_freshness(config: Config, model: Path, inputs: dict[str, Any], *, remember: bool = True) -> Freshness:
+def check_freshness(config: Config, model: Path, inputs: PreparedInputs, *, remember: bool = True) -> Freshness:
     """Compare these inputs with those of what is prepared."""
-    freshness = check_preparation(config.prepared, inputs, ignore=(*_TOKENIZER, _PROCESSOR))
+    freshness = check_preparation(config.prepared, inputs.facts(), ignore=(*_TOKENIZER, _PROCESSOR))
     manifest = PreparedManifest.find(config.prepared) if freshness.is_fresh else None
     if manifest is None:
         return freshness
     recorded, out = manifest.inputs, Path(config.out)
     if not (reason := explain_change(recorded, inputs, model, out, remember=remember)):
         return replace(freshness, differences=tuple(_find_changed_images(config, manifest, model, remember=remember)))
-    changed = Difference("tokenizer_id", recorded.tokenizer_id, inputs["tokenizer_id"], reason)
-    if recorded.fingerprint and recorded.tokenizer_id == inputs["tokenizer_id"]:
+    changed = Difference("tokenizer_id", recorded.tokenizer_id, inputs.tokenizer_id, reason)
+    if recorded.fingerprint and recorded.tokenizer_id == inputs.tokenizer_id:
         now = read_fingerprint(model, out, remember=remember)
         changed = Difference("fingerprint.ids", recorded.fingerprint.ids, now.ids, reason)
     return replace(freshness, differences=(changed,))

@@ -54,7 +54,7 @@ def _hash(content: Any) -> str:
 
 
 def explain_change(
-    recorded: PreparedInputs, inputs: dict[str, Any], folder: Path, experiment: Path, *, remember: bool = True
+    recorded: PreparedInputs, inputs: PreparedInputs, folder: Path, experiment: Path, *, remember: bool = True
 ) -> str | None:
     """Explain why a preparation's ids may differ from those that its tokenizer gives now; None if they cannot."""
     then = recorded.fingerprint
@@ -63,7 +63,7 @@ def explain_change(
         is_same = recorded.tokenizer_id == older_ids.older_tokenizer_id(folder)
         return None if is_same else "its tokenizer has changed"
     now = read_fingerprint(folder, experiment, remember=remember)
-    has_same_files = recorded.tokenizer_id == inputs["tokenizer_id"]
+    has_same_files = recorded.tokenizer_id == inputs.tokenizer_id
     if then.ids != now.ids and has_same_files:
         versions = identity.versions(["transformers", "tokenizers"])
         software = ", ".join(f"{name} {version}" for name, version in versions.items())

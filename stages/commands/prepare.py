@@ -6,8 +6,8 @@ sources -> chunks of records -> parts, by all workers and ranks -> shards and ma
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from prefcache.pipeline.schema import HELD_OUT, TRAIN
 from prefcache.pipeline.stored import artifact, claims, prepared
 from prefcache.pipeline.stored.freshness import check_preparation
 from prefcache.pipeline.stored.gguf_conversion import convert_models
-from prefcache.pipeline.stored.records import PartRecord, PreparedManifest
+from prefcache.pipeline.stored.records import PartRecord, PreparedInputs, PreparedManifest
 
 REFUSED_FILE = "quarantine-refused.parquet"
 _LATE_IMAGES = "late-images.txt"
@@ -70,13 +70,13 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
     if freshness.is_stored:
         progress.say(f"prepare: {freshness.explain()}")
     _refuse_in_use(config)
-    resolved, folder, part_sources = _prepare_all_parts(config, model, sources, inputs, progress)
+    share = _prepare_all_parts(config, model, sources, inputs, progress)
     try:
-        parts = _find_finished(folder, part_sources)
+        parts = _find_finished(share)
         if parts is not None:
             _refuse_in_use(config)
             _refuse_bad_data(parts, config)
-            _finalize(parts, resolved, config, inputs, progress)
+            _finalize(parts, share, config, progress)
             tokenizer = [path for name in _TOKENIZER_FILES if (path := model / name).exists()]
             gguf = [config.model] if gguf_files.is_gguf(config.model) else []
             artifact.commit_make_inputs(
@@ -84,9 +84,10 @@ def _prepare(config: Config, model: Path, progress: Progress) -> PrepareResult |
             )
     except FileNotFoundError:
         parts = None  # another rank has finalized meanwhile
-    if parts is None and not check_preparation(config.prepared, inputs).is_fresh:
-        n_finished = sum(part_worker.read_record(folder, number) is not None for number in range(len(part_sources)))
-        return PrepareWaiting(prepared=config.prepared, parts=len(part_sources), finished=n_finished)
+    if parts is None and not check_preparation(config.prepared, share.inputs.facts()).is_fresh:
+        n_parts = len(share.part_sources)
+        n_finished = sum(part_worker.read_record(share.folder, number) is not None for number in range(n_parts))
+        return PrepareWaiting(prepared=config.prepared, parts=n_parts, finished=n_finished)
     return _summarize(config, changed=True)
 
 
@@ -145,29 +146,39 @@ def _refuse_bad_data(parts: finalize.Parts, config: Config) -> None:
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _parts_folder(config: Config, inputs: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class _DoneShare:
+    """A preparation of which this process has done its share."""
+
+    resolved: ResolvedConfig
+    inputs: PreparedInputs
+    folder: Path  # of the parts
+    part_sources: list[int]  # the source of each part, of all processes
+
+
+def _parts_folder(config: Config, inputs: PreparedInputs) -> Path:
     """Name the folder of the parts by what they depend on."""
-    data = [{name: value for name, value in entry.items() if name != "weight"} for entry in inputs["config"]["data"]]
-    settings = {name: value for name, value in inputs["config"].items() if name not in _NOT_IN_PARTS}
-    return config.prepared / f".parts-{_short_hash(inputs | {'config': settings | {'data': data}})}"
+    data = [{name: value for name, value in entry.items() if name != "weight"} for entry in inputs.config["data"]]
+    settings = {name: value for name, value in inputs.config.items() if name not in _NOT_IN_PARTS}
+    return config.prepared / f".parts-{_short_hash(inputs.facts() | {'config': settings | {'data': data}})}"
 
 
-def _short_hash(inputs: dict[str, Any]) -> str:
-    return artifact.checksum_bytes(artifact.canonical_json(inputs))[:8]
+def _short_hash(facts: Mapping[str, Any]) -> str:
+    return artifact.checksum_bytes(artifact.canonical_json(facts))[:8]
 
 
 def _prepare_all_parts(
     config: Config,
     model: Path,
     sources: list[DataSource],
-    inputs: dict[str, Any],
+    inputs: PreparedInputs,
     progress: Progress,
     *,
     late_images: str = "",
-) -> tuple[ResolvedConfig, Path, list[int]]:
+) -> _DoneShare:
     """Prepare this process's share of the parts; again if there are images only after the first records.
 
-    Complete the inputs. Return the resolved config, the folder of the parts, and the source of every part of the preparation.
+    The `inputs` lack what loading the tokenizer and the image processor shows; those that are returned are complete.
     """
     pa.array([])  # pyarrow imports pandas with its first array, so have it do so while the tokenizer loads
     with working("load the tokenizer and look at the data"):
@@ -175,16 +186,18 @@ def _prepare_all_parts(
     resolved, n_workers = _plan_workers(resolved, sources, progress)
     # Created here in any case, so that an error in the template or the options is raised here and not in a worker process.
     worker = part_worker.PartWorker(resolved)
-    inputs["fingerprint"] = read_fingerprint(model, Path(config.out), worker.encoder).model_dump()
+    found: dict[str, Any] = {"fingerprint": read_fingerprint(model, Path(config.out), worker.encoder)}
     if worker.image_text:
         processor = worker.image_text.processor
-        inputs["processor_id"] = prepared_inputs.read_processor_id(model, Path(config.out), processor)
-    folder = _parts_folder(config, inputs)
+        found["processor_id"] = prepared_inputs.read_processor_id(model, Path(config.out), processor)
+    complete = inputs.model_copy(update=found)
+    folder = _parts_folder(config, complete)
     # The other ranks, whose records may have no images, and a later run find it here.
     notice = folder / _LATE_IMAGES
     if worker.image_text or not notice.exists():
         try:
-            return resolved, folder, _prepare_parts(folder, worker, n_workers, sources, progress)
+            part_sources = _prepare_parts(folder, worker, n_workers, sources, progress)
+            return _DoneShare(resolved, complete, folder, part_sources)
         except part_worker.LateImagesError as error:
             artifact.commit_bytes(notice, error.where.encode(), durable=False)
     where = notice.read_text(encoding="utf-8")
@@ -285,30 +298,28 @@ def _find_finished_part(folder: Path, number: int, source: int) -> PartRecord | 
     return record if record is not None and record.source == source else None
 
 
-def _find_finished(folder: Path, part_sources: list[int]) -> finalize.Parts | None:
+def _find_finished(share: _DoneShare) -> finalize.Parts | None:
     """Return all parts, or None if some are not finished."""
     records = []
-    for number, source in enumerate(part_sources):
-        record = _find_finished_part(folder, number, source)
+    for number, source in enumerate(share.part_sources):
+        record = _find_finished_part(share.folder, number, source)
         if record is None:
             return None
         records.append(record)
-    return finalize.Parts(folder, records)
+    return finalize.Parts(share.folder, records)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-def _finalize(
-    parts: finalize.Parts, resolved: ResolvedConfig, config: Config, inputs: dict[str, Any], progress: Progress
-) -> None:
-    folder, prepare = config.prepared, config.prepare
+def _finalize(parts: finalize.Parts, share: _DoneShare, config: Config, progress: Progress) -> None:
+    folder, prepare, resolved = config.prepared, config.prepare, share.resolved
     quarantine = finalize.commit_quarantine(folder / prepared.QUARANTINE_FILE, parts)
     if len(parts.records) > 1:
         progress.say(f"prepare: {parts.n_rows:,} examples in {len(parts.records):,} parts, now put together")
     sources = prepare.sources
     weights = [sources[record.source].weight for record in parts.records]
-    generation = _name_generation(inputs, parts)
+    generation = _name_generation(share.inputs, parts)
     committed = finalize.commit_shards(folder, parts, resolved.kind, generation, prepare, weights)
     image_files = finalize.commit_image_files(folder, parts, generation)
     if n_leaked := committed.done.get("leaked"):
@@ -322,7 +333,7 @@ def _finalize(
     if resolved.template is None:
         done.pop("ended", None)  # plain text has no end tokens, so adding them is not worth a message
     manifest = PreparedManifest.make(
-        inputs=inputs,
+        inputs=share.inputs,
         kind=resolved.kind,
         formats=[asdict(source_format) for source_format in resolved.source_formats],
         records=sum(record.records for record in parts.records),
@@ -342,13 +353,13 @@ def _finalize(
     _remove_old_files(folder, {entry["file"] for entry in (*committed.shards, *committed.images, *image_files)})
 
 
-def _name_generation(inputs: dict[str, Any], parts: finalize.Parts) -> str:
+def _name_generation(inputs: PreparedInputs, parts: finalize.Parts) -> str:
     """Name the files of a preparation by what they depend on, so that none of an earlier one is overwritten."""
     if not any(record.image_files or record.images for record in parts.records):
-        return _short_hash(inputs)
+        return _short_hash(inputs.facts())
     # The inputs do not say what is in files of pictures.
     files = [[entry.xxh3_128 for entry in record.files.values()] for record in parts.records]
-    return _short_hash(inputs | {"parts": files})
+    return _short_hash(inputs.facts() | {"parts": files})
 
 
 def _count_limited(parts: finalize.Parts, config: Config) -> int:

@@ -22,6 +22,7 @@ from prefcache.pipeline.safetensors_files import Digests
 from prefcache.pipeline.scoring import scorer
 from prefcache.pipeline.stored import artifact, scored
 from prefcache.pipeline.stored.memos import WeightsMemo
+from prefcache.pipeline.stored.records import PreparedInputs
 from prefcache.pipeline.training import run_inputs
 from tests.helpers.project import write_config, write_pairs
 
@@ -46,18 +47,18 @@ def test_the_id_of_a_tokenizer_of_an_older_kind_is_what_it_was(tmp_path):
     assert older_ids.older_tokenizer_id(tmp_path) == hashlib.sha256(content).hexdigest()[:32]
 
 
-class _NoFingerprint(dict):
+class _NoFingerprint(PreparedInputs):
     """What has no place for a fingerprint."""
 
-    def __setitem__(self, name, value):
-        if name != "fingerprint":
-            super().__setitem__(name, value)
+    def model_copy(self, *, update=None, deep=False):
+        kept = {name: value for name, value in (update or {}).items() if name != "fingerprint"}
+        return super().model_copy(update=kept, deep=deep)
 
 
 def older_inputs(config, model, opened):
     """What a preparation was made from."""
-    found = current_inputs(config, model, opened) | {"tokenizer_id": older_ids.older_tokenizer_id(model)}
-    return _NoFingerprint(found)
+    found = current_inputs(config, model, opened).facts() | {"tokenizer_id": older_ids.older_tokenizer_id(model)}
+    return _NoFingerprint(**found)
 
 
 current_inputs = prepared_inputs.find_inputs
