@@ -7,7 +7,7 @@ import datetime
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,16 +46,16 @@ class RunSummary:
     run: str
     folder: Path
     state: State  # stopped: finished by a callback before its last step
-    loss: str | None
-    beta: float | None
-    steps: int  # of an unfinished run those that a checkpoint keeps, from which it resumes
-    planned: int | None  # None: an earlier version did not record it
-    evaluated: str | None  # the split of the figures: held_out, or a name of prepare.held_out_data
-    before: HeldOut | None
-    after: HeldOut | None  # of an unfinished run: its latest evaluation on disk
-    alerts: dict[str, int]  # by kind
-    note: str | None  # where and why it was stopped, what ended it, what is damaged
-    resume: str | None  # the command that resumes an unfinished run
+    loss: str | None = None
+    beta: float | None = None
+    steps: int = 0  # of an unfinished run those that a checkpoint keeps, from which it resumes
+    planned: int | None = None  # None: an earlier version did not record it
+    evaluated: str | None = None  # the split of the figures: held_out, or a name of prepare.held_out_data
+    before: HeldOut | None = None
+    after: HeldOut | None = None  # of an unfinished run: its latest evaluation on disk
+    alerts: dict[str, int] = field(default_factory=dict)  # by kind
+    note: str | None = None  # where and why it was stopped, what ended it, what is damaged
+    resume: str | None = None  # the command that resumes an unfinished run
     bytes: RunBytes
     changed: datetime.datetime | None  # when training last wrote to it
 
@@ -63,33 +63,38 @@ class RunSummary:
 def summarize(folder: Path) -> RunSummary:
     """Summarize a run, finished or not; one whose records cannot be read is a damaged run with the reason."""
     is_running = claims.probe_holder(folder.parent, f"train-{folder.name}") is not None
-    facts: dict[str, Any] = dict.fromkeys(("loss", "beta", "planned", "evaluated", "before", "after", "note", "resume"))
-    facts |= {"steps": 0, "alerts": {}, "state": "running" if is_running else "unfinished"}
+    summary = RunSummary(
+        run=folder.name,
+        folder=folder,
+        state="running" if is_running else "unfinished",
+        bytes=_measure(folder),
+        changed=_find_change(folder),
+    )
     try:
         provenance = Provenance.read(folder / PROVENANCE, f"Move {folder} away.")
-        facts |= {"loss": provenance.loss, "beta": provenance.beta, "planned": provenance.steps}
+        summary = replace(summary, loss=provenance.loss, beta=provenance.beta, planned=provenance.steps)
         manifest = RunManifest.find(folder)
-        facts |= _describe_finished(folder, manifest) if manifest else _describe_unfinished(folder, is_running)
+        return _describe_finished(summary, manifest) if manifest else _describe_unfinished(summary)
     except PrefcacheError as error:
-        facts |= {"state": "running" if is_running else "damaged", "note": str(error)}
-    return RunSummary(run=folder.name, folder=folder, bytes=_measure(folder), changed=_find_change(folder), **facts)
+        return replace(summary, state="running" if is_running else "damaged", note=str(error))
 
 
-def _describe_finished(folder: Path, manifest: RunManifest) -> dict[str, Any]:
+def _describe_finished(summary: RunSummary, manifest: RunManifest) -> RunSummary:
     split = HELD_OUT if manifest.held_out else min(manifest.evaluated, default=None)
     best, stopped = manifest.best, manifest.stopped
     note = stopped.describe() if stopped else f"the model is that of step {best.step:,}" if best else None
-    damaged = _describe_damage(folder / "model", manifest)
-    return {
-        "state": "damaged" if damaged else "stopped" if stopped else "finished",
-        "steps": manifest.steps,
-        **({"planned": stopped.of} if stopped else {}),
-        "evaluated": split,
-        "before": _figures(0, manifest.before.evaluation, split),
-        "after": _figures(best.step if best else manifest.steps, manifest.after.evaluation, split),
-        "alerts": manifest.alerts,
-        "note": damaged or note,
-    }
+    damaged = _describe_damage(summary.folder / "model", manifest)
+    return replace(
+        summary,
+        state="damaged" if damaged else "stopped" if stopped else "finished",
+        steps=manifest.steps,
+        planned=stopped.of if stopped else summary.planned,
+        evaluated=split,
+        before=_figures(0, manifest.before.evaluation, split),
+        after=_figures(best.step if best else manifest.steps, manifest.after.evaluation, split),
+        alerts=manifest.alerts,
+        note=damaged or note,
+    )
 
 
 def _describe_damage(model: Path, manifest: RunManifest) -> str | None:
@@ -100,28 +105,31 @@ def _describe_damage(model: Path, manifest: RunManifest) -> str | None:
     return None
 
 
-def _describe_unfinished(folder: Path, is_running: bool) -> dict[str, Any]:
+def _describe_unfinished(summary: RunSummary) -> RunSummary:
+    folder, is_running = summary.folder, summary.state == "running"
     log, skipped = RunLog(folder), list[str]()
     newest = checkpoints.find_newest(folder, skipped.append, every_byte=False)
     events = list(log.rows("events"))
-    facts: dict[str, Any] = {
-        "steps": newest[1].step if newest else 0,
-        "alerts": dict(sorted(Counter(event["kind"] for event in events).items())),
-        "resume": None if is_running else existing_run.resume_command(folder),
-        "note": None if is_running else " ".join([*_explain_end(folder, events), *skipped]) or None,
-    }
+    summary = replace(
+        summary,
+        steps=newest[1].step if newest else 0,
+        alerts=dict(sorted(Counter(event["kind"] for event in events).items())),
+        resume=None if is_running else existing_run.resume_command(folder),
+        note=None if is_running else " ".join([*_explain_end(folder, events), *skipped]) or None,
+    )
     if not (folder / BEFORE).exists():
-        return facts
+        return summary
     before = Before.read(folder / BEFORE, f"Delete {folder} and train again.").evaluation
     split = _first_split(before)
     column = f"{EVALUATION}{metric_prefix(split)}loss" if split else None
     row = log.newest_row("metrics", column) if column else None
     after = {name.removeprefix(EVALUATION): value for name, value in (row or {}).items() if name.startswith(EVALUATION)}
-    return facts | {
-        "evaluated": split,
-        "before": _figures(0, before, split),
-        "after": _figures(row["step"], after, split) if row else None,
-    }
+    return replace(
+        summary,
+        evaluated=split,
+        before=_figures(0, before, split),
+        after=_figures(row["step"], after, split) if row else None,
+    )
 
 
 def _explain_end(folder: Path, events: list[dict[str, Any]]) -> list[str]:
