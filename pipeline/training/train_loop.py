@@ -73,13 +73,13 @@ def take_steps(s: Session, state: CheckpointState, report: Report) -> Trained:
             state = replace(state, step=step, num_tokens=num_tokens, running_stats=running_stats)
             row = {"step": step, "epoch": epoch, **metrics.visit_metrics(visit, s.objective), **logged}
             row |= {"learning_rate": rate, "num_tokens": num_tokens}
-            _call_after_step(s, row)
+            _call_after_step(s, step, epoch, row)
             # A run that a callback stops ends with an evaluation, as every run does.
             if dataset.evaluates(step, s.n_steps, train.eval_every) or s.callbacks.stop:
                 evaluation = evaluate.evaluate(s, step, epoch, running_stats)
                 row |= evaluate.eval_row(evaluation)
                 state = replace(state, best=best_checkpoint.update(train.best, state.best, step, evaluation))
-                _call_after_evaluation(s, row)
+                _call_after_evaluation(s, step, epoch, row)
             s.log.add_metrics(row)
             report(row)
             s.log.add_visit(step, epoch, TRAIN, examples.example_ids(indices), visit)
@@ -127,21 +127,16 @@ def _update(
     return result
 
 
-def _call_after_step(s: Session, row: dict[str, Any]) -> None:
-    place, metrics = _split_row(s, row)
-    s.callbacks.call("on_step", TrainStep(**place, epoch=row["epoch"], metrics=metrics))
+def _call_after_step(s: Session, step: int, epoch: float, row: dict[str, Any]) -> None:
+    metrics = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+    event = TrainStep(run=s.config.run.absolute(), step=step, n_steps=s.n_steps, epoch=epoch, metrics=metrics)
+    s.callbacks.call("on_step", event)
 
 
-def _call_after_evaluation(s: Session, row: dict[str, Any]) -> None:
-    place, metrics = _split_row(s, row)
-    evaluated = {name: value for name, value in metrics.items() if name.startswith(EVALUATION)}
-    s.callbacks.call("on_evaluation", TrainEvaluation(**place, epoch=row["epoch"], metrics=evaluated))
-
-
-def _split_row(s: Session, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return where the run is, and the metrics of this row."""
-    place = {"run": s.config.run.absolute(), "step": row["step"], "n_steps": s.n_steps}
-    return place, {name: value for name, value in row.items() if name not in ("step", "epoch")}
+def _call_after_evaluation(s: Session, step: int, epoch: float, row: dict[str, Any]) -> None:
+    metrics = {name: value for name, value in row.items() if name.startswith(EVALUATION)}
+    event = TrainEvaluation(run=s.config.run.absolute(), step=step, n_steps=s.n_steps, epoch=epoch, metrics=metrics)
+    s.callbacks.call("on_evaluation", event)
 
 
 def _save_checkpoint(s: Session, state: CheckpointState) -> None:
