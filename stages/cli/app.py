@@ -148,16 +148,20 @@ def _complete_setting(ctx: click.Context, parameter: click.Parameter, typed: str
     return [f"{key}=" for key in keys if key.startswith(typed)]
 
 
-def stage(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the arguments that every stage takes."""
+def result_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add -q and --json, for a command that reports progress and prints a result."""
     function = click.option(
         "--json",
         "as_json",
         is_flag=True,
         help="Print the result as JSON, with invisible characters escaped; an error too, on stderr.",
     )(function)
-    function = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")(function)
-    function = click.option(
+    return click.option("-q", "--quiet", is_flag=True, help="Print no progress.")(function)
+
+
+def set_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --set, for a command that reads a config."""
+    return click.option(
         "--set",
         "overrides",
         multiple=True,
@@ -165,6 +169,11 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
         shell_complete=_complete_setting,
         help="Override a config key, e.g. train.beta=0.2.",
     )(function)
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the arguments that every stage takes."""
+    function = set_option(result_options(function))
     return click.argument("config", required=False, metavar="[CONFIG]", type=click.Path())(function)
 
 

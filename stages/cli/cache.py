@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from prefcache.cli.app import force, main, open_config, output_path, print_result, stage
+from prefcache.cli.app import force, main, open_config, output_path, print_result, result_options, set_option, stage
 from prefcache.pipeline.errors import UsageError
 
 
@@ -88,9 +88,8 @@ def import_(
 @click.argument("config", metavar="CONFIG")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@set_option
+@result_options
 def parity(config: str, a: str, b: str, overrides: tuple[str, ...], quiet: bool, as_json: bool, n: int) -> None:
     """Compare two engines or dtypes on the same sequences.
 
@@ -109,8 +108,7 @@ def parity(config: str, a: str, b: str, overrides: tuple[str, ...], quiet: bool,
 
 @main.command()
 @click.argument("caches", nargs=-1, metavar="[CACHE]...")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@result_options
 def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Check every byte and every row of a cache.
 
@@ -145,8 +143,7 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     metavar="DAYS",
     help="Also remove the features of pictures that no command has opened for so long.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@result_options
 def gc(
     caches: tuple[str, ...],
     dry_run: bool,
@@ -180,8 +177,7 @@ def gc(
 @click.option(
     "--key", required=True, metavar="FILE", help="SSH key to sign with; a .pub file for a key that the agent holds."
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@result_options
 def sign(caches: tuple[str, ...], key: str, quiet: bool, as_json: bool) -> None:
     """Sign the rows of a cache with an SSH key.
 
@@ -206,9 +202,8 @@ def sign(caches: tuple[str, ...], key: str, quiet: bool, as_json: bool) -> None:
 @click.option("--sign", "key", metavar="FILE", help="Sign the rows with this SSH key, as `prefcache sign` does.")
 @click.option("--license", "license_id", metavar="ID", help="License to state in the card, such as cc-by-4.0.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent, and send nothing.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@set_option
+@result_options
 def publish(
     config: str,
     overrides: tuple[str, ...],
@@ -244,9 +239,8 @@ def publish(
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a data set on the hub.")
 @click.option("--allowed-signers", metavar="FILE", help="Take only rows that one of these people has signed.")
 @click.option("--dry-run", is_flag=True, help="Print what would be taken, and take nothing.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@set_option
+@result_options
 def fetch(
     config: str,
     overrides: tuple[str, ...],

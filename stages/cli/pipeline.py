@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prefcache.cli.app import force_with_input, main, open_config, print_result, stage
+from prefcache.cli.app import force_with_input, main, open_config, print_result, result_options, stage
 from prefcache.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -233,8 +233,7 @@ def train(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Dtype of its weights.  [default: that of the adapter's base model]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@result_options
 def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json: bool) -> None:
     """Merge a trained adapter into its model's weights.
 
@@ -256,8 +255,7 @@ def merge(run: str, output: str | None, dtype: str | None, quiet: bool, as_json:
 @click.argument("run", metavar="RUN")
 @click.argument("name", metavar="NAME")
 @click.option("--public", is_flag=True, help="Create a public repository. An existing one keeps its visibility.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@result_options
 def push(run: str, name: str, public: bool, quiet: bool, as_json: bool) -> None:
     """Send a finished run's model to the hub.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from prefcache.cli.app import main, open_config, print_result, stage
+from prefcache.cli.app import main, open_config, print_result, result_options, stage
 
 
 @main.command()
@@ -27,8 +27,7 @@ def upload(config: str | None, overrides: tuple[str, ...], quiet: bool, as_json:
 @main.command()
 @click.argument("url", metavar="URL")
 @click.option("--out", required=True, metavar="FOLDER", help="The config's out, where prepared/ is to be.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@result_options
 def download(url: str, out: str, quiet: bool, as_json: bool) -> None:
     """Fetch prepared data that another machine sent.
 
