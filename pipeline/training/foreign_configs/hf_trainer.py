@@ -114,19 +114,10 @@ DIFFERS = {
     "group_by_length": "examples are shuffled; train.order_by changes that",
 }
 _READ_HERE = (
-    *SAME,
+    "max_steps", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "eval_steps", "save_steps", "save_total_limit",
+    "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "report_to", "run_name", "bf16", "use_cpu", *SAME,
     *DEFAULTS,
-    *("max_steps", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "eval_steps", "save_steps", "save_total_limit"),
-    *(
-        "metric_for_best_model",
-        "greater_is_better",
-        "load_best_model_at_end",
-        "report_to",
-        "run_name",
-        "bf16",
-        "use_cpu",
-    ),
-)
+)  # fmt: skip
 NO_DROPOUT = "adapters train without dropout, so that the margin starts at 0"
 
 

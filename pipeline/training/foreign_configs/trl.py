@@ -95,10 +95,10 @@ _DIFFERS = {
     "completion_only_loss": "it is SFT's; only tokens after the prompt are trained on",
 }
 _READ_HERE = (
-    *("model_name_or_path", "model_revision", "datasets", "dataset_name", "dataset_config", "dataset_train_split"),
-    *("test_split_size", "loss_weights", "use_peft", "use_weighting", "load_in_4bit", "load_in_8bit", "sync_ref_model"),
-    *("dtype", "torch_dtype", *_SAME, *_LOSS_ARGUMENTS, *_LORA, *_MOVING, *DEFAULTS),
-)
+    "model_name_or_path", "model_revision", "datasets", "dataset_name", "dataset_config", "dataset_train_split", "test_split_size",
+    "loss_weights", "use_peft", "use_weighting", "load_in_4bit", "load_in_8bit", "sync_ref_model", "dtype", "torch_dtype", *_SAME,
+    *_LOSS_ARGUMENTS, *_LORA, *_MOVING, *DEFAULTS,
+)  # fmt: skip
 
 
 def convert(given: Mapping[str, Any], folder: Path) -> Converted:
