@@ -92,8 +92,8 @@ FLOORS = {
         "losses",
         "distributed gpus",
         "bf16_adamw offloaded_state",
-        "alerts router_loss callbacks checkpoints bco_density_ratio flops generation model_card example_filter optimizers run_log sample_answers "
-        "sweep token_sums trackers",
+        "alerts router_loss callbacks checkpoints bco_density_ratio flops generation model_card example_expression example_filter optimizers run_log "
+        "sample_answers sweep token_sums trackers",
         "objective micro_batch_size existing_run process_agreement removable selection released_gradients",
         "foreign_configs dataset token_gains loss_columns run_summary",
         "run_images run_inputs policy_logps",

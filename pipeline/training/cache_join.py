@@ -39,7 +39,7 @@ def load_examples(setup: RunSetup, progress: Progress) -> dict[str, Examples]:
             reason = "the reference has no finite log-prob for them" if is_reference else f"they have no {column}"
             progress.warn(f"{n:,} {split} examples are left out: {reason}")
     train = examples[TRAIN]
-    for note in train.said:
+    for note in train.notes:
         progress.say(note)
     if train.missing_kind:
         progress.warn(

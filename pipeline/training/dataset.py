@@ -84,7 +84,7 @@ class Examples:
     def __init__(self, data: SplitData, choice: Choice | None = None) -> None:
         table, answers, optional = data.table, data.answers, data.optional
         choice = choice or Choice(data.complete_rows)
-        self._rows, self.ranks, self.said = choice.rows, choice.ranks, choice.said
+        self._rows, self.ranks, self.notes = choice.rows, choice.ranks, choice.notes
         self.left_out = {column: len(rows) for column, rows in data.incomplete_rows.items()}
         self._columns = dict(data.columns)
         if choice.weight is not None:

@@ -13,7 +13,8 @@ from prefcache.pipeline.errors import DataError, ResourceError, UsageError
 from prefcache.pipeline.schema import PREPARED
 from prefcache.pipeline.training import cache_join
 from prefcache.pipeline.training.dataset import steps
-from prefcache.pipeline.training.selection import Selection, column_names
+from prefcache.pipeline.training.example_expression import Expression, column_names
+from prefcache.pipeline.training.selection import Selection
 from prefcache.pipeline.views import Sources
 from tests.helpers.examples import MINE, cache_for, label, objective, pair, prepared, table
 
@@ -82,14 +83,14 @@ def test_where_chooses_by_hand(where, expected):
 
 
 def test_what_is_chosen_is_counted_with_what_is_unknown():
-    assert choose(where="margin > 0").said == ("train: 2 of 5 train examples chosen by train.where; it is null for 1",)
-    assert choose(where="line > 1").said == ("train: 3 of 5 train examples chosen by train.where",)
+    assert choose(where="margin > 0").notes == ("train: 2 of 5 train examples chosen by train.where; it is null for 1",)
+    assert choose(where="line > 1").notes == ("train: 3 of 5 train examples chosen by train.where",)
 
 
 def test_examples_that_lack_something_are_no_part_of_it():
     # Without 3: the mean of 2, 5 and 0 is 7 / 3.
     found = choose(rows=[0, 1, 4], where="margin > avg(margin) over ()")
-    assert found.rows.tolist() == [1] and found.said == ("train: 1 of 3 train examples chosen by train.where",)
+    assert found.rows.tolist() == [1] and found.notes == ("train: 1 of 3 train examples chosen by train.where",)
 
 
 def test_choosing_none_is_an_error_that_says_where_the_values_lie():
@@ -119,7 +120,7 @@ def _config_refusal(where):
 def test_without_expressions_there_is_no_selection():
     assert not Selection(Train(), "pairs") and Selection(Train(where="true"), "pairs")
     found = choose()
-    assert (found.rows.tolist(), found.weight, found.ranks, found.said) == ([0, 1, 2, 3, 4], None, (), ())
+    assert (found.rows.tolist(), found.weight, found.ranks, found.notes) == ([0, 1, 2, 3, 4], None, (), ())
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_a_weight_of_0_is_not_visited_and_counted():
     # e0: 0, e1: 0.5, e2: 1, e4: 0.5
     assert found.rows.tolist() == [1, 2, 4]
     assert found.weight.tolist() == pytest.approx([0.75, 1.5, 0.75])
-    assert found.said == (
+    assert found.notes == (
         "train: 4 of 5 train examples chosen by train.where",
         "train: 1 of them weigh 0 by train.weight and are not visited",
     )
@@ -383,9 +384,7 @@ def test_an_order_cannot_leave_its_bracket(order_by):
 
 def test_even_what_would_pass_for_an_expression_meets_a_locked_database(monkeypatch):
     """The second lock, without the first: as `prefcache sql`, no file is read."""
-    from prefcache.pipeline.training.selection import _Expression
-
-    monkeypatch.setattr(_Expression, "_checked_names", lambda self, con: [])
+    monkeypatch.setattr(Expression, "_checked_names", lambda self, con: [])
     for where in ("exists(from read_text('/etc/passwd'))", "exists(from '/etc/passwd')", "exists(from pa)"):
         message = refusal(where=where)
         assert "root:" not in message
@@ -399,7 +398,7 @@ def test_an_error_while_it_is_computed_is_the_users():
 
 
 def test_more_memory_than_there_is_for_it_is_an_error_in_words(monkeypatch):
-    monkeypatch.setattr("prefcache.pipeline.training.selection.MEMORY_LIMIT", "50MB")
+    monkeypatch.setattr("prefcache.pipeline.training.example_expression.MEMORY_LIMIT", "50MB")
     with pytest.raises(ResourceError, match="needs more than 50MB of memory"):
         choose(EVERY_OF_MANY, PAIRS * 4000, reference={}, where="row_number() over (order by repeat(prompt, 1000)) > 4")
 
@@ -413,7 +412,7 @@ def test_more_memory_than_there_is_for_it_is_an_error_in_words(monkeypatch):
     ],
 )
 def test_what_takes_too_long_is_ended_within_one_function(monkeypatch, where):
-    monkeypatch.setattr("prefcache.pipeline.training.selection._SECONDS", 0.5)
+    monkeypatch.setattr("prefcache.pipeline.training.example_expression._SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(ResourceError, match=r"train.where \(.*\) took more than 0\.5 s"):
         choose(where=where)
@@ -463,7 +462,7 @@ def test_tokens_of_the_reference_stay_with_their_answers(tmp_path):
 def test_a_failed_reference_leaves_its_example_out_before_anything_is_chosen(tmp_path):
     found = examples(tmp_path, PAIRS, (PAIRS[1]["chosen_key"],), where="source = 'b'", weight="margin + 9")["train"]
     assert found.left_out == {"ref_chosen_logp": 1} and found.example_ids(np.arange(1)) == ["e4"]
-    assert found.said == ("train: 1 of 4 train examples chosen by train.where",)
+    assert found.notes == ("train: 1 of 4 train examples chosen by train.where",)
 
 
 def test_labels_are_chosen_by_what_labels_have(tmp_path):

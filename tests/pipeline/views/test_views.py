@@ -372,7 +372,7 @@ def test_pairs_are_there_before_they_are_scored(tmp_path):
 
 
 def test_pairs_have_the_computed_columns_of_train_where(con):
-    from prefcache.pipeline.training.selection import column_names
+    from prefcache.pipeline.training.example_expression import column_names
 
     of_view = views.ask(con, "select * from pairs").columns
     assert set(column_names("pairs")) <= set(of_view)
