@@ -82,8 +82,8 @@ class RenderedText:
                 if begin.startswith(header) and needed in begin[len(header) :]:
                     return begin[: len(header) + _AROUND]
         for end, is_close in self._ends if is_answer else ():
-            said = bare.removesuffix(end)
-            if len(said) < len(bare) and said.strip() and not (is_close and said[-1].isspace()):
+            answer = bare.removesuffix(end)
+            if len(answer) < len(bare) and answer.strip() and not (is_close and answer[-1].isspace()):
                 return bare[-len(end) - _AROUND :]
         return None
 

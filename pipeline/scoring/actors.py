@@ -269,7 +269,7 @@ class Pool:
         self._pending: dict[Any, tuple[Any, list[int]]] = {}  # future -> its actor, and the numbers of its chunks
         self._idle: list[Any] = []
         self._deaths: Counter[int | None] = Counter()
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def check(self, sample: list[int]) -> None:
         """Start the actors, each of which compares its engine with the plain forward; return once the first one has."""
@@ -369,8 +369,8 @@ class Pool:
                 for text, is_warning in answer.messages:
                     if is_warning:
                         self._progress.warn(text)
-                    elif text not in self._said:  # once for all actors
-                        self._said.add(text)
+                    elif text not in self._printed:  # once for all actors
+                        self._printed.add(text)
                         self._progress.say(text)
             if numbers:
                 yield numbers, answer
