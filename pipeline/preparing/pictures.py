@@ -41,6 +41,7 @@ _TEMPORARY_FAILURES = {408, 429, 500, 502, 503, 504}
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _WEB = ("http://", "https://")
 _KEYS = ("bytes", "path", "url", "image_url")  # of a dict, in their order
+_MOST_SHOWN = 200  # characters of a path in a message
 _MOST_NESTED = 2  # {"image_url": {"url": ...}}
 
 
@@ -126,13 +127,15 @@ class PictureLoader:
             # A named pipe would wait for a writer, and opening a device can do anything.
             kind = path.stat().st_mode
             if not stat.S_ISREG(kind):
-                raise Unusable("image is not a file", "a folder" if stat.S_ISDIR(kind) else "a device, pipe or socket")
+                found = "a folder" if stat.S_ISDIR(kind) else "a device, pipe or socket"
+                raise Unusable("image is not a file", f"{_shorten(name)}: {found}")
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 status = os.fstat(file.fileno())
                 encoded = file.read(MOST_BYTES + 1) if stat.S_ISREG(status.st_mode) else b""
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             self._stamps[name] = FileStamp(name, None, None)
-            raise Unusable("image not read", getattr(error, "strerror", None) or "not a path") from None
+            reason = getattr(error, "strerror", None) or "not a path"
+            raise Unusable("image not read", f"{_shorten(name)}: {reason}") from None
         if len(encoded) > MOST_BYTES:
             raise UnusableImage("image too large", "bytes", n_found=status.st_size, n_limit=MOST_BYTES)
         self._stamps[name] = FileStamp(name, status.st_size, xxhash.xxh3_128_hexdigest(encoded))
@@ -224,6 +227,11 @@ def _find_path(value: str, base: Path | None) -> Path:
     if base is None:
         raise Unusable("image not read", "a relative path in data without a folder")
     return base / path
+
+
+def _shorten(name: str) -> str:
+    """Shorten what may be no path at all, such as broken base64."""
+    return name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
 
 
 def _decode_data_address(value: str) -> bytes:
