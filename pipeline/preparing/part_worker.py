@@ -23,6 +23,7 @@ from prefcache.pipeline.preparing.encoder import Encoder, ExampleText, ExampleTo
 from prefcache.pipeline.preparing.example import IMAGE_MARK, Example, Label, Pair, Ranking, Turns, Unusable
 from prefcache.pipeline.preparing.fast_tokenizer import FastTokenizerMismatch
 from prefcache.pipeline.preparing.formats import get_format
+from prefcache.pipeline.preparing.formats.prompt_images import count_markers
 from prefcache.pipeline.preparing.garbage_collection import without_garbage_collection
 from prefcache.pipeline.preparing.part_images import PartImages, tabulate_stamps
 from prefcache.pipeline.preparing.pictures import PictureLoader, base_folder
@@ -162,6 +163,7 @@ class PartWorker:
                 "ended": sum(row.tokens.ended for row in rows),
                 "cut_prompts": sum(row.cut_prompt > 0 for row in rows),
                 "cut_answers": sum(any(row.cut_answers) for row in rows),
+                "image_marks": sum(not row.example.images and count_markers(row.example.prompt) > 0 for row in rows),
                 "plain_text": sum(self.puts_text_into_template(row.example) for row in rows),
             }
         )

@@ -39,6 +39,7 @@ DONE = {
     "unseen_tools": "have tools, which the template does not print",
     "dropped_thoughts": "answers lost thoughts in earlier turns, where the template does not print them",
     "unseen_thoughts": "have thoughts in a column of their own, which the template does not print",
+    "image_marks": "have <image> in their prompt and no images, so that it stays text; name the column of the images: prepare.columns={images: COLUMN}",
     "plain_text": "are plain text, each put into the chat template as one turn; TRL takes text as it is (prepare.template: none)",
     "restored": "answers would have been changed by the template and were put in as they are",
 }

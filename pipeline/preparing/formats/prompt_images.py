@@ -85,7 +85,7 @@ def place_images(example: Pair | Label | Ranking, record: dict[str, Any]) -> Pai
         _check_number(sum(image is None for image in own), len(pictures))
         rest = iter(pictures)
         return replace(example, prompt=prompt, images=tuple(next(rest) if image is None else image for image in own))
-    n_markers = _count_markers(prompt)
+    n_markers = count_markers(prompt)
     if n_markers:
         _check_number(n_markers, len(pictures))
         prompt = _replace_markers(prompt)
@@ -110,7 +110,8 @@ def _read_column(record: dict[str, Any]) -> tuple[Any, ...]:
 # -- markers in text -------------------------------------------------------------------------------------------------
 
 
-def _count_markers(prompt: Turns) -> int:
+def count_markers(prompt: Turns) -> int:
+    """Count the <image> in the texts of a prompt."""
     return prompt.count(MARKER) if isinstance(prompt, str) else sum(text.count(MARKER) for text in _contents(prompt))
 
 

@@ -336,6 +336,14 @@ def test_old_turns_are_left_out_with_their_pictures(family, tmp_path):
     assert row["cut_prompt"] == n_full - len(row["prompt_ids"])
 
 
+def test_a_mark_without_images_is_counted(tmp_path):
+    records = [
+        {"prompt": f"{mark}What?", "img": "a.png", "chosen": "Yes", "rejected": "No"} for mark in ("<image>\n", "")
+    ]
+    part = prepare(vision_models.save("qwen2.5-vl"), tmp_path, records)
+    assert part.done["image_marks"] == 1 and part.table["prompt"].to_pylist() == ["<image>\nWhat?", "What?"]
+
+
 def test_a_prompt_is_never_cut_within_a_picture(tmp_path):
     folder = vision_models.save("qwen2.5-vl")
     prompt = PROMPTS["one picture"]
