@@ -118,7 +118,7 @@ FLOORS = {
     "prefcache.pipeline.questions": ["verdict", "data_verdicts reference_verdicts run_verdicts", ""],
     "prefcache.pipeline.browsing": ["browse_table neighbours", "filters", "queries"],
     "prefcache": [
-        "hub interrupts row_layout view_sources command_results example_tokens guide",
+        "hub interrupts row_layout view_sources command_results example_tokens guide working_folder",
         "reference_cache terminal_output commands",
         "query_output sql_repl sql_result trl ui",
         "cli",

@@ -143,11 +143,12 @@ def _score_files(
     with open_config(None, tuple(settings), quiet) as (asked, progress):
         from prefcache.command_results import ScoreFilesResult
         from prefcache.commands import export, prepare, score
+        from prefcache.working_folder import keep_working_folder, use_temporary_folder
 
         if output is not None:
             export.check_output(asked, Path(output), force)
         # A working folder that the next command of this kind finds again; none is made for a dry run.
-        with export.use_temporary_folder(asked) if dry_run else export.keep_working_folder(asked, progress) as scratch:
+        with use_temporary_folder(asked) if dry_run else keep_working_folder(asked, progress) as scratch:
             prepared = prepare.run(scratch, progress)
             if output is not None:
                 export.check_data(scratch, per_token)
