@@ -28,7 +28,7 @@ from prefcache.pipeline.stored.mirror import open_root
 from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.prepared import Sequences, sequence_table
 from prefcache.pipeline.stored.records import REFERENCE_FILE
-from prefcache.pipeline.stored.scoring_plan import plan_scoring
+from prefcache.pipeline.stored.scoring_plan import Plan, plan_scoring
 
 
 class ReferenceCache:
@@ -199,7 +199,7 @@ class ReferenceCache:
             changed=bool(before.n_missing),
         )
 
-    def _load(self, sequences: Sequences, plan: Any) -> Scorer:
+    def _load(self, sequences: Sequences, plan: Plan) -> Scorer:
         """Load the engine and check it; a model that is kept loaded was checked before."""
         if self._scorer is not None:
             self._scorer.turn_to(self._cache, sequences)

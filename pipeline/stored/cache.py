@@ -17,7 +17,7 @@ So memory grows with the number of wanted keys (about 60 bytes for each), not wi
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,6 +144,11 @@ class Cache:
             f"{len(self.damaged)} of {len(self.damaged) + len(self.records)} shards of {self.place} are damaged; "
             f"{reason}. {remedy}: only what they held is computed."
         )
+
+    def explain_unsigned(self, files: Iterable[str]) -> list[str]:
+        """Say of each of these shards that serves nothing why no allowed signer vouches for it."""
+        names = {file.rpartition("-")[0] for file in files}
+        return [reason for record, reason in self.unsigned.items() if record.stem in names]
 
     def fetch_shards(self) -> None:
         """Have all shards here as a whole, for readers of files; those of an object store that are damaged are noted."""

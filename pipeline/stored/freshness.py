@@ -117,12 +117,10 @@ def check_scoring(scored: Path, inputs: Mapping[str, Any], cache: Cache) -> Fres
     differences, damage = find_differences(manifest.inputs.facts(), inputs), None
     files = {record.file for record in cache.records}
     accepted = {record.file for record in cache.records if record.numerics_id in manifest.accepted_numerics}
-    unsigned = {path.stem for path in cache.unsigned} & {name.rpartition("-")[0] for name in manifest.shards}
     if cache.damaged:
         damage = next(iter(cache.damaged.values())).rstrip(".")
-    elif unsigned:
-        reason = next(reason for path, reason in cache.unsigned.items() if path.stem in unsigned)
-        damage = f"{count(len(unsigned), 'shard')} that it read cannot be used: {reason}"
+    elif reasons := cache.explain_unsigned(manifest.shards):
+        damage = f"{count(len(reasons), 'shard')} that it read cannot be used: {reasons[0]}"
     elif n_gone := len(set(manifest.shards) - files):
         damage = f"{n_gone:,} of the {len(manifest.shards):,} shards that it read are no longer in {cache.place} (gc merges shards and loses no row)"
     elif n_new := len(accepted - set(manifest.shards)):

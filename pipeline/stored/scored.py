@@ -58,11 +58,9 @@ def open_scored(
 
 def _refuse_unsigned(manifest: ScoredManifest, cache: Cache) -> None:
     """IntegrityError if a shard that was used when this was scored is not signed as it has to be."""
-    used = {path.stem for path in cache.unsigned} & {name.rpartition("-")[0] for name in manifest.shards}
-    if used:
-        reason = next(reason for path, reason in cache.unsigned.items() if path.stem in used)
+    if reasons := cache.explain_unsigned(manifest.shards):
         raise UnsignedError(
-            f"{count(len(used), 'shard')} of {cache.place} cannot be used, because allowed_signers demands a signature: {reason}. "
+            f"{count(len(reasons), 'shard')} of {cache.place} cannot be used, because allowed_signers demands a signature: {reasons[0]}. "
             f"Have them signed (prefcache sign {cache.place} --key KEY), or score again (prefcache score CONFIG)."
         )
 

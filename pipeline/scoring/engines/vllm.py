@@ -226,7 +226,6 @@ def _refuse_unsupported(reference: Reference, score: Score) -> None:
             f"{reference.adapter} is an adapter, for which vLLM returns wrong log-probs of prompts. Use "
             "score.engine=transformers, or merge the adapter into its base model and name the result."
         )
-    _refuse_options(score)
     if extra := reference.unselected_files:
         raise UsageError(
             f"vLLM would load {shorten_list([file.name for file in extra])} in {reference.folder} as well, which Transformers "
