@@ -98,7 +98,7 @@ class AdapterConfig(_Part):
 
 def read(folder: Path) -> ModelConfig:
     """Read the config of a model's folder; UsageError with what is wrong with it."""
-    config = _parsed(folder / FILE, ModelConfig)
+    config = _parse(folder / FILE, ModelConfig)
     try:
         _ = config.text_model.ropes
     except ValidationError as error:
@@ -108,7 +108,7 @@ def read(folder: Path) -> ModelConfig:
 
 def read_adapter(folder: Path) -> AdapterConfig:
     """Read the config of an adapter's folder; UsageError with what is wrong with it."""
-    return _parsed(folder / ADAPTER_FILE, AdapterConfig)
+    return _parse(folder / ADAPTER_FILE, AdapterConfig)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parsed(path: Path, kind: type[T]) -> T:
+def _parse(path: Path, kind: type[T]) -> T:
     try:
         return kind.model_validate(read_object(path))
     except (ValidationError, RecursionError) as error:

@@ -77,29 +77,29 @@ class Progress:
     def say(self, line: str) -> None:
         if not self.quiet:
             with self._lock:
-                self._show().print(self._labelled(line))
+                self._show().print(self._add_label(line))
 
     def warn(self, line: str) -> None:
         if not self.silent:
             with self._lock:
-                self._show().print(f"warning: {self._labelled(line)}", is_warning=True)
+                self._show().print(f"warning: {self._add_label(line)}", is_warning=True)
 
     def _show(self) -> Display:
         """The display of the running command; outside of one, where streams may have been replaced, the one for now."""
         return self._display or progress_display.choose_display()
 
-    def _labelled(self, text: str) -> str:
+    def _add_label(self, text: str) -> str:
         return f"{self._label}: {text}" if self._label else text
 
     # -- work --------------------------------------------------------------------------------------------------------
 
     def count(self, what: str, total: int | None, unit: str, *, done: int = 0) -> AbstractContextManager[Counter]:
         """Show how much of the command's own work is done, `done` units of it before now."""
-        return self._count(Counter(self._labelled(what), total, unit, done=done))
+        return self._count(Counter(self._add_label(what), total, unit, done=done))
 
     def count_aside(self, what: str, total: int | None, unit: str) -> AbstractContextManager[Counter]:
         """Show work on the side while it takes, if it takes long."""
-        return self._count(Counter(self._labelled(f"{self._command}: {what}"), total, unit, is_main=False))
+        return self._count(Counter(self._add_label(f"{self._command}: {what}"), total, unit, is_main=False))
 
     @contextmanager
     def _count(self, counter: Counter) -> Iterator[Counter]:

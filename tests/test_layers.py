@@ -286,7 +286,7 @@ def test_only_the_report_loads_what_draws_it():
 
 def test_help_loads_neither_torch_nor_arrow_nor_duckdb():
     # Measured by modules, not by seconds: a loaded module is what would make help slow.
-    guide = "from prefcache import guide; guide.rendered(guide.chapter('trust'), 80)"
+    guide = "from prefcache import guide; guide.render(guide.chapter('trust'), 80)"
     heavy = {"torch", "pyarrow", "duckdb", "transformers", "pydantic"}
     assert not heavy & loaded_by(f"import prefcache.cli; {guide}")
 

@@ -144,7 +144,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _plain_values(args[0]).item()
         out = _multiply_groups(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         inputs = _tensors((args, {key: value for key, value in kwargs.items() if key != "out"}))
-        outputs = _tensors(out) or _mutated(func, args, kwargs)
+        outputs = _tensors(out) or _find_mutated(func, args, kwargs)
         if any(tensor.device == GPU for tensor in (*inputs, *outputs)):
             for tensor in outputs:
                 if tensor.device == GPU:
@@ -375,7 +375,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def _find_mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The arguments that an operation writes to."""
     if not func._schema.is_mutable:
         return []

@@ -106,12 +106,7 @@ class ChatTemplate:
 
         An IMAGE_MARK in a content is a picture to the template.
         """
-        return self._render(
-            [self.split_content(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            kwargs=kwargs,
-        )
+        return self._render([self.split_content(message) for message in messages], add_generation_prompt, tools, kwargs)
 
     def split_content(self, message: Message) -> Message:
         """Return a message with its content in parts, if it has pictures or the template takes no text."""
@@ -164,7 +159,6 @@ class ChatTemplate:
     def _render(
         self,
         messages: Sequence[Message],
-        *,
         add_generation_prompt: bool,
         tools: list[dict[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,

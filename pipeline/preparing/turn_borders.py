@@ -97,7 +97,7 @@ class TurnBorders:
         """Learn the edges of such a gap, from conversations whose texts are sentinels."""
         written, first, last, after = (_sentinel(name) for name in ("written", "first", "last", "after"))
         spoken = [*prompt, _write(before, written)]
-        end = _between(render(spoken, False), written)
+        end = _cut_between(render(spoken, False), written)
         if len(gap) > 1:
             spoken += [gap[0] | {"content": first}, *gap[1:-1], gap[-1] | {"content": last}]
         elif gap:
@@ -105,8 +105,8 @@ class TurnBorders:
             spoken.append(gap[0] | {"content": last})
         else:
             last = written
-        asked = _between(render(spoken, True), last)
-        answered = _between(render([*spoken, {"role": "assistant", "content": after}], False), last, after)
+        asked = _cut_between(render(spoken, True), last)
+        answered = _cut_between(render([*spoken, {"role": "assistant", "content": after}], False), last, after)
         if not answered.startswith(asked):
             # A generation prompt may also begin the answer, with an opening tag perhaps.
             if not asked.startswith(answered):
@@ -115,7 +115,7 @@ class TurnBorders:
         lead = answered[len(asked) :]
         if not gap:
             return Edges(*self._split_end(asked, end), lead)
-        _, opening = self._split_end(_between(render(spoken, False), written, first), end)
+        _, opening = self._split_end(_cut_between(render(spoken, False), written, first), end)
         return Edges(opening, asked, lead)
 
     def _split_end(self, text: str, end: str) -> tuple[str, str]:
@@ -162,7 +162,7 @@ def _sentinel(name: str) -> str:
     return f"{_PREFIX}{name}{_SUFFIX}"
 
 
-def _between(text: str, begin: str, end: str = "") -> str:
+def _cut_between(text: str, begin: str, end: str = "") -> str:
     """Return what stands between two sentinels, or after one."""
     if any(text.count(sentinel) != 1 for sentinel in (begin, end) if sentinel):
         raise _uncertain("the template does not write each text once")

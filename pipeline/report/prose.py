@@ -32,12 +32,14 @@ def interval(estimate: Estimate, unit: str) -> str:
 def _number(value: float, unit: str) -> str:
     """Write a number. Unit % is a share; a + before the unit marks a difference, which keeps its sign."""
     if unit.endswith("%"):
-        return f"{value:.1%}" if unit == "%" else f"{_signed(100 * value, 1)} points"
+        return f"{value:.1%}" if unit == "%" else f"{_format_signed(100 * value, 1)} points"
     decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return _signed(value, decimals) if unit.startswith("+") else _signed(value, decimals).removeprefix("+")
+    return (
+        _format_signed(value, decimals) if unit.startswith("+") else _format_signed(value, decimals).removeprefix("+")
+    )
 
 
-def _signed(value: float, decimals: int) -> str:
+def _format_signed(value: float, decimals: int) -> str:
     # Adding 0.0 after rounding spares the reader a "-0.000".
     return f"{round(value, decimals) + 0.0:+,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 

@@ -131,7 +131,7 @@ def guide(topic: tuple[str, ...]) -> None:
         click.echo(markdown, nl=False)
         return
     columns, lines = shutil.get_terminal_size()
-    text = guide.rendered(markdown, columns)
+    text = guide.render(markdown, columns)
     if text.count("\n") < lines:
         click.echo(text, nl=False)
     else:

@@ -45,7 +45,7 @@ def summaries() -> dict[str, str]:
     return {name: _LINK.sub(r"\1", text.replace("\n", " ")) for name, text in firsts.items()}
 
 
-def rendered(markdown: str, width: int, color: bool = True) -> str:
+def render(markdown: str, width: int, color: bool = True) -> str:
     """Lay out Markdown for a terminal of `width` columns."""
     from rich.console import Console
     from rich.markdown import Markdown

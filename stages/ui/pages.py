@@ -47,7 +47,7 @@ def excerpt(text: str, most: int = _EXCERPT) -> str:
     return visible(line if len(text) <= most else f"{line[:most].rstrip()}…")
 
 
-def _signed(value: float, digits: int = 2) -> str:
+def _format_signed(value: float, digits: int = 2) -> str:
     """Adding 0.0 spares the reader a "-0.00"."""
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
@@ -60,7 +60,7 @@ def _make_environment() -> jinja2.Environment:
         "file_name": lambda path: path.rstrip("/").rpartition("/")[2],
         "visible": visible,
         "value": format_value,
-        "signed": _signed,
+        "signed": _format_signed,
         "number": "{:,}".format,
         "bytes": format_bytes,
     }

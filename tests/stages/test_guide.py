@@ -11,7 +11,7 @@ import click
 import pytest
 
 from prefcache.cli import main
-from prefcache.guide import CHAPTERS, chapter, rendered, summaries
+from prefcache.guide import CHAPTERS, chapter, render, summaries
 from prefcache.pipeline import config_file
 from prefcache.pipeline.foreign_programs import recognise
 from prefcache.pipeline.training.foreign_configs import convert
@@ -119,7 +119,7 @@ def test_a_misspelt_topic_gets_the_nearest(prefcache):
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_in_a_terminal_a_chapter_fits_its_width_and_shows_no_markup(name):
-    text = rendered(chapter(name), 80, color=False)
+    text = render(chapter(name), 80, color=False)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "```" not in text and "](" not in text and "\n#" not in text
 
