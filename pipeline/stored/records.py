@@ -427,6 +427,7 @@ class ScoredInputs(Entry):
     model_config = ConfigDict(extra="allow")
 
     prepared: str
+    cache: str | None = None  # as the config named it
     config: Tree = {}
     versions: dict[str, str] = {}
 

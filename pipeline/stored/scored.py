@@ -77,6 +77,7 @@ def require_scored(config: Config, prepared: Prepared, *, every_byte: bool) -> t
             f"{config.scored} belongs to other data than {config.prepared} holds now. Score it (prefcache score CONFIG)."
         )
     refuse_other_reference(config, scored[0])
+    refuse_other_cache(config, *scored)
     return scored
 
 
@@ -137,6 +138,20 @@ def _find_in_store(manifest: ScoredManifest) -> Path:
             f"The cache {manifest.cache} is gone: there is no {REFERENCE_FILE} in it. Put it back, or score again (prefcache score CONFIG)."
         )
     return folder
+
+
+def refuse_other_cache(config: Config, scored: ScoredManifest, cache: Cache) -> None:
+    """IdentityError if the config has been changed to name another cache than the one that was scored into.
+
+    An experiment that was moved, or is used from another folder, names the same one by the same words.
+    """
+    if config.cache == scored.inputs.cache or scored.inputs.cache is None:
+        return
+    if config.cache_folder.resolve() != cache.folder.parent.resolve():
+        raise IdentityError(
+            f"{config.scored} was scored into {scored.inputs.cache}; this run names {config.cache} as its cache. Score into that "
+            "(prefcache score CONFIG), which computes only what it lacks, or set cache back."
+        )
 
 
 def refuse_other_reference(config: Config, scored: ScoredManifest, *, remember: bool = False) -> None:

@@ -15,7 +15,7 @@ from prefcache.pipeline.stored.freshness import Freshness
 from prefcache.pipeline.stored.model_ids import identify, identify_tower, is_same_model
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.records import Provenance, RunInputs, ScoredManifest, TrainSettings
-from prefcache.pipeline.stored.scored import open_scored, refuse_other_reference, retract_if_damaged
+from prefcache.pipeline.stored.scored import open_scored, refuse_other_cache, refuse_other_reference, retract_if_damaged
 from prefcache.pipeline.training import existing_run, loss_columns, sample_answers
 from prefcache.pipeline.training.objective import Objective
 from prefcache.pipeline.training.run_log import PROVENANCE
@@ -134,6 +134,7 @@ def _open_scores(
         )
     if config.train.model is None or Path(config.model).exists():
         refuse_other_reference(config, scored, remember=True)
+    refuse_other_cache(config, scored, cache)
     return scored, cache
 
 

@@ -357,10 +357,10 @@ def test_verify_leaves_a_shard_that_a_scorer_is_about_to_send(machine, s3, monke
     (slots, *_) = cache.plan(PAIRS, ["another"], 90).chunks
     send = mirror_module.Mirror.send
 
-    def verify_then_send(mirror, folder, record):
+    def verify_then_send(mirror, folder, *what):
         monkeypatch.undo()
         assert not verify(cache.folder).damaged
-        return send(mirror, folder, record)
+        return send(mirror, folder, *what)
 
     monkeypatch.setattr(mirror_module.Mirror, "send", verify_then_send)
     cache.commit(scored(PAIRS, slots), NUMERICS[MINE], MINE, None)

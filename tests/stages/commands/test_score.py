@@ -447,3 +447,17 @@ def test_a_model_whose_values_would_depend_on_the_batch_is_refused(prefcache, co
     settings = json.loads((other / "config.json").read_text()) | change
     (other / "config.json").write_text(json.dumps(settings))
     assert said in prefcache("score", config, "--set", "model=other", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("publish", "me/rows", "--dry-run"), ("export", "--output", "x.parquet"), ("train",)]
+)
+def test_another_cache_than_that_of_the_last_score_is_refused_until_it_is_scored_into(prefcache, scored, command):
+    name, *rest = command
+    said = prefcache(name, scored, *rest, "--set", "cache=team", code=5).stderr
+    assert (
+        "scored was scored into cache; this run names team as its cache. Score into that (prefcache score CONFIG)"
+        in said
+    )
+    # The same one under another name is the same one.
+    assert "was scored into" not in prefcache(name, scored, *rest, "--set", f"cache={scored.parent}/cache").stderr
