@@ -7,6 +7,7 @@ who lists the store reads rows twice; a reader that holds an older listing still
 
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,21 +62,24 @@ class StoreUpkeep:
         replaced = {name for found in old for name in self._read_removed(found)}
         waiting = {name for found in lists if found not in old for name in self._read_removed(found)}
         self._mirror.refresh(self._folder)  # for records that came meanwhile
-        n_removed = 0
-        for name in orphans:
+
+        def remove(name: str) -> bool | None:
+            """Delete a shard that nobody wants; return whether it was one, or None if it is gone or is no orphan any more."""
+            # Asked for just before it is deleted: a scorer may have written it anew.
             found = self._store.head(f"{self._folder.name}/{name}")
             if found is None or may_be_named(cache, name):
-                continue
+                return None
             # A replaced shard was written long ago; what counts is when it was replaced.
-            if name in replaced or (name not in waiting and self._is_old(found)):
-                n_removed += 1
-                if not dry_run:
-                    self._store.delete(found.name)
-            else:
-                self.n_kept += 1
+            is_unwanted = name in replaced or (name not in waiting and self._is_old(found))
+            if is_unwanted and not dry_run:
+                self._store.delete(found.name)
+            return is_unwanted
+
+        removed = Counter(self._store.parallel(remove, orphans))
+        self.n_kept += removed[False]
         if not dry_run:
             list(self._store.parallel(lambda found: self._store.delete(found.name), old))
-        return n_removed
+        return removed[True]
 
     def remove(self, cache: Cache, records: Sequence[ShardRecord]) -> None:
         if not records:
