@@ -414,4 +414,9 @@ def _shorten(error: Exception) -> str:
     if code:
         text = f"{code[1]}: {message[1]}" if message else code[1]
     line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text.partition("\n")[0])
+    line = re.sub(r"^Generic \w+ error: |Error performing (list request: )?", "", line)
+    # How often obstore tried, and for how long, says less than what the system said, which is in its account of the source.
+    line = re.sub(r" in [\d.]+\w*s(, after \d+ retries, max_retries: \d+, retry_timeout: \w+)? +- ", ": ", line)
+    if causes := re.findall(r'^ *(?:message|error): "([^"?]+)"', text, re.MULTILINE):
+        line = line.replace("HTTP error: error sending request", causes[-1])
     return re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}", "...", line)[:300].rstrip(". ")

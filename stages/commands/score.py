@@ -60,7 +60,7 @@ def run(config: Config, progress: Progress, dry_run: bool = False) -> ScoreResul
             manifest = ScoredManifest.read(config.scored / artifact.MANIFEST)
             return _summarize(manifest, n_missing=0, share=Share(0, 0), changed=False)
         _explain(freshness, progress)
-        with working(f"read {config.prepared}"):
+        with working(f"load engine {config.score.engine} and read {config.prepared}"):
             task = _Task.load(config, prepared, reference)
         return _score(task, cache, inputs, progress)
 

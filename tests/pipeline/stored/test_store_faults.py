@@ -275,3 +275,10 @@ def test_thousands_of_requests_of_which_five_in_a_hundred_fail(store, s3, proxy)
     proxy.rules = []
     assert all(s3.objects()[f"created/{n}"] == len(b"%d" % n * 50) for n in (0, 150, 299))
     assert proxy.requests.total() > 2400 and 0.03 < proxy.injected.total() / proxy.requests.total() < 0.07
+
+
+def test_an_endpoint_where_nobody_listens_is_named_with_what_the_system_said(proxy, s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    said = rf"in 4 tries \(GET http://127.0.0.1:1/{s3.name}/refs/it: Connection refused\)\. Finished work"
+    with clear_error(ResourceError, match=said):
+        ObjectStore(s3.url).get("it")
