@@ -156,7 +156,9 @@ def load(folder: Path) -> ImageProcessor:
     model_type = model_config.read(model).model_type or ""
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if not isinstance(name, str):
-        raise UsageError(f"{folder} is a {model_type} model, for which Transformers has no processor of pictures.")
+        raise UsageError(
+            f"{folder} is a {model_type} model, for which Transformers has no processor of pictures. Name one that sees images."
+        )
     try:
         # Not by AutoProcessor, which also loads what processes video, and that needs torchvision.
         module = sys.modules["transformers"]._class_to_module[name]

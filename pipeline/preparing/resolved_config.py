@@ -155,7 +155,7 @@ def _check_sees_images(model: Path, template: ChatTemplate | None, source: str) 
     try:
         processor = image_processor.load(model)
     except UsageError as error:
-        raise UsageError(f"{source} has images. {error} Name a model that sees images, or data without.") from None
+        raise UsageError(f"{source} has images. {error}") from None
     try:
         processor.process(np.zeros((64, 64, 3), np.uint8))
     except Exception as error:
