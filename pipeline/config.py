@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -331,9 +331,11 @@ def _as_weights(value: Any) -> Any:
         if twice := next((name for name in value if value.count(name) > 1), None):
             raise ValueError(f"names {twice} twice; give it a weight, as in {{{twice}: 2}}")
         value = {str(name): 1.0 for name in value} if all(isinstance(name, str | int) for name in value) else None
-    if isinstance(value, dict):
-        return {str(name): _weight(str(name), weight) for name, weight in value.items()} or _expected_losses(value)
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else _expected_losses(value)
+    if isinstance(value, dict) and value:
+        return {str(name): _weight(str(name), weight) for name, weight in value.items()}
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("expected the name of a loss, a list of names, or names with their weights")
 
 
 def _weight(name: str, weight: Any) -> float:
@@ -346,10 +348,6 @@ def _weight(name: str, weight: Any) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"the weight of {name} is {weight!r}; expected a number that is not negative")
     return number
-
-
-def _expected_losses(value: Any) -> NoReturn:
-    raise ValueError("expected the name of a loss, a list of names, or names with their weights")
 
 
 def _as_budget(value: Any) -> Any:

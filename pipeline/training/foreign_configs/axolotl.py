@@ -243,7 +243,7 @@ def _convert_losses(converted: Converted, rl: str) -> None:
     else:
         converted.config.setdefault("train", {})["loss"] = _LOSSES[rl]
         converted.became["rl"] = f"train.loss: {_LOSSES[rl]}"
-    _convert_beta(converted, settings, rl)
+    _convert_beta(converted, settings)
     if rl == "dpo" and given.get("dpo_label_smoothing"):
         converted.put("dpo_label_smoothing", "train.loss_args.label_smoothing", given["dpo_label_smoothing"])
     if rl == "dpo" and given.get("dpo_use_weighting"):
@@ -266,7 +266,7 @@ def _convert_losses(converted: Converted, rl: str) -> None:
     converted.note(["trl"], "see trl.*")
 
 
-def _convert_beta(converted: Converted, settings: Mapping[str, Any], rl: str) -> None:
+def _convert_beta(converted: Converted, settings: Mapping[str, Any]) -> None:
     if settings.get("beta") is not None:
         converted.put("trl.beta", "train.beta", settings["beta"])
         converted.note(["rl_beta", "dpo_beta"], "train.beta; trl.beta overrules it")
