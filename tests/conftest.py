@@ -118,6 +118,14 @@ def prepared(scored_once: Path, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+@pytest.fixture
+def n_prepared(request: pytest.FixtureRequest, prefcache: Callable[..., Done], config: Path, tmp_path: Path) -> Path:
+    """The config of prepared pairs, as many as the module's N_PAIRS."""
+    write_pairs(tmp_path / "pairs.jsonl", request.module.N_PAIRS)
+    prefcache("prepare", config)
+    return config
+
+
 @pytest.fixture(scope="session")
 def trained_once(scored_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of it that was trained once."""

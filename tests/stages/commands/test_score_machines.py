@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.project import PREFCACHE, Done, invoke, write_pairs
+from tests.helpers.project import PREFCACHE, Done, invoke
 from tests.helpers.separate_machines import Machine, claimants, finish, make_machine, ray_cluster, tree_of, wait_until
 from tests.helpers.store_proxy import Request, StoreProxy
 
@@ -24,23 +24,16 @@ SMALL_CHUNKS = {"tokens_per_shard": 400, "tokens_per_batch": 8}
 
 
 @pytest.fixture
-def prepared(prefcache: Callable[..., Done], config: Path, tmp_path: Path) -> Path:
-    write_pairs(tmp_path / "pairs.jsonl", N_PAIRS)
-    prefcache("prepare", config)
-    return config
-
-
-@pytest.fixture
-def url(prefcache: Callable[..., Done], prepared: Path, s3) -> str:
+def url(prefcache: Callable[..., Done], n_prepared: Path, s3) -> str:
     """Prepared data in a store whose cache is empty, sent from where the data is."""
-    return prefcache("upload", prepared, "--set", f"cache={s3.url}").stdout.splitlines()[-1]
+    return prefcache("upload", n_prepared, "--set", f"cache={s3.url}").stdout.splitlines()[-1]
 
 
 @pytest.fixture
-def undisturbed(prefcache: Callable[..., Done], prepared: Path, s3) -> dict[str, bytes]:
+def undisturbed(prefcache: Callable[..., Done], n_prepared: Path, s3) -> dict[str, bytes]:
     """The shards and records that a single scorer puts into another store."""
     settings = [f"cache={s3.url}-alone", *(f"score.{name}={value}" for name, value in SMALL_CHUNKS.items())]
-    prefcache("score", prepared, *(word for setting in settings for word in ("--set", setting)))
+    prefcache("score", n_prepared, *(word for setting in settings for word in ("--set", setting)))
     return shards_and_records(s3, f"{s3.url}-alone")
 
 

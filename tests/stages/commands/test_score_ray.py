@@ -34,7 +34,7 @@ from prefcache.pipeline.stored.model_ids import identify
 from prefcache.pipeline.stored.object_store import open_store
 from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.stored.prepared_store import send_prepared
-from tests.helpers.project import PREFCACHE, Done, start, write_pairs
+from tests.helpers.project import PREFCACHE, start
 from tests.helpers.scored import fingerprint, rows_of
 from tests.helpers.ssh_keys import make_key
 from tests.helpers.store_proxy import Fault, Rule
@@ -61,16 +61,9 @@ def _ray_leaves_nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 @pytest.fixture
-def prepared(prefcache: Callable[..., Done], config: Path, tmp_path: Path) -> Path:
-    write_pairs(tmp_path / "pairs.jsonl", N_PAIRS)
-    prefcache("prepare", config)
-    return config
-
-
-@pytest.fixture
-def pool(prepared: Path, model: Path, tmp_path: Path) -> actors.Pool:
+def pool(n_prepared: Path, model: Path, tmp_path: Path) -> actors.Pool:
     """Before it has begun an actor."""
-    config = config_file.load(prepared, ["score.ray.actors=2", "score.parity_sample=2"])
+    config = config_file.load(n_prepared, ["score.ray.actors=2", "score.parity_sample=2"])
     cache = create_cache(tmp_path / "cache", "tiny", {"model_id": "0" * 64})
     here, folder = numerics(Reference(model), config.score), Prepared(tmp_path / "runs/tiny/prepared")
     return actors.Pool(config, Reference(model), here, cache, folder, 2, Progress(quiet=True))
@@ -138,14 +131,14 @@ def n_shards(root: Path) -> int:
     return len(list(root.glob("cache/*/*.parquet")))
 
 
-def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, tmp_path, monkeypatch):
-    prefcache("score", prepared, *SMALL_CHUNKS)
+def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, n_prepared, tmp_path, monkeypatch):
+    prefcache("score", n_prepared, *SMALL_CHUNKS)
     expected = fingerprint(tmp_path)
     n_chunks = n_shards(tmp_path)
     shutil.rmtree(tmp_path / "cache")
     shutil.rmtree(tmp_path / "runs/tiny/scored")
 
-    scorer = begun(prepared, *SMALL_CHUNKS, *with_actors(2))
+    scorer = begun(n_prepared, *SMALL_CHUNKS, *with_actors(2))
     until(scorer, lambda: n_shards(tmp_path) >= 2)
     until(scorer, lambda: killed_at_a_chunk(actors_at(scorer, "score")))
     assert n_shards(tmp_path) < n_chunks  # there was more to do
@@ -163,7 +156,7 @@ def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, 
     # Nothing is missing now, so Ray is not imported: with the manifest, and for the same rows without it.
     monkeypatch.setitem(sys.modules, "ray", None)
     for _ in range(2):
-        again = prefcache("score", prepared, *SMALL_CHUNKS, *with_actors(2), "--json")
+        again = prefcache("score", n_prepared, *SMALL_CHUNKS, *with_actors(2), "--json")
         assert json.loads(again.stdout)["scored"] == 0
         shutil.rmtree(tmp_path / "runs/tiny/scored")
     assert fingerprint(tmp_path) == expected
@@ -171,9 +164,9 @@ def test_an_actor_is_killed_and_nothing_is_lost_or_doubled(prefcache, prepared, 
 
 @pytest.mark.slow  # Ray takes ten seconds to start
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_the_end_of_the_terminal_end_the_actors_and_all_of_ray(prepared, tmp_path, sent):
+def test_ctrl_c_and_the_end_of_the_terminal_end_the_actors_and_all_of_ray(n_prepared, tmp_path, sent):
     # So many chunks that, however late it is seen that some are there, others are not.
-    scorer = begun(prepared, "--set", "score.tokens_per_shard=40", *with_actors(1))
+    scorer = begun(n_prepared, "--set", "score.tokens_per_shard=40", *with_actors(1))
     until(scorer, lambda: n_shards(tmp_path) >= 2)
     os.killpg(scorer.pid, sent)  # as a terminal does
     _, said = scorer.communicate(timeout=60)
@@ -185,14 +178,14 @@ def test_ctrl_c_and_the_end_of_the_terminal_end_the_actors_and_all_of_ray(prepar
 
 
 @pytest.mark.slow
-def test_an_error_in_an_actor_is_one_line_and_its_own_exit_code(prefcache, prepared, model, tmp_path):
+def test_an_error_in_an_actor_is_one_line_and_its_own_exit_code(prefcache, n_prepared, model, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
     save_file({"x": torch.zeros(2)}, broken / "model.safetensors", {"format": "pt"})
-    prefcache("prepare", prepared, "--set", "model=broken")
+    prefcache("prepare", n_prepared, "--set", "model=broken")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with actors.connect(Ray(actors=1), 1) as ray:
         assert signal.getsignal(signal.SIGTERM) == on_sigterm  # Ray would end the process without a word
-        done = prefcache("score", prepared, "--set", "model=broken", "--quiet", *with_actors(1), code=2)
+        done = prefcache("score", n_prepared, "--set", "model=broken", "--quiet", *with_actors(1), code=2)
         assert ray.is_initialized()  # a Ray that was there stays there
     said = but_for_waiting(done.stderr)
     assert said.startswith("error: broken lacks tensors of LlamaForCausalLM")
@@ -240,9 +233,9 @@ def test_a_machine_unlike_the_one_that_asks_is_refused(pool, what):
 
 
 @pytest.fixture
-def work(prepared: Path, model: Path, s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> actors.Work:
+def work(n_prepared: Path, model: Path, s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> actors.Work:
     """What a command somewhere else hands to an actor here, where the model is `models/tiny` in the folder where Ray was started."""
-    config = config_file.load(prepared, [f"cache={s3.url}", "model=models/tiny", "score.parity_sample=2"])
+    config = config_file.load(n_prepared, [f"cache={s3.url}", "model=models/tiny", "score.parity_sample=2"])
     config = config.model_copy(update={"score": config.score.model_copy(update={"device": "cpu"})})
     shutil.copytree(model, tmp_path / "there/models/tiny")
     monkeypatch.chdir(tmp_path / "there")
@@ -318,14 +311,14 @@ def test_what_is_handed_to_other_machines_has_no_credentials(work):
     assert KEY_ID.encode() not in pickle.dumps(work) and SECRET.encode() not in pickle.dumps(work)
 
 
-def test_ray_that_is_missing_is_named_with_how_to_install_it(prefcache, prepared, monkeypatch):
+def test_ray_that_is_missing_is_named_with_how_to_install_it(prefcache, n_prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    done = prefcache("score", prepared, *with_actors(1), "--quiet", code=2)
+    done = prefcache("score", n_prepared, *with_actors(1), "--quiet", code=2)
     assert "pip install 'prefcache[ray]'" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_options_that_are_said_elsewhere_are_refused(prefcache, prepared):
-    done = prefcache("score", prepared, *with_actors(1), "--set", "score.ray.options={num_gpus: 1}", "-q", code=2)
+def test_options_that_are_said_elsewhere_are_refused(prefcache, n_prepared):
+    done = prefcache("score", n_prepared, *with_actors(1), "--set", "score.ray.options={num_gpus: 1}", "-q", code=2)
     assert "score.ray.options has num_gpus, which score.ray.gpus sets" in done.stderr
 
 
