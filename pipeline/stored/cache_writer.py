@@ -63,7 +63,7 @@ class CacheWriter:
     def refuse_read_only(self) -> None:
         if self._store is not None:
             self._store.refuse_read_only()
-        elif not os.access(self.cache.folder, os.W_OK):
+        elif self.cache.folder.is_dir() and not os.access(self.cache.folder, os.W_OK):
             raise UsageError(
                 f"{self.cache.folder} is read-only, and some sequences are missing in it. Name another place (cache), or "
                 "change its permissions."

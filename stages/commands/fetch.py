@@ -40,6 +40,7 @@ from prefcache.pipeline.stored.records import (
     ShardRecord,
 )
 from prefcache.pipeline.stored.signatures import Signatures, require_key
+from prefcache.pipeline.visible_text import count
 
 _MOST_BYTES = 64 << 20  # of a file that is not a shard
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -79,10 +80,11 @@ def run(
             needed = _find_needed(source, wanted, signed)
             plan = _describe(source, cache, wanted, needed, signed, dry_run)
             progress.say(
-                f"fetch: {plan.rows:,} of {plan.needed:,} rows, {plan.shards:,} shards of {plan.bytes:,} bytes"
+                f"fetch: {plan.rows:,} of {count(plan.needed, 'row')}, {count(plan.shards, 'shard')} of {plan.bytes:,} bytes"
             )
             if dry_run or not needed:
                 return plan if dry_run else FetchResult(plan=plan, compared=0, deviation=None, use=None)
+            CacheWriter(cache).refuse_read_only()
             source.fetch([each.record for each in needed])
             _refuse_bad_shards(source, published, needed, signed)
             needed = list(_drop_failures(source.folder, needed))

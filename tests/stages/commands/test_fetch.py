@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.schema import CACHE
 from prefcache.pipeline.stored import artifact, shards
+from prefcache.pipeline.stored.object_store import ObjectStore
 from prefcache.pipeline.stored.records import ShardRecord
 from tests.helpers import vision_models
 from tests.helpers.hub import client_settings, run_hub
@@ -66,6 +68,18 @@ def test_what_was_fetched_is_what_was_published_and_score_computes_nothing(prefc
     prefcache("train", "-q", prepared, "--set", "train.max_steps=2")
     assert "nothing is missing" in prefcache("fetch", prepared, "theirs").stdout
     assert tree(theirs) == before
+
+
+def test_a_store_that_may_only_be_read_is_refused_before_a_model_is_loaded(
+    prefcache, prepared, theirs, s3, monkeypatch
+):
+    def refuse_access(self, name, data):
+        raise UsageError("access was refused")
+
+    monkeypatch.setattr(ObjectStore, "create", refuse_access)
+    message = prefcache("fetch", prepared, "theirs", "--set", f"cache={s3.url}", code=2).stderr
+    assert f"{s3.url}/" in message and "cannot be written, and some sequences are missing in it" in message
+    assert "computing" not in message
 
 
 def test_of_a_cache_with_several_references_the_one_of_the_model_is_the_source(
