@@ -254,8 +254,8 @@ class ObjectStore:
                     raise UsageError(self._refused(name, error)) from None
                 if attempt + 1 == _TRIES:
                     raise ResourceError(
-                        f"{self._path(name)} could not be reached in {_TRIES} tries ({_shorten(error)}). Finished work is kept: check "
-                        "the network and the endpoint, then run the same command again."
+                        f"{self._path(name)} could not be reached in {_TRIES} tries ({_shorten(error)}). Check the network and the "
+                        "endpoint, then run the same command again; finished work is kept."
                     ) from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause *= 2
@@ -417,6 +417,9 @@ def _shorten(error: Exception) -> str:
     line = re.sub(r"^Generic \w+ error: |Error performing (list request: )?", "", line)
     # How often obstore tried, and for how long, says less than what the system said, which is in its account of the source.
     line = re.sub(r" in [\d.]+\w*s(, after \d+ retries, max_retries: \d+, retry_timeout: \w+)? +- ", ": ", line)
+    line = re.sub(
+        r"^The operation lacked the necessary privileges [^:]*: |Server returned non-2xx status code: ", "", line
+    )
     if causes := re.findall(r'^ *(?:message|error): "([^"?]+)"', text, re.MULTILINE):
         line = line.replace("HTTP error: error sending request", causes[-1])
-    return re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}", "...", line)[:300].rstrip(". ")
+    return re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}", "...", line)[:300].rstrip(".: ")

@@ -279,6 +279,6 @@ def test_thousands_of_requests_of_which_five_in_a_hundred_fail(store, s3, proxy)
 
 def test_an_endpoint_where_nobody_listens_is_named_with_what_the_system_said(proxy, s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    said = rf"in 4 tries \(GET http://127.0.0.1:1/{s3.name}/refs/it: Connection refused\)\. Finished work"
+    said = rf"in 4 tries \(GET http://127.0.0.1:1/{s3.name}/refs/it: Connection refused\)\. Check the network"
     with clear_error(ResourceError, match=said):
         ObjectStore(s3.url).get("it")
