@@ -23,6 +23,7 @@ class ImageFacts(NamedTuple):
     width: int
     height: int
     one_of_several: bool
+    n_tokens: int | None  # that stand for it in a prompt; None if an earlier version prepared it
 
     @property
     def tag(self) -> str:

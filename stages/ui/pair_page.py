@@ -53,7 +53,7 @@ def show(reader: Reader, request: Request) -> Response:
         "answers": [_show_answer(name, row, texts.get(name), reference, runs, colouring) for name in names],
         "no_texts": no_texts,
         "no_reference": no_reference,
-        "facts": [*_list_facts(row, names), *_list_margins(reader, position)],
+        "facts": [*_list_facts(reader, row, names), *_list_margins(reader, position)],
         "path": f"/pairs/{row['example_id']}",
     }
     return pages.render("pair", section="/pairs", reader=reader, **context)
@@ -215,7 +215,7 @@ class _Fact:
     is_key: bool = False  # to be copied
 
 
-def _list_facts(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[_Fact]:
+def _list_facts(reader: Reader, row: Mapping[str, Any], names: Sequence[str]) -> Iterator[_Fact]:
     yield _Fact("example_id", row["example_id"], is_key=True)
     yield _Fact("source", f"{row['source']}, line {row['line']:,}")
     yield _Fact("split", row["split"])
@@ -223,8 +223,10 @@ def _list_facts(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[_Fact]
         yield _Fact("label", "desirable" if row["label"] else "undesirable")
     cut = f"; {row['cut_prompt']:,} more were cut from its beginning" if row["cut_prompt"] else ""
     yield _Fact("prompt", f"{row['n_prompt']:,} tokens{cut}")
-    if row["images"]:
-        yield _Fact("images", f"{len(row['images']):,}")
+    if images := row["images"]:
+        counts = [reader.images.stored.facts(image).n_tokens for image in images]
+        tokens = "" if None in counts else f"; {sum(filter(None, counts)):,} of the prompt's tokens stand for them"
+        yield _Fact("images", f"{len(images):,}{tokens}")
     for name in names:
         yield _Fact(name, ", ".join(_describe_lengths(row, name)))
         yield _Fact(f"{name} key", row[f"{name}_key"].hex(), is_key=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from prefcache.pipeline.images import decode
 from tests.helpers.chromium import CHROMIUM
-from tests.helpers.illustrated import encode, id_of, illustrate
+from tests.helpers.illustrated import encode, id_of, illustrate, image_row
 from tests.helpers.pages import serve
 from tests.helpers.vision_models import picture
 from tests.helpers.visits import DESK, PHONE, check_accessibility, fits, visit
@@ -79,6 +79,13 @@ def test_a_list_shows_the_first_pictures_of_a_prompt_and_how_many_more_there_are
     (row,) = re.findall(r'<th scope="row".*?</th>', page, re.DOTALL)
     assert row.count("<img") == 3 and "and 2 more images" in row
     assert site.get("/pairs", [("n_images.min", "1"), ("n_images.max", "2")]).text.count('scope="row"') == 3
+
+
+def test_pages_say_how_many_tokens_stand_for_a_picture(site):
+    n = image_row(decode(BIG))["n_tokens"]
+    assert f">{n}, which stand for it in a prompt<" in site.get(f"/images/{of(BIG)}").text
+    page = html.unescape(site.get(example(site, TALL)).text)  # its prompt has two pictures
+    assert f"2; {2 * n} of the prompt's tokens stand for them" in page
 
 
 def test_a_picture_that_no_longer_decodes_is_its_tag(site):
