@@ -293,8 +293,8 @@ def _refuse_unsupported(given: Mapping[str, Any]) -> None:
     data = given.get("train_dataset")
     if data is not None and {"image", "images"} & next(iter(data), {}).keys():
         raise UsageError(
-            "The data has images, which TRL processes anew in every step, so that they cannot be looked up in the cache. Train "
-            "with prefcache (prefcache guide images), or with TRL alone."
+            "The data has images, for which TRL takes no log-probs that were computed before. Train with prefcache (prefcache guide "
+            "images), or with TRL alone."
         )
 
 
