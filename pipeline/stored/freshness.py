@@ -115,6 +115,8 @@ def check_scoring(scored: Path, inputs: Mapping[str, Any], cache: Cache) -> Fres
     if isinstance(manifest, Freshness):
         return manifest
     differences, damage = find_differences(manifest.inputs.facts(), inputs), None
+    if any(difference.what == "cache" for difference in differences):
+        return Freshness("scoring", scored, differences=differences)  # what another cache holds says nothing about it
     files = {record.file for record in cache.records}
     accepted = {record.file for record in cache.records if record.numerics_id in manifest.accepted_numerics}
     if cache.damaged:

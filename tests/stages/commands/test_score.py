@@ -461,3 +461,8 @@ def test_another_cache_than_that_of_the_last_score_is_refused_until_it_is_scored
     )
     # The same one under another name is the same one.
     assert "was scored into" not in prefcache(name, scored, *rest, "--set", f"cache={scored.parent}/cache").stderr
+
+
+def test_that_the_cache_is_another_one_is_the_whole_reason_to_score_again(prefcache, scored):
+    explanation = prefcache("score", scored, "--set", "cache=team", "--dry-run").stderr
+    assert "is out of date: cache cache (now team)\n" in explanation
