@@ -21,7 +21,7 @@ from prefcache.pipeline.cache_place import is_url, local_folder, parse_url
 from prefcache.pipeline.errors import IntegrityError, UsageError
 from prefcache.pipeline.progress import Counter, counting
 from prefcache.pipeline.schema import CACHE
-from prefcache.pipeline.stored import artifact, feature_writer, shards, signatures
+from prefcache.pipeline.stored import artifact, feature_writer, shards, signatures, verified_shards
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.contradictions import Contradictions
@@ -54,7 +54,8 @@ def find_caches(paths: Sequence[str]) -> list[Path]:
     folders = []
     for place in paths:
         path = _open_place(place)
-        inside = [file.parent for name in (REFERENCE_FILE, TOWER_FILE) for file in sorted(path.glob(f"*/{name}"))]
+        files = [file for name in (REFERENCE_FILE, TOWER_FILE) for file in sorted(path.glob(f"*/{name}"))]
+        inside = [file.parent for file in files if not artifact.TEMPORARY.fullmatch(file.parent.name)]
         here = [path] if (path / REFERENCE_FILE).exists() or (path / TOWER_FILE).exists() else inside
         if not here:
             raise UsageError(f"{place} holds no cache: no {REFERENCE_FILE} in it or in its folders. Name one.")
@@ -441,7 +442,9 @@ def _collect_features(folder: Path, upkeep: FolderUpkeep, dry_run: bool, unused_
     if unused_for is not None and result.unused_days >= unused_for and not (store.newer or store.malformed):
         result.removed, result.shards = True, 0
         if not dry_run:
+            artifact.remove_leftovers(folder.parent)  # of a gc that was killed here
             artifact.discard(folder)
+            verified_shards.memo_path(folder).unlink(missing_ok=True)
         return result
     store = FeatureStore(folder, every_byte=True, remember="nothing" if dry_run else "all")
     result.leftovers = upkeep.remove_leftovers(dry_run=dry_run)

@@ -15,6 +15,10 @@ Remember = Literal["all", "damage", "nothing"]
 Stamp = tuple[int, int, int, int, str]  # size, times of change, inode; and the checksum that the file then had
 
 
+def memo_path(folder: Path) -> Path:
+    return folder.parent / f".verified-{folder.name}.json"
+
+
 class VerifiedShards:
     """The memo next to a cache. `remember`: what is written to it.
 
@@ -23,7 +27,7 @@ class VerifiedShards:
     """
 
     def __init__(self, folder: Path, remember: Remember) -> None:
-        self._folder, self._file = folder, folder.parent / f".verified-{folder.name}.json"
+        self._folder, self._file = folder, memo_path(folder)
         self._remember, self._now, self._mirror = remember, time.time(), find_mirror(folder)
         memo = VerifiedMemo.recall(self._file)
         self._before: dict[str, Stamp] = dict(memo.known) if memo else {}
