@@ -120,6 +120,7 @@ def count_scores(pair: corpus.TokenPair) -> int:
     return (p + first - 1) ** 2 + (second - 1) * (p + second - 1)
 
 
+@pytest.mark.slow
 def test_bench_score_counts_what_is_computed(tmp_path: Path):
     options = "--small --pairs 8 --rounds 1 --threads 1 --only ours sorted-512 --json"
     printed = bench("tests.bench.score", *options.split(), str(tmp_path / "found.json"))

@@ -14,7 +14,7 @@ from prefcache.pipeline.stored.prepared import Prepared
 from prefcache.pipeline.training.losses import LOSSES
 from tests.helpers.documents import README, SCRIPTS, blocks, commands, shown
 from tests.helpers.pages import serve
-from tests.helpers.project import ROOT, Clone, invoke, write_pairs
+from tests.helpers.project import ROOT, Clone, invoke, options, write_pairs
 
 # The documents' commands that the test below does not run, and why.
 NOT_RUN = {
@@ -106,7 +106,7 @@ def walk(demo) -> Clone:
     (demo.folder / "runs/walk.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for kind in ("pairs", "labels"):
         for stage in ("prepare", "score"):
-            scored = demo.run(f".venv/bin/prefcache {stage} {walk_settings(kind)}").stdout
+            scored = invoke(demo.folder, stage, *walk_settings(kind).split()).stdout
         # Mismatched answers are new sequences; all the others the demo has scored.
         n = 2 * WALK_PAIRS
         assert f"{n:,} already cached, {0 if kind == 'pairs' else n} scored now" in scored
@@ -213,8 +213,8 @@ def test_every_command_of_readme_and_guide_runs(demo, s3):
     assert not NOT_RUN.keys() - ran.keys()
 
 
-# Enough to move a reference that moves every ten steps. The demo itself trains to the end.
-FEW_STEPS = ["--set", "train.max_steps=12"]
+# Enough to move a reference that moves every ten steps. The demo itself trains to the end, and answers its held-out prompts.
+FEW_STEPS = ["train.max_steps=12", "train.samples=0"]
 
 
 def run_as_written(demo: Clone, line: str) -> None:
@@ -223,7 +223,9 @@ def run_as_written(demo: Clone, line: str) -> None:
     for command in line.split(" && "):
         program, *arguments = shlex.split(command)
         if arguments[:1] == ["train"] and "--dry-run" not in arguments and "max_steps" not in command:
-            arguments += FEW_STEPS
+            arguments += options(*FEW_STEPS)
+        if program == "make" and "train" in arguments:
+            command = in_few_steps(command)
         if (program, *arguments[:1]) == ("prefcache", "ui"):
             with serve(demo.folder, *arguments[1:]) as site:  # it would go on until Ctrl-C
                 assert site.get("/pairs").status == 200
@@ -231,6 +233,20 @@ def run_as_written(demo: Clone, line: str) -> None:
             invoke(demo.folder, *arguments)
         else:
             demo.run(f'PATH="$PWD/.venv/bin:$PATH"; {command}')
+
+
+def in_few_steps(command: str) -> str:
+    """Return make's command with settings in SET that train for few steps."""
+    few = " ".join(FEW_STEPS)
+    return command.replace('SET="', f'SET="{few} ') if 'SET="' in command else f'{command} SET="{few}"'
+
+
+@pytest.mark.slow
+def test_the_demo_with_images_describes_held_out_pictures_rightly(demo):
+    demo.run("make prepare score train CONFIG=data/images-demo/config.yaml RUN=whole")
+    found = json.loads((demo.folder / "runs/images-demo/whole/manifest.json").read_text())
+    before, after = (found[when]["evaluation"]["rewards/accuracies"] for when in ("before", "after"))
+    assert after >= 0.95, (before, after)
 
 
 @pytest.mark.slow  # tests/stages/test_notebook.py runs it in a kernel, with a smaller model

@@ -35,19 +35,22 @@ LABELS = ["out=runs/labels", "prepare.examples=labels", "prepare.max_length=23",
 # What is trained, by the name of its run.
 SETTINGS = {
     "llama": [],
-    "recomputed": ["train.gradient_checkpointing=true"],
-    "padded": ["train.rows=padded", "train.micro_batch_size=null"],
     "tied": ["train.model=tied"],
     "lora": ["train.lora={r: 4}"],
+    "bf16": ["train.weights=bfloat16"],
+    "released": ["train.release_gradients=true", "train.max_grad_norm=null", "train.micro_batch_size=null"],
+    "kto": [*LABELS, "train.loss=kto", "train.epochs=0.4"],
+}
+# In slow runs.
+MORE_SETTINGS = {
+    "recomputed": ["train.gradient_checkpointing=true"],
+    "padded": ["train.rows=padded", "train.micro_batch_size=null"],
     "dora": ["train.lora={r: 4, dora: true, base_dtype: bfloat16}"],
     "experts": [
         "train.model=mixture",
         "train.lora={r: 4, target_modules: [], target_parameters: [gate_up_proj, down_proj]}",
     ],
-    "bf16": ["train.weights=bfloat16"],
-    "released": ["train.release_gradients=true", "train.max_grad_norm=null", "train.micro_batch_size=null"],
     "aot": ["train.loss=aot"],
-    "kto": [*LABELS, "train.loss=kto", "train.epochs=0.4"],
 }
 
 
@@ -72,7 +75,7 @@ def launched_by_accelerate(*flags: str) -> dict[str, str]:
 
 
 def command(name: str, run: str, *more: str) -> list[str]:
-    said = [*SETTINGS[name], f"train.run={run}-{name}", "train.device=cpu", *more]
+    said = [*(SETTINGS | MORE_SETTINGS)[name], f"train.run={run}-{name}", "train.device=cpu", *more]
     return ["train", "config.yaml", *(word for each in said for word in ("--set", each))]
 
 
@@ -186,10 +189,14 @@ def one_process(tmp_path_factory, model) -> Path:
     return folder
 
 
+def jobs_with_shards(names: Iterable[str]) -> list[Job]:
+    return [Job(f"shards-{name}", command(name, "shards", "train.shard=fsdp")) for name in names]
+
+
 @pytest.fixture(scope="module")
 def trained(one_process) -> Path:
     """And as two do, with a shard each or with the whole model; and runs that go on from where others were killed."""
-    shards = [Job(f"shards-{name}", command(name, "shards", "train.shard=fsdp")) for name in SETTINGS]
+    shards = jobs_with_shards(SETTINGS)
     copies = [Job(f"copies-{name}", command(name, "copies", "train.shard=none")) for name in ("llama", "tied", "bf16")]
     again = [
         Job(f"{run}-{name}", command(name, run, "train.shard=fsdp"), goes_on_from=f"{before}-{name}")
@@ -203,6 +210,14 @@ def trained(one_process) -> Path:
     said = in_two_processes(one_process, [*shards, *copies, *again, *asked], **flags)
     assert said.count("the model is sharded over 2 processes (FSDP2)") == len(shards) + len(asked)
     assert said.count("resuming from step") == len(again)
+    return one_process
+
+
+@pytest.fixture(scope="module")
+def trained_with_more_settings(one_process) -> Path:
+    for name in MORE_SETTINGS:
+        in_this_process(one_process, *command(name, "one"))
+    in_two_processes(one_process, jobs_with_shards(MORE_SETTINGS))
     return one_process
 
 
@@ -240,6 +255,13 @@ def test_weights_in_bf16_become_those_of_one_process_but_for_rounding(trained, m
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "bf16"])
 def test_two_processes_with_a_shard_each_do_what_one_does(trained, name):
     assert_same(run_folder(trained, name, "shards"), run_folder(trained, name, "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_SETTINGS)
+def test_two_processes_with_a_shard_each_do_what_one_does_with_more_settings(trained_with_more_settings, name):
+    folder = trained_with_more_settings
+    assert_same(run_folder(folder, name, "shards"), run_folder(folder, name, "one"))
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])

@@ -38,31 +38,42 @@ SPEC = EngineSpec(
 """
 
 
+# Commands of that tree, in one process; it prints their exit codes and what they say.
+SCRIPT = """
+import json, sys
+from click.testing import CliRunner
+from prefcache.cli import main
+
+def run(command, *arguments):
+    done = CliRunner().invoke(main, [command, sys.argv[1], "--set", "score.engine=constant", *arguments])
+    return done.exit_code, done.stderr if done.exit_code else done.stdout
+
+json.dump([run("score"), run("score", "--json", "--set", "score.parity_sample=0"), run("doctor")], sys.stdout)
+"""
+
+
 def test_a_new_engine_is_one_file(prefcache, config, tmp_path):
     package = tmp_path / "site/prefcache"
     shutil.copytree(ROOT / "pipeline", package / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     for path in (ROOT / "stages").iterdir():
         (package / path.name).symlink_to(path)
     (package / "pipeline/scoring/engines/constant.py").write_text(CONSTANT)
-
-    def run(command: str, *settings: str) -> subprocess.CompletedProcess[str]:
-        arguments = [command, config, "--set", "score.engine=constant", *settings]
-        return subprocess.run(
-            [sys.executable, "-m", "prefcache", *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(package.parent)},
-            capture_output=True,
-            text=True,
-        )
-
+    (tmp_path / "script.py").write_text(SCRIPT)
     prefcache("prepare", config)
-    refused = run("score")
-    assert refused.returncode == 4
-    assert "engine constant (float32) deviates" in refused.stderr and "Take a real engine." in refused.stderr
-    result = json.loads(run("score", "--json", "--set", "score.parity_sample=0").stdout)
-    assert result["scored"] == 120
+    done = subprocess.run(
+        [sys.executable, "script.py", config],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (refused, why), (_, result), (_, said) = json.loads(done.stdout)
+    assert refused == 4
+    assert "engine constant (float32) deviates" in why and "Take a real engine." in why
+    assert json.loads(result)["scored"] == 120
     assert all(row["logp_sum"] == -row["n_completion"] for row in rows_of(tmp_path).values())
-    assert f"constant (this config): dtype float32; runs in {sys.executable}" in run("doctor").stdout
+    assert f"constant (this config): dtype float32; runs in {sys.executable}" in said
 
 
 def raise_missing(name: str) -> str:
