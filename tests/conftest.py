@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.helpers.caches import Cache
 from tests.helpers.machines import Machine, open_cache
@@ -30,6 +31,12 @@ from tests.helpers.stores import Bucket, S3Server, use_environment
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models here are tiny: more threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, however slow the machine is.
+settings.register_profile(
+    "prefcache", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("prefcache")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -26,9 +26,7 @@ FRAGMENTS = [
     "awordb", "<NORM>", "<norm>", "<unk>", "<0x0A>", "[INST] ", " [/INST]", *SPECIALS,
 ]  # fmt: skip
 texts = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=4)), min_size=1, max_size=6).map("".join)
-modest = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+modest = settings(max_examples=60)
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from prefcache.pipeline.preparing.encoder import Encoder
@@ -84,9 +84,7 @@ broken = st.sampled_from(
         b'{"prompt": 7, "chosen": [], "rejected": {}}', b'{"prompt": [{}], "chosen": "a", "rejected": "b"}', b'{"prompt": "a", "completion": "b", "label": 3}',
     ]
 )  # fmt: skip
-modest = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+modest = settings(max_examples=25)
 
 
 @functools.cache

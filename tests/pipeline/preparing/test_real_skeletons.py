@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefcache.pipeline.preparing.chat_template import ChatTemplate
@@ -84,7 +84,7 @@ def test_the_usual_conversations_have_skeletons(name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12)
 def test_a_skeleton_gives_what_the_template_gives(name, data):
     shape = data.draw(st.sampled_from(SHAPES))
     pair = pair_of(shape, data.draw(st.lists(texts, min_size=len(shape) + 2, max_size=len(shape) + 2)))

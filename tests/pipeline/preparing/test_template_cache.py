@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefcache.pipeline.preparing import chat_template, placeholder_text, template_cache
@@ -35,9 +35,7 @@ ODD = [
 # A text with the mark of pictures is refused before it is rendered.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters=IMAGE_MARK), max_size=6)
 texts = st.lists(st.one_of(st.sampled_from(ODD), TEXT), max_size=5).map("".join)
-modest = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+modest = settings(max_examples=12)
 
 
 def rendering(text: str, ask: bool = False, **special: str) -> Any:

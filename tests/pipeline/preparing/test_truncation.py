@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefcache.pipeline.config import Prepare
@@ -171,7 +171,7 @@ def test_one_turn_is_never_cut(prompt):
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=41), room=st.integers(5, 120))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200)
 def test_keep_end_finds_what_trying_all_finds(lengths, room):
     contents = ["x" * n for n in lengths]
     if len(contents) % 2 == 0:

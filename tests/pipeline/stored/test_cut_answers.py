@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefcache.pipeline.schema import CACHE, PREPARED, TokenSequence, sequence_key
@@ -245,7 +245,7 @@ cached = st.tuples(
 
 
 @given(answers=st.lists(cuts, min_size=1, max_size=6), held=st.lists(cached, max_size=12, unique_by=str))
-@settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80)
 def test_a_row_is_the_beginning_of_the_longest_longer_one_or_there_is_none(answers, held):
     # Token k of row i has the log-prob -(i + k / 8): a value says where it comes from.
     usable: dict[tuple[str, tuple, tuple], list[float]] = {}

@@ -220,7 +220,7 @@ def test_labels_have_alerts_of_their_own():
 # -- resumed runs ----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, STEPS), st.sampled_from([*TROUBLE]), st.sampled_from([1, 8, 32]), st.integers(0, 5))
 def test_fed_in_two_halves_equals_fed_at_once(tmp_path_factory, cut, kind, batch_size, seed):
     """As a resumed run does it: the rows before are read from Parquet, and what they raise was said already."""
