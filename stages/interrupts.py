@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 SENTENCE = "interrupted. Finished work is kept: run the same command to resume."
 EXIT_CODE = 130
 SECONDS_TO_EXIT = 5.0  # for threads and exit handlers, after the command has cleaned up
+_JSON_ERROR = f'{{"error": {{"kind": "interrupted", "message": "{SENTENCE}", "exit_code": {EXIT_CODE}}}}}'
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Modules that may be on the stack between the program's first line and the import of a stage.
 _PACKAGE = __name__.rpartition(".")[0]
@@ -73,8 +74,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _exit() -> NoReturn:
+    line = _JSON_ERROR if "--json" in sys.argv else f"error: {SENTENCE}"
     with contextlib.suppress(OSError):
-        os.write(2, f"error: {SENTENCE}\n".encode())
+        os.write(2, f"{line}\n".encode())
     os._exit(EXIT_CODE)
 
 

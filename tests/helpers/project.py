@@ -145,6 +145,13 @@ def start(*command: Any, **options: Any) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), preexec_fn=default_signals, **options)
 
 
+def has_handlers(process: subprocess.Popen) -> bool:
+    """Whether the program's first lines have run. Before, the interpreter itself begins, and no program can answer a signal."""
+    with open(f"/proc/{process.pid}/status") as status:
+        caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+    return all(caught >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
+
 def checked(done: Done, code: int | None) -> Done:
     assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

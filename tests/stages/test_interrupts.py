@@ -15,24 +15,17 @@ from pathlib import Path
 import pytest
 
 from prefcache.interrupts import SENTENCE
-from tests.helpers.project import PREFCACHE, invoke, start, write_config, write_pairs
+from tests.helpers.project import PREFCACHE, has_handlers, invoke, start, write_config, write_pairs
 from tests.helpers.store_proxy import Fault, Request, Rule
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def has_handlers(pid: int) -> bool:
-    """Whether the program's first lines have run. Before, the interpreter itself begins, and no program can answer."""
-    with open(f"/proc/{pid}/status") as status:
-        caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
-    return all(caught >> number - 1 & 1 for number in SIGNALS)
-
-
 def interrupted(sent: signal.Signals, after: float, *command, **options) -> tuple[int, str]:
     """How a command ends that gets a signal so many seconds after its first lines."""
     child = start(*command, **PIPES, **options)
-    while child.poll() is None and not has_handlers(child.pid):
+    while child.poll() is None and not has_handlers(child):
         time.sleep(0.001)
     time.sleep(after)
     child.send_signal(sent)

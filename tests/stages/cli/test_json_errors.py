@@ -8,7 +8,7 @@ import time
 import pytest
 
 from prefcache.cli import main
-from tests.helpers.project import PREFCACHE, start
+from tests.helpers.project import PREFCACHE, has_handlers, start
 
 WITH_JSON = sorted(
     name for name, command in main.commands.items() if any("--json" in parameter.opts for parameter in command.params)
@@ -93,7 +93,8 @@ def test_success_prints_what_it_did_and_exits_with_0(prefcache):
     assert json.loads(done.stdout) and not done.stderr
 
 
-def test_an_interruption_is_reported_as_json(config, tmp_path):
+@pytest.mark.parametrize("moment", ["at its start", "while it reads records"])
+def test_an_interruption_is_reported_as_json(config, tmp_path, moment):
     child = start(
         *(PREFCACHE, "prepare", config, "--json", "-q", "--set", "prepare.data=-"),
         cwd=tmp_path,
@@ -101,7 +102,10 @@ def test_an_interruption_is_reported_as_json(config, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(5)  # it waits for records
+    while not has_handlers(child):
+        time.sleep(0.001)
+    if moment == "while it reads records":
+        child.stdin.write(json.dumps({"prompt": "long " * 50_000}))  # a pipe holds a quarter of it
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
     error = error_of(stderr)
