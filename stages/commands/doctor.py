@@ -221,7 +221,9 @@ def _check_prepared(config: Config) -> Iterator[Finding]:
     prepared.quarantine()
     manifest = prepared.manifest
     rows = sum(shard.rows for shard in manifest.shards)
-    what = f"{config.prepared}: {rows:,} {manifest.kind}, {manifest.quarantine.rows:,} records in quarantine"
+    n_pictures = sum(entry.rows for entry in manifest.images)
+    pictures = f" with {count(n_pictures, 'picture')}" if n_pictures else ""
+    what = f"{config.prepared}: {rows:,} {manifest.kind}{pictures}, {manifest.quarantine.rows:,} records in quarantine"
     yield Finding("data", "ok", what)
 
 
