@@ -55,6 +55,11 @@ def parse_url(place: str) -> str:
     return "/".join([f"{parts.scheme}://{parts.netloc}", *steps])
 
 
+def spell_uniformly(place: str) -> str:
+    """The place as it is recorded, however many slashes it was written with."""
+    return parse_url(place) if is_url(place) else str(local_folder(place))
+
+
 def local_folder(place: str) -> Path:
     """The folder in which a cache is read and written: the place itself, or the mirror of a URL."""
     if place.startswith("file://"):

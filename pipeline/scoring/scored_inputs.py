@@ -3,6 +3,7 @@
 from typing import Any
 
 from prefcache.pipeline import identity
+from prefcache.pipeline.cache_place import spell_uniformly
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.scoring.engines import find_engine
 from prefcache.pipeline.stored.prepared import Prepared
@@ -15,7 +16,7 @@ def find_inputs(config: Config, prepared: Prepared, reference: identity.Referenc
     return {
         "prepared": prepared.id,
         "model_id": model_id,
-        "cache": config.cache,
+        "cache": spell_uniformly(config.cache),
         **({"allowed_signers": config.allowed_signers} if config.allowed_signers else {}),
         "config": config.score.model_dump(mode="json", exclude=_SPEED),
         "versions": find_engine(config.score.engine).versions(reference, config.score),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefcache.pipeline import identity, stored_paths
-from prefcache.pipeline.cache_place import is_url
+from prefcache.pipeline.cache_place import is_url, spell_uniformly
 from prefcache.pipeline.config import Config
 from prefcache.pipeline.errors import IdentityError, IntegrityError, UsageError
 from prefcache.pipeline.stored import artifact
@@ -145,7 +145,7 @@ def refuse_other_cache(config: Config, scored: ScoredManifest, cache: Cache) -> 
 
     An experiment that was moved, or is used from another folder, names the same one by the same words.
     """
-    if config.cache == scored.inputs.cache or scored.inputs.cache is None:
+    if scored.inputs.cache in (None, config.cache, spell_uniformly(config.cache)):
         return
     if config.cache_folder.resolve() != cache.folder.parent.resolve():
         raise IdentityError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prefcache.pipeline.cache_place import explain_mirror, is_url, local_folder, parse_url
+from prefcache.pipeline.cache_place import explain_mirror, is_url, local_folder, parse_url, spell_uniformly
 from prefcache.pipeline.errors import UsageError
 from prefcache.pipeline.stored import artifact
 
@@ -21,6 +21,14 @@ def test_a_url_has_a_mirror_of_its_own(url, monkeypatch, tmp_path):
     assert is_url(url) and parse_url(f"{url}/") == url
     assert local_folder(url).parent == tmp_path and local_folder(url) == local_folder(f"{url}//")
     assert local_folder(url) != local_folder(f"{url}x")
+
+
+@pytest.mark.parametrize(
+    ("place", "recorded"),
+    [("s3://bucket//refs/", "s3://bucket/refs"), ("cache/", "cache"), ("file:///mnt/cache", "/mnt/cache")],
+)
+def test_a_place_is_recorded_alike_however_it_is_written(place, recorded):
+    assert spell_uniformly(place) == spell_uniformly(recorded) == recorded
 
 
 @pytest.mark.parametrize(
