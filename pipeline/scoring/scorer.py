@@ -20,13 +20,14 @@ from prefcache.pipeline.identity import Reference
 from prefcache.pipeline.image_processor import PromptImages
 from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import CACHE, OK, OK_IN_FLOAT32, TokenSequence
+from prefcache.pipeline.scoring import refusals
 from prefcache.pipeline.scoring.engines import Engine, find_engine
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter
 from prefcache.pipeline.stored.model_ids import is_same_model
 from prefcache.pipeline.stored.prepared import Sequences
 from prefcache.pipeline.stored.records import Parity
-from prefcache.pipeline.stored.scoring_plan import Plan
+from prefcache.pipeline.stored.scoring_plan import Plan, plan_scoring
 from prefcache.pipeline.stored.signatures import find_key
 
 # Largest deviation of one token's log-prob from the plain float32 forward that still counts as rounding.
@@ -46,6 +47,22 @@ class Share(NamedTuple):
 
     n_sequences: int
     n_tokens: int
+
+
+def plan_repairs_and_scoring(
+    cache: Cache, sequences: pa.Table, accepted: Sequence[str], score: Score, progress: Progress
+) -> Plan:
+    """Discard damaged shards, those too whose damage only planning reveals, and plan to score what is missing then."""
+    refusals.warn_about_unsigned(cache, progress)
+    _discard_damaged(cache, progress)
+    plan = plan_scoring(cache, sequences, accepted, score.tokens_per_shard)
+    _discard_damaged(cache, progress)
+    return plan
+
+
+def _discard_damaged(cache: Cache, progress: Progress) -> None:
+    refusals.warn_about_damage(cache, progress)
+    CacheWriter(cache).discard_damaged()
 
 
 def follow(chunks: Iterator[FinishedChunk], plan: Plan, progress: Progress) -> Share:

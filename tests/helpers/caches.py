@@ -1,16 +1,20 @@
 """A small cache with known values."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from prefcache.pipeline import identity
 from prefcache.pipeline.schema import CACHE, PREPARED, sequence_key
 from prefcache.pipeline.spans import whole_span
 from prefcache.pipeline.stored import cache as cache_module
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
+from prefcache.pipeline.stored.memos import VerifiedMemo
 from prefcache.pipeline.stored.prepared import Sequences, sequence_table
+from prefcache.pipeline.stored.records import ShardRecord
 from prefcache.pipeline.stored.scoring_plan import plan_scoring
 
 MODEL = "a" * 32
@@ -124,3 +128,21 @@ def flip(path: Path, at: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
     data[int(len(data) * at)] ^= 1
     path.write_bytes(data)
+
+
+def rot(cache: cache_module.Cache, record: ShardRecord, column: str) -> None:
+    """Flip a bit in the middle of a column; to the file system, and so to the memo, nothing has changed."""
+    path = cache.folder / record.file
+    stat, meta = path.stat(), pq.read_metadata(path).row_group(0)
+    (chunk,) = (meta.column(i) for i in range(meta.num_columns) if meta.column(i).path_in_schema == column)
+    begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[begin + chunk.total_compressed_size - 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    memo = cache.folder.parent / f".verified-{cache.folder.name}.json"
+    known = {name: list(stamp) for name, stamp in VerifiedMemo.read(memo).known.items()}
+    assert known[record.file][:4] == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    # A disk that rots leaves the time of the last change alone; this test cannot.
+    known[record.file][2] = path.stat().st_ctime_ns
+    VerifiedMemo.make(known=known).commit(memo)

@@ -7,6 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prefcache
+from prefcache.pipeline.stored import verified_shards
+from prefcache.pipeline.stored.cache import Cache
+from tests.helpers.caches import rot
 from tests.helpers.project import build_model
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [8, 10, 11]), ([12], [13])]
@@ -32,7 +35,7 @@ def expected(model):
 
 
 def open_cache(tmp_path, model, **options):
-    return prefcache.open_cache(tmp_path / "cache", model=str(model), quiet=True, **options)
+    return prefcache.open_cache(tmp_path / "cache", model=str(model), **({"quiet": True} | options))
 
 
 def test_a_lookup_says_which_sequences_are_missing_and_writes_nothing(tmp_path, model):
@@ -64,6 +67,19 @@ def test_only_what_is_missing_is_scored(tmp_path, model, expected):
         assert cache._scorer is loaded is not None  # the model was loaded once
     assert cache._scorer is None
     assert cache.score(PROMPTS, COMPLETIONS).changed is False
+    np.testing.assert_allclose(cache.logps(PROMPTS, COMPLETIONS).sums, [sum(each) for each in expected], atol=1e-5)
+
+
+def test_a_damaged_shard_is_scored_again_also_if_only_reading_it_tells(tmp_path, model, expected, monkeypatch, capsys):
+    monkeypatch.setattr(verified_shards, "SETTLED_SECONDS", -1.0)
+    scored = open_cache(tmp_path, model)
+    scored.score(PROMPTS, COMPLETIONS)
+    opened = Cache(scored.folder, scored.model_id)
+    (record,) = opened.records
+    rot(opened, record, "key")
+    cache = open_cache(tmp_path, model, quiet=False)
+    assert cache.score(PROMPTS, COMPLETIONS).scored == 3
+    assert f"{record.file} " in capsys.readouterr().err
     np.testing.assert_allclose(cache.logps(PROMPTS, COMPLETIONS).sums, [sum(each) for each in expected], atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from prefcache.pipeline.stored import artifact, shards, verified_shards
 from prefcache.pipeline.stored.cache_maintenance import verify
 from prefcache.pipeline.stored.memos import VerifiedMemo
 from prefcache.pipeline.stored.records import ShardRecord
-from tests.helpers.caches import BUDGET, MINE, MODEL, PAIRS, Cache, create, expected, fill, keys_of, reopen
+from tests.helpers.caches import BUDGET, MINE, MODEL, PAIRS, Cache, create, expected, fill, keys_of, reopen, rot
 
 RIGHT = {f"ref_{side}_logp": expected(PAIRS, side) for side in ("chosen", "rejected")}
 
@@ -111,26 +111,6 @@ def test_a_bit_that_rots_in_what_is_read_is_noticed_scored_again_and_then_right(
     again.discard_damaged()
     for scorer in (reopen(again), found):
         assert {k: v.tolist() for k, v in fill(scorer, PAIRS).join(PAIRS, [MINE]).items()} == RIGHT
-
-
-def rot(cache: Cache, record: dict, column: str) -> None:
-    """Flip a bit in the middle of a column; to the file system, and so to the memo, nothing has changed."""
-    import pyarrow.parquet as pq
-
-    path = cache.folder / record.file
-    stat, meta = path.stat(), pq.read_metadata(path).row_group(0)
-    (chunk,) = (meta.column(i) for i in range(meta.num_columns) if meta.column(i).path_in_schema == column)
-    begin = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
-    data = bytearray(path.read_bytes())
-    data[begin + chunk.total_compressed_size - 2] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    memo = cache.folder.parent / f".verified-{cache.folder.name}.json"
-    known = {name: list(stamp) for name, stamp in VerifiedMemo.read(memo).known.items()}
-    assert known[record.file][:4] == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    # A disk that rots leaves the time of the last change alone; this test cannot.
-    known[record.file][2] = path.stat().st_ctime_ns
-    VerifiedMemo.make(known=known).commit(memo)
 
 
 def test_unchanged_shards_are_not_hashed_again_and_changed_ones_are(tmp_path, monkeypatch):
