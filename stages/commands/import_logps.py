@@ -25,6 +25,7 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import CACHE, OK, TokenSequence
 from prefcache.pipeline.scoring.sample_check import MEAN_TOLERANCE, Sample, compare_with_plain_forward
 from prefcache.pipeline.stored import artifact
+from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.key_index import KeyIndex, read_keys
 from prefcache.pipeline.stored.mirror import open_root
@@ -59,6 +60,9 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
         raise DataError(f"No row has log-probs that can be used ({reasons}).")
 
     reference = identity.find_reference(config)
+    root = open_root(config.cache)
+    described = identify(reference, root, remember=root.is_dir())
+    CacheWriter(Cache.preview(root, config.model, described, config.signers_file)).refuse_read_only()
     parity = _check_sample(config, reference, values, dtype, prepared.prompt_images(reference.processor), progress)
     # What the sources hold, wherever their files are.
     contents = [
@@ -73,8 +77,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
         "columns": ", ".join(names),
     }
     numerics_id = identity.numerics_id(numerics)
-    root = open_root(config.cache)
-    cache = create_cache(root, config.model, identify(reference, root), config.signers_file)
+    cache = create_cache(root, config.model, described, config.signers_file)
     writer = CacheWriter(cache, key)
     for rows in _split_into_shards(values, numerics_id, config.score.tokens_per_shard):
         if not writer.has_chunk(rows["key"].to_pylist(), numerics_id):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored.object_store import ObjectStore
 from tests.helpers.project import pair, write_config
 from tests.helpers.scored import write_labels
 
@@ -130,6 +132,19 @@ def test_values_of_other_weights_are_refused_and_nothing_is_stored(prefcache, tm
     assert not list(tmp_path.glob("cache/*/*.parquet"))
     # Whoever asks for no comparison gets none.
     assert imported(prefcache, config, "--set", "score.parity_sample=0")["parity"] is None
+
+
+def test_a_store_that_may_only_be_read_is_refused_before_a_model_is_loaded(
+    prefcache, tmp_path, model, elsewhere, s3, monkeypatch
+):
+    def refuse_access(self, name, data):
+        raise UsageError("access was refused")
+
+    config = write(tmp_path, model, elsewhere)
+    prefcache("prepare", config)
+    monkeypatch.setattr(ObjectStore, "create", refuse_access)
+    message = prefcache("import", config, "--set", f"cache={s3.url}", code=2).stderr
+    assert f"{s3.url}/" in message and "cannot be written" in message and "computing" not in message
 
 
 def test_rounding_is_allowed_to_the_dtype_that_is_named(prefcache, tmp_path, model, elsewhere):
