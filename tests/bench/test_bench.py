@@ -48,6 +48,7 @@ def bench_code(code: str, *arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
+@pytest.mark.slow
 def test_bench_prepare_compares_the_same_tokens():
     options = "--tokenizer trained --pairs 300 --rounds 1 --vocabulary 1000 --without-trl"
     printed = bench("tests.bench.prepare", *options.split())

@@ -213,8 +213,9 @@ def test_every_command_of_readme_and_guide_runs(demo, s3):
     assert not NOT_RUN.keys() - ran.keys()
 
 
-# Enough to move a reference that moves every ten steps. The demo itself trains to the end, and answers its held-out prompts.
-FEW_STEPS = ["train.max_steps=12", "train.samples=0"]
+# The demo itself trains to the end, and answers its held-out prompts.
+FEW_STEPS = ["train.max_steps=4", "train.samples=0"]
+ENOUGH_TO_MOVE = ["train.max_steps=12", "train.samples=0"]  # a reference that moves every ten steps
 
 
 def run_as_written(demo: Clone, line: str) -> None:
@@ -223,7 +224,7 @@ def run_as_written(demo: Clone, line: str) -> None:
     for command in line.split(" && "):
         program, *arguments = shlex.split(command)
         if arguments[:1] == ["train"] and "--dry-run" not in arguments and "max_steps" not in command:
-            arguments += options(*FEW_STEPS)
+            arguments += options(*(ENOUGH_TO_MOVE if "moving_reference" in command else FEW_STEPS))
         if program == "make" and "train" in arguments:
             command = in_few_steps(command)
         if (program, *arguments[:1]) == ("prefcache", "ui"):

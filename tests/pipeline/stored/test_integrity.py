@@ -37,7 +37,14 @@ def files_of(cache: Cache) -> list[tuple[Path, dict]]:
     ]
 
 
-@pytest.mark.parametrize(("change", "times"), [(flipped, 1000), (truncated, 200)], ids=["flips", "truncations"])
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [
+        pytest.param(flipped, 300, id="flips"),
+        pytest.param(truncated, 100, id="truncations"),
+        pytest.param(flipped, 2000, id="more flips", marks=pytest.mark.slow),
+    ],
+)
 def test_every_change_is_noticed_and_costs_one_shard(tmp_path, change: Callable, times: int):
     cache = fill(create(tmp_path), PAIRS)
     held = {record.file: keys_of_shard(cache, record) for record in cache.records}

@@ -158,6 +158,7 @@ def test_an_update_is_never_taken_twice():
 # -- the trial -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_trial_finds_less_where_there_is_less_room(model):
     found = limited("trial", str(model), 60 << 20, N_PAIRS)
     assert found in [N_PAIRS * SIZE >> n for n in range(1, 6)]

@@ -33,8 +33,15 @@ def write_pairs(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("".join(lines))
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3"])
-@pytest.mark.parametrize("vision", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("vision", "name"),
+    [
+        ("frozen", "qwen2.5-vl"),
+        ("trained", "gemma3"),
+        pytest.param("frozen", "gemma3", marks=pytest.mark.slow),
+        pytest.param("trained", "qwen2.5-vl", marks=pytest.mark.slow),
+    ],
+)
 def test_50_steps_have_the_losses_of_trl_with_a_live_reference(prefcache, tmp_path, name, vision):
     """Identical data, order and hyperparameters, in float32: 40 pairs in 5 epochs of 10 steps. TRL's tower is frozen or not, too."""
     model = vision_models.save(name)

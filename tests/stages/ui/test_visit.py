@@ -121,8 +121,15 @@ def test_a_visit_by_keyboard_alone(browser, site, trained_once, size):
         assert page.locator("h1").inner_text() in page.url
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        pytest.param(DESK, "light", id="desk-light"),
+        pytest.param(PHONE, "dark", id="phone-dark"),
+        pytest.param(DESK, "dark", id="desk-dark", marks=pytest.mark.slow),
+        pytest.param(PHONE, "light", id="phone-light", marks=pytest.mark.slow),
+    ],
+)
 def test_every_page_fits_and_can_be_used_by_everybody(browser, site, size, scheme):
     with visit(browser, site, size, color_scheme=scheme) as page:
         wait_for_counts(page)

@@ -39,9 +39,8 @@ class Prompts:
         return vllm.VllmEngine(Reference(self.folder), score, self.images)
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2.5-vl", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3-vl", "mistral3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "mistral3"])
 def test_log_probs_are_those_of_the_plain_forward(vllm_python_for_images, monkeypatch, name):
     data = Prompts(vision_models.save(name, wide=True))
     # Two requests: both pictures together have 3 * (40 * 24 + 30 * 44) = 6,840 bytes.
