@@ -61,7 +61,7 @@ def run(config: Config, columns: dict[str, str | None], dtype: str, progress: Pr
 
     reference = identity.find_reference(config)
     root = open_root(config.cache)
-    described = identify(reference, root, remember=root.is_dir())
+    described = identify(reference, root)
     CacheWriter(Cache.preview(root, config.model, described, config.signers_file)).refuse_read_only()
     parity = _check_sample(config, reference, values, dtype, prepared.prompt_images(reference.processor), progress)
     # What the sources hold, wherever their files are.

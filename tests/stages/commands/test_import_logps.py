@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefcache.pipeline.errors import UsageError
+from prefcache.pipeline.stored.memos import WeightsMemo
 from prefcache.pipeline.stored.object_store import ObjectStore
 from tests.helpers.project import pair, write_config
 from tests.helpers.scored import write_labels
@@ -61,6 +62,7 @@ def test_imported_sums_are_used_by_score_and_train_where_they_are_accepted(prefc
     assert (result["imported"], result["left"], result["refused"]) == (2 * N, 0, {})
     assert result["numerics"]["engine"] == "imported" and result["numerics"]["from"] == "pairs.jsonl"
     assert 0 < result["parity"]["max"] < 1e-5
+    assert WeightsMemo.path(tmp_path / "cache").exists()  # the next command does not hash the weights again
 
     assert result["numerics_id"] in prefcache("score", "-q", config, code=5).stderr
     scored = json.loads(prefcache("score", "-q", config, "--json", *result["use"].split()).stdout)
