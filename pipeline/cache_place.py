@@ -56,7 +56,7 @@ def parse_url(place: str) -> str:
 
 
 def spell_uniformly(place: str) -> str:
-    """The place as it is recorded, however many slashes it was written with."""
+    """Return the spelling in which a place is recorded, so that `cache/` and `cache` are the same."""
     return parse_url(place) if is_url(place) else str(local_folder(place))
 
 

@@ -1,4 +1,4 @@
-"""Threads that nobody waits for at the end: a process exits although a request of theirs has no answer yet.
+"""Threads that do not keep a process alive: it exits even while one of them waits for an answer.
 
 concurrent.futures joins its threads when a process ends, and a blocking call holds up Ctrl-C if the main thread makes it.
 """

@@ -18,7 +18,7 @@ from prefcache.pipeline.progress import Progress
 from prefcache.pipeline.schema import IDS, IMAGE_IDS, KEY
 from prefcache.pipeline.scoring import refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
-from prefcache.pipeline.scoring.scorer import Scorer, Share, follow, plan_repairs_and_scoring, sample_slots
+from prefcache.pipeline.scoring.scorer import Scorer, Share, follow, plan_after_repairs, sample_slots
 from prefcache.pipeline.stored.cache import Cache, find_folder
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
 from prefcache.pipeline.stored.gguf_conversion import convert_models
@@ -168,7 +168,7 @@ class ReferenceCache:
         self._cache = create_cache(
             self.config.cache_folder, self.config.model, self._described, self.config.signers_file
         )
-        plan = plan_repairs_and_scoring(self._cache, table, self._accepted(), self.config.score, self.progress)
+        plan = plan_after_repairs(self._cache, table, self._accepted(), self.config.score, self.progress)
         refusals.refuse_mixed_numerics(self._cache, plan, self.numerics, self.config.score)
         before, share = plan, Share(0, 0)
         if plan.n_missing:

@@ -49,10 +49,10 @@ class Share(NamedTuple):
     n_tokens: int
 
 
-def plan_repairs_and_scoring(
+def plan_after_repairs(
     cache: Cache, sequences: pa.Table, accepted: Sequence[str], score: Score, progress: Progress
 ) -> Plan:
-    """Discard damaged shards, those too whose damage only planning reveals, and plan to score what is missing then."""
+    """Plan to score what is missing once damaged shards are discarded, including those whose damage only planning reveals."""
     refusals.warn_about_unsigned(cache, progress)
     _discard_damaged(cache, progress)
     plan = plan_scoring(cache, sequences, accepted, score.tokens_per_shard)

@@ -133,7 +133,8 @@ class ObjectStore:
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write an object whose name says what it contains, so that writing it twice changes nothing."""
-        self._send(name, memoryview(data).cast("B"), len(data))  # obstore takes other formats for iterators
+        view = memoryview(data).cast("B")  # obstore takes other formats for iterators
+        self._send(name, view, view.nbytes)
 
     def put_file(self, name: str, path: Path) -> None:
         """Write such an object from a file: a large one in parts, of which few are in memory at once."""
@@ -161,7 +162,7 @@ class ObjectStore:
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether there is one with these bytes now.
 
-        If the answer to a request got lost, the object that is there already may be this writer's.
+        If the reply to an earlier try was lost, the existing object may be this writer's own.
         """
         import obstore
 
@@ -182,7 +183,7 @@ class ObjectStore:
     def replace(self, name: str, data: bytes, etag: str) -> bool:
         """Replace an object that still is as its ETag says; return whether its bytes are these now.
 
-        As with `create`, a lost answer may hide that this writer has replaced it.
+        As with `create`, the reply to a replacement of this writer's may have been lost.
         """
         import obstore
 

@@ -40,7 +40,7 @@ def _refuse_path(name: str) -> str:
     return name
 
 
-def _refuse_nonpath(path: str) -> str:
+def _require_path(path: str) -> str:
     parts = path.encode(errors="replace").split(b"/")
     if not path or re.search(r"[\x00-\x1f]", path) or len(path) > 4000 or max(map(len, parts)) > 255:
         raise ValueError("expected a path")
@@ -48,7 +48,7 @@ def _refuse_nonpath(path: str) -> str:
 
 
 BareName = Annotated[str, AfterValidator(_refuse_path), Field(max_length=255)]
-StoredPath = Annotated[str, AfterValidator(_refuse_nonpath)]
+StoredPath = Annotated[str, AfterValidator(_require_path)]
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Signed = Annotated[int, Field(ge=-_MOST, le=_MOST)]
 Step = Annotated[int, Field(ge=0, lt=10**8)]  # a checkpoint's name has eight digits

@@ -64,7 +64,7 @@ class StoreUpkeep:
         self._mirror.refresh(self._folder)  # for records that came meanwhile
 
         def remove(name: str) -> bool | None:
-            """Delete a shard that nobody wants; return whether it was one, or None if it is gone or is no orphan any more."""
+            """Delete a shard that nobody wants. Return whether it was unwanted, or None if it is gone or a record names it now."""
             # Asked for just before it is deleted: a scorer may have written it anew.
             found = self._store.head(f"{self._folder.name}/{name}")
             if found is None or may_be_named(cache, name):

@@ -71,7 +71,7 @@ class StoreClaims:
         return is_mine
 
     def release(self, name: str) -> None:
-        """Give a claim up. If the store does not answer, it is deleted later, or becomes free by itself."""
+        """Give a claim up. If the store does not answer in time, the deletion continues, and in any case the claim becomes stale."""
         with self._lock:
             self._held.discard(name)
         deletion = call_in_thread(self._store.delete, self._path(name))

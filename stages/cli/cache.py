@@ -141,7 +141,7 @@ def verify(caches: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     "--features-unused-for",
     type=click.FloatRange(min=1),
     metavar="DAYS",
-    help="Also remove the features of pictures that no command has opened for so long.",
+    help="Also remove the features of pictures that no command has opened for this many days.",
 )
 @result_options
 def gc(

@@ -19,7 +19,7 @@ from prefcache.pipeline.progress import Progress, working
 from prefcache.pipeline.scoring import actors, refusals
 from prefcache.pipeline.scoring.engines import find_engine, refuse_unused
 from prefcache.pipeline.scoring.scored_inputs import find_inputs
-from prefcache.pipeline.scoring.scorer import Scorer, Share, follow, plan_repairs_and_scoring, sample_slots
+from prefcache.pipeline.scoring.scorer import Scorer, Share, follow, plan_after_repairs, sample_slots
 from prefcache.pipeline.stored import artifact, claims, cut_answers
 from prefcache.pipeline.stored.cache import Cache
 from prefcache.pipeline.stored.cache_writer import CacheWriter, create_cache
@@ -118,7 +118,7 @@ def _estimate(task: _Task, cache: Cache, progress: Progress) -> ScorePlan:
 def _score(task: _Task, cache: Cache, inputs: dict[str, Any], progress: Progress) -> ScoreResult:
     """Score what is missing, read it back, and only then vouch for it."""
     _refuse_other_tokenizer(task, remember=True)
-    plan = plan_repairs_and_scoring(cache, task.sequences, task.accepted, task.config.score, progress)
+    plan = plan_after_repairs(cache, task.sequences, task.accepted, task.config.score, progress)
     _warn_about_sums(task, cache, plan, progress)
     n_cut = 0
     if plan.n_missing:
